@@ -1,0 +1,73 @@
+"""Values of command line options: from text to numbers, or a line that says what was expected."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Dict, List, Optional
+
+from ..errors import ConfigurationError
+
+USAGE_ERROR = 2
+
+_SIZE = re.compile(r"(\d+)([KMGTPE]?)(?:I?B)?", re.IGNORECASE)
+_LARGEST_SIZE = (1 << 63) - 1
+
+
+def parse_command_line(program: str, usage: str, argv: List[str], version: str) -> Dict[str, Any]:
+    """What docopt makes of *argv*; help and version are printed and end the program.
+
+    Raises `ConfigurationError` for a command line that does not fit *usage*.
+    """
+    from docopt import DocoptExit, docopt
+
+    try:
+        return dict(docopt(usage, argv, version=version))
+    except DocoptExit as error:
+        raise ConfigurationError(f"{_reason(error, argv)} ({program} --help shows the usage)", USAGE_ERROR) from None
+
+
+def _reason(error: BaseException, argv: List[str]) -> str:
+    """docopt's own reason where it has a short one."""
+    first = str(error).strip().partition("\n")[0]
+    if not argv:
+        return "nothing to do"
+    if not first or first.lower().startswith(("usage:", "warning:")):
+        return f"these arguments do not fit together: {' '.join(argv)}"
+    return first
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of a size like ``512M`` or ``1G`` (powers of 1,024). Raises `ConfigurationError`."""
+    match = _SIZE.fullmatch(text.strip())
+    if match:
+        size = int(match[1]) << (10 * " KMGTPE".index(match[2].upper() or " "))
+        if 0 < size <= _LARGEST_SIZE:
+            return size
+    raise ConfigurationError(f"{option} {text}: expected a size like 512M, 1G or 4096", USAGE_ERROR)
+
+
+def parse_integer(text: str, option: str, lowest: int, highest: int) -> int:
+    """Raises `ConfigurationError` unless *text* is a whole number between the bounds."""
+    if text.strip().isdecimal() and lowest <= int(text) <= highest:
+        return int(text)
+    raise ConfigurationError(f"{option} {text}: expected a whole number from {lowest} to {highest}", USAGE_ERROR)
+
+
+def parse_seconds(text: str, option: str) -> float:
+    """Raises `ConfigurationError` unless *text* is a time above nothing and below a year."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if 0 < seconds < 365 * 86400:
+        return seconds
+    raise ConfigurationError(f"{option} {text}: expected a number of seconds above 0", USAGE_ERROR)
+
+
+def refuse_together(arguments: Dict[str, Any], first: str, others: List[str], why: Optional[str] = None) -> None:
+    """Raises `ConfigurationError` if option *first* is given with one of *others*."""
+    if not arguments[first]:
+        return
+    for other in others:
+        if arguments[other]:
+            raise ConfigurationError(f"{first} and {other} do not go together{why or ''}", USAGE_ERROR)

@@ -1,0 +1,135 @@
+"""This process as the operating system sees it: streams, title, daemon, pid file."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import sys
+from typing import Optional
+
+from .errors import ConfigurationError
+
+
+def close_client_streams() -> Optional[int]:
+    """Take the client's socket off the standard streams, under a super-server.
+
+    inetd gives it as descriptors 0, 1 and 2: whatever a library prints would end up
+    in the client's data. Returns a descriptor of that socket, or None if standard
+    input is not a socket. Standard output and standard error stay as they are
+    unless they are that same socket.
+    """
+    try:
+        status = os.fstat(0)
+    except OSError:
+        return None
+    if not stat.S_ISSOCK(status.st_mode):
+        return None
+    client = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    for stream in (1, 2):
+        if not _is_open(stream) or os.path.samestat(os.fstat(stream), status):
+            os.dup2(null, stream)
+    if null > 2:
+        os.close(null)
+    return client
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def set_title(role: str, *details: str) -> None:
+    """What ``ps`` shows for this process."""
+    from setproctitle import setproctitle
+
+    setproctitle(" ".join(("xnbd-server:", role, *details)))
+
+
+class Daemon:
+    """The way into the background: the parent stays until the child is ready or has failed."""
+
+    def __init__(self) -> None:
+        """Fork; only the daemon returns from here, the parent leaves with its verdict."""
+        verdict, self._report = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if os.fork():
+            os.close(self._report)
+            _leave_by_verdict(verdict)
+        os.close(verdict)
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.chdir("/")
+
+    def ready(self) -> None:
+        """Let the parent leave with success, and the terminal go."""
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        if null > 2:
+            os.close(null)
+        os.write(self._report, b"ready")
+        os.close(self._report)
+
+
+def _leave_by_verdict(verdict: int) -> None:
+    """End of the parent: status 0 if the daemon is ready; if it failed, it has printed why."""
+    answer = os.read(verdict, 16)
+    os._exit(0 if answer == b"ready" else 1)
+
+
+class PidFile:
+    """A file with the master's process id, locked for as long as the master lives."""
+
+    def __init__(self, path: str) -> None:
+        """Raises `ConfigurationError` if another live process holds *path*."""
+        self._path = path
+        self._pid = os.getpid()
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._fd = os.open(path, flags, 0o644)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigurationError(_pid_file_trouble(path, error)) from error
+        os.ftruncate(self._fd, 0)
+        os.write(self._fd, f"{self._pid}\n".encode())
+
+    def remove(self) -> None:
+        """Remove the file, unless somebody else's stands in its place."""
+        if os.getpid() != self._pid:
+            return
+        try:
+            if os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
+                os.unlink(self._path)
+        except FileNotFoundError:
+            pass
+        os.close(self._fd)
+
+
+def _pid_file_trouble(path: str, error: OSError) -> str:
+    if error.errno == errno.EWOULDBLOCK:
+        return f"pid file {path} is held by a running server: stop that one, or choose another --pidfile"
+    if error.errno == errno.ELOOP:
+        return f"pid file {path} is a symbolic link, which is not followed: name the file itself"
+    return f"cannot write pid file {path}: {error.strerror}"
+
+
+def notify_service_manager(state: str) -> None:
+    """Tell systemd of *state* if it wants to know (``sd_notify(3)``)."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        try:
+            sender.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+        except OSError:
+            pass  # nobody listens there: not worth failing for

@@ -1,0 +1,1 @@
+"""Processes and connections: the master, its workers, and one client's session."""

@@ -1,0 +1,196 @@
+"""A client's socket: the few ways in which bytes come and go.
+
+The descriptor stays blocking, because whoever handed it over shares its flags;
+every call asks not to wait, and waiting is done in `Watch`, where a stop and the
+master's death are noticed too.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from time import monotonic
+from typing import Sequence, Union
+
+from ..errors import Disconnected, ProtocolError
+from .watch import Stop, Watch
+
+_DONT_WAIT = socket.MSG_DONTWAIT
+_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_LINGER = 1.0
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
+
+
+class Connection:
+    """One client's connection; *spin* is the longest time in seconds to poll before sleeping.
+
+    Spinning pays where the next request comes sooner than a sleeping process
+    wakes. The time adapts: it halves with every wait that outlasts it, down to
+    nothing, and comes back when waits turn out to be short.
+    """
+
+    def __init__(self, sock: socket.socket, watch: Watch, spin: float = 0.0) -> None:
+        self.sock = sock
+        self.peer = describe_peer(sock)
+        self.watch = watch
+        self._fds = (sock.fileno(),)
+        self._recv_into = sock.recv_into
+        self._sendmsg = sock.sendmsg
+        self._longest_spin = spin
+        self._spin = spin
+        sock.setblocking(True)
+        set_socket_options(sock)
+
+    def receive(self, view: memoryview) -> int:
+        """Receive the next requests into *view*: the number of bytes, 0 at the end.
+
+        Between messages: raises `Stop` as soon as the worker is to leave.
+        """
+        recv_into = self._recv_into
+        spin = self._spin
+        try:
+            return recv_into(view, 0, _DONT_WAIT)
+        except BlockingIOError:
+            pass
+        began = monotonic()
+        if spin:
+            until = began + spin
+            while monotonic() < until:
+                try:
+                    received = recv_into(view, 0, _DONT_WAIT)
+                except BlockingIOError:
+                    continue
+                self._spin = self._longest_spin
+                return received
+        while True:
+            self.watch.wait(self._fds, select.POLLIN)
+            try:
+                received = recv_into(view, 0, _DONT_WAIT)
+            except BlockingIOError:
+                continue
+            self._adapt(monotonic() - began)
+            return received
+
+    def _adapt(self, waited: float) -> None:
+        longest = self._longest_spin
+        if waited < longest:
+            self._spin = min(longest, self._spin + longest / 4)
+        else:
+            self._spin = self._spin / 2 if self._spin > longest / 32 else 0.0
+
+    def receive_rest(self, view: memoryview) -> int:
+        """Receive more of a message that has begun: at least one byte.
+
+        Raises `Disconnected` at the end, `Stop` if the rest does not come in time
+        once the worker is to leave.
+        """
+        while True:
+            try:
+                received = self._recv_into(view, 0, _DONT_WAIT)
+            except BlockingIOError:
+                self.watch.wait(self._fds, select.POLLIN, mid_message=True)
+                continue
+            if not received:
+                raise Disconnected("client left in the middle of a message")
+            return received
+
+    def receive_exactly(self, length: int, deadline: float) -> bytes:
+        """*length* bytes, for the handshake.
+
+        Raises `Disconnected` at the end, `ProtocolError` if they are not there at
+        *deadline* (monotonic seconds).
+        """
+        data = bytearray(length)
+        view = memoryview(data)
+        while view:
+            try:
+                received = self._recv_into(view, 0, _DONT_WAIT)
+            except BlockingIOError:
+                self._wait_until(select.POLLIN, deadline)
+                continue
+            if not received:
+                raise Disconnected("client left during the handshake")
+            view = view[received:]
+        return bytes(data)
+
+    def send_until(self, data: bytes, deadline: float) -> None:
+        """Send *data*, for the handshake; raises like `receive_exactly`."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self.sock.send(view, _SEND_FLAGS) :]
+            except BlockingIOError:
+                self._wait_until(select.POLLOUT, deadline)
+
+    def _wait_until(self, events: int, deadline: float) -> None:
+        remaining = deadline - monotonic()
+        if remaining <= 0 or not self.watch.wait(self._fds, events, remaining):
+            raise ProtocolError("handshake took too long")
+
+    def send_some(self, buffers: Sequence[Union[bytes, memoryview]]) -> int:
+        """Send the beginning of *buffers*, at most IOV_MAX of them: the number of bytes.
+
+        Raises `OSError` (EFAULT) if the next byte lies in memory that cannot be
+        read, and `Stop` if the client does not take it in time once the worker is
+        to leave.
+        """
+        while True:
+            try:
+                return self._sendmsg(buffers, (), _SEND_FLAGS)
+            except BlockingIOError:
+                self.watch.wait(self._fds, select.POLLOUT, mid_message=True)
+
+    def linger(self) -> None:
+        """Part without loss: a close with unread bytes would take back replies that are on their way."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+            rest = memoryview(bytearray(64 << 10))
+            until = monotonic() + _LINGER
+            while self._drain(rest, until):
+                pass
+        except (OSError, Stop):
+            pass  # the client is gone, which is what this waits for
+
+    def _drain(self, scratch: memoryview, until: float) -> int:
+        try:
+            return self._recv_into(scratch, 0, _DONT_WAIT)
+        except BlockingIOError:
+            return self.watch.wait(self._fds, select.POLLIN, max(0.0, until - monotonic()), mid_message=True)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def set_socket_options(sock: socket.socket) -> None:
+    """Replies leave at once, and a client that vanished is noticed (``tcp(7)``)."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def describe_peer(sock: socket.socket) -> str:
+    """The client's address for log lines and titles."""
+    try:
+        address = sock.getpeername()
+    except OSError:
+        return "a client that has left"
+    if sock.family == socket.AF_INET6:
+        host = address[0]
+        if host.startswith("::ffff:"):
+            return f"{host[7:]}:{address[1]}"
+        return f"[{host}]:{address[1]}"
+    if sock.family == socket.AF_INET:
+        return f"{address[0]}:{address[1]}"
+    return _describe_local_peer(sock)
+
+
+def _describe_local_peer(sock: socket.socket) -> str:
+    import struct
+
+    pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return f"unix:pid={pid},uid={uid}"
+
+

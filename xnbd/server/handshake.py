@@ -1,0 +1,33 @@
+"""The handshake over a connection: feeds `protocol.negotiation`, within one deadline."""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import Optional
+
+from ..protocol import negotiation
+from ..protocol.negotiation import Agreement, Export, Exports
+from .connection import Connection
+
+
+def negotiate(connection: Connection, exports: Exports, timeout: float) -> Optional[Agreement]:
+    """The fixed newstyle handshake; None if the client has decided to leave.
+
+    Raises `ProtocolError` if it makes no sense or is not over within *timeout* seconds.
+    """
+    deadline = monotonic() + timeout
+    machine = negotiation.Negotiation(exports)
+    connection.send_until(negotiation.pack_greeting(), deadline)
+    machine.on_client_flags(int.from_bytes(connection.receive_exactly(4, deadline), "big"))
+    while machine.agreement is None and not machine.aborted:
+        header = connection.receive_exactly(negotiation.OPTION_HEADER.size, deadline)
+        option, length = negotiation.parse_option_header(header)
+        data = connection.receive_exactly(length, deadline)
+        connection.send_until(machine.on_option(option, data), deadline)
+    return machine.agreement
+
+
+def greet_oldstyle(connection: Connection, export: Export, timeout: float) -> Agreement:
+    """The oldstyle handshake, in which only the server speaks."""
+    connection.send_until(negotiation.pack_oldstyle(export), monotonic() + timeout)
+    return Agreement(export)

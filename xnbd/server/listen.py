@@ -1,0 +1,192 @@
+"""Listening sockets: TCP addresses, Unix sockets, and those that systemd hands over."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from typing import List, Optional, Sequence
+
+from ..errors import ConfigurationError
+
+DEFAULT_PORT = 8520
+_BACKLOG = 4096
+_FIRST_PASSED_FD = 3
+_ANY_PORT_TRIES = 20
+
+
+class Listeners:
+    """The sockets that a server listens on, non-blocking, and what has to be tidied up after them."""
+
+    def __init__(self) -> None:
+        self.sockets: List[socket.socket] = []
+        self._unix_paths: List[str] = []
+        self._owner = os.getpid()
+
+    def __str__(self) -> str:
+        return ", ".join(map(describe, self.sockets))
+
+    def add(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sockets.append(sock)
+
+    def listen_tcp(self, addresses: Sequence[str], port: int) -> None:
+        """Listen on *addresses*, or on all of IPv4 and IPv6 if there are none; port 0 picks a free one.
+
+        Raises `ConfigurationError`.
+        """
+        for sock in _bind_all(addresses or [""], port):
+            sock.listen(_BACKLOG)
+            self.add(sock)
+
+    def listen_unix(self, path: str) -> None:
+        """Listen on a Unix socket at *path*; one that a dead server has left is replaced.
+
+        Raises `ConfigurationError` if something else is there, or a live server.
+        """
+        _clear_stale(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.bind(path)
+        except OSError as error:
+            raise ConfigurationError(f"cannot listen on {path}: {error.strerror or error}") from error
+        self._unix_paths.append(path)
+        sock.listen(_BACKLOG)
+        self.add(sock)
+
+    def take_passed(self) -> None:
+        """Take over the sockets that a service manager passes (``sd_listen_fds(3)``), if it does.
+
+        Raises `ConfigurationError` if one of them is no listening stream socket.
+        """
+        pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+        os.environ.pop("LISTEN_FDNAMES", None)
+        if pid != str(os.getpid()) or not count.isdigit():
+            return
+        for fd in range(_FIRST_PASSED_FD, _FIRST_PASSED_FD + int(count)):
+            try:
+                sock = socket.socket(fileno=fd)
+                listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            except OSError as error:
+                raise ConfigurationError(f"passed descriptor {fd} is no socket: {error.strerror}") from error
+            if not listening:
+                raise ConfigurationError(f"passed socket {fd} does not listen: use --inetd with Accept=yes")
+            os.set_inheritable(fd, False)
+            self.add(sock)
+
+    def tidy_up(self) -> None:
+        """Remove the Unix sockets, in the process that made them."""
+        if os.getpid() != self._owner:
+            return
+        for path in self._unix_paths:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+
+
+def describe(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{name}"
+    host, port = name[:2]
+    return f"[{host}]:{port}" if sock.family == socket.AF_INET6 else f"{host}:{port}"
+
+
+def _bind_all(addresses: Sequence[str], port: int) -> List[socket.socket]:
+    """Bind to every address; a port picked for the first one may be taken at the next: then once more."""
+    for attempt in range(_ANY_PORT_TRIES):
+        bound: List[socket.socket] = []
+        chosen = port
+        try:
+            for address in addresses:
+                for info in _resolve(address, chosen):
+                    sock = _bind(info, chosen, optional=address == "" and bool(bound))
+                    if sock is not None:
+                        bound.append(sock)
+                        chosen = chosen or sock.getsockname()[1]
+            return bound
+        except ConfigurationError:
+            for sock in bound:
+                sock.close()
+            if port or attempt == _ANY_PORT_TRIES - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _resolve(address: str, port: int) -> list:  # type: ignore[type-arg]
+    """Where to bind for *address*; the empty one is every address, IPv4 first."""
+    try:
+        found = socket.getaddrinfo(
+            address or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"cannot listen on address {address!r}: {reason}") from error
+    return sorted(set(found), key=lambda info: info[0] == socket.AF_INET6)
+
+
+def _bind(info: tuple, port: int, *, optional: bool) -> Optional[socket.socket]:  # type: ignore[type-arg]
+    """A socket bound to *port* at the address of *info*; None if that is *optional* and not there."""
+    family, kind, protocol, _, sockaddr = info
+    try:
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        if optional and error.errno == errno.EAFNOSUPPORT:
+            return None
+        raise ConfigurationError(f"cannot listen on {sockaddr[0]}: {error.strerror}") from error
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    try:
+        sock.bind((sockaddr[0], port, *sockaddr[2:]))
+    except OSError as error:
+        sock.close()
+        if optional and error.errno == errno.EADDRNOTAVAIL:
+            return None
+        raise ConfigurationError(_bind_trouble(sockaddr[0], port, error)) from error
+    return sock
+
+
+def _bind_trouble(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} is in use{_holder_of(port)}: stop that program, or choose another --lport"
+    if error.errno == errno.EACCES:
+        return f"port {port} is reserved for root: choose an --lport of 1024 or more"
+    return f"cannot listen on {host} port {port}: {error.strerror}"
+
+
+def _holder_of(port: int) -> str:
+    """Who listens on *port*, as far as this user may know."""
+    import psutil
+
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f" by {psutil.Process(connection.pid).name()} (process {connection.pid})"
+    except (psutil.Error, OSError):
+        pass  # it is only a detail of a message
+    return ""
+
+
+def _clear_stale(path: str) -> None:
+    """Remove the Unix socket of a dead server; whatever else is at *path* stays, with an error."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {path}: {error.strerror}") from error
+    if not stat.S_ISSOCK(mode):
+        raise ConfigurationError(f"{path} exists and is no socket: remove it, or choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError:
+            pass  # it exists and somebody listens
+    raise ConfigurationError(f"a running server listens on {path}: stop it, or choose another path")

@@ -1,0 +1,177 @@
+"""The master: keeps spare workers ahead of the clients, and buries the dead.
+
+It never touches a client's bytes. Signal handlers only wake its one loop, which
+waits for signals and for workers that report a client.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import signal
+import socket
+from time import monotonic
+from typing import Dict, NamedTuple, Optional, Sequence, Set
+
+from ..logs import log
+from ..process import set_title
+from .service import Service
+from .watch import GRACE
+from .worker import REPORT_SIZE, Pipes, Worker, parse_report
+
+_RETRY = 1.0
+_STOP_TIME = GRACE + 1.5
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
+
+
+class Limits(NamedTuple):
+    """Numbers of processes."""
+
+    max_clients: int
+    spare_workers: int
+
+
+class Master:
+    """Serves *service* on *listeners*, non-blocking sockets, until it is told to stop."""
+
+    def __init__(self, service: Service, listeners: Sequence[socket.socket], limits: Limits) -> None:
+        self._service = service
+        self._listeners = list(listeners)
+        self._limits = limits
+        self._spares: Set[int] = set()
+        self._clients: Dict[int, str] = {}
+        self._signals: Set[int] = set()
+        self._retry_at = 0.0
+        self._full = False
+        self._pipes = Pipes(*os.pipe(), *os.pipe())
+        os.set_blocking(self._pipes.reports_master, False)
+        self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+        self._poll = select.poll()
+        self._poll.register(self._wake, select.POLLIN)
+        self._poll.register(self._pipes.reports_master, select.POLLIN)
+
+    def run(self) -> int:
+        """The exit status: 0 after an orderly stop, 1 if it had to be cut short."""
+        set_title("master", self._service.source.name)
+        gc.collect()
+        gc.freeze()
+        while True:
+            self._spawn_spares()
+            signals = self._wait(self._retry_at if self._retry_at > monotonic() else None)
+            if signals & {signal.SIGTERM, signal.SIGINT}:
+                return self._stop()
+            if signal.SIGHUP in signals:
+                log.info("SIGHUP: nothing to do, a log file that was moved away is opened again by itself")
+            if signals & {signal.SIGUSR1, signal.SIGUSR2}:
+                log.warning("SIGUSR1 and SIGUSR2 do nothing in this mode")
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._signals.add(number)
+
+    def _wait(self, until: Optional[float]) -> Set[int]:
+        """Sleep until something happens; book it, and return the signals that came."""
+        timeout = None if until is None else max(0.0, (until - monotonic()) * 1000)
+        if not self._signals:
+            self._poll.poll(timeout)
+        _read_pipe(self._wake)
+        self._read_reports()
+        signals, self._signals = self._signals, set()
+        if signal.SIGCHLD in signals:
+            self._reap()
+        return signals
+
+    # Workers
+
+    def _spawn_spares(self) -> None:
+        """Keep spare workers waiting, as far as the limit of clients allows."""
+        room = self._limits.max_clients - len(self._clients)
+        if room <= 0 and not self._full:
+            log.warning("%d clients are connected, which is the limit; others wait", len(self._clients))
+        self._full = room <= 0
+        while len(self._spares) < min(room, self._limits.spare_workers) and monotonic() >= self._retry_at:
+            self._spawn()
+
+    def _spawn(self) -> None:
+        worker = Worker(self._service, self._listeners, self._pipes)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            pid = os.fork()
+            if not pid:
+                worker.run()
+            self._spares.add(pid)
+        except OSError as error:
+            log.error("cannot start a worker, trying again in a second: %s", error.strerror)
+            self._retry_at = monotonic() + _RETRY
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+    def _read_reports(self) -> None:
+        reports = _read_pipe(self._pipes.reports_master)
+        for start in range(0, len(reports), REPORT_SIZE):
+            pid, peer = parse_report(reports[start : start + REPORT_SIZE])
+            if pid in self._spares:
+                self._spares.remove(pid)
+                self._clients[pid] = peer
+
+    def _reap(self) -> None:
+        while self._spares or self._clients:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            peer = self._clients.pop(pid, None)
+            self._spares.discard(pid)
+            if status:
+                self._on_failure(pid, peer, os.waitstatus_to_exitcode(status))
+
+    def _on_failure(self, pid: int, peer: Optional[str], exit_code: int) -> None:
+        if exit_code < 0:
+            reason = f"killed by {signal.Signals(-exit_code).name}"
+        else:
+            reason = f"exit status {exit_code}"
+        if peer is not None:
+            log.error("worker %d of client %s died: %s", pid, peer, reason)
+        else:
+            log.error("spare worker %d died: %s; the next one starts in a second", pid, reason)
+            self._retry_at = monotonic() + _RETRY
+
+    # The end
+
+    def _stop(self) -> int:
+        """Let the workers finish what they have in hand; a second signal or `_STOP_TIME` ends that."""
+        log.info("stopping; %d clients are connected", len(self._clients))
+        for listener in self._listeners:
+            listener.close()
+        self._signal_workers(signal.SIGTERM)
+        deadline = monotonic() + _STOP_TIME
+        status = 0
+        while self._spares or self._clients:
+            again = self._wait(deadline) & {signal.SIGTERM, signal.SIGINT}
+            if (again or monotonic() >= deadline) and not status:
+                log.warning("ending %d workers that are still busy", len(self._spares) + len(self._clients))
+                self._signal_workers(signal.SIGKILL)
+                status = 1
+                deadline = float("inf")
+        self._flush()
+        return status
+
+    def _signal_workers(self, number: int) -> None:
+        for pid in (*self._spares, *self._clients):
+            os.kill(pid, number)
+
+    def _flush(self) -> None:
+        try:
+            self._service.source.flush()
+        except OSError as error:
+            log.error("the last flush failed: %s", error.strerror)
+
+
+def _read_pipe(fd: int) -> bytes:
+    """What a non-blocking pipe holds."""
+    try:
+        return os.read(fd, 64 << 10)
+    except BlockingIOError:
+        return b""

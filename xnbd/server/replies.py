@@ -1,0 +1,109 @@
+"""Replies on their way out, gathered so that one system call sends many.
+
+The queue is a flat list: a header is ``bytes``, the mapped memory that follows it
+is a ``memoryview``. Nothing is copied. If the kernel cannot read some of that
+memory (the image was truncated, the disk under it failed), the replies concerned
+become errors; a reply that has begun to leave cannot, and ends the connection.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Iterator, List, Tuple, Union
+
+from ..errors import ProtocolError
+from ..protocol import constants as c
+from ..protocol import transmission as wire
+from .connection import Connection
+
+_IOV_MAX = 1024
+_PROBE = 1 << 20
+
+Piece = Union[bytes, memoryview]
+
+
+class Replies:
+    """What has to be sent to one client. The session appends to ``pieces`` directly."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.pieces: List[Piece] = []
+        self._send_some = connection.send_some
+
+    def send(self) -> None:
+        """Send everything. Raises `ProtocolError` if a reply that has begun cannot be finished."""
+        pieces = self.pieces
+        while pieces:
+            group = pieces if len(pieces) <= _IOV_MAX else pieces[:_IOV_MAX]
+            try:
+                sent = self._send_some(group)
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                self._replace_unreadable()
+                continue
+            if group is pieces and sent == sum(map(len, pieces)):
+                pieces.clear()
+            else:
+                self._drop(sent)
+
+    def _drop(self, sent: int) -> None:
+        """Forget the first *sent* bytes. What is left of a piece, even of a header, is a memoryview."""
+        pieces = self.pieces
+        index = 0
+        while index < len(pieces) and sent >= len(pieces[index]):
+            sent -= len(pieces[index])
+            index += 1
+        del pieces[:index]
+        if sent:
+            pieces[0] = memoryview(pieces[0])[sent:]
+
+    def _replace_unreadable(self) -> None:
+        """Turn replies whose data cannot be read into errors."""
+        mended: List[Piece] = []
+        for header, data in _replies(self.pieces):
+            if all(map(_can_be_read, data)):
+                mended += [header, *data] if header else data
+            elif not header:
+                raise ProtocolError("the data of a reply that has begun cannot be read")
+            else:
+                mended.append(_error_instead(header))
+        if len(mended) == len(self.pieces):
+            raise ProtocolError("replies cannot be sent: bad address")
+        self.pieces[:] = mended
+
+
+def _replies(pieces: List[Piece]) -> Iterator[Tuple[bytes, List[memoryview]]]:
+    """The queue reply by reply; the header is empty for one that has begun to leave."""
+    header, data = b"", []  # type: Tuple[bytes, List[memoryview]]
+    for piece in pieces:
+        if isinstance(piece, memoryview):
+            data.append(piece)
+            continue
+        if header or data:
+            yield header, data
+        header, data = piece, []
+    yield header, data
+
+
+def _can_be_read(data: memoryview) -> bool:
+    """Whether the kernel can read this memory: tried with a copy into a file of no name."""
+    scratch = os.memfd_create("xnbd-probe")
+    try:
+        for start in range(0, len(data), _PROBE):
+            os.pwrite(scratch, data[start : start + _PROBE], 0)
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            return False
+        raise
+    finally:
+        os.close(scratch)
+    return True
+
+
+def _error_instead(header: bytes) -> bytes:
+    cookie = header[wire.COOKIE_IN_REPLY]
+    if header.startswith(wire.OK_PREFIX):
+        return wire.pack_simple_reply(cookie, c.EIO)
+    flags = wire.CHUNK.unpack_from(header)[1]
+    return wire.pack_error_chunk(cookie, c.EIO, "the data cannot be read", flags)

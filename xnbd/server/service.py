@@ -1,0 +1,71 @@
+"""A disk offered to clients, and what becomes of one client from its connection on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+from ..errors import ProtocolError
+from ..logs import log
+from ..protocol import constants as c
+from ..protocol.negotiation import Agreement, Export, Exports
+from ..storage.image import Image, Source
+from .connection import Connection
+from .handshake import greet_oldstyle, negotiate
+from .session import Session
+from .watch import Stop
+
+
+class Service(NamedTuple):
+    """*source* under the name *export_name*; times in seconds."""
+
+    source: Source
+    export_name: str
+    oldstyle: bool = False
+    handshake_timeout: float = 10.0
+    spin: float = 0.0
+
+    def export(self) -> Export:
+        source = self.source
+        flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_CAN_MULTI_CONN | c.FLAG_SEND_CACHE
+        if source.readonly:
+            flags |= c.FLAG_READ_ONLY
+        else:
+            flags |= c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_FAST_ZERO
+        return Export(self.export_name, source.size, flags, source.description)
+
+    def exports(self) -> Exports:
+        """One disk, under its own name and the empty one."""
+        export = self.export()
+        return Exports(
+            names=lambda: [export.name],
+            find=lambda name: export if name in ("", export.name) else None,
+        )
+
+    def serve(self, connection: Connection, image: Image, agreement: Optional[Agreement] = None) -> None:
+        """Serve one client until it leaves or has to go; nothing it does raises.
+
+        *agreement* is what somebody else has negotiated with it already.
+        """
+        try:
+            self._serve(connection, image, agreement)
+        except Stop as reason:
+            log.info("%s: closed: %s", connection.peer, reason)
+            connection.linger()
+        except ProtocolError as error:
+            log.warning("%s: disconnected: %s", connection.peer, error)
+        except OSError as error:
+            log.info("%s: connection lost: %s", connection.peer, error.strerror)
+        finally:
+            connection.close()
+
+    def _serve(self, connection: Connection, image: Image, agreement: Optional[Agreement]) -> None:
+        if agreement is None and self.oldstyle:
+            agreement = greet_oldstyle(connection, self.export(), self.handshake_timeout)
+        elif agreement is None:
+            agreement = negotiate(connection, self.exports(), self.handshake_timeout)
+        if agreement is None:
+            log.info("%s: left during the handshake", connection.peer)
+            return
+        log.info("%s: connected", connection.peer)
+        Session(connection, image, agreement).run()
+        log.info("%s: left", connection.peer)

@@ -1,0 +1,339 @@
+"""One client's requests, from the first to the last.
+
+As many requests as one receive brings are worked through, and all their replies
+leave with one gathering send; plain reads and writes take a path of their own
+through `Session._work`, everything else goes through `Session._execute`. Replies
+leave in the order of the requests. Whatever may take long sends the replies before
+it first.
+
+Mapped data is passed on, never looked at (see `storage.image`).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from typing import Iterator, List, Optional, Tuple
+
+from ..errors import ProtocolError, RequestError
+from ..protocol import constants as c
+from ..protocol import transmission as wire
+from ..protocol.negotiation import ALLOCATION_CONTEXT, Agreement
+from ..storage.image import Image
+from .connection import Connection
+from .replies import Replies
+
+BUFFER_SIZE = 512 << 10
+"""Bytes received at once: many small requests, or a good part of a large write."""
+
+MAXIMUM_REQUEST = 256 << 20
+"""Reads and writes above this are refused: no client sends them but by mistake."""
+
+_STREAM_FROM = BUFFER_SIZE // 4
+"""Payloads from this size on go to the image as they arrive instead of being collected first."""
+
+_BLOCK = 4096
+_HOLE_MINIMUM = 32 << 10
+"""Holes shorter than this cost less as zeros on the wire than as a chunk of their own."""
+
+_MAXIMUM_EXTENTS = 1 << 14
+_MAXIMUM_LENGTH = (1 << 32) - 1
+
+_READ = wire.request_word(c.CMD_READ)
+_WRITE = wire.request_word(c.CMD_WRITE)
+
+_KNOWN_FLAGS = {
+    c.CMD_READ: c.CMD_FLAG_DF,
+    c.CMD_WRITE: 0,
+    c.CMD_DISC: 0,
+    c.CMD_FLUSH: 0,
+    c.CMD_TRIM: 0,
+    c.CMD_CACHE: 0,
+    c.CMD_WRITE_ZEROES: c.CMD_FLAG_NO_HOLE | c.CMD_FLAG_FAST_ZERO,
+    c.CMD_BLOCK_STATUS: c.CMD_FLAG_REQ_ONE,
+}
+"""Flags by command; FUA is one of all of them, though it says something to writers only."""
+
+_MODIFYING = (c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES)
+_ENOSPC_BEYOND_END = (c.CMD_WRITE, c.CMD_WRITE_ZEROES)
+
+
+class Session:
+    """The transmission phase of *connection*, over *image*, as agreed in the handshake."""
+
+    def __init__(self, connection: Connection, image: Image, agreement: Agreement) -> None:
+        self._connection = connection
+        self._image = image
+        self._structured = agreement.structured
+        self._allocation = agreement.allocation
+        self._replies = Replies(connection)
+        self._buffer = mmap.mmap(-1, BUFFER_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0  # the received bytes that are still to be worked on
+        self._left = False
+        self._commands = {
+            c.CMD_READ: self._read,
+            c.CMD_FLUSH: self._flush,
+            c.CMD_TRIM: self._trim,
+            c.CMD_CACHE: self._cache,
+            c.CMD_WRITE_ZEROES: self._write_zeroes,
+            c.CMD_BLOCK_STATUS: self._block_status,
+        }
+
+    def run(self) -> None:
+        """Serve until the client leaves.
+
+        Raises `ProtocolError` if it has to be thrown out, `Stop` once the requests
+        in hand are answered and the worker is to leave, `OSError` if the connection
+        breaks.
+        """
+        connection, replies = self._connection, self._replies
+        check, receive, view = connection.watch.check, connection.receive, self._view
+        while not self._left:
+            check(mid_message=self._end > 0)
+            if self._start:
+                self._move_to_front()
+            if not self._end:
+                received = receive(view)
+                if not received:
+                    return
+            else:
+                received = connection.receive_rest(view[self._end :])
+            self._end += received
+            self._work()
+            replies.send()
+
+    def _move_to_front(self) -> None:
+        rest = self._end - self._start
+        if rest:
+            self._view[:rest] = self._view[self._start : self._end]
+        self._start, self._end = 0, rest
+
+    def _work(self) -> None:
+        """Work through the complete requests that were received."""
+        buffer, view, image = self._buffer, self._view, self._image
+        unpack_request = wire.REQUEST.unpack_from
+        append, structured = self._replies.pieces.append, self._structured
+        flat, write = image.flat, image.write
+        readable = image.readable()
+        writable = -1 if image.readonly else readable
+        longest_read = _HOLE_MINIMUM - 1 if structured else MAXIMUM_REQUEST
+        position, end = self._start, self._end
+        while end - position >= 28:
+            word, cookie, offset, length = unpack_request(buffer, position)
+            stop = offset + length
+            if word == _READ and stop <= readable and 0 < length <= longest_read and flat is not None:
+                append(wire.pack_data_chunk(cookie, offset, length) if structured else wire.OK_PREFIX + cookie)
+                append(flat[offset:stop])
+                position += 28
+            elif word == _WRITE and stop <= writable and position + 28 + length <= end:
+                data = position + 28
+                position = data + length
+                try:
+                    write(offset, view[data:position])
+                except OSError as error:
+                    append(wire.pack_simple_reply(cookie, wire.nbd_error(error.errno or 0)))
+                else:
+                    append(wire.OK_PREFIX + cookie)
+            else:
+                self._start = position
+                if not self._execute(word, cookie, offset, length):
+                    return
+                position, end = self._start, self._end
+        self._start = position
+        if position == end:
+            self._start = self._end = 0
+
+    def _execute(self, word: int, cookie: bytes, offset: int, length: int) -> bool:
+        """Any request, at `_start`; False if it has to wait for more bytes, or is the last."""
+        magic, flags, command = wire.split_word(word)
+        if magic != c.REQUEST_MAGIC:
+            raise ProtocolError(f"wrong request magic {magic:#x}")
+        if command == c.CMD_WRITE:
+            return self._write(flags, cookie, offset, length)
+        self._start += wire.REQUEST.size
+        if command == c.CMD_DISC:
+            self._left = True
+            return False
+        try:
+            self._check(command, flags, offset, length)
+            self._commands[command](flags, cookie, offset, length)
+        except (OSError, RequestError) as error:
+            self._refuse(command, cookie, error)
+        return True
+
+    def _check(self, command: int, flags: int, offset: int, length: int) -> None:
+        """Raises `RequestError` for a request that nothing can be done about."""
+        image = self._image
+        if command not in _KNOWN_FLAGS:
+            raise RequestError(errno.EINVAL, f"unknown command {command}")
+        if image.readonly and command in _MODIFYING:
+            raise ProtocolError("client writes to a read-only disk")
+        if flags & ~(_KNOWN_FLAGS[command] | c.CMD_FLAG_FUA):
+            raise RequestError(errno.EINVAL, "unknown flags for this command")
+        if command == c.CMD_FLUSH:
+            return
+        if offset + length > image.size:
+            beyond = errno.ENOSPC if command in _ENOSPC_BEYOND_END else errno.EINVAL
+            raise RequestError(beyond, "beyond the end of the disk")
+        if command in (c.CMD_READ, c.CMD_WRITE) and length > MAXIMUM_REQUEST:
+            raise RequestError(errno.EINVAL, f"more than {MAXIMUM_REQUEST} bytes at once")
+        if offset + length > image.readable():
+            raise RequestError(errno.EIO, "the disk image has shrunk")
+
+    def _refuse(self, command: int, cookie: bytes, error: Exception) -> None:
+        number = wire.nbd_error(getattr(error, "errno", None) or errno.EIO)
+        if self._structured and command in (c.CMD_READ, c.CMD_BLOCK_STATUS):
+            self._replies.pieces.append(wire.pack_error_chunk(cookie, number, str(error)))
+        else:
+            self._replies.pieces.append(wire.pack_simple_reply(cookie, number))
+
+    def _acknowledge(self, cookie: bytes, flags: int = 0) -> None:
+        """Success of a command that returns nothing, durable if *flags* ask for it."""
+        if flags & c.CMD_FLAG_FUA:
+            self._image.flush()
+        self._replies.pieces.append(wire.OK_PREFIX + cookie)
+
+    # READ
+
+    def _read(self, flags: int, cookie: bytes, offset: int, length: int) -> None:
+        pieces = self._replies.pieces
+        if not self._structured:
+            if flags & c.CMD_FLAG_DF:
+                raise RequestError(errno.EINVAL, "DF needs structured replies")
+            pieces.append(wire.OK_PREFIX + cookie)
+            pieces.extend(self._image.read(offset, length))
+        elif not length:
+            pieces.append(wire.pack_done(cookie))
+        elif flags & c.CMD_FLAG_DF or length < _HOLE_MINIMUM:
+            self._append_data(cookie, offset, length, c.REPLY_FLAG_DONE)
+        else:
+            self._read_around_holes(cookie, offset, length)
+
+    def _read_around_holes(self, cookie: bytes, offset: int, length: int) -> None:
+        """A structured answer in which long holes are chunks without data."""
+        parts = list(self._parts(offset, length))
+        for part, (hole, at, count) in enumerate(parts, 1):
+            flags = c.REPLY_FLAG_DONE if part == len(parts) else 0
+            if hole:
+                self._replies.pieces.append(wire.pack_hole_chunk(cookie, at, count, flags))
+            else:
+                self._append_data(cookie, at, count, flags)
+
+    def _append_data(self, cookie: bytes, offset: int, length: int, flags: int) -> None:
+        self._replies.pieces.append(wire.pack_data_chunk(cookie, offset, length, flags))
+        self._replies.pieces.extend(self._image.read(offset, length))
+
+    def _parts(self, offset: int, length: int) -> Iterator[Tuple[bool, int, int]]:
+        """*length* bytes at *offset* as (hole?, offset, length); short holes count as data."""
+        data_from = position = offset
+        for extent in self._image.extents(offset, length):
+            if extent.hole and extent.length >= _HOLE_MINIMUM:
+                if position > data_from:
+                    yield False, data_from, position - data_from
+                yield True, position, extent.length
+                data_from = position + extent.length
+            position += extent.length
+        if position > data_from:
+            yield False, data_from, position - data_from
+
+    # WRITE
+
+    def _write(self, flags: int, cookie: bytes, offset: int, length: int) -> bool:
+        """A WRITE off the fast path; False if its payload is small and not all there yet."""
+        refusal: Optional[Exception] = None
+        try:
+            self._check(c.CMD_WRITE, flags, offset, length)
+        except RequestError as error:
+            refusal = error
+        payload = self._start + wire.REQUEST.size
+        if payload + length > self._end:
+            if length < _STREAM_FROM:
+                return False
+            self._replies.send()
+        self._start = payload
+        failure = self._write_pieces(offset, length, refusal)
+        try:
+            if failure:
+                raise failure
+            self._acknowledge(cookie, flags)
+        except (OSError, RequestError) as error:
+            self._refuse(c.CMD_WRITE, cookie, error)
+        return True
+
+    def _write_pieces(self, offset: int, length: int, failure: Optional[Exception]) -> Optional[Exception]:
+        """Write the payload piece by piece; after a *failure* only take it off the wire."""
+        for at, piece in self._payload(offset, length):
+            if failure is None:
+                try:
+                    self._image.write(at, piece)
+                except OSError as error:
+                    failure = error
+        return failure
+
+    def _payload(self, offset: int, length: int) -> Iterator[Tuple[int, memoryview]]:
+        """The payload of *length* bytes from `_start` on, with the offsets where its pieces belong.
+
+        A piece ends at a block's end, so that no block has to be written twice.
+        """
+        view = self._view
+        while self._end - self._start < length:
+            usable = self._end - self._start
+            usable -= (offset + usable) % _BLOCK
+            if usable > 0:
+                yield offset, view[self._start : self._start + usable]
+                self._start += usable
+                offset += usable
+                length -= usable
+            self._move_to_front()
+            wanted = min(length, len(view))
+            while self._end < wanted:
+                self._end += self._connection.receive_rest(view[self._end : wanted])
+        yield offset, view[self._start : self._start + length]
+        self._start += length
+
+    # The other commands
+
+    def _flush(self, _flags: int, cookie: bytes, _offset: int, _length: int) -> None:
+        self._replies.send()
+        self._acknowledge(cookie, c.CMD_FLAG_FUA)
+
+    def _trim(self, flags: int, cookie: bytes, offset: int, length: int) -> None:
+        self._replies.send()
+        if length:
+            self._image.trim(offset, length)
+        self._acknowledge(cookie, flags)
+
+    def _cache(self, _flags: int, cookie: bytes, offset: int, length: int) -> None:
+        if length:
+            self._image.prefetch(offset, length)
+        self._acknowledge(cookie)
+
+    def _write_zeroes(self, flags: int, cookie: bytes, offset: int, length: int) -> None:
+        self._replies.send()
+        if length:
+            may_trim, fast = not flags & c.CMD_FLAG_NO_HOLE, bool(flags & c.CMD_FLAG_FAST_ZERO)
+            self._image.write_zeroes(offset, length, may_trim=may_trim, fast=fast)
+        self._acknowledge(cookie, flags)
+
+    def _block_status(self, flags: int, cookie: bytes, offset: int, length: int) -> None:
+        if not self._allocation:
+            raise RequestError(errno.EINVAL, "no meta context was negotiated")
+        if not length:
+            raise RequestError(errno.EINVAL, "block status of nothing")
+        self._replies.send()
+        limit = 1 if flags & c.CMD_FLAG_REQ_ONE else _MAXIMUM_EXTENTS
+        extents = self._status(offset, length, limit)
+        self._replies.pieces.append(wire.pack_block_status(cookie, ALLOCATION_CONTEXT, extents))
+
+    def _status(self, offset: int, length: int, limit: int) -> List[Tuple[int, int]]:
+        status: List[Tuple[int, int]] = []
+        for extent in self._image.extents(offset, length):
+            flags = c.STATE_HOLE | c.STATE_ZERO if extent.hole else 0
+            if status and status[-1][1] == flags:
+                status[-1] = (status[-1][0] + extent.length, flags)
+                continue
+            if len(status) == limit:
+                break
+            status.append((extent.length, flags))
+        return status

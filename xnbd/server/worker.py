@@ -1,0 +1,117 @@
+"""A worker: one process, one client.
+
+`Worker.__init__` runs in the master, `Worker.run` in the child, which never
+returns from it. A spare worker has its image open and waits for a client; it
+accepts and negotiates itself, so that no client waits for a fork or for another
+client's handshake.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import signal
+import socket
+from typing import NamedTuple, Optional, Sequence
+
+from ..logs import log
+from ..process import set_title
+from .connection import Connection
+from .service import Service
+from .watch import Stop, Watch
+
+_RETRY_ACCEPT = 1.0
+
+GARBAGE_THRESHOLD = 50_000
+"""Objects that may pile up before Python looks for cycles: the request loop makes none."""
+
+
+class Pipes(NamedTuple):
+    """Descriptors between master and workers.
+
+    ``lifeline`` breaks with the master; through ``reports`` a worker tells that it
+    has got a client.
+    """
+
+    lifeline: int
+    lifeline_master: int
+    reports_master: int
+    reports: int
+
+
+class Worker:
+    """The next worker, as the master prepares it."""
+
+    def __init__(self, service: Service, listeners: Sequence[socket.socket], pipes: Pipes) -> None:
+        self._service = service
+        self._listeners = listeners
+        self._pipes = pipes
+
+    def run(self) -> None:
+        """Life of the child; signals are blocked when it begins."""
+        status = 1
+        try:
+            watch = self._init_process()
+            status = self._work(watch)
+        except Stop:
+            status = 0
+        except BaseException:
+            log.exception("worker failed")
+        finally:
+            os._exit(status)
+
+    def _init_process(self) -> Watch:
+        os.close(self._pipes.lifeline_master)
+        os.close(self._pipes.reports_master)
+        gc.set_threshold(GARBAGE_THRESHOLD)
+        watch = Watch(self._pipes.lifeline)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        return watch
+
+    def _work(self, watch: Watch) -> int:
+        set_title("spare worker", self._service.source.name)
+        image = self._service.source.open()
+        sock = self._accept(watch)
+        connection = Connection(sock, watch, self._service.spin)
+        self._report(connection.peer)
+        set_title("worker for", connection.peer, self._service.source.name)
+        for listener in self._listeners:
+            listener.close()
+        self._service.serve(connection, image)
+        return 0
+
+    def _accept(self, watch: Watch) -> socket.socket:
+        descriptors = tuple(listener.fileno() for listener in self._listeners)
+        while True:
+            watch.wait(descriptors, select.POLLIN)
+            for listener in self._listeners:
+                sock = self._try_accept(listener, watch)
+                if sock is not None:
+                    return sock
+
+    def _try_accept(self, listener: socket.socket, watch: Watch) -> Optional[socket.socket]:
+        try:
+            return listener.accept()[0]
+        except (BlockingIOError, ConnectionAbortedError):
+            return None  # another worker was faster, or the client has changed its mind
+        except OSError as error:
+            log.error("cannot accept a client, trying again in a second: %s", error.strerror)
+            watch.pause(_RETRY_ACCEPT)
+            return None
+
+    def _report(self, peer: str) -> None:
+        os.write(self._pipes.reports, pack_report(os.getpid(), peer))
+
+
+def pack_report(pid: int, peer: str) -> bytes:
+    """What a worker tells the master, in one piece of fixed size: ``REPORT_SIZE`` bytes."""
+    return f"{pid} {peer}".encode()[:REPORT_SIZE].ljust(REPORT_SIZE)
+
+
+def parse_report(report: bytes) -> "tuple[int, str]":
+    pid, _, peer = report.decode().rstrip().partition(" ")
+    return int(pid), peer
+
+
+REPORT_SIZE = 128

@@ -1,0 +1,1 @@
+"""Disks as byte ranges. Nothing here knows of NBD, sockets or clients."""

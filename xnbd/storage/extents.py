@@ -1,0 +1,36 @@
+"""Where a file has data and where it has holes: ``lseek(2)``, SEEK_DATA and SEEK_HOLE."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Iterator
+
+from .image import Extent
+
+
+def file_extents(fd: int, offset: int, length: int) -> Iterator[Extent]:
+    """What *length* bytes at *offset* are made of; beyond the file's end there is a hole.
+
+    A file system that cannot tell says that all is data.
+    """
+    end = offset + length
+    while offset < end:
+        data = min(_seek_data(fd, offset), end)
+        if data > offset:
+            yield Extent(data - offset, hole=True)
+            offset = data
+            continue
+        hole = min(os.lseek(fd, offset, os.SEEK_HOLE), end)
+        if hole > offset:  # else another process has just punched a hole here
+            yield Extent(hole - offset, hole=False)
+        offset = hole
+
+
+def _seek_data(fd: int, offset: int) -> int:
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return 1 << 63
+        raise

@@ -1,0 +1,137 @@
+"""Zeros and holes in files and block devices, by the means the kernel has for each.
+
+Python offers no ``fallocate(2)`` with a mode. The same operations are reached by
+``ioctl(2)``: ``FS_IOC_UNRESVSP64`` and ``FS_IOC_ZERO_RANGE`` for regular files
+(``ioctl_xfs``; every file system since Linux 5.6), ``BLKDISCARD`` and
+``BLKZEROOUT`` for block devices (``linux/fs.h``).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from typing import Callable, Iterator, Tuple
+
+_BLKGETSIZE64 = 0x80081272
+_BLKSSZGET = 0x1268
+_BLKDISCARD = 0x1277
+_BLKZEROOUT = 0x127F
+_FS_IOC_UNRESVSP64 = 0x4030582B
+_FS_IOC_ZERO_RANGE = 0x40305839
+_SPACE_RESV = struct.Struct("=hh4xqqiI16x")
+
+STEP = 64 << 20
+"""Bytes zeroed by one call: the kernel holds the file's lock for so long, and other writers wait."""
+
+_ZEROS = bytes(256 << 10)
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
+
+
+def device_size(fd: int) -> int:
+    """Size in bytes of a regular file or a block device.
+
+    Raises `OSError` (ENODEV) for anything else.
+    """
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size
+    if stat.S_ISBLK(status.st_mode):
+        (size,) = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))
+        return int(size)
+    raise OSError(errno.ENODEV, "neither a regular file nor a block device")
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """``pwrite(2)`` until all of *data* is written; raises `OSError` if it cannot be."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data = data[written:]
+        offset += written
+
+
+def write_zero_bytes(fd: int, offset: int, length: int) -> None:
+    """Zeros the slow way, which works everywhere."""
+    zeros = memoryview(_ZEROS)
+    for position, count in _steps(offset, length, len(_ZEROS)):
+        write_all(fd, zeros[:count], position)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Zeros that take no space. Raises `OSError` (EOPNOTSUPP) where that is not possible."""
+    if _is_block_device(fd):
+        # A discard promises no zeros, zeroing may discard: the kernel picks what the device is good at.
+        _zero_device(fd, offset, length)
+    else:
+        _change_space(fd, _FS_IOC_UNRESVSP64, offset, length)
+
+
+def zero_range(fd: int, offset: int, length: int) -> None:
+    """Zeros that stay allocated. Raises `OSError` (EOPNOTSUPP) where only writing makes them."""
+    if _is_block_device(fd):
+        _zero_device(fd, offset, length)
+    else:
+        _change_space(fd, _FS_IOC_ZERO_RANGE, offset, length)
+
+
+def discard(fd: int, offset: int, length: int) -> None:
+    """Give space back; the bytes read as zeros in a file, as anything on a block device."""
+    if not _is_block_device(fd):
+        punch_hole(fd, offset, length)
+        return
+    start, end = _whole_sectors(fd, offset, length)
+    if start < end:
+        _in_steps(lambda at, count: _device_ioctl(fd, _BLKDISCARD, at, count), start, end - start)
+
+
+def _change_space(fd: int, request: int, offset: int, length: int) -> None:
+    def change(at: int, count: int) -> None:
+        fcntl.ioctl(fd, request, _SPACE_RESV.pack(0, os.SEEK_SET, at, count, 0, 0))
+
+    _in_steps(change, offset, length)
+
+
+def _zero_device(fd: int, offset: int, length: int) -> None:
+    """Whole sectors by the device, the ragged ends by writing."""
+    start, end = _whole_sectors(fd, offset, length)
+    if start >= end:
+        write_zero_bytes(fd, offset, length)
+        return
+    _in_steps(lambda at, count: _device_ioctl(fd, _BLKZEROOUT, at, count), start, end - start)
+    write_zero_bytes(fd, offset, start - offset)
+    write_zero_bytes(fd, end, offset + length - end)
+
+
+def _device_ioctl(fd: int, request: int, offset: int, length: int) -> None:
+    fcntl.ioctl(fd, request, struct.pack("QQ", offset, length))
+
+
+def _in_steps(change: Callable[[int, int], None], offset: int, length: int) -> None:
+    """*change* all of the range; what "not supported" looks like is the same for every caller."""
+    try:
+        for position, count in _steps(offset, length, STEP):
+            change(position, count)
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from error
+        raise
+
+
+def _steps(offset: int, length: int, step: int) -> Iterator[Tuple[int, int]]:
+    """*length* bytes at *offset* as pieces that end at multiples of *step*."""
+    end = offset + length
+    while offset < end:
+        count = min(end, (offset // step + 1) * step) - offset
+        yield offset, count
+        offset += count
+
+
+def _whole_sectors(fd: int, offset: int, length: int) -> Tuple[int, int]:
+    (sector,) = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))
+    return -(-offset // sector) * sector, (offset + length) // sector * sector
+
+
+def _is_block_device(fd: int) -> bool:
+    return stat.S_ISBLK(os.fstat(fd).st_mode)

@@ -1,0 +1,146 @@
+"""A disk that is one file or one block device.
+
+Reads are slices of a shared mapping, writes are ``pwrite(2)``: both see the one
+page cache, so every process that serves the file sees what any of them wrote.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from typing import Iterator, List, Optional
+
+from ..errors import ConfigurationError
+from . import space
+from .extents import file_extents
+from .image import Buffer, Extent, Image, Source
+
+
+def create_sparse(path: str, size: int) -> bool:
+    """Make a sparse file of *size* bytes unless *path* exists; tell whether it was made.
+
+    Raises `ConfigurationError` if it cannot be made.
+    """
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise ConfigurationError(f"cannot create {path}: {error.strerror}") from error
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        os.unlink(path)
+        raise ConfigurationError(f"cannot create {path} with {size} bytes: {error.strerror}") from error
+    finally:
+        os.close(fd)
+    return True
+
+
+def open_disk(path: str, *, readonly: bool) -> int:
+    """A descriptor of the file or block device at *path*, checked to be a disk.
+
+    Raises `ConfigurationError` with what to do about it.
+    """
+    try:
+        fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigurationError(f"cannot open {path}: {error.strerror}{_ADVICE.get(error.errno, '')}") from error
+    try:
+        if not space.device_size(fd):
+            raise ConfigurationError(f"{path} is empty: truncate -s 1G {path} makes it a disk of 1 GiB")
+    except OSError as error:
+        os.close(fd)
+        raise ConfigurationError(f"{path} is not a disk image: {error.strerror}") from error
+    except ConfigurationError:
+        os.close(fd)
+        raise
+    return fd
+
+
+_ADVICE = {
+    errno.ENOENT: " (--create SIZE makes a new image)",
+    errno.EACCES: " (--readonly serves what cannot be written)",
+    errno.EROFS: " (--readonly serves what cannot be written)",
+}
+
+
+def reopen(fd: int, *, readonly: bool) -> int:
+    """A second, independent descriptor of the file behind *fd*, also if it was renamed since."""
+    return os.open(f"/proc/self/fd/{fd}", (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+
+
+class TargetSource(Source):
+    """The disk image at *path*. Raises `ConfigurationError` if it cannot be served."""
+
+    def __init__(self, path: str, *, readonly: bool) -> None:
+        self._fd = open_disk(path, readonly=readonly)
+        self.name = os.path.basename(path)
+        self.description = f"disk image {self.name}"
+        self.size = space.device_size(self._fd)
+        self.readonly = readonly
+        try:
+            self.open().close()
+        except (OSError, OverflowError) as error:
+            raise ConfigurationError(f"cannot map {path} ({self.size} bytes) into memory: {error}") from error
+
+    def open(self) -> TargetImage:
+        return TargetImage(reopen(self._fd, readonly=self.readonly), readonly=self.readonly)
+
+    def flush(self) -> None:
+        os.fdatasync(self._fd)
+
+
+class TargetImage(Image):
+    """The image behind the descriptor *fd*, which this object owns from now on."""
+
+    def __init__(self, fd: int, *, readonly: bool) -> None:
+        self.fd = fd
+        self.size = space.device_size(fd)
+        self.readonly = readonly
+        self._mapping = mmap.mmap(fd, self.size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        self.flat: Optional[memoryview] = memoryview(self._mapping)
+
+    def readable(self) -> int:
+        return min(os.lseek(self.fd, 0, os.SEEK_END), self.size)
+
+    def read(self, offset: int, length: int) -> List[memoryview]:
+        assert self.flat is not None
+        return [self.flat[offset : offset + length]]
+
+    def write(self, offset: int, data: Buffer) -> None:
+        written = os.pwrite(self.fd, data, offset)
+        if written != len(data):
+            space.write_all(self.fd, memoryview(data)[written:], offset + written)
+
+    def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
+        make_zeros = space.punch_hole if may_trim else space.zero_range
+        try:
+            make_zeros(self.fd, offset, length)
+        except OSError as error:
+            if fast or error.errno != errno.EOPNOTSUPP:
+                raise
+            space.write_zero_bytes(self.fd, offset, length)
+
+    def trim(self, offset: int, length: int) -> None:
+        try:
+            space.discard(self.fd, offset, length)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+
+    def flush(self) -> None:
+        os.fdatasync(self.fd)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        return file_extents(self.fd, offset, length)
+
+    def close(self) -> None:
+        if self.flat is not None:
+            self.flat.release()
+        self._mapping.close()
+        os.close(self.fd)
