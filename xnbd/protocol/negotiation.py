@@ -262,7 +262,7 @@ def _parse_queries(data: bytes) -> List[str]:
     if len(data) < 4:
         raise _Refused(c.REP_ERR_INVALID, "data too short")
     (count,), rest = _U32.unpack_from(data), data[4:]
-    queries = []
+    queries: List[str] = []
     while rest and len(queries) < count:
         query, rest = _parse_string(rest)
         queries.append(query)

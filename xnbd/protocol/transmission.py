@@ -79,23 +79,14 @@ MAXIMUM_MESSAGE = 1024
 
 def pack_data_chunk(cookie: bytes, offset: int, length: int, flags: int = c.REPLY_FLAG_DONE) -> bytes:
     """Header of a chunk of *length* data bytes, which follow it."""
-    return DATA_CHUNK.pack(
-        c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_TYPE_OFFSET_DATA, cookie, 8 + length, offset
-    )
+    return DATA_CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_TYPE_OFFSET_DATA, cookie, 8 + length, offset)
 
 
 def pack_hole_chunk(cookie: bytes, offset: int, length: int, flags: int = c.REPLY_FLAG_DONE) -> bytes:
-    return HOLE_CHUNK.pack(
-        c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_TYPE_OFFSET_HOLE, cookie, 12, offset, length
-    )
+    return HOLE_CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_TYPE_OFFSET_HOLE, cookie, 12, offset, length)
 
 
 def pack_block_status(cookie: bytes, context: int, extents: Iterable[Tuple[int, int]]) -> bytes:
     """A whole structured reply with *extents*, pairs of length in bytes and status flags."""
     body = struct.pack(">I", context) + b"".join(struct.pack(">II", *extent) for extent in extents)
-    return (
-        CHUNK.pack(
-            c.STRUCTURED_REPLY_MAGIC, c.REPLY_FLAG_DONE, c.REPLY_TYPE_BLOCK_STATUS, cookie, len(body)
-        )
-        + body
-    )
+    return CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, c.REPLY_FLAG_DONE, c.REPLY_TYPE_BLOCK_STATUS, cookie, len(body)) + body

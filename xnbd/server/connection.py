@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Sequence, Union
 
 from ..errors import Disconnected, ProtocolError
+from .spin import Spin
 from .watch import Stop, Watch
 
 _DONT_WAIT = socket.MSG_DONTWAIT
@@ -22,12 +23,7 @@ _KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP
 
 
 class Connection:
-    """One client's connection; *spin* is the longest time in seconds to poll before sleeping.
-
-    Spinning pays where the next request comes sooner than a sleeping process
-    wakes. The time adapts: it halves with every wait that outlasts it, down to
-    nothing, and comes back when waits turn out to be short.
-    """
+    """One client's connection; *spin* is the longest time in seconds to poll before sleeping."""
 
     def __init__(self, sock: socket.socket, watch: Watch, spin: float = 0.0) -> None:
         self.sock = sock
@@ -36,8 +32,10 @@ class Connection:
         self._fds = (sock.fileno(),)
         self._recv_into = sock.recv_into
         self._sendmsg = sock.sendmsg
-        self._longest_spin = spin
-        self._spin = spin
+        self._spin = Spin(spin)
+        ready = select.poll()
+        ready.register(sock, select.POLLIN)
+        self._ready = ready.poll
         sock.setblocking(True)
         set_socket_options(sock)
 
@@ -47,36 +45,25 @@ class Connection:
         Between messages: raises `Stop` as soon as the worker is to leave.
         """
         recv_into = self._recv_into
-        spin = self._spin
         try:
             return recv_into(view, 0, _DONT_WAIT)
         except BlockingIOError:
             pass
-        began = monotonic()
-        if spin:
-            until = began + spin
-            while monotonic() < until:
-                try:
-                    received = recv_into(view, 0, _DONT_WAIT)
-                except BlockingIOError:
-                    continue
-                self._spin = self._longest_spin
-                return received
+        spin, began = self._spin, monotonic()
+        until = began + spin.seconds
+        poll = self._ready
+        while monotonic() < until:
+            if poll(0):
+                spin.hit()
+                return recv_into(view, 0, _DONT_WAIT)
         while True:
             self.watch.wait(self._fds, select.POLLIN)
             try:
                 received = recv_into(view, 0, _DONT_WAIT)
             except BlockingIOError:
                 continue
-            self._adapt(monotonic() - began)
+            spin.missed(monotonic() - began)
             return received
-
-    def _adapt(self, waited: float) -> None:
-        longest = self._longest_spin
-        if waited < longest:
-            self._spin = min(longest, self._spin + longest / 4)
-        else:
-            self._spin = self._spin / 2 if self._spin > longest / 32 else 0.0
 
     def receive_rest(self, view: memoryview) -> int:
         """Receive more of a message that has begun: at least one byte.
@@ -192,5 +179,3 @@ def _describe_local_peer(sock: socket.socket) -> str:
 
     pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return f"unix:pid={pid},uid={uid}"
-
-

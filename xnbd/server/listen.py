@@ -118,9 +118,7 @@ def _bind_all(addresses: Sequence[str], port: int) -> List[socket.socket]:
 def _resolve(address: str, port: int) -> list:  # type: ignore[type-arg]
     """Where to bind for *address*; the empty one is every address, IPv4 first."""
     try:
-        found = socket.getaddrinfo(
-            address or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = socket.getaddrinfo(address or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigurationError(f"cannot listen on address {address!r}: {reason}") from error
@@ -163,7 +161,8 @@ def _holder_of(port: int) -> str:
 
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr
+            if listens and connection.laddr.port == port and connection.pid:
                 return f" by {psutil.Process(connection.pid).name()} (process {connection.pid})"
     except (psutil.Error, OSError):
         pass  # it is only a detail of a message

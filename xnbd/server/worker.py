@@ -109,7 +109,7 @@ def pack_report(pid: int, peer: str) -> bytes:
     return f"{pid} {peer}".encode()[:REPORT_SIZE].ljust(REPORT_SIZE)
 
 
-def parse_report(report: bytes) -> "tuple[int, str]":
+def parse_report(report: bytes) -> tuple[int, str]:
     pid, _, peer = report.decode().rstrip().partition(" ")
     return int(pid), peer
 

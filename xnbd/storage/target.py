@@ -46,7 +46,7 @@ def open_disk(path: str, *, readonly: bool) -> int:
     try:
         fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
     except OSError as error:
-        raise ConfigurationError(f"cannot open {path}: {error.strerror}{_ADVICE.get(error.errno, '')}") from error
+        raise ConfigurationError(f"cannot open {path}: {error.strerror}{_ADVICE.get(error.errno or 0, '')}") from error
     try:
         if not space.device_size(fd):
             raise ConfigurationError(f"{path} is empty: truncate -s 1G {path} makes it a disk of 1 GiB")

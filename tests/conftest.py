@@ -1,0 +1,69 @@
+"""Fixtures: a real server, started for a test and always stopped, whose log must be clean."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Callable, Iterator, List
+
+import pytest
+from server_process import Server
+
+MIB = 1 << 20
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """An image of 8 MiB and a bit, full of noise, whose size is no multiple of anything."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(random.Random(8520).randbytes(8 * MIB + 1234 + 1))
+    return path
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts servers; stops them after the test, and fails it if their logs show an error.
+
+    ``start("--target", image)`` listens on ``server.socket``; see `Server` for more.
+    What a test expects in the log it names in ``server.expected_errors``.
+    """
+    servers: List[Server] = []
+
+    def start_one(*arguments: object, **options: object) -> Server:
+        server = Server(tmp_path, f"server{len(servers)}", [str(a) for a in arguments], **options)  # type: ignore[arg-type]
+        servers.append(server)
+        server.wait_until_ready()
+        return server
+
+    try:
+        yield start_one
+    finally:
+        for server in servers:
+            server.stop()
+    for server in servers:
+        unexpected = [
+            line
+            for line in server.log().splitlines()
+            if re.search(r" ERROR: |Traceback|^\w*Error\b|Warning:", line)
+            and not any(re.search(pattern, line) for pattern in server.expected_errors)
+        ]
+        assert not unexpected, "\n".join(unexpected)
+
+
+@pytest.fixture
+def server(start: Start, image: Path) -> Server:
+    """A plain target on a Unix socket."""
+    return start("--target", image)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fresh seed for a randomised test; set XNBD_SEED to repeat a run. Printed when the test fails."""
+    import os
+
+    value = int(os.environ.get("XNBD_SEED", random.SystemRandom().randrange(1 << 32)))
+    print(f"XNBD_SEED={value}")
+    return value

@@ -1,0 +1,166 @@
+"""The real xnbd-server as a child of a test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PYTHON = os.environ.get("XNBD_PYTHON", sys.executable)
+"""The interpreter that runs the server, to test it under another version than the tests'."""
+
+START_TIME = 20.0
+STOP_TIME = 15.0
+
+
+def command(*arguments: object) -> List[str]:
+    """The command line of xnbd-server from the checkout under test."""
+    return [PYTHON, "-W", "error", str(ROOT / "bin" / "xnbd-server"), *map(str, arguments)]
+
+
+class Server:
+    """A server that listens on the Unix socket ``socket``; with *tcp* also on 127.0.0.1, on ``port``.
+
+    Its standard error, which is its log, goes to the file ``log_path``.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        arguments: List[str],
+        *,
+        tcp: bool = False,
+        env: Optional[Dict[str, str]] = None,
+    ) -> None:
+        self.socket = directory / f"{name}.sock"
+        self.log_path = directory / f"{name}.log"
+        self.port = free_port() if tcp else 0
+        self.expected_errors: List[str] = []
+        where = ["--unix", str(self.socket)]
+        if tcp:
+            where += ["--laddr", "127.0.0.1", "--lport", str(self.port)]
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(
+                command(*arguments, *where),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **(env or {})},
+            )
+
+    @property
+    def pid(self) -> int:
+        """The master's process id."""
+        return self.process.pid
+
+    @property
+    def uri(self) -> str:
+        return f"nbd+unix:///?socket={self.socket}"
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_TIME
+        while True:
+            try:
+                self.connect().close()
+                return
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError(f"the server did not start:\n{self.log()}") from None
+                time.sleep(0.02)
+
+    def connect(self, *, tcp: bool = False) -> socket.socket:
+        """A fresh connection, nothing said yet."""
+        if tcp:
+            return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(20)
+        try:
+            sock.connect(str(self.socket))
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def wait_for_log(self, text: str, seconds: float = 10.0) -> None:
+        wait_until(lambda: text in self.log(), f"{text!r} in the log", seconds)
+
+    def workers(self) -> List[int]:
+        """Process ids of all workers, spare ones too."""
+        return children_of(self.pid)
+
+    def busy_workers(self) -> List[int]:
+        """Process ids of the workers that have a client."""
+        return [pid for pid in self.workers() if "worker for" in title_of(pid)]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End the server and return its exit status; kills it if it takes too long."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(STOP_TIME)
+        except subprocess.TimeoutExpired:
+            for pid in [*self.workers(), self.pid]:
+                os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+            raise AssertionError(f"the server did not stop:\n{self.log()}") from None
+
+
+def wait_until(condition, what: str, seconds: float = 10.0) -> None:  # type: ignore[no-untyped-def]
+    """Poll for *condition*; fails the test with *what* was awaited."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago on 127.0.0.1."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def children_of(pid: int) -> List[int]:
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except FileNotFoundError:
+        return []
+    return [int(child) for child in text.split()]
+
+
+def title_of(pid: int) -> str:
+    """What ``ps`` shows for the process; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs: a zombie does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def run(*arguments: object, timeout: float = 60.0, check: bool = True) -> Tuple[int, str, str]:
+    """Run a program to its end: exit status, output and error output; fails the test unless it succeeds."""
+    done = subprocess.run(
+        [str(a) for a in arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+    )
+    if check:
+        assert done.returncode == 0, f"{arguments}: status {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.returncode, done.stdout, done.stderr
