@@ -42,7 +42,7 @@ class Replies:
                     raise
                 self._replace_unreadable()
                 continue
-            if group is pieces and sent == sum(map(len, pieces)):
+            if sent == sum(map(len, group)) and group is pieces:
                 pieces.clear()
             else:
                 self._drop(sent)

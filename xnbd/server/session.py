@@ -115,7 +115,7 @@ class Session:
         unpack_request = wire.REQUEST.unpack_from
         append, structured = self._replies.pieces.append, self._structured
         flat, write = image.flat, image.write
-        readable = image.readable()
+        readable = min(image.readable(), image.size)
         writable = -1 if image.readonly else readable
         longest_read = _HOLE_MINIMUM - 1 if structured else MAXIMUM_REQUEST
         position, end = self._start, self._end

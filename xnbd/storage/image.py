@@ -12,7 +12,7 @@ error to answer, the same fault in Python code would kill the process.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Iterator, List, NamedTuple, Optional, Union
+from typing import Callable, Iterator, List, NamedTuple, Optional, Union
 
 Buffer = Union[bytes, bytearray, memoryview]
 
@@ -35,10 +35,8 @@ class Image(ABC):
     size: int
     readonly: bool
     flat: Optional[memoryview] = None
-
-    @abstractmethod
-    def readable(self) -> int:
-        """How many bytes from the start can be reached now: ``size``, unless the file shrank."""
+    readable: Callable[[], int]
+    """How many bytes from the start can be reached now: less than ``size`` if the file shrank."""
 
     @abstractmethod
     def read(self, offset: int, length: int) -> List[memoryview]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from functools import partial
 from typing import Iterator, List, Optional
 
 from ..errors import ConfigurationError
@@ -101,9 +102,7 @@ class TargetImage(Image):
         self.readonly = readonly
         self._mapping = mmap.mmap(fd, self.size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         self.flat: Optional[memoryview] = memoryview(self._mapping)
-
-    def readable(self) -> int:
-        return min(os.lseek(self.fd, 0, os.SEEK_END), self.size)
+        self.readable = partial(os.lseek, fd, 0, os.SEEK_END)
 
     def read(self, offset: int, length: int) -> List[memoryview]:
         assert self.flat is not None
