@@ -23,13 +23,13 @@ from ..storage.image import Image
 from .connection import Connection
 from .replies import Replies
 
-BUFFER_SIZE = 512 << 10
-"""Bytes received at once: many small requests, or a good part of a large write."""
+BUFFER_SIZE = 1 << 20
+"""Bytes received at once: many small requests, or several large writes."""
 
 MAXIMUM_REQUEST = 256 << 20
 """Reads and writes above this are refused: no client sends them but by mistake."""
 
-_STREAM_FROM = BUFFER_SIZE // 4
+_STREAM_FROM = BUFFER_SIZE // 2 - wire.REQUEST.size
 """Payloads from this size on go to the image as they arrive instead of being collected first."""
 
 _BLOCK = 4096
@@ -91,7 +91,7 @@ class Session:
         check, receive, view = connection.watch.check, connection.receive, self._view
         while not self._left:
             check(mid_message=self._end > 0)
-            if self._start:
+            if self._start > BUFFER_SIZE // 2:
                 self._move_to_front()
             if not self._end:
                 received = receive(view)
