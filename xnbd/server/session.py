@@ -113,8 +113,9 @@ class Session:
         """Work through the complete requests that were received."""
         buffer, view, image = self._buffer, self._view, self._image
         unpack_request = wire.REQUEST.unpack_from
-        append, structured = self._replies.pieces.append, self._structured
-        flat, write = image.flat, image.write
+        append, extend = self._replies.pieces.append, self._replies.pieces.extend
+        structured = self._structured
+        flat, read, write = image.flat, image.read, image.write
         readable = min(image.readable(), image.size)
         writable = -1 if image.readonly else readable
         longest_read = _HOLE_MINIMUM - 1 if structured else MAXIMUM_REQUEST
@@ -122,9 +123,12 @@ class Session:
         while end - position >= 28:
             word, cookie, offset, length = unpack_request(buffer, position)
             stop = offset + length
-            if word == _READ and stop <= readable and 0 < length <= longest_read and flat is not None:
+            if word == _READ and stop <= readable and 0 < length <= longest_read:
                 append(wire.pack_data_chunk(cookie, offset, length) if structured else wire.OK_PREFIX + cookie)
-                append(flat[offset:stop])
+                if flat is None:
+                    extend(read(offset, length))
+                else:
+                    append(flat[offset:stop])
                 position += 28
             elif word == _WRITE and stop <= writable and position + 28 + length <= end:
                 data = position + 28

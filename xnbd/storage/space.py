@@ -13,7 +13,9 @@ import fcntl
 import os
 import stat
 import struct
-from typing import Callable, Iterator, Tuple
+from typing import Callable, Tuple
+
+from .blocks import steps
 
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
@@ -55,7 +57,7 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 def write_zero_bytes(fd: int, offset: int, length: int) -> None:
     """Zeros the slow way, which works everywhere."""
     zeros = memoryview(_ZEROS)
-    for position, count in _steps(offset, length, len(_ZEROS)):
+    for position, count in steps(offset, length, len(_ZEROS)):
         write_all(fd, zeros[:count], position)
 
 
@@ -111,21 +113,12 @@ def _device_ioctl(fd: int, request: int, offset: int, length: int) -> None:
 def _in_steps(change: Callable[[int, int], None], offset: int, length: int) -> None:
     """*change* all of the range; what "not supported" looks like is the same for every caller."""
     try:
-        for position, count in _steps(offset, length, STEP):
+        for position, count in steps(offset, length, STEP):
             change(position, count)
     except OSError as error:
         if error.errno in _UNSUPPORTED:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from error
         raise
-
-
-def _steps(offset: int, length: int, step: int) -> Iterator[Tuple[int, int]]:
-    """*length* bytes at *offset* as pieces that end at multiples of *step*."""
-    end = offset + length
-    while offset < end:
-        count = min(end, (offset // step + 1) * step) - offset
-        yield offset, count
-        offset += count
 
 
 def _whole_sectors(fd: int, offset: int, length: int) -> Tuple[int, int]:

@@ -1,0 +1,146 @@
+"""From the parsed command line of xnbd-server to a server that runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any, Dict, Optional
+
+from .. import logs
+from ..errors import ConfigurationError
+from ..logs import log
+from ..process import Daemon, PidFile, notify_service_manager, set_title
+from ..protocol.negotiation import Agreement
+from ..server.connection import Connection
+from ..server.listen import DEFAULT_PORT, Listeners
+from ..server.master import Limits, Master
+from ..server.service import Service
+from ..server.watch import Watch
+from ..storage.image import Source
+from ..storage.target import TargetSource, create_sparse
+from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_together
+
+Arguments = Dict[str, Any]
+
+_PATHS = ("DISK_IMAGE", "BASE_DISK_IMAGE", "--cow-dir", "--unix", "--pidfile", "--logpath")
+_LISTENING = ["--lport", "--laddr", "--unix"]
+
+
+def serve(program: str, arguments: Arguments, client: Optional[int]) -> int:
+    """Serve until the end; the exit status. *client* is a super-server's socket, if there is one.
+
+    Raises `ConfigurationError` if the server cannot start.
+    """
+    refuse_together(arguments, "--inetd", ["--connected-fd", "--daemonize", "--pidfile", *_LISTENING])
+    refuse_together(arguments, "--connected-fd", ["--daemonize", "--pidfile", *_LISTENING])
+    refuse_together(arguments, "--verbose", ["--quiet"])
+    if arguments["--cow-dir"] and not arguments["--cow-target"]:
+        raise ConfigurationError("--cow-dir is for --cow-target only", USAGE_ERROR)
+    for option in _PATHS:
+        if arguments[option]:
+            arguments[option] = os.path.abspath(arguments[option])
+    _set_up_logs(program, arguments)
+    if arguments["--inetd"] or arguments["--connected-fd"]:
+        return _serve_one(arguments, client)
+    return _serve_many(arguments)
+
+
+def _set_up_logs(program: str, arguments: Arguments) -> None:
+    path = arguments["--logpath"]
+    unattended = arguments["--daemonize"] or arguments["--inetd"]
+    syslog = arguments["--syslog"] or (unattended and not path)
+    level = logging.DEBUG if arguments["--verbose"] else logging.WARNING if arguments["--quiet"] else logging.INFO
+    logs.set_up(program, path=path, syslog=syslog, stderr=not (path or syslog), level=level)
+
+
+def _open_service(arguments: Arguments) -> Service:
+    """The disk of the chosen mode and how it is offered."""
+    timeout = parse_seconds(arguments["--handshake-timeout"], "--handshake-timeout")
+    spin = parse_integer(arguments["--spin"], "--spin", 0, 1_000_000)
+    source = _open_source(arguments)
+    return Service(
+        source=source,
+        export_name=arguments["--exportname"] or source.name,
+        oldstyle=arguments["--oldstyle"],
+        handshake_timeout=timeout,
+        spin=spin / 1e6,
+    )
+
+
+def _open_source(arguments: Arguments) -> Source:
+    """The disk, as the chosen mode makes it."""
+    path, readonly = arguments["DISK_IMAGE"] or arguments["BASE_DISK_IMAGE"], arguments["--readonly"]
+    if arguments["--create"]:
+        create_sparse(path, parse_size(arguments["--create"], "--create"))
+    if arguments["--cow-target"]:
+        from ..storage.cow import CowSource
+
+        return CowSource(path, readonly=readonly, directory=arguments["--cow-dir"])
+    return TargetSource(path, readonly=readonly)
+
+
+def _serve_one(arguments: Arguments, client: Optional[int]) -> int:
+    """The client of a super-server, in this process."""
+    sock = _client_socket(arguments["--connected-fd"], client)
+    service = _open_service(arguments)
+    connection = Connection(sock, Watch(), service.spin)
+    set_title("serving", connection.peer, service.source.name)
+    agreement = Agreement() if arguments["--connected-fd"] else None
+    service.serve(connection, service.source.open(), agreement)
+    return 0
+
+
+def _client_socket(number: Optional[str], client: Optional[int]) -> socket.socket:
+    """The connected socket of ``--connected-fd NUMBER``, or of ``--inetd`` if that is None."""
+    if number is not None:
+        fd = parse_integer(number, "--connected-fd", 0, 1 << 20)
+        client = client if fd == 0 else fd
+    if client is None:
+        raise ConfigurationError("standard input is no socket: --inetd is for use under inetd or systemd")
+    try:
+        sock = socket.socket(fileno=client)
+        if sock.type != socket.SOCK_STREAM or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ConfigurationError("the client's descriptor is no connected stream socket")
+    except OSError as error:
+        raise ConfigurationError(f"the client's descriptor is no socket: {error.strerror}") from error
+    os.set_inheritable(client, False)
+    return sock
+
+
+def _serve_many(arguments: Arguments) -> int:
+    """Clients that connect, each in a process of its own."""
+    limits = Limits(
+        max_clients=parse_integer(arguments["--max-clients"], "--max-clients", 1, 1_000_000),
+        spare_workers=parse_integer(arguments["--spare-workers"], "--spare-workers", 1, 1000),
+    )
+    listeners = Listeners()
+    listeners.take_passed()
+    daemon = Daemon() if arguments["--daemonize"] else None
+    pid_file = PidFile(arguments["--pidfile"]) if arguments["--pidfile"] else None
+    try:
+        service = _open_service(arguments)
+        _listen(arguments, listeners)
+        return _run_master(service, listeners, limits, daemon)
+    finally:
+        listeners.tidy_up()
+        if pid_file:
+            pid_file.remove()
+
+
+def _listen(arguments: Arguments, listeners: Listeners) -> None:
+    port, addresses, path = (arguments[option] for option in _LISTENING)
+    number = DEFAULT_PORT if port is None else parse_integer(port, "--lport", 0, 65535)
+    if port is not None or addresses or not (path or listeners.sockets):
+        listeners.listen_tcp(addresses, number)
+    if path:
+        listeners.listen_unix(path)
+
+
+def _run_master(service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon]) -> int:
+    master = Master(service, listeners.sockets, limits)
+    log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, listeners)
+    if daemon:
+        daemon.ready()
+    notify_service_manager("READY=1")
+    return master.run()

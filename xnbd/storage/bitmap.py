@@ -1,0 +1,92 @@
+"""Which blocks of a disk are local: one bit a block, shared by every process that maps the file.
+
+The layout is that of the C xNBD: little-endian 64-bit words, least significant bit
+first, the length rounded up to whole words, no header. As bytes: block *n* is bit
+``n % 8`` of byte ``n // 8``.
+
+A bit that is set stays set. Setting one rewrites its byte, so whoever sets holds
+the lock of that byte (`storage.locks`); looking needs no lock, and what it finds
+unset may be set a moment later.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from typing import Iterator, Tuple
+
+from .blocks import BLOCKS_PER_BYTE
+
+_WORD = 8
+_NOT_EMPTY = re.compile(rb"[^\x00]")
+_NOT_FULL = re.compile(rb"[^\xff]")
+_POPULATION = bytes(bin(value).count("1") for value in range(256))
+
+
+def bitmap_size(blocks: int) -> int:
+    """Bytes of the bitmap of so many blocks."""
+    return -(-blocks // (_WORD * BLOCKS_PER_BYTE)) * _WORD
+
+
+class Bitmap:
+    """The bitmap of *blocks* blocks in the file behind *fd*, which has to have `bitmap_size` bytes.
+
+    ``octets`` is the mapping itself, for those to whom a whole byte tells enough.
+    The mapping duplicates *fd*, which stays the caller's.
+    """
+
+    def __init__(self, fd: int, blocks: int) -> None:
+        self.blocks = blocks
+        self.octets = mmap.mmap(fd, bitmap_size(blocks))
+
+    def __contains__(self, block: int) -> bool:
+        return bool(self.octets[block >> 3] >> (block & 7) & 1)
+
+    def all_set(self, first: int, end: int) -> bool:
+        """Whether every block from *first* up to *end* is set."""
+        return self._next_change(first, end, True) == end
+
+    def set(self, first: int, end: int) -> None:
+        """Set the bits of these blocks. The caller holds the lock of their bytes."""
+        octets = self.octets
+        start, stop = first >> 3, end >> 3
+        head, tail = 0xFF << (first & 7) & 0xFF, (1 << (end & 7)) - 1
+        if start == stop:
+            octets[start] |= head & tail
+            return
+        octets[start] |= head
+        octets[start + 1 : stop] = b"\xff" * (stop - start - 1)
+        if tail:
+            octets[stop] |= tail
+
+    def runs(self, first: int, end: int) -> Iterator[Tuple[int, int, bool]]:
+        """The blocks from *first* up to *end* as runs of equal bits: first, end, whether set."""
+        while first < end:
+            state = first in self
+            stop = self._next_change(first, end, state)
+            if stop > first:  # else another process has just set the bit
+                yield first, stop, state
+            first = stop
+
+    def count(self) -> int:
+        """How many blocks are set."""
+        return sum(self.octets[:].translate(_POPULATION))
+
+    def _next_change(self, first: int, end: int, state: bool) -> int:
+        """The first block from *first* on that is not *state*, at most *end*."""
+        if first >= end:
+            return end
+        octets = self.octets
+        flip = 0xFF if state else 0
+        rest = (octets[first >> 3] ^ flip) >> (first & 7)
+        if rest:
+            return min(end, first + _lowest_bit(rest))
+        different = (_NOT_FULL if state else _NOT_EMPTY).search(octets, (first >> 3) + 1, (end + 7) >> 3)
+        if different is None:
+            return end
+        byte = different.start()
+        return min(end, (byte << 3) + _lowest_bit(octets[byte] ^ flip))
+
+
+def _lowest_bit(value: int) -> int:
+    return (value & -value).bit_length() - 1

@@ -1,0 +1,259 @@
+"""A disk over a base image that never changes: what is written goes to an overlay.
+
+The overlay is a sparse file without a name, so that it is gone however the server
+ends; the bitmap tells which blocks live in it and has no file at all. All workers
+of one server share both.
+
+A block moves to the overlay under the lock of its bitmap byte: first the data, old
+bytes from the base around the new ones, then the bit. From then on it is written in
+place without any lock. Bits are never taken back: trimmed blocks are holes of the
+overlay that hide the base.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from functools import partial
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+
+from ..errors import ConfigurationError
+from . import space
+from .bitmap import Bitmap, bitmap_size
+from .blocks import BLOCK, block_count, block_start, block_stop, bytes_of, covered, steps, touched
+from .extents import file_extents
+from .image import Buffer, Extent, Image, Source
+from .locks import RangeLocks
+from .target import open_disk, reopen
+
+_NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class CowSource(Source):
+    """The base image at *path* with an empty overlay in *directory*.
+
+    Without a directory the overlay lies beside the base, or in ``$TMPDIR`` where
+    nothing can be written there. Raises `ConfigurationError`.
+    """
+
+    def __init__(self, path: str, *, readonly: bool, directory: Optional[str] = None) -> None:
+        self._base = open_disk(path, readonly=True)
+        self.name = os.path.basename(path)
+        self.description = f"copy-on-write disk over {self.name}"
+        self.size = space.device_size(self._base)
+        self.readonly = readonly
+        self._overlay = _open_overlay(directory, os.path.dirname(path), self.size)
+        self._abilities = _try_out(self._overlay)
+        self._bitmap = os.memfd_create("xnbd-cow-bitmap")
+        os.ftruncate(self._bitmap, bitmap_size(block_count(self.size)))
+        try:
+            self.open().close()
+        except (OSError, OverflowError) as error:
+            raise ConfigurationError(f"cannot map {path} ({self.size} bytes) into memory: {error}") from error
+
+    def open(self) -> CowImage:
+        return CowImage(
+            reopen(self._base, readonly=True),
+            reopen(self._overlay, readonly=False),
+            reopen(self._bitmap, readonly=False),
+            self.size,
+            self._abilities,
+            readonly=self.readonly,
+        )
+
+    def flush(self) -> None:
+        """Nothing: the overlay ends with the server."""
+
+
+class CowImage(Image):
+    """The disk for one process, which owns the three descriptors from now on."""
+
+    def __init__(
+        self, base: int, overlay: int, bitmap: int, size: int, abilities: _Abilities, *, readonly: bool
+    ) -> None:
+        self.size = size
+        self.readonly = readonly
+        self.readable = partial(os.lseek, base, 0, os.SEEK_END)
+        self._base, self._overlay = base, overlay
+        self._bitmap_fd = bitmap
+        self._abilities = abilities
+        self._bitmap = Bitmap(bitmap, block_count(size))
+        self._locks = RangeLocks(bitmap)
+        self._octets = self._bitmap.octets
+        self._base_view = _map(base, size)
+        self._overlay_view = _map(overlay, size)
+
+    def read(self, offset: int, length: int) -> List[memoryview]:
+        stop = offset + length
+        byte = offset >> 15
+        if (stop - 1) >> 15 == byte:
+            octet = self._octets[byte]
+            if not octet:
+                return [self._base_view[offset:stop]]
+            if octet == 0xFF:
+                return [self._overlay_view[offset:stop]]
+        pieces = []
+        first, end = touched(offset, length)
+        for run_first, run_end, local in self._bitmap.runs(first, end):
+            view = self._overlay_view if local else self._base_view
+            pieces.append(view[max(offset, block_start(run_first)) : min(stop, block_start(run_end))])
+        return pieces
+
+    def write(self, offset: int, data: Buffer) -> None:
+        if not data:
+            return
+        first, end = touched(offset, len(data))
+        if not self._bitmap.all_set(first, end):
+            start, count = bytes_of(first, end)
+            self._locks.acquire(start, count)
+            try:
+                self._write_locked(offset, data, first, end)
+            finally:
+                self._locks.release(start, count)
+        else:
+            self._write_overlay(offset, data)
+
+    def _write_locked(self, offset: int, data: Buffer, first: int, end: int) -> None:
+        """Write *data*, with what the base has around it in blocks that were not local."""
+        stop = offset + len(data)
+        head, tail = block_start(first), block_stop(end - 1, self.size)
+        if offset == head or first in self._bitmap:
+            head = offset
+        if stop == tail or end - 1 in self._bitmap:
+            tail = stop
+        if head != offset or tail != stop:
+            data = b"".join((self._read_base(head, offset), data, self._read_base(stop, tail)))
+        self._write_overlay(head, data)
+        self._bitmap.set(first, end)
+
+    def _write_overlay(self, offset: int, data: Buffer) -> None:
+        written = os.pwrite(self._overlay, data, offset)
+        if written != len(data):
+            space.write_all(self._overlay, memoryview(data)[written:], offset + written)
+
+    def _read_base(self, offset: int, stop: int) -> bytes:
+        data = os.pread(self._base, stop - offset, offset)
+        if len(data) != stop - offset:
+            raise OSError(errno.EIO, "the base image has shrunk")
+        return data
+
+    def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
+        if not self._abilities.can(may_trim):
+            if fast:
+                raise OSError(errno.EOPNOTSUPP, "the overlay's file system can only write zeros")
+            make_zeros = space.write_zero_bytes
+        else:
+            make_zeros = space.punch_hole if may_trim else space.zero_range
+        for at, count in steps(offset, length, space.STEP):
+            self._zero(at, count, make_zeros)
+
+    def trim(self, offset: int, length: int) -> None:
+        if self._abilities.punch:
+            self.write_zeroes(offset, length, may_trim=True, fast=False)
+
+    def _zero(self, offset: int, length: int, make_zeros: Callable[[int, int, int], None]) -> None:
+        """Whole blocks with *make_zeros*, what is left of a block at either end by writing."""
+        stop = offset + length
+        first, end = covered(offset, length, self.size)
+        if first >= end:
+            self.write(offset, bytes(length))
+            return
+        head, tail = block_start(first), block_stop(end - 1, self.size)
+        self.write(offset, bytes(head - offset))
+        start, count = bytes_of(first, end)
+        self._locks.acquire(start, count)
+        try:
+            make_zeros(self._overlay, head, tail - head)
+            self._bitmap.set(first, end)
+        finally:
+            self._locks.release(start, count)
+        self.write(tail, bytes(stop - tail))
+
+    def flush(self) -> None:
+        """Nothing: no crash leaves anything that could be durable."""
+
+    def prefetch(self, offset: int, length: int) -> None:
+        for fd, at, count in self._parts(offset, length):
+            os.posix_fadvise(fd, at, count, os.POSIX_FADV_WILLNEED)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        for fd, at, count in self._parts(offset, length):
+            yield from file_extents(fd, at, count)
+
+    def _parts(self, offset: int, length: int) -> Iterator[Tuple[int, int, int]]:
+        """*length* bytes at *offset* by where they live: descriptor, offset, length."""
+        stop = offset + length
+        for first, end, local in self._bitmap.runs(*touched(offset, length)):
+            at = max(offset, block_start(first))
+            yield self._overlay if local else self._base, at, min(stop, block_start(end)) - at
+
+    def close(self) -> None:
+        self._base_view.release()
+        self._overlay_view.release()
+        for fd in (self._base, self._overlay, self._bitmap_fd):
+            os.close(fd)
+
+
+class _Abilities(NamedTuple):
+    """What the overlay's file system can do without writing: make holes, make allocated zeros."""
+
+    punch: bool
+    zero_range: bool
+
+    def can(self, may_trim: bool) -> bool:
+        return self.punch if may_trim else self.zero_range
+
+
+def _try_out(overlay: int) -> _Abilities:
+    """Find out on the *overlay* while it is still empty; it is empty again afterwards."""
+    return _Abilities(
+        zero_range=_works(space.zero_range, overlay),
+        punch=_works(space.punch_hole, overlay),
+    )
+
+
+def _works(make_zeros: Callable[[int, int, int], None], fd: int) -> bool:
+    try:
+        make_zeros(fd, 0, BLOCK)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return False
+        raise
+    return True
+
+
+def _open_overlay(directory: Optional[str], beside: str, size: int) -> int:
+    """A sparse file of *size* bytes that has no name. Raises `ConfigurationError`."""
+    places = [directory] if directory else [beside, os.environ.get("TMPDIR", "/tmp")]
+    for place in places:
+        try:
+            fd = _open_nameless(place)
+            os.ftruncate(fd, size)
+            return fd
+        except OSError as error:
+            if error.errno in _NOT_WRITABLE and place != places[-1]:
+                continue
+            raise ConfigurationError(
+                f"cannot keep changes in {place}: {error.strerror} (--cow-dir names another directory)"
+            ) from error
+    raise AssertionError("unreachable")
+
+
+def _open_nameless(directory: str) -> int:
+    """``O_TMPFILE``, or a file whose name is removed at once where the file system has none."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(directory, flags | os.O_TMPFILE, 0o600)
+    except OSError as error:
+        if error.errno not in _NO_TMPFILE or not os.path.isdir(directory):
+            raise
+    path = os.path.join(directory, f".xnbd-cow.{os.getpid()}.{os.urandom(8).hex()}")
+    fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    os.unlink(path)
+    return fd
+
+
+def _map(fd: int, size: int) -> memoryview:
+    return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ))
