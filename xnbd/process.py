@@ -77,14 +77,20 @@ class Daemon:
             os.dup2(null, stream)
         if null > 2:
             os.close(null)
-        os.write(self._report, b"ready")
+        os.write(self._report, b"0")
         os.close(self._report)
+
+    def failed(self, status: int) -> None:
+        """Let the parent leave with *status* as soon as this process has said why and ended."""
+        os.write(self._report, str(status).encode())
 
 
 def _leave_by_verdict(verdict: int) -> None:
-    """End of the parent: status 0 if the daemon is ready; if it failed, it has printed why."""
-    answer = os.read(verdict, 16)
-    os._exit(0 if answer == b"ready" else 1)
+    """End of the parent, with the status that the daemon tells; 1 if it ends without a word."""
+    status = int(os.read(verdict, 16) or b"1")
+    if status:
+        os.read(verdict, 1)  # nothing comes but the daemon's end, and before that its complaint
+    os._exit(status)
 
 
 class PidFile:

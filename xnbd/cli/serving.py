@@ -122,6 +122,10 @@ def _serve_many(arguments: Arguments) -> int:
         service = _open_service(arguments)
         _listen(arguments, listeners)
         return _run_master(service, listeners, limits, daemon)
+    except ConfigurationError as error:
+        if daemon:
+            daemon.failed(error.exit_status)
+        raise
     finally:
         listeners.tidy_up()
         if pid_file:

@@ -21,9 +21,13 @@ def parse_command_line(program: str, usage: str, argv: List[str], version: str) 
     from docopt import DocoptExit, docopt
 
     try:
-        return dict(docopt(usage, argv, version=version))
+        arguments = dict(docopt(usage, argv, version=version))
     except DocoptExit as error:
         raise ConfigurationError(f"{_reason(error, argv)} ({program} --help shows the usage)", USAGE_ERROR) from None
+    for name, value in arguments.items():
+        if value == "":
+            raise ConfigurationError(f"{name} is empty ({program} --help shows the usage)", USAGE_ERROR)
+    return arguments
 
 
 def _reason(error: BaseException, argv: List[str]) -> str:

@@ -50,8 +50,10 @@ class Listeners:
         try:
             sock.bind(path)
         except OSError as error:
+            sock.close()
             raise ConfigurationError(f"cannot listen on {path}: {error.strerror or error}") from error
         self._unix_paths.append(path)
+        self._owner = os.getpid()  # --daemonize forks before this
         sock.listen(_BACKLOG)
         self.add(sock)
 

@@ -18,9 +18,10 @@ from ..logs import log
 from ..process import set_title
 from .service import Service
 from .watch import GRACE
-from .worker import REPORT_SIZE, Pipes, Worker, parse_report
+from .worker import REPORT_SIZE, Pipes, Worker, parse_report, read_pipe
 
 _RETRY = 1.0
+_PIPE_SIZE = 64 << 10
 _STOP_TIME = GRACE + 1.5
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
 
@@ -44,8 +45,10 @@ class Master:
         self._signals: Set[int] = set()
         self._retry_at = 0.0
         self._full = False
-        self._pipes = Pipes(*os.pipe(), *os.pipe())
+        self._retiring = 0
+        self._pipes = Pipes(*os.pipe(), *os.pipe(), *os.pipe())
         os.set_blocking(self._pipes.reports_master, False)
+        os.set_blocking(self._pipes.retirements, False)
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         for number in _SIGNALS:
@@ -60,7 +63,7 @@ class Master:
         gc.collect()
         gc.freeze()
         while True:
-            self._spawn_spares()
+            self._balance()
             signals = self._wait(self._retry_at if self._retry_at > monotonic() else None)
             if signals & {signal.SIGTERM, signal.SIGINT}:
                 return self._stop()
@@ -77,7 +80,7 @@ class Master:
         timeout = None if until is None else max(0.0, (until - monotonic()) * 1000)
         if not self._signals:
             self._poll.poll(timeout)
-        _read_pipe(self._wake)
+        read_pipe(self._wake, _PIPE_SIZE)
         self._read_reports()
         signals, self._signals = self._signals, set()
         if signal.SIGCHLD in signals:
@@ -86,14 +89,19 @@ class Master:
 
     # Workers
 
-    def _spawn_spares(self) -> None:
-        """Keep spare workers waiting, as far as the limit of clients allows."""
+    def _balance(self) -> None:
+        """Keep spare workers waiting, not too few and not too many, as far as the limit of clients allows."""
+        spares, wanted = len(self._spares), self._limits.spare_workers
         room = self._limits.max_clients - len(self._clients)
         if room <= 0 and not self._full:
             log.warning("%d clients are connected, which is the limit; others wait", len(self._clients))
         self._full = room <= 0
-        while len(self._spares) < min(room, self._limits.spare_workers) and monotonic() >= self._retry_at:
+        while len(self._spares) < min(room, wanted) and monotonic() >= self._retry_at:
             self._spawn()
+        excess = spares - self._retiring - 2 * wanted
+        if excess > 0:
+            os.write(self._pipes.retirements_master, bytes(excess))
+            self._retiring += excess
 
     def _spawn(self) -> None:
         worker = Worker(self._service, self._listeners, self._pipes)
@@ -110,12 +118,15 @@ class Master:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _read_reports(self) -> None:
-        reports = _read_pipe(self._pipes.reports_master)
+        reports = read_pipe(self._pipes.reports_master, _PIPE_SIZE)
         for start in range(0, len(reports), REPORT_SIZE):
             pid, peer = parse_report(reports[start : start + REPORT_SIZE])
-            if pid in self._spares:
+            if peer and pid in self._spares:
                 self._spares.remove(pid)
                 self._clients[pid] = peer
+            elif not peer and pid in self._clients:
+                del self._clients[pid]
+                self._spares.add(pid)
 
     def _reap(self) -> None:
         while self._spares or self._clients:
@@ -124,6 +135,8 @@ class Master:
                 return
             peer = self._clients.pop(pid, None)
             self._spares.discard(pid)
+            if self._retiring and not status:
+                self._retiring -= 1
             if status:
                 self._on_failure(pid, peer, os.waitstatus_to_exitcode(status))
 
@@ -167,11 +180,3 @@ class Master:
             self._service.source.flush()
         except OSError as error:
             log.error("the last flush failed: %s", error.strerror)
-
-
-def _read_pipe(fd: int) -> bytes:
-    """What a non-blocking pipe holds."""
-    try:
-        return os.read(fd, 64 << 10)
-    except BlockingIOError:
-        return b""

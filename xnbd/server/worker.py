@@ -1,9 +1,10 @@
-"""A worker: one process, one client.
+"""A worker: one process, one client at a time.
 
 `Worker.__init__` runs in the master, `Worker.run` in the child, which never
 returns from it. A spare worker has its image open and waits for a client; it
 accepts and negotiates itself, so that no client waits for a fork or for another
-client's handshake.
+client's handshake. When its client has left it is a spare again, with the image's
+pages mapped already, unless the master has enough of them.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ GARBAGE_THRESHOLD = 50_000
 class Pipes(NamedTuple):
     """Descriptors between master and workers.
 
-    ``lifeline`` breaks with the master; through ``reports`` a worker tells that it
-    has got a client.
+    ``lifeline`` breaks with the master; through ``reports`` a worker tells of its
+    client; a byte in ``retirements`` is for one spare, which then leaves.
     """
 
     lifeline: int
     lifeline_master: int
     reports_master: int
     reports: int
+    retirements: int
+    retirements_master: int
 
 
 class Worker:
@@ -64,31 +67,41 @@ class Worker:
     def _init_process(self) -> Watch:
         os.close(self._pipes.lifeline_master)
         os.close(self._pipes.reports_master)
+        os.close(self._pipes.retirements_master)
         gc.set_threshold(GARBAGE_THRESHOLD)
         watch = Watch(self._pipes.lifeline)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         return watch
 
     def _work(self, watch: Watch) -> int:
-        set_title("spare worker", self._service.source.name)
-        image = self._service.source.open()
-        sock = self._accept(watch)
-        connection = Connection(sock, watch, self._service.spin)
-        self._report(connection.peer)
-        set_title("worker for", connection.peer, self._service.source.name)
-        for listener in self._listeners:
-            listener.close()
-        self._service.serve(connection, image)
-        return 0
+        service = self._service
+        image = service.source.open()
+        while True:
+            set_title("spare worker", service.source.name)
+            sock = self._accept(watch)
+            if sock is None:
+                return 0
+            connection = Connection(sock, watch, service.spin)
+            self._report(connection.peer)
+            set_title("worker for", connection.peer, service.source.name)
+            service.serve(connection, image)
+            del connection, sock
+            gc.collect()
+            self._report("")
+            watch.check()
 
-    def _accept(self, watch: Watch) -> socket.socket:
-        descriptors = tuple(listener.fileno() for listener in self._listeners)
+    def _accept(self, watch: Watch) -> Optional[socket.socket]:
+        """The next client, or None if this worker is one spare too many."""
+        retirements = self._pipes.retirements
+        descriptors = (*(listener.fileno() for listener in self._listeners), retirements)
         while True:
             watch.wait(descriptors, select.POLLIN)
             for listener in self._listeners:
                 sock = self._try_accept(listener, watch)
                 if sock is not None:
                     return sock
+            if read_pipe(retirements, 1):
+                return None
 
     def _try_accept(self, listener: socket.socket, watch: Watch) -> Optional[socket.socket]:
         try:
@@ -104,8 +117,16 @@ class Worker:
         os.write(self._pipes.reports, pack_report(os.getpid(), peer))
 
 
+def read_pipe(fd: int, length: int) -> bytes:
+    """At most *length* bytes of what a non-blocking pipe holds."""
+    try:
+        return os.read(fd, length)
+    except BlockingIOError:
+        return b""
+
+
 def pack_report(pid: int, peer: str) -> bytes:
-    """What a worker tells the master, in one piece of fixed size: ``REPORT_SIZE`` bytes."""
+    """What a worker tells the master, in one piece of ``REPORT_SIZE`` bytes: its client, or that it has none."""
     return f"{pid} {peer}".encode()[:REPORT_SIZE].ljust(REPORT_SIZE)
 
 

@@ -85,6 +85,9 @@ class CowImage(Image):
         self._base_view = _map(base, size)
         self._overlay_view = _map(overlay, size)
 
+    # A byte of the bitmap speaks for 32 KiB (1 << 15). Most requests lie within one, and most such
+    # bytes are all set or all clear: reads and writes look there first.
+
     def read(self, offset: int, length: int) -> List[memoryview]:
         stop = offset + length
         byte = offset >> 15
@@ -102,9 +105,14 @@ class CowImage(Image):
         return pieces
 
     def write(self, offset: int, data: Buffer) -> None:
-        if not data:
+        length = len(data)
+        byte = offset >> 15
+        if not length:
             return
-        first, end = touched(offset, len(data))
+        if self._octets[byte] == 0xFF and (offset + length - 1) >> 15 == byte:
+            self._write_overlay(offset, data)
+            return
+        first, end = touched(offset, length)
         if not self._bitmap.all_set(first, end):
             start, count = bytes_of(first, end)
             self._locks.acquire(start, count)
