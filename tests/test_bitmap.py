@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+from functools import partial
 from pathlib import Path
-from typing import List
+from typing import Callable, List, Tuple
 
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ def bitmap_file(tmp_path: Path) -> Path:
     return path
 
 
-def open_bitmap(path: Path) -> "tuple[int, Bitmap]":
+def open_bitmap(path: Path) -> Tuple[int, Bitmap]:
     fd = os.open(path, os.O_RDWR)
     return fd, Bitmap(fd, BLOCKS)
 
@@ -47,7 +48,7 @@ RANGES = st.lists(st.tuples(st.integers(0, BLOCKS), st.integers(0, BLOCKS)).map(
 
 
 @given(RANGES, st.integers(0, BLOCKS), st.integers(0, BLOCKS))
-def test_it_is_a_set_of_numbers(ranges: "List[tuple[int, int]]", a: int, b: int) -> None:
+def test_it_is_a_set_of_numbers(ranges: List[Tuple[int, int]], a: int, b: int) -> None:
     fd = os.memfd_create("bitmap")
     os.ftruncate(fd, bitmap_size(BLOCKS))
     bitmap = Bitmap(fd, BLOCKS)
@@ -82,7 +83,7 @@ def test_no_bit_is_lost_when_processes_set_neighbouring_bits_under_locks(bitmap_
             bitmap.set(block, block + 1)
             locks.release(start, count)
 
-    run_processes([lambda number=number: set_my_blocks(number) for number in range(processes)])
+    run_processes([partial(set_my_blocks, number) for number in range(processes)])
     _, bitmap = open_bitmap(bitmap_file)
     assert bitmap.all_set(0, BLOCKS)
 
@@ -107,7 +108,7 @@ def test_a_lock_keeps_others_out_of_a_read_modify_write(tmp_path: Path, seed: in
         os.pwrite(total, b"x" * rounds, number * rounds)
 
     total = os.memfd_create("total")
-    run_processes([lambda number=number: add(number) for number in range(processes)])
+    run_processes([partial(add, number) for number in range(processes)])
     counted = sum(path.read_bytes())
     assert counted % 251 == processes * rounds % 251
     assert os.fstat(total).st_size == processes * rounds
@@ -143,7 +144,7 @@ def test_a_lock_survives_the_closing_of_another_descriptor_of_the_file(bitmap_fi
     assert not RangeLocks(other).try_acquire(0, 1)
 
 
-def run_processes(works: "List[object]") -> None:
+def run_processes(works: List[Callable[[], None]]) -> None:
     """Run every one of *works* in a process of its own; all have to succeed."""
     children = []
     for work in works:
@@ -151,7 +152,7 @@ def run_processes(works: "List[object]") -> None:
         if not pid:
             status = 1
             try:
-                work()  # type: ignore[operator]
+                work()
                 status = 0
             finally:
                 os._exit(status)

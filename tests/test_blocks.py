@@ -20,7 +20,8 @@ def test_blocks_touched_and_covered_are_those_that_a_look_at_every_byte_finds(si
         for start in range(0, size, BLOCK)
     ]
     wholly = [
-        offset <= start and min(start + BLOCK, size) <= stop for start in range(0, blocks.block_count(size) * BLOCK, BLOCK)
+        offset <= start and min(start + BLOCK, size) <= stop
+        for start in range(0, blocks.block_count(size) * BLOCK, BLOCK)
     ]
     first, end = blocks.touched(offset, stop - offset)
     touched = set(range(first, end)) if stop > offset else set()

@@ -101,6 +101,7 @@ def _client_socket(number: Optional[str], client: Optional[int]) -> socket.socke
     try:
         sock = socket.socket(fileno=client)
         if sock.type != socket.SOCK_STREAM or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            sock.close()
             raise ConfigurationError("the client's descriptor is no connected stream socket")
     except OSError as error:
         raise ConfigurationError(f"the client's descriptor is no socket: {error.strerror}") from error

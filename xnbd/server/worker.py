@@ -114,7 +114,10 @@ class Worker:
             return None
 
     def _report(self, peer: str) -> None:
-        os.write(self._pipes.reports, pack_report(os.getpid(), peer))
+        try:
+            os.write(self._pipes.reports, pack_report(os.getpid(), peer))
+        except BrokenPipeError:
+            raise Stop("the master is gone") from None
 
 
 def read_pipe(fd: int, length: int) -> bytes:
