@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import socket
 import struct
-from typing import List, NamedTuple, Optional, Tuple
+from contextlib import contextmanager
+from typing import Iterator, List, NamedTuple, Optional, Tuple
+
+from server_process import Server
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
 FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = 1, 2, 4, 8, 16
@@ -60,6 +63,15 @@ class RawClient:
             return self.sock.recv(1) == b""
         except ConnectionResetError:
             return True
+
+    def reset(self) -> None:
+        """Go without a word: TCP sends RST instead of FIN."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+    def finish_sending(self) -> None:
+        """Close this end only; what the server still sends can be received."""
+        self.sock.shutdown(socket.SHUT_WR)
 
     # Handshake
 
@@ -158,6 +170,10 @@ def pack_request(command: int, offset: int, length: int, *, flags: int = 0, cook
     return struct.pack(">IHHQQI", 0x25609513, flags, command, cookie, offset, length)
 
 
+def pack_option(option: int, data: bytes = b"") -> bytes:
+    return struct.pack(">QII", 0x49484156454F5054, option, len(data)) + data
+
+
 def string(text: str) -> bytes:
     """A string with its 32-bit length in front."""
     raw = text.encode()
@@ -170,3 +186,13 @@ def go_data(name: str = "", *requests: int) -> bytes:
 
 def context_data(name: str, *queries: str) -> bytes:
     return string(name) + struct.pack(">I", len(queries)) + b"".join(map(string, queries))
+
+
+@contextmanager
+def bystander(server: Server) -> Iterator[RawClient]:
+    """A client of *server* who must notice nothing of what happens meanwhile; nor may the master end."""
+    with RawClient(server.connect()) as client:
+        client.negotiate()
+        yield client
+        assert client.works()
+        assert server.process.poll() is None, server.log()

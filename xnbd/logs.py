@@ -49,6 +49,12 @@ def _file_handler(path: str) -> logging.Handler:
         def _open(self) -> IO[str]:  # type: ignore[override]
             return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=_open_log)
 
+        def emit(self, record: logging.LogRecord) -> None:
+            try:
+                super().emit(record)
+            except OSError:
+                self.handleError(record)  # it cannot be opened again: lines are lost until it can be
+
     try:
         return LogFile(path)
     except OSError as error:

@@ -103,7 +103,7 @@ class PidFile:
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._fd = os.open(path, flags, 0o644)
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigurationError(_pid_file_trouble(path, error)) from error
         os.ftruncate(self._fd, 0)
@@ -122,7 +122,7 @@ class PidFile:
 
 
 def _pid_file_trouble(path: str, error: OSError) -> str:
-    if error.errno == errno.EWOULDBLOCK:
+    if error.errno in (errno.EAGAIN, errno.EACCES):
         return f"pid file {path} is held by a running server: stop that one, or choose another --pidfile"
     if error.errno == errno.ELOOP:
         return f"pid file {path} is a symbolic link, which is not followed: name the file itself"

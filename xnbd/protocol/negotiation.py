@@ -150,10 +150,11 @@ class Negotiation:
 
     def _on_list(self, option: int, data: bytes) -> bytes:
         _refuse_data(data)
-        servers = [
-            _pack_reply(option, c.REP_SERVER, _U32.pack(len(encoded)) + encoded)
-            for encoded in map(_encode, self._exports.names())
-        ]
+        servers = []
+        for name in self._exports.names():
+            encoded, export = _encode(name), self._exports.find(name)
+            description = _encode(export.description) if export else b""
+            servers.append(_pack_reply(option, c.REP_SERVER, _U32.pack(len(encoded)) + encoded + description))
         return b"".join(servers) + _pack_reply(option, c.REP_ACK)
 
     def _on_info(self, option: int, data: bytes) -> bytes:

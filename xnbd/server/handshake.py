@@ -23,7 +23,12 @@ def negotiate(connection: Connection, exports: Exports, timeout: float) -> Optio
         header = connection.receive_exactly(negotiation.OPTION_HEADER.size, deadline)
         option, length = negotiation.parse_option_header(header)
         data = connection.receive_exactly(length, deadline)
-        connection.send_until(machine.on_option(option, data), deadline)
+        reply = machine.on_option(option, data)
+        try:
+            connection.send_until(reply, deadline)
+        except OSError:
+            if not machine.aborted:  # whoever aborts need not wait for the answer
+                raise
     return machine.agreement
 
 

@@ -159,16 +159,18 @@ class Master:
         for listener in self._listeners:
             listener.close()
         self._signal_workers(signal.SIGTERM)
-        deadline = monotonic() + _STOP_TIME
+        deadline: Optional[float] = monotonic() + _STOP_TIME
         status = 0
         while self._spares or self._clients:
             again = self._wait(deadline) & {signal.SIGTERM, signal.SIGINT}
-            if (again or monotonic() >= deadline) and not status:
+            if deadline is not None and (again or monotonic() >= deadline):
                 log.warning("ending %d workers that are still busy", len(self._spares) + len(self._clients))
                 self._signal_workers(signal.SIGKILL)
                 status = 1
-                deadline = float("inf")
+                deadline = None
         self._flush()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # one more would kill this process while Python finishes
         return status
 
     def _signal_workers(self, number: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+from time import monotonic
 from typing import Iterator, List, Optional, Tuple
 
 from ..errors import ProtocolError, RequestError
@@ -21,6 +22,7 @@ from ..protocol import transmission as wire
 from ..protocol.negotiation import ALLOCATION_CONTEXT, Agreement
 from ..storage.image import Image
 from .connection import Connection
+from .readahead import ReadAhead
 from .replies import Replies
 
 BUFFER_SIZE = 1 << 20
@@ -67,6 +69,7 @@ class Session:
         self._structured = agreement.structured
         self._allocation = agreement.allocation
         self._replies = Replies(connection)
+        self._read_ahead = ReadAhead(image)
         self._buffer = mmap.mmap(-1, BUFFER_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0  # the received bytes that are still to be worked on
@@ -89,6 +92,7 @@ class Session:
         """
         connection, replies = self._connection, self._replies
         check, receive, view = connection.watch.check, connection.receive, self._view
+        sent = self._read_ahead.sent
         while not self._left:
             check(mid_message=self._end > 0)
             if self._start > BUFFER_SIZE // 2:
@@ -101,7 +105,9 @@ class Session:
                 received = connection.receive_rest(view[self._end :])
             self._end += received
             self._work()
+            began = monotonic()
             replies.send()
+            sent(monotonic() - began)
 
     def _move_to_front(self) -> None:
         rest = self._end - self._start
@@ -118,12 +124,15 @@ class Session:
         flat, read, write = image.flat, image.read, image.write
         readable = min(image.readable(), image.size)
         writable = -1 if image.readonly else readable
+        announce = self._read_ahead.announce if self._read_ahead.active else None
         longest_read = _HOLE_MINIMUM - 1 if structured else MAXIMUM_REQUEST
         position, end = self._start, self._end
         while end - position >= 28:
             word, cookie, offset, length = unpack_request(buffer, position)
             stop = offset + length
             if word == _READ and stop <= readable and 0 < length <= longest_read:
+                if announce:
+                    announce(offset, length)
                 append(wire.pack_data_chunk(cookie, offset, length) if structured else wire.OK_PREFIX + cookie)
                 if flat is None:
                     extend(read(offset, length))
@@ -202,6 +211,8 @@ class Session:
 
     def _read(self, flags: int, cookie: bytes, offset: int, length: int) -> None:
         pieces = self._replies.pieces
+        if length and self._read_ahead.active:
+            self._read_ahead.announce(offset, length)
         if not self._structured:
             if flags & c.CMD_FLAG_DF:
                 raise RequestError(errno.EINVAL, "DF needs structured replies")

@@ -13,7 +13,6 @@ overlay that hide the base.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from functools import partial
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
@@ -25,7 +24,7 @@ from .blocks import BLOCK, block_count, block_start, block_stop, bytes_of, cover
 from .extents import file_extents
 from .image import Buffer, Extent, Image, Source
 from .locks import RangeLocks
-from .target import open_disk, reopen
+from .target import map_disk, open_disk, reopen
 
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -82,8 +81,8 @@ class CowImage(Image):
         self._bitmap = Bitmap(bitmap, block_count(size))
         self._locks = RangeLocks(bitmap)
         self._octets = self._bitmap.octets
-        self._base_view = _map(base, size)
-        self._overlay_view = _map(overlay, size)
+        self._base_view = map_disk(base, size)
+        self._overlay_view = map_disk(overlay, size)
 
     # A byte of the bitmap speaks for 32 KiB (1 << 15). Most requests lie within one, and most such
     # bytes are all set or all clear: reads and writes look there first.
@@ -261,7 +260,3 @@ def _open_nameless(directory: str) -> int:
     fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
     os.unlink(path)
     return fd
-
-
-def _map(fd: int, size: int) -> memoryview:
-    return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ))

@@ -8,11 +8,13 @@ from typing import Iterator
 
 from .image import Extent
 
+_NEVER = 1 << 63
+
 
 def file_extents(fd: int, offset: int, length: int) -> Iterator[Extent]:
     """What *length* bytes at *offset* are made of; beyond the file's end there is a hole.
 
-    A file system that cannot tell says that all is data.
+    A file system that cannot tell says that all is data, and so does this of a block device.
     """
     end = offset + length
     while offset < end:
@@ -21,7 +23,7 @@ def file_extents(fd: int, offset: int, length: int) -> Iterator[Extent]:
             yield Extent(data - offset, hole=True)
             offset = data
             continue
-        hole = min(os.lseek(fd, offset, os.SEEK_HOLE), end)
+        hole = min(_seek_hole(fd, offset), end)
         if hole > offset:  # else another process has just punched a hole here
             yield Extent(hole - offset, hole=False)
         offset = hole
@@ -32,5 +34,16 @@ def _seek_data(fd: int, offset: int) -> int:
         return os.lseek(fd, offset, os.SEEK_DATA)
     except OSError as error:
         if error.errno == errno.ENXIO:
-            return 1 << 63
+            return _NEVER
+        if error.errno == errno.EINVAL:
+            return offset
+        raise
+
+
+def _seek_hole(fd: int, offset: int) -> int:
+    try:
+        return os.lseek(fd, offset, os.SEEK_HOLE)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENXIO):
+            return _NEVER
         raise

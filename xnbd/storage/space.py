@@ -19,6 +19,7 @@ from .blocks import steps
 
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
+_BLKROGET = 0x125E
 _BLKDISCARD = 0x1277
 _BLKZEROOUT = 0x127F
 _FS_IOC_UNRESVSP64 = 0x4030582B
@@ -44,6 +45,14 @@ def device_size(fd: int) -> int:
         (size,) = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))
         return int(size)
     raise OSError(errno.ENODEV, "neither a regular file nor a block device")
+
+
+def is_write_protected(fd: int) -> bool:
+    """Whether *fd* is a block device that was set read-only: such a one opens for writing all the same."""
+    if not _is_block_device(fd):
+        return False
+    (protected,) = struct.unpack("i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))
+    return bool(protected)
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -45,7 +45,11 @@ def open_disk(path: str, *, readonly: bool) -> int:
     Raises `ConfigurationError` with what to do about it.
     """
     try:
-        fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+        # Without O_NONBLOCK the opening of a FIFO waits for somebody at its other end.
+        fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not readonly and space.is_write_protected(fd):
+            os.close(fd)
+            raise OSError(errno.EROFS, "the device is write-protected")
     except OSError as error:
         raise ConfigurationError(f"cannot open {path}: {error.strerror}{_ADVICE.get(error.errno or 0, '')}") from error
     try:
@@ -70,6 +74,17 @@ _ADVICE = {
 def reopen(fd: int, *, readonly: bool) -> int:
     """A second, independent descriptor of the file behind *fd*, also if it was renamed since."""
     return os.open(f"/proc/self/fd/{fd}", (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+
+
+def map_disk(fd: int, size: int) -> memoryview:
+    """The disk behind *fd* as shared memory to read from.
+
+    The kernel is told not to read around what is touched: what is needed next, the
+    request loop knows better (`server.readahead`).
+    """
+    mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    mapping.madvise(mmap.MADV_RANDOM)
+    return memoryview(mapping)
 
 
 class TargetSource(Source):
@@ -100,8 +115,7 @@ class TargetImage(Image):
         self.fd = fd
         self.size = space.device_size(fd)
         self.readonly = readonly
-        self._mapping = mmap.mmap(fd, self.size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-        self.flat: Optional[memoryview] = memoryview(self._mapping)
+        self.flat: Optional[memoryview] = map_disk(fd, self.size)
         self.readable = partial(os.lseek, fd, 0, os.SEEK_END)
 
     def read(self, offset: int, length: int) -> List[memoryview]:
@@ -141,5 +155,4 @@ class TargetImage(Image):
     def close(self) -> None:
         if self.flat is not None:
             self.flat.release()
-        self._mapping.close()
         os.close(self.fd)

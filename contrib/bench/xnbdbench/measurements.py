@@ -1,0 +1,108 @@
+"""What is measured: one entry of `MEASUREMENTS` each, with the target it has to reach.
+
+The first contender is the subject; the others are what it is compared with.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, List, NamedTuple, Optional
+
+from .flavours import FLAVOURS
+from .footprint import IdleCpu, WorkerMemory
+from .load import KIB, MIB, Crowded, Fio, FirstRead, Load
+from .results import Goal, Panel, Unit, at_most, ratio
+from .startup import InetdTime, VersionTime
+from .trial import Probe
+
+PEERS = ["nbdkit", "qemu-nbd", "nbd-server"]
+
+
+class Contender(NamedTuple):
+    """A server (a name in `FLAVOURS`, or None if the probe starts its own) and what to do with it."""
+
+    server: Optional[str]
+    probe: Probe
+
+
+class Measurement(NamedTuple):
+    """``name`` is for ``--only``, ``title`` for people; ``panel`` is where the plot shows it.
+
+    ``most_rounds`` bounds the rounds of what takes long and varies little.
+    """
+
+    name: str
+    title: str
+    unit: Unit
+    goal: Goal
+    contenders: Dict[str, Contender]
+    panel: Panel = ""
+    most_rounds: int = 1000
+
+
+def compare(probe: Probe, subject: str = "xnbd", others: Optional[List[str]] = None) -> Dict[str, Contender]:
+    """The same *probe* on several flavours."""
+    return {name: Contender(name, probe) for name in [subject, *(PEERS if others is None else others)]}
+
+
+def alone(probe: Probe) -> Dict[str, Contender]:
+    """A *probe* of xnbd that nothing is compared with."""
+    return {"xnbd": Contender("xnbd", probe)}
+
+
+def process(probe: Probe) -> Dict[str, Contender]:
+    """A *probe* that starts xnbd-server itself."""
+    return {"xnbd": Contender(None, probe)}
+
+
+def small(name: str, title: str, goal: Goal, probe: Probe) -> Measurement:
+    """4 KiB requests, counted per second."""
+    return Measurement(name, title, "iops", goal, compare(probe), "small")
+
+
+def large(name: str, title: str, goal: Goal, op: str, size: int) -> Measurement:
+    """Sequential requests of *size* bytes, 4 in flight, as throughput."""
+    probe = Load(op, bytes=size, depth=4, unit="mb_per_s")
+    return Measurement(name, title, "MB/s", goal, compare(probe), "throughput")
+
+
+_BUSY = Load(depth=16, connections=8)
+
+MEASUREMENTS: List[Measurement] = [
+    small("randread-1", "random read, 1 in flight", ratio(1.5), Load(depth=1)),
+    small("randread-16", "random read, 16 in flight", ratio(2.3), Load(depth=16)),
+    small("randread-64", "random read, 64 in flight", ratio(4.0), Load(depth=64)),
+    small("randwrite-32", "random write, 32 in flight", ratio(3.3), Load("randwrite", depth=32)),
+    small("randread-4x16", "random read, 4 clients, 16 each", ratio(3.3), Load(depth=16, connections=4)),
+    small("fio-1", "fio random read, 1 in flight", ratio(2.0), Fio(1)),
+    small("fio-32", "fio random read, 32 in flight", ratio(1.3), Fio(32)),
+    large("read-256k", "read 256 KiB, 4 in flight", ratio(1.2), "read", 256 * KIB),
+    large("read-1m", "read 1 MiB, 4 in flight", ratio(1.2), "read", 1 * MIB),
+    large("write-256k", "write 256 KiB, 4 in flight", ratio(1.0), "write", 256 * KIB),
+    Measurement("first-read", "connect to first read", "ms", at_most(1.5), compare(FirstRead()), most_rounds=5),
+    Measurement(
+        "memory",
+        "idle worker, unique memory",
+        "MiB",
+        at_most(3.0),
+        compare(WorkerMemory(), others=["nbd-server"]),
+        most_rounds=3,
+    ),
+    Measurement("idle-cpu", "idle server, CPU", "%", at_most(0.1), alone(IdleCpu()), most_rounds=3),
+    Measurement("crowd-cpu", "1,000 idle clients, CPU", "%", at_most(0.1), alone(IdleCpu(clients=1000)), most_rounds=3),
+    Measurement("version", "xnbd-server --version", "ms", at_most(100), process(VersionTime())),
+    Measurement("inetd", "--inetd, exec to first read", "ms", at_most(200), process(InetdTime())),
+    Measurement(
+        "crowd",
+        "8 busy clients, 16 each",
+        "iops",
+        ratio(0.9),
+        {"1,000 idle": Contender("xnbd", Crowded(_BUSY, 1000)), "alone": Contender("xnbd", _BUSY)},
+        most_rounds=5,
+    ),
+]
+
+
+def flavours_of(measurements: List[Measurement]) -> List[str]:
+    """The names of the servers that *measurements* need."""
+    needed = {contender.server for one in measurements for contender in one.contenders.values()}
+    return [name for name in FLAVOURS if name in needed]

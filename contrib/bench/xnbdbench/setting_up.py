@@ -1,0 +1,66 @@
+"""What a run needs before the first sample: programs, the load generator, an image."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Iterable, List, Optional
+
+from .errors import BenchmarkError
+from .flavours import FLAVOURS
+
+SOURCE = Path(__file__).resolve().parent.parent / "nbdload.c"
+
+_SHARED_MEMORY = Path("/dev/shm")
+_ROOM_TO_SPARE = 64 << 20
+_CHUNK = 4 << 20
+
+
+def require_programs(flavours: Iterable[str], *, fio: bool) -> None:
+    """Raises BenchmarkError that names the Debian packages to install."""
+    wanted = {FLAVOURS[name].version[0]: FLAVOURS[name].package for name in flavours if FLAVOURS[name].package}
+    wanted["cc"] = "gcc libc6-dev"
+    if fio:
+        wanted["fio"] = "fio"
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # a user's own lacks nbd-server
+    missing = [package for program, package in wanted.items() if not shutil.which(program)]
+    if missing:
+        raise BenchmarkError(f"programs are missing: apt-get install {' '.join(sorted(missing))}")
+
+
+def compile_nbdload() -> Path:
+    """The load generator beside its source, compiled anew if that has changed."""
+    program = SOURCE.with_suffix("")
+    if program.exists() and program.stat().st_mtime > SOURCE.stat().st_mtime:
+        return program
+    # Replaced in one step, for another run may be using it.
+    fresh = program.with_name(f"{program.name}.{os.getpid()}")
+    try:
+        done = subprocess.run(
+            ["cc", "-O2", "-pthread", "-o", str(fresh), str(SOURCE)], capture_output=True, text=True, timeout=120
+        )
+        if done.returncode:
+            raise BenchmarkError(f"cannot compile {SOURCE}:\n{done.stderr}")
+        fresh.replace(program)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return program
+
+
+def choose_directory(wanted: Optional[str], size: int) -> Path:
+    """Where an image of *size* bytes has room: *wanted*, or else memory before disk."""
+    candidates: List[Path] = [Path(wanted)] if wanted else [_SHARED_MEMORY, Path(tempfile.gettempdir())]
+    for directory in candidates:
+        if directory.is_dir() and shutil.disk_usage(directory).free > size + _ROOM_TO_SPARE:
+            return directory
+    raise BenchmarkError(f"no room for an image of {size >> 20} MiB in {' or '.join(map(str, candidates))}: see --dir")
+
+
+def make_image(path: Path, size: int) -> None:
+    """A file of *size* random bytes."""
+    with path.open("wb") as image:
+        for offset in range(0, size, _CHUNK):
+            image.write(os.urandom(min(_CHUNK, size - offset)))

@@ -1,0 +1,111 @@
+"""Command lines: help, version, and what makes no sense, which is one line and exit status 2."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import List
+
+import pytest
+from conftest import Start
+from launch import fails, serving
+from server_process import command, run
+
+USAGE_ERROR = 2
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_shows_usage_and_every_option(option: str) -> None:
+    _, text, err = run(*command(option))
+    assert err == ""
+    assert "Usage:" in text
+    for name in ("--target", "--lport", "--unix", "--create", "--readonly", "--daemonize", "--spin", "--connected-fd"):
+        assert name in text
+
+
+def test_version() -> None:
+    _, text, err = run(*command("--version"))
+    assert (text.startswith("xnbd-server "), err) == (True, "")
+
+
+def test_program_runs_by_its_name_alone_from_any_directory(tmp_path: Path) -> None:
+    link = tmp_path / "xnbd-server"
+    link.symlink_to(command()[-1])
+    _, text, _ = run(command()[0], "-W", "error", link, "--version")
+    assert text.startswith("xnbd-server ")
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("--lport", ["x", "-1", "65536", "80.5", "", "0x50"]),
+        ("--max-clients", ["0", "-1", "many", "1e3"]),
+        ("--spare-workers", ["0", "-1", "x"]),
+        ("--handshake-timeout", ["0", "-1", "x", "nan", "inf"]),
+        ("--spin", ["-1", "x", "1.5"]),
+        ("--create", ["0", "-1", "x", "1Z", "1.5G", "G", "9E", "", "1 G x"]),
+    ],
+)
+def test_bad_value_is_named(image: Path, option: str, values: List[str]) -> None:
+    for value in values:
+        status, message = fails("--target", option, value, image)
+        assert status == USAGE_ERROR, (option, value)
+        assert option in message
+
+
+@pytest.mark.parametrize("option", ["--unix", "--pidfile", "--logpath", "--exportname", "--connected-fd"])
+def test_empty_value_is_refused(image: Path, option: str) -> None:
+    """A script's unset variable must not silently mean something else."""
+    status, message = fails("--target", option, "", image)
+    assert status == USAGE_ERROR
+    assert option in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--target"],
+        ["disk.img"],
+        ["--target", "one.img", "two.img"],
+        ["--target", "--no-such-option", "disk.img"],
+        ["--target", "--lport"],
+        ["--target", "--lport", "1", "--lport", "2", "disk.img"],
+        ["--target", "--cow-target", "disk.img"],
+        ["--target=yes", "disk.img"],
+        ["--target", "--inetd", "--connected-fd", "3", "disk.img"],
+        ["--target", "--inetd", "--daemonize", "disk.img"],
+        ["--target", "--inetd", "--lport", "8520", "disk.img"],
+        ["--target", "--inetd", "--unix", "sock", "disk.img"],
+        ["--target", "--connected-fd", "3", "--daemonize", "disk.img"],
+        ["--target", "--connected-fd", "3", "--laddr", "::1", "disk.img"],
+        ["--target", "--connected-fd", "x", "disk.img"],
+        ["--target", "--connected-fd", "-1", "disk.img"],
+        ["--target", "--verbose", "--quiet", "disk.img"],
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments: List[str]) -> None:
+    assert fails(*arguments)[0] == USAGE_ERROR
+
+
+def test_bytes_that_are_no_text_are_no_traceback(tmp_path: Path) -> None:
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.img")
+    status, message = fails("--target", "--lport", "0", name)
+    assert status == 1
+    assert "No such file" in message
+
+
+def test_abbreviations_work_where_they_are_clear(start: Start, image: Path) -> None:
+    assert "serving" in start("--target", "--handshake", "5", image).log()
+
+
+def test_quiet_logs_no_ordinary_events(start: Start, image: Path) -> None:
+    server = start("--target", "--quiet", image)
+    server.connect().close()
+    server.stop()
+    assert server.log() == ""
+
+
+def test_verbose_logs_no_less(tmp_path: Path, image: Path) -> None:
+    with serving(tmp_path / "log", "--target", "--verbose", "--unix", tmp_path / "sock", image) as server:
+        assert f"serving disk image disk.img, {image.stat().st_size} bytes" in server.log()
