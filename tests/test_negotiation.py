@@ -160,9 +160,10 @@ def test_abort_is_acknowledged() -> None:
     assert machine.agreement is None
 
 
-def test_list_names_every_export() -> None:
+def test_list_names_and_describes_every_export() -> None:
     machine = fresh()
-    assert ask(machine, raw.LIST) == [(raw.REP_SERVER, string("disk")), (raw.REP_SERVER, string("other")), OK]
+    names = [(raw.REP_SERVER, string("disk") + b"a disk"), (raw.REP_SERVER, string("other") + b"another")]
+    assert ask(machine, raw.LIST) == [*names, OK]
     assert machine.agreement is None
 
 
