@@ -159,7 +159,12 @@ def is_alive(pid: int) -> bool:
 def run(*arguments: object, timeout: float = 60.0, check: bool = True) -> Tuple[int, str, str]:
     """Run a program to its end: exit status, output and error output; fails the test unless it succeeds."""
     done = subprocess.run(
-        [str(a) for a in arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+        [str(a) for a in arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
     )
     if check:
         assert done.returncode == 0, f"{arguments}: status {done.returncode}\n{done.stdout}{done.stderr}"

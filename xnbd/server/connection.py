@@ -133,7 +133,7 @@ class Connection:
             self.sock.shutdown(socket.SHUT_WR)
             rest = memoryview(bytearray(64 << 10))
             until = monotonic() + _LINGER
-            while self._drain(rest, until):
+            while monotonic() < until and self._drain(rest, until):
                 pass
         except (OSError, Stop):
             pass  # the client is gone, which is what this waits for

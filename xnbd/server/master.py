@@ -43,8 +43,9 @@ class Master:
         self._spares: Set[int] = set()
         self._clients: Dict[int, str] = {}
         self._signals: Set[int] = set()
-        self._retry_at = 0.0
+        self._retry_at: Optional[float] = None
         self._full = False
+        self._killing = False
         self._retiring = 0
         self._pipes = Pipes(*os.pipe(), *os.pipe(), *os.pipe())
         os.set_blocking(self._pipes.reports_master, False)
@@ -64,7 +65,7 @@ class Master:
         gc.freeze()
         while True:
             self._balance()
-            signals = self._wait(self._retry_at if self._retry_at > monotonic() else None)
+            signals = self._wait(self._retry_at)
             if signals & {signal.SIGTERM, signal.SIGINT}:
                 return self._stop()
             if signal.SIGHUP in signals:
@@ -96,7 +97,9 @@ class Master:
         if room <= 0 and not self._full:
             log.warning("%d clients are connected, which is the limit; others wait", len(self._clients))
         self._full = room <= 0
-        while len(self._spares) < min(room, wanted) and monotonic() >= self._retry_at:
+        if self._retry_at is not None and monotonic() >= self._retry_at:
+            self._retry_at = None
+        while len(self._spares) < min(room, wanted) and self._retry_at is None:
             self._spawn()
         excess = spares - self._retiring - 2 * wanted
         if excess > 0:
@@ -137,14 +140,11 @@ class Master:
             self._spares.discard(pid)
             if self._retiring and not status:
                 self._retiring -= 1
-            if status:
+            if status and not self._killing:
                 self._on_failure(pid, peer, os.waitstatus_to_exitcode(status))
 
     def _on_failure(self, pid: int, peer: Optional[str], exit_code: int) -> None:
-        if exit_code < 0:
-            reason = f"killed by {signal.Signals(-exit_code).name}"
-        else:
-            reason = f"exit status {exit_code}"
+        reason = f"killed by {_signal_name(-exit_code)}" if exit_code < 0 else f"exit status {exit_code}"
         if peer is not None:
             log.error("worker %d of client %s died: %s", pid, peer, reason)
         else:
@@ -165,6 +165,7 @@ class Master:
             again = self._wait(deadline) & {signal.SIGTERM, signal.SIGINT}
             if deadline is not None and (again or monotonic() >= deadline):
                 log.warning("ending %d workers that are still busy", len(self._spares) + len(self._clients))
+                self._killing = True
                 self._signal_workers(signal.SIGKILL)
                 status = 1
                 deadline = None
@@ -182,3 +183,11 @@ class Master:
             self._service.source.flush()
         except OSError as error:
             log.error("the last flush failed: %s", error.strerror)
+
+
+def _signal_name(number: int) -> str:
+    """The name of a signal; those of real time have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -67,5 +67,6 @@ class Service(NamedTuple):
             log.info("%s: left during the handshake", connection.peer)
             return
         log.info("%s: connected", connection.peer)
+        log.debug("%s: agreed on %s", connection.peer, agreement)
         Session(connection, image, agreement).run()
         log.info("%s: left", connection.peer)

@@ -17,6 +17,7 @@ from time import monotonic
 from typing import Iterator, List, Optional, Tuple
 
 from ..errors import ProtocolError, RequestError
+from ..logs import log
 from ..protocol import constants as c
 from ..protocol import transmission as wire
 from ..protocol.negotiation import ALLOCATION_CONTEXT, Agreement
@@ -33,6 +34,9 @@ MAXIMUM_REQUEST = 256 << 20
 
 _STREAM_FROM = BUFFER_SIZE // 2 - wire.REQUEST.size
 """Payloads from this size on go to the image as they arrive instead of being collected first."""
+
+_BATCH = 4096
+"""Requests answered in one go: many enough to cost little each, few enough to keep their replies in memory."""
 
 _BLOCK = 4096
 _HOLE_MINIMUM = 32 << 10
@@ -94,7 +98,7 @@ class Session:
         check, receive, view = connection.watch.check, connection.receive, self._view
         sent = self._read_ahead.sent
         while not self._left:
-            check(mid_message=self._end > 0)
+            check(mid_message=True)  # what has come already is answered; the next sleep ends it
             if self._start > BUFFER_SIZE // 2:
                 self._move_to_front()
             if not self._end:
@@ -104,10 +108,12 @@ class Session:
             else:
                 received = connection.receive_rest(view[self._end :])
             self._end += received
-            self._work()
-            began = monotonic()
-            replies.send()
-            sent(monotonic() - began)
+            more = True
+            while more:
+                more = self._work()
+                began = monotonic()
+                replies.send()
+                sent(monotonic() - began)
 
     def _move_to_front(self) -> None:
         rest = self._end - self._start
@@ -115,19 +121,21 @@ class Session:
             self._view[:rest] = self._view[self._start : self._end]
         self._start, self._end = 0, rest
 
-    def _work(self) -> None:
-        """Work through the complete requests that were received."""
+    def _work(self) -> bool:
+        """Work through the complete requests that were received; True if there may be more than fit in one go."""
         buffer, view, image = self._buffer, self._view, self._image
         unpack_request = wire.REQUEST.unpack_from
         append, extend = self._replies.pieces.append, self._replies.pieces.extend
         structured = self._structured
-        flat, read, write = image.flat, image.read, image.write
         readable = min(image.readable(), image.size)
+        flat, read, write = image.flat, image.read, image.write
         writable = -1 if image.readonly else readable
         announce = self._read_ahead.announce if self._read_ahead.active else None
         longest_read = _HOLE_MINIMUM - 1 if structured else MAXIMUM_REQUEST
         position, end = self._start, self._end
-        while end - position >= 28:
+        for _ in range(_BATCH):
+            if end - position < 28:
+                break
             word, cookie, offset, length = unpack_request(buffer, position)
             stop = offset + length
             if word == _READ and stop <= readable and 0 < length <= longest_read:
@@ -145,17 +153,18 @@ class Session:
                 try:
                     write(offset, view[data:position])
                 except OSError as error:
-                    append(wire.pack_simple_reply(cookie, wire.nbd_error(error.errno or 0)))
+                    self._refuse(c.CMD_WRITE, cookie, error)
                 else:
                     append(wire.OK_PREFIX + cookie)
             else:
                 self._start = position
                 if not self._execute(word, cookie, offset, length):
-                    return
+                    return False
                 position, end = self._start, self._end
         self._start = position
         if position == end:
             self._start = self._end = 0
+        return end - position >= 28
 
     def _execute(self, word: int, cookie: bytes, offset: int, length: int) -> bool:
         """Any request, at `_start`; False if it has to wait for more bytes, or is the last."""
@@ -195,6 +204,7 @@ class Session:
             raise RequestError(errno.EIO, "the disk image has shrunk")
 
     def _refuse(self, command: int, cookie: bytes, error: Exception) -> None:
+        log.debug("%s: command %d refused: %s", self._connection.peer, command, error)
         number = wire.nbd_error(getattr(error, "errno", None) or errno.EIO)
         if self._structured and command in (c.CMD_READ, c.CMD_BLOCK_STATUS):
             self._replies.pieces.append(wire.pack_error_chunk(cookie, number, str(error)))
@@ -234,6 +244,8 @@ class Session:
                 self._replies.pieces.append(wire.pack_hole_chunk(cookie, at, count, flags))
             else:
                 self._append_data(cookie, at, count, flags)
+        if len(self._replies.pieces) > _BATCH:
+            self._replies.send()
 
     def _append_data(self, cookie: bytes, offset: int, length: int, flags: int) -> None:
         self._replies.pieces.append(wire.pack_data_chunk(cookie, offset, length, flags))

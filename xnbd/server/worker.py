@@ -59,6 +59,8 @@ class Worker:
             status = self._work(watch)
         except Stop:
             status = 0
+        except OSError as error:
+            log.error("worker cannot work: %s", error)
         except BaseException:
             log.exception("worker failed")
         finally:

@@ -74,15 +74,22 @@ class CowImage(Image):
     ) -> None:
         self.size = size
         self.readonly = readonly
-        self.readable = partial(os.lseek, base, 0, os.SEEK_END)
         self._base, self._overlay = base, overlay
         self._bitmap_fd = bitmap
         self._abilities = abilities
         self._bitmap = Bitmap(bitmap, block_count(size))
         self._locks = RangeLocks(bitmap)
         self._octets = self._bitmap.octets
-        self._base_view = map_disk(base, size)
         self._overlay_view = map_disk(overlay, size)
+        self.readable: Callable[[], int] = self._map_base
+        self._map_base()
+
+    def _map_base(self) -> int:
+        """Map the base, as much as there is of it: done again and again while the file is too short."""
+        self._base_view = map_disk(self._base, self.size)
+        if len(self._base_view) == self.size:
+            self.readable = partial(os.lseek, self._base, 0, os.SEEK_END)
+        return len(self._base_view)
 
     # A byte of the bitmap speaks for 32 KiB (1 << 15). Most requests lie within one, and most such
     # bytes are all set or all clear: reads and writes look there first.

@@ -10,7 +10,7 @@ import errno
 import mmap
 import os
 from functools import partial
-from typing import Iterator, List, Optional
+from typing import Callable, Iterator, List
 
 from ..errors import ConfigurationError
 from . import space
@@ -77,12 +77,15 @@ def reopen(fd: int, *, readonly: bool) -> int:
 
 
 def map_disk(fd: int, size: int) -> memoryview:
-    """The disk behind *fd* as shared memory to read from.
+    """The disk of *size* bytes behind *fd* as shared memory to read from; less of it if the file has shrunk.
 
     The kernel is told not to read around what is touched: what is needed next, the
     request loop knows better (`server.readahead`).
     """
-    mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    length = min(size, os.lseek(fd, 0, os.SEEK_END))
+    if not length:
+        return memoryview(b"")
+    mapping = mmap.mmap(fd, length, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     mapping.madvise(mmap.MADV_RANDOM)
     return memoryview(mapping)
 
@@ -102,21 +105,28 @@ class TargetSource(Source):
             raise ConfigurationError(f"cannot map {path} ({self.size} bytes) into memory: {error}") from error
 
     def open(self) -> TargetImage:
-        return TargetImage(reopen(self._fd, readonly=self.readonly), readonly=self.readonly)
+        return TargetImage(reopen(self._fd, readonly=self.readonly), self.size, readonly=self.readonly)
 
     def flush(self) -> None:
         os.fdatasync(self._fd)
 
 
 class TargetImage(Image):
-    """The image behind the descriptor *fd*, which this object owns from now on."""
+    """The disk of *size* bytes behind the descriptor *fd*, which this object owns from now on."""
 
-    def __init__(self, fd: int, *, readonly: bool) -> None:
+    def __init__(self, fd: int, size: int, *, readonly: bool) -> None:
         self.fd = fd
-        self.size = space.device_size(fd)
+        self.size = size
         self.readonly = readonly
-        self.flat: Optional[memoryview] = map_disk(fd, self.size)
-        self.readable = partial(os.lseek, fd, 0, os.SEEK_END)
+        self.readable: Callable[[], int] = self._map
+        self._map()
+
+    def _map(self) -> int:
+        """Map the disk, as much as there is of it: done again and again while the file is too short."""
+        self.flat = map_disk(self.fd, self.size)
+        if len(self.flat) == self.size:
+            self.readable = partial(os.lseek, self.fd, 0, os.SEEK_END)
+        return len(self.flat)
 
     def read(self, offset: int, length: int) -> List[memoryview]:
         assert self.flat is not None
