@@ -60,6 +60,21 @@ def _qemu_nbd(place: Place) -> List[str]:
     return ["qemu-nbd", "--persistent", "--shared=64", "--bind=127.0.0.1", f"--port={place.port}", *disk]
 
 
+def _xnbd_cow(place: Place) -> List[str]:
+    listening = ["--laddr", "127.0.0.1", "--lport", str(place.port)]
+    return [*XNBD_SERVER, "--cow-target", "--quiet", *listening, "--cow-dir", str(place.directory), str(place.image)]
+
+
+def _nbdkit_cow(place: Place) -> List[str]:
+    listening = ["--ipaddr", "127.0.0.1", "--port", str(place.port)]
+    command = ["nbdkit", "--foreground", *listening, "--filter=cow", "file", str(place.image)]
+    return ["env", f"TMPDIR={place.directory}", *command]
+
+
+def _qemu_nbd_snapshot(place: Place) -> List[str]:
+    return ["env", f"TMPDIR={place.directory}", *_qemu_nbd(place), "--snapshot"]
+
+
 def _nbd_server(place: Place) -> List[str]:
     config = place.directory / "config"
     config.write_text(
@@ -72,5 +87,8 @@ FLAVOURS: Dict[str, Flavour] = {
     "xnbd": Flavour(_xnbd, [*XNBD_SERVER, "--version"]),
     "nbdkit": Flavour(_nbdkit, ["nbdkit", "--version"], "nbdkit"),
     "qemu-nbd": Flavour(_qemu_nbd, ["qemu-nbd", "--version"], "qemu-utils"),
+    "xnbd-cow": Flavour(_xnbd_cow, [*XNBD_SERVER, "--version"], fresh=True),
+    "nbdkit-cow": Flavour(_nbdkit_cow, ["nbdkit", "--version"], "nbdkit", fresh=True),
+    "qemu-nbd -s": Flavour(_qemu_nbd_snapshot, ["qemu-nbd", "--version"], "qemu-utils", fresh=True),
     "nbd-server": Flavour(_nbd_server, ["nbd-server", "-V"], "nbd-server", export="bench", daemon=True),
 }

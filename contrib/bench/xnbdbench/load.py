@@ -45,6 +45,20 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Filled:
+    """What *load* measures after the whole disk was written once."""
+
+    load: Load
+
+    def __call__(self, trial: Trial) -> Sample:
+        uri = f"nbd://127.0.0.1:{trial.target.port}/{trial.target.export}"
+        filled = subprocess.run(["nbdcopy", str(trial.settings.image), uri], timeout=PATIENCE, capture_output=True)
+        if filled.returncode:
+            raise ProbeFailed(f"nbdcopy: {filled.stderr.decode(errors='replace').strip()}")
+        return self.load(trial)
+
+
+@dataclass(frozen=True)
 class Fio:
     """Requests per second of fio's nbd engine, 4 KiB random reads."""
 

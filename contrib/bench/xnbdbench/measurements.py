@@ -9,12 +9,13 @@ from typing import Dict, List, NamedTuple, Optional
 
 from .flavours import FLAVOURS
 from .footprint import IdleCpu, WorkerMemory
-from .load import KIB, MIB, Crowded, Fio, FirstRead, Load
+from .load import KIB, MIB, Crowded, Filled, Fio, FirstRead, Load
 from .results import Goal, Panel, Unit, at_most, ratio
 from .startup import InetdTime, VersionTime
 from .trial import Probe
 
 PEERS = ["nbdkit", "qemu-nbd", "nbd-server"]
+COW_PEERS = ["nbdkit-cow", "qemu-nbd -s"]
 
 
 class Contender(NamedTuple):
@@ -65,6 +66,11 @@ def large(name: str, title: str, goal: Goal, op: str, size: int) -> Measurement:
     return Measurement(name, title, "MB/s", goal, compare(probe), "throughput")
 
 
+def copied(name: str, title: str, probe: Probe, others: List[str]) -> Measurement:
+    """What a copy-on-write disk costs beside the plain target, once its blocks are where they belong."""
+    return Measurement(name, title, "iops", ratio(0.85), compare(probe, "xnbd-cow", others), most_rounds=5)
+
+
 _BUSY = Load(depth=16, connections=8)
 
 MEASUREMENTS: List[Measurement] = [
@@ -79,6 +85,16 @@ MEASUREMENTS: List[Measurement] = [
     large("read-1m", "read 1 MiB, 4 in flight", ratio(1.2), "read", 1 * MIB),
     large("write-256k", "write 256 KiB, 4 in flight", ratio(1.0), "write", 256 * KIB),
     Measurement("first-read", "connect to first read", "ms", at_most(1.5), compare(FirstRead()), most_rounds=5),
+    copied("cow-read", "cow, untouched random read, 16 in flight", Load(depth=16), others=["xnbd", *COW_PEERS]),
+    copied("cow-write", "cow, copied random write, 32 in flight", Filled(Load("randwrite", depth=32)), others=["xnbd"]),
+    Measurement(
+        "cow-first-write",
+        "cow, first random write, 32 in flight",
+        "iops",
+        ratio(2.0),
+        compare(Load("randwrite", depth=32), "xnbd-cow", COW_PEERS),
+        most_rounds=5,
+    ),
     Measurement(
         "memory",
         "idle worker, unique memory",

@@ -22,7 +22,7 @@ _CHUNK = 4 << 20
 def require_programs(flavours: Iterable[str], *, fio: bool) -> None:
     """Raises BenchmarkError that names the Debian packages to install."""
     wanted = {FLAVOURS[name].version[0]: FLAVOURS[name].package for name in flavours if FLAVOURS[name].package}
-    wanted["cc"] = "gcc libc6-dev"
+    wanted |= {"cc": "gcc libc6-dev", "nbdcopy": "libnbd-bin"}
     if fio:
         wanted["fio"] = "fio"
     os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # a user's own lacks nbd-server
