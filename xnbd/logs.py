@@ -83,7 +83,8 @@ class _SyslogHandler(logging.Handler):
         levels = ((logging.ERROR, self._syslog.LOG_ERR), (logging.WARNING, self._syslog.LOG_WARNING),
                   (logging.INFO, self._syslog.LOG_INFO))  # fmt: skip
         priority = next((p for level, p in levels if record.levelno >= level), self._syslog.LOG_DEBUG)
-        self._syslog.syslog(priority, record.getMessage())
+        for line in self.format(record).splitlines():
+            self._syslog.syslog(priority, line.encode("utf-8", "backslashreplace").decode())
 
 
 def complain(program: str, message: str, *, super_server: bool) -> None:

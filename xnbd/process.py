@@ -13,29 +13,37 @@ from typing import Optional
 from .errors import ConfigurationError
 
 
-def close_client_streams() -> Optional[int]:
-    """Take the client's socket off the standard streams, under a super-server.
+def take_client_socket(fd: int) -> Optional[int]:
+    """Take the client's socket *fd* off the standard streams.
 
     inetd gives it as descriptors 0, 1 and 2: whatever a library prints would end up
-    in the client's data. Returns a descriptor of that socket, or None if standard
-    input is not a socket. Standard output and standard error stay as they are
-    unless they are that same socket.
+    in the client's data. Returns a higher descriptor of that socket, or None if *fd*
+    is none. Standard output and standard error stay as they are unless they are
+    that same socket.
     """
     try:
-        status = os.fstat(0)
+        status = os.fstat(fd)
     except OSError:
         return None
     if not stat.S_ISSOCK(status.st_mode):
         return None
-    client = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3)
+    client = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    for stream in (1, 2):
+    for stream in (0, 1, 2):
         if not _is_open(stream) or os.path.samestat(os.fstat(stream), status):
             os.dup2(null, stream)
     if null > 2:
         os.close(null)
     return client
+
+
+def is_super_servers_child() -> bool:
+    """Whether standard input and standard error are one socket: only a super-server starts a program like that."""
+    try:
+        status, errors = os.fstat(0), os.fstat(2)
+    except OSError:
+        return False
+    return stat.S_ISSOCK(status.st_mode) and os.path.samestat(status, errors)
 
 
 def _is_open(fd: int) -> bool:
@@ -50,7 +58,8 @@ def set_title(role: str, *details: str) -> None:
     """What ``ps`` shows for this process."""
     from setproctitle import setproctitle
 
-    setproctitle(" ".join(("xnbd-server:", role, *details)))
+    title = " ".join(("xnbd-server:", role, *details))
+    setproctitle(title.encode("utf-8", "backslashreplace").decode())
 
 
 class Daemon:

@@ -60,7 +60,7 @@ from typing import List, NoReturn, Optional
 
 from .. import __version__
 from ..errors import ConfigurationError
-from ..process import close_client_streams
+from ..process import is_super_servers_child, take_client_socket
 from .values import parse_command_line
 
 PROGRAM = "xnbd-server"
@@ -68,9 +68,10 @@ PROGRAM = "xnbd-server"
 
 def main(argv: Optional[List[str]] = None) -> NoReturn:
     """The program: leaves with status 0, 1 (it failed) or 2 (its command line makes no sense)."""
-    client = close_client_streams()
+    words = sys.argv[1:] if argv is None else argv
+    client = take_client_socket(0) if "--inetd" in words or is_super_servers_child() else None
     try:
-        arguments = parse_command_line(PROGRAM, __doc__, argv or sys.argv[1:], f"{PROGRAM} {__version__}")
+        arguments = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
         from .serving import serve
 
         status = serve(PROGRAM, arguments, client)

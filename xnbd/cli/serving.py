@@ -10,7 +10,8 @@ from typing import Any, Dict, Optional
 from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
-from ..process import Daemon, PidFile, notify_service_manager, set_title
+from ..process import Daemon, PidFile, notify_service_manager, set_title, take_client_socket
+from ..protocol.constants import MAXIMUM_STRING
 from ..protocol.negotiation import Agreement
 from ..server.connection import Connection
 from ..server.listen import DEFAULT_PORT, Listeners
@@ -59,9 +60,12 @@ def _open_service(arguments: Arguments) -> Service:
     timeout = parse_seconds(arguments["--handshake-timeout"], "--handshake-timeout")
     spin = parse_integer(arguments["--spin"], "--spin", 0, 1_000_000)
     source = _open_source(arguments)
+    name = arguments["--exportname"] or source.name
+    if len(os.fsencode(name)) > MAXIMUM_STRING:
+        raise ConfigurationError(f"--exportname: clients cannot ask for more than {MAXIMUM_STRING} bytes", USAGE_ERROR)
     return Service(
         source=source,
-        export_name=arguments["--exportname"] or source.name,
+        export_name=name,
         oldstyle=arguments["--oldstyle"],
         handshake_timeout=timeout,
         spin=spin / 1e6,
@@ -88,16 +92,17 @@ def _serve_one(arguments: Arguments, client: Optional[int]) -> int:
     set_title("serving", connection.peer, service.source.name)
     agreement = Agreement() if arguments["--connected-fd"] else None
     service.serve(connection, service.source.open(), agreement)
-    return 0
+    return 0 if service.flush() else 1
 
 
 def _client_socket(number: Optional[str], client: Optional[int]) -> socket.socket:
     """The connected socket of ``--connected-fd NUMBER``, or of ``--inetd`` if that is None."""
     if number is not None:
         fd = parse_integer(number, "--connected-fd", 0, 1 << 20)
-        client = client if fd == 0 else fd
+        client = take_client_socket(fd) if fd <= 2 else fd
     if client is None:
-        raise ConfigurationError("standard input is no socket: --inetd is for use under inetd or systemd")
+        what = "standard input" if number is None else f"descriptor {number}"
+        raise ConfigurationError(f"{what} is no socket: this is for use by a super-server")
     try:
         sock = socket.socket(fileno=client)
         if sock.type != socket.SOCK_STREAM or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 from ..errors import ConfigurationError
 
@@ -52,7 +52,7 @@ def parse_size(text: str, option: str) -> int:
 
 def parse_integer(text: str, option: str, lowest: int, highest: int) -> int:
     """Raises `ConfigurationError` unless *text* is a whole number between the bounds."""
-    if text.strip().isdecimal() and lowest <= int(text) <= highest:
+    if len(text) < 20 and text.strip().isdecimal() and lowest <= int(text) <= highest:
         return int(text)
     raise ConfigurationError(f"{option} {text}: expected a whole number from {lowest} to {highest}", USAGE_ERROR)
 
@@ -68,10 +68,10 @@ def parse_seconds(text: str, option: str) -> float:
     raise ConfigurationError(f"{option} {text}: expected a number of seconds above 0", USAGE_ERROR)
 
 
-def refuse_together(arguments: Dict[str, Any], first: str, others: List[str], why: Optional[str] = None) -> None:
+def refuse_together(arguments: Dict[str, Any], first: str, others: List[str]) -> None:
     """Raises `ConfigurationError` if option *first* is given with one of *others*."""
     if not arguments[first]:
         return
     for other in others:
         if arguments[other]:
-            raise ConfigurationError(f"{first} and {other} do not go together{why or ''}", USAGE_ERROR)
+            raise ConfigurationError(f"{first} and {other} do not go together", USAGE_ERROR)

@@ -27,6 +27,9 @@ MAXIMUM_OPTION_DATA = 64 << 10
 MAXIMUM_OPTIONS = 1000
 """Options that one client may send before it has to choose an export."""
 
+MAXIMUM_QUERIES = 100
+"""Meta contexts that one option may ask for."""
+
 ALLOCATION_CONTEXT = 1
 """The id under which ``base:allocation`` is negotiated."""
 
@@ -263,6 +266,10 @@ def _parse_queries(data: bytes) -> List[str]:
     if len(data) < 4:
         raise _Refused(c.REP_ERR_INVALID, "data too short")
     (count,), rest = _U32.unpack_from(data), data[4:]
+    if count > len(rest) // 4:
+        raise _Refused(c.REP_ERR_INVALID, "number of queries does not fit the data")
+    if count > MAXIMUM_QUERIES:
+        raise _Refused(c.REP_ERR_TOO_BIG, f"more than {MAXIMUM_QUERIES} queries")
     queries: List[str] = []
     while rest and len(queries) < count:
         query, rest = _parse_string(rest)

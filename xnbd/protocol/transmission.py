@@ -33,6 +33,9 @@ COOKIE_IN_REPLY = slice(8, 16)
 OK_PREFIX = struct.pack(">II", c.SIMPLE_REPLY_MAGIC, 0)
 """A simple reply without error is this and the cookie."""
 
+MAXIMUM_MESSAGE = 1024
+"""Bytes of the text of an error chunk."""
+
 _ERRNO_TO_NBD = {
     errno.EPERM: c.EPERM, errno.EACCES: c.EPERM, errno.EROFS: c.EPERM,
     errno.ENOMEM: c.ENOMEM,
@@ -72,9 +75,6 @@ def pack_error_chunk(cookie: bytes, error: int, message: str = "", flags: int = 
     text = message.encode()[:MAXIMUM_MESSAGE]
     header = CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_TYPE_ERROR, cookie, 6 + len(text))
     return header + struct.pack(">IH", error, len(text)) + text
-
-
-MAXIMUM_MESSAGE = 1024
 
 
 def pack_data_chunk(cookie: bytes, offset: int, length: int, flags: int = c.REPLY_FLAG_DONE) -> bytes:

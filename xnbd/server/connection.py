@@ -13,13 +13,13 @@ from time import monotonic
 from typing import Sequence, Union
 
 from ..errors import Disconnected, ProtocolError
+from ..sockets import set_socket_options
 from .spin import Spin
 from .watch import Stop, Watch
 
 _DONT_WAIT = socket.MSG_DONTWAIT
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _LINGER = 1.0
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
 
 
 class Connection:
@@ -29,6 +29,7 @@ class Connection:
         self.sock = sock
         self.peer = describe_peer(sock)
         self.watch = watch
+        self.waits = 0  # how often the client did not take what was to be sent at once
         self._fds = (sock.fileno(),)
         self._recv_into = sock.recv_into
         self._sendmsg = sock.sendmsg
@@ -53,9 +54,14 @@ class Connection:
         until = began + spin.seconds
         poll = self._ready
         while monotonic() < until:
-            if poll(0):
-                spin.hit()
-                return recv_into(view, 0, _DONT_WAIT)
+            if not poll(0):
+                continue
+            try:
+                received = recv_into(view, 0, _DONT_WAIT)
+            except BlockingIOError:
+                continue
+            spin.hit()
+            return received
         while True:
             self.watch.wait(self._fds, select.POLLIN)
             try:
@@ -125,6 +131,7 @@ class Connection:
             try:
                 return self._sendmsg(buffers, (), _SEND_FLAGS)
             except BlockingIOError:
+                self.waits += 1
                 self.watch.wait(self._fds, select.POLLOUT, mid_message=True)
 
     def linger(self) -> None:
@@ -146,16 +153,6 @@ class Connection:
 
     def close(self) -> None:
         self.sock.close()
-
-
-def set_socket_options(sock: socket.socket) -> None:
-    """Replies leave at once, and a client that vanished is noticed (``tcp(7)``)."""
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE:
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def describe_peer(sock: socket.socket) -> str:

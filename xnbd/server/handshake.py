@@ -5,6 +5,7 @@ from __future__ import annotations
 from time import monotonic
 from typing import Optional
 
+from ..errors import ProtocolError
 from ..protocol import negotiation
 from ..protocol.negotiation import Agreement, Export, Exports
 from .connection import Connection
@@ -20,6 +21,9 @@ def negotiate(connection: Connection, exports: Exports, timeout: float) -> Optio
     connection.send_until(negotiation.pack_greeting(), deadline)
     machine.on_client_flags(int.from_bytes(connection.receive_exactly(4, deadline), "big"))
     while machine.agreement is None and not machine.aborted:
+        connection.watch.check()
+        if monotonic() > deadline:
+            raise ProtocolError("handshake took too long")
         header = connection.receive_exactly(negotiation.OPTION_HEADER.size, deadline)
         option, length = negotiation.parse_option_header(header)
         data = connection.receive_exactly(length, deadline)

@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 import stat
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 from ..errors import ConfigurationError
 
@@ -21,7 +21,7 @@ class Listeners:
 
     def __init__(self) -> None:
         self.sockets: List[socket.socket] = []
-        self._unix_paths: List[str] = []
+        self._unix_sockets: List[Tuple[str, os.stat_result]] = []
         self._owner = os.getpid()
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class Listeners:
         except OSError as error:
             sock.close()
             raise ConfigurationError(f"cannot listen on {path}: {error.strerror or error}") from error
-        self._unix_paths.append(path)
+        self._unix_sockets.append((path, os.lstat(path)))
         self._owner = os.getpid()  # --daemonize forks before this
         sock.listen(_BACKLOG)
         self.add(sock)
@@ -81,9 +81,10 @@ class Listeners:
         """Remove the Unix sockets, in the process that made them."""
         if os.getpid() != self._owner:
             return
-        for path in self._unix_paths:
+        for path, ours in self._unix_sockets:
             try:
-                os.unlink(path)
+                if os.path.samestat(os.lstat(path), ours):  # else a successor's is there by now
+                    os.unlink(path)
             except FileNotFoundError:
                 pass
 

@@ -23,6 +23,7 @@ from .worker import REPORT_SIZE, Pipes, Worker, parse_report, read_pipe
 _RETRY = 1.0
 _PIPE_SIZE = 64 << 10
 _STOP_TIME = GRACE + 1.5
+_KILL_TIME = 3.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
 
 
@@ -159,30 +160,27 @@ class Master:
         for listener in self._listeners:
             listener.close()
         self._signal_workers(signal.SIGTERM)
-        deadline: Optional[float] = monotonic() + _STOP_TIME
-        status = 0
+        deadline = monotonic() + _STOP_TIME
+        hurry = False
         while self._spares or self._clients:
-            again = self._wait(deadline) & {signal.SIGTERM, signal.SIGINT}
-            if deadline is not None and (again or monotonic() >= deadline):
-                log.warning("ending %d workers that are still busy", len(self._spares) + len(self._clients))
-                self._killing = True
-                self._signal_workers(signal.SIGKILL)
-                status = 1
-                deadline = None
-        self._flush()
+            hurry = bool(self._wait(deadline) & {signal.SIGTERM, signal.SIGINT}) or hurry
+            if not hurry and monotonic() < deadline:
+                continue
+            if self._killing:
+                break  # not even SIGKILL ends a process whose disk hangs
+            log.warning("ending %d workers that are still busy", len(self._spares) + len(self._clients))
+            self._killing = True
+            self._signal_workers(signal.SIGKILL)
+            deadline = monotonic() + _KILL_TIME
+        if not hurry:
+            self._service.flush()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # one more would kill this process while Python finishes
-        return status
+        return int(self._killing)
 
     def _signal_workers(self, number: int) -> None:
         for pid in (*self._spares, *self._clients):
             os.kill(pid, number)
-
-    def _flush(self) -> None:
-        try:
-            self._service.source.flush()
-        except OSError as error:
-            log.error("the last flush failed: %s", error.strerror)
 
 
 def _signal_name(number: int) -> str:

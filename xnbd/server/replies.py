@@ -12,7 +12,7 @@ import errno
 import os
 from typing import Iterator, List, Tuple, Union
 
-from ..errors import ProtocolError
+from ..errors import Disconnected, ProtocolError
 from ..protocol import constants as c
 from ..protocol import transmission as wire
 from .connection import Connection
@@ -31,7 +31,11 @@ class Replies:
         self._send_some = connection.send_some
 
     def send(self) -> None:
-        """Send everything. Raises `ProtocolError` if a reply that has begun cannot be finished."""
+        """Send everything.
+
+        Raises `Disconnected` if the client is gone, `ProtocolError` if a reply that
+        has begun cannot be finished.
+        """
         pieces = self.pieces
         while pieces:
             group = pieces if len(pieces) <= _IOV_MAX else pieces[:_IOV_MAX]
@@ -39,7 +43,7 @@ class Replies:
                 sent = self._send_some(group)
             except OSError as error:
                 if error.errno != errno.EFAULT:
-                    raise
+                    raise Disconnected(error.strerror) from error
                 self._replace_unreadable()
                 continue
             if sent == sum(map(len, group)) and group is pieces:
@@ -59,18 +63,17 @@ class Replies:
             pieces[0] = memoryview(pieces[0])[sent:]
 
     def _replace_unreadable(self) -> None:
-        """Turn replies whose data cannot be read into errors."""
-        mended: List[Piece] = []
+        """Turn the first reply whose data cannot be read into an error; a later one comes back here."""
+        position = 0
         for header, data in _replies(self.pieces):
-            if all(map(_can_be_read, data)):
-                mended += [header, *data] if header else data
-            elif not header:
-                raise ProtocolError("the data of a reply that has begun cannot be read")
-            else:
-                mended.append(_error_instead(header))
-        if len(mended) == len(self.pieces):
-            raise ProtocolError("replies cannot be sent: bad address")
-        self.pieces[:] = mended
+            length = len(data) + bool(header)
+            if not all(map(_can_be_read, data)):
+                if not header:
+                    raise ProtocolError("the data of a reply that has begun cannot be read")
+                self.pieces[position : position + length] = [_error_instead(header)]
+                return
+            position += length
+        raise ProtocolError("replies cannot be sent: bad address")
 
 
 def _replies(pieces: List[Piece]) -> Iterator[Tuple[bytes, List[memoryview]]]:

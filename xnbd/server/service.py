@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple, Optional
 
-from ..errors import ProtocolError
+from ..errors import Disconnected, ProtocolError
 from ..logs import log
 from ..protocol import constants as c
 from ..protocol.negotiation import Agreement, Export, Exports
-from ..storage.image import Image, Source
+from ..storage.image import Image, Source, do_nothing
 from .connection import Connection
 from .handshake import greet_oldstyle, negotiate
 from .session import Session
@@ -41,6 +41,15 @@ class Service(NamedTuple):
             find=lambda name: export if name in ("", export.name) else None,
         )
 
+    def flush(self) -> bool:
+        """Bring everything to stable storage at the end; tells whether that worked."""
+        try:
+            self.source.flush()
+        except OSError as error:
+            log.error("the last flush failed: %s", error.strerror)
+            return False
+        return True
+
     def serve(self, connection: Connection, image: Image, agreement: Optional[Agreement] = None) -> None:
         """Serve one client until it leaves or has to go; nothing it does raises.
 
@@ -50,12 +59,16 @@ class Service(NamedTuple):
             self._serve(connection, image, agreement)
         except Stop as reason:
             log.info("%s: closed: %s", connection.peer, reason)
+            connection.watch.farewell()
             connection.linger()
+        except Disconnected as error:
+            log.info("%s: connection lost: %s", connection.peer, error)
         except ProtocolError as error:
             log.warning("%s: disconnected: %s", connection.peer, error)
         except OSError as error:
             log.info("%s: connection lost: %s", connection.peer, error.strerror)
         finally:
+            image.on_wait = do_nothing
             connection.close()
 
     def _serve(self, connection: Connection, image: Image, agreement: Optional[Agreement]) -> None:

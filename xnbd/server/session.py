@@ -16,7 +16,7 @@ import mmap
 from time import monotonic
 from typing import Iterator, List, Optional, Tuple
 
-from ..errors import ProtocolError, RequestError
+from ..errors import Disconnected, ProtocolError, RequestError
 from ..logs import log
 from ..protocol import constants as c
 from ..protocol import transmission as wire
@@ -38,12 +38,14 @@ _STREAM_FROM = BUFFER_SIZE // 2 - wire.REQUEST.size
 _BATCH = 4096
 """Requests answered in one go: many enough to cost little each, few enough to keep their replies in memory."""
 
+_MAXIMUM_PIECES = 4096
+"""Pieces of replies that may pile up before they are sent."""
+
 _BLOCK = 4096
 _HOLE_MINIMUM = 32 << 10
 """Holes shorter than this cost less as zeros on the wire than as a chunk of their own."""
 
 _MAXIMUM_EXTENTS = 1 << 14
-_MAXIMUM_LENGTH = (1 << 32) - 1
 
 _READ = wire.request_word(c.CMD_READ)
 _WRITE = wire.request_word(c.CMD_WRITE)
@@ -78,6 +80,8 @@ class Session:
         self._view = memoryview(self._buffer)
         self._start = self._end = 0  # the received bytes that are still to be worked on
         self._left = False
+        self._data_from = self._data_until = 0  # where no hole was found the last time
+        image.on_wait = self._on_wait
         self._commands = {
             c.CMD_READ: self._read,
             c.CMD_FLUSH: self._flush,
@@ -110,10 +114,16 @@ class Session:
             self._end += received
             more = True
             while more:
-                more = self._work()
-                began = monotonic()
+                more = self._work_or_leave()
+                began, waits = monotonic(), connection.waits
                 replies.send()
-                sent(monotonic() - began)
+                if connection.waits == waits:  # else it was the client that took its time
+                    sent(monotonic() - began)
+
+    def _on_wait(self) -> None:
+        """The image waits for another process: nobody else has to."""
+        self._replies.send()
+        self._connection.watch.check(mid_message=True)
 
     def _move_to_front(self) -> None:
         rest = self._end - self._start
@@ -121,11 +131,22 @@ class Session:
             self._view[:rest] = self._view[self._start : self._end]
         self._start, self._end = 0, rest
 
+    def _work_or_leave(self) -> bool:
+        """What `_work` does; what was answered before a fatal request is sent before the client is thrown out."""
+        try:
+            return self._work()
+        except Disconnected:
+            raise
+        except ProtocolError:
+            self._replies.send()
+            raise
+
     def _work(self) -> bool:
         """Work through the complete requests that were received; True if there may be more than fit in one go."""
         buffer, view, image = self._buffer, self._view, self._image
         unpack_request = wire.REQUEST.unpack_from
-        append, extend = self._replies.pieces.append, self._replies.pieces.extend
+        pieces = self._replies.pieces
+        append, extend = pieces.append, pieces.extend
         structured = self._structured
         readable = min(image.readable(), image.size)
         flat, read, write = image.flat, image.read, image.write
@@ -141,17 +162,21 @@ class Session:
             if word == _READ and stop <= readable and 0 < length <= longest_read:
                 if announce:
                     announce(offset, length)
-                append(wire.pack_data_chunk(cookie, offset, length) if structured else wire.OK_PREFIX + cookie)
-                if flat is None:
-                    extend(read(offset, length))
-                else:
-                    append(flat[offset:stop])
                 position += 28
+                if flat is not None:
+                    append(wire.pack_data_chunk(cookie, offset, length) if structured else wire.OK_PREFIX + cookie)
+                    append(flat[offset:stop])
+                    continue
+                data = read(offset, length)
+                append(wire.pack_data_chunk(cookie, offset, length) if structured else wire.OK_PREFIX + cookie)
+                extend(data)
+                if len(data) > 1 and len(pieces) > _MAXIMUM_PIECES:
+                    break
             elif word == _WRITE and stop <= writable and position + 28 + length <= end:
-                data = position + 28
-                position = data + length
+                payload = position + 28
+                position = payload + length
                 try:
-                    write(offset, view[data:position])
+                    write(offset, view[payload:position])
                 except OSError as error:
                     self._refuse(c.CMD_WRITE, cookie, error)
                 else:
@@ -168,6 +193,7 @@ class Session:
 
     def _execute(self, word: int, cookie: bytes, offset: int, length: int) -> bool:
         """Any request, at `_start`; False if it has to wait for more bytes, or is the last."""
+        self._connection.watch.check(mid_message=True)
         magic, flags, command = wire.split_word(word)
         if magic != c.REQUEST_MAGIC:
             raise ProtocolError(f"wrong request magic {magic:#x}")
@@ -226,14 +252,17 @@ class Session:
         if not self._structured:
             if flags & c.CMD_FLAG_DF:
                 raise RequestError(errno.EINVAL, "DF needs structured replies")
+            data = self._image.read(offset, length)
             pieces.append(wire.OK_PREFIX + cookie)
-            pieces.extend(self._image.read(offset, length))
+            pieces.extend(data)
         elif not length:
             pieces.append(wire.pack_done(cookie))
         elif flags & c.CMD_FLAG_DF or length < _HOLE_MINIMUM:
             self._append_data(cookie, offset, length, c.REPLY_FLAG_DONE)
         else:
             self._read_around_holes(cookie, offset, length)
+        if len(pieces) > _MAXIMUM_PIECES:
+            self._replies.send()
 
     def _read_around_holes(self, cookie: bytes, offset: int, length: int) -> None:
         """A structured answer in which long holes are chunks without data."""
@@ -244,15 +273,19 @@ class Session:
                 self._replies.pieces.append(wire.pack_hole_chunk(cookie, at, count, flags))
             else:
                 self._append_data(cookie, at, count, flags)
-        if len(self._replies.pieces) > _BATCH:
-            self._replies.send()
 
     def _append_data(self, cookie: bytes, offset: int, length: int, flags: int) -> None:
+        data = self._image.read(offset, length)
         self._replies.pieces.append(wire.pack_data_chunk(cookie, offset, length, flags))
-        self._replies.pieces.extend(self._image.read(offset, length))
+        self._replies.pieces.extend(data)
 
     def _parts(self, offset: int, length: int) -> Iterator[Tuple[bool, int, int]]:
         """*length* bytes at *offset* as (hole?, offset, length); short holes count as data."""
+        if not self._data_from <= offset < self._data_until:
+            self._data_from, self._data_until = offset, self._image.data_until(offset)
+        if offset + length <= self._data_until:
+            yield False, offset, length
+            return
         data_from = position = offset
         for extent in self._image.extents(offset, length):
             if extent.hole and extent.length >= _HOLE_MINIMUM:
@@ -329,6 +362,7 @@ class Session:
         self._replies.send()
         if length:
             self._image.trim(offset, length)
+            self._data_until = 0
         self._acknowledge(cookie, flags)
 
     def _cache(self, _flags: int, cookie: bytes, offset: int, length: int) -> None:
@@ -341,6 +375,7 @@ class Session:
         if length:
             may_trim, fast = not flags & c.CMD_FLAG_NO_HOLE, bool(flags & c.CMD_FLAG_FAST_ZERO)
             self._image.write_zeroes(offset, length, may_trim=may_trim, fast=fast)
+            self._data_until = 0
         self._acknowledge(cookie, flags)
 
     def _block_status(self, flags: int, cookie: bytes, offset: int, length: int) -> None:

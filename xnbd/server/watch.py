@@ -11,7 +11,7 @@ import os
 import select
 import signal
 from time import monotonic
-from typing import Optional, Sequence
+from typing import Callable, Optional, Sequence
 
 GRACE = 2.0
 """Seconds that a message under way may still take once the worker is to stop."""
@@ -27,6 +27,8 @@ class Watch:
     def __init__(self, lifeline: Optional[int] = None) -> None:
         """*lifeline* is the pipe's reading end, or None for a process without a master."""
         self.stopping = False
+        self.farewell: Callable[[], None] = lambda: None
+        """What the process has to let go of before it takes leave of its last client."""
         self._deadline = float("inf")
         self._parent = os.getppid() if lifeline is not None else None
         wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

@@ -9,6 +9,7 @@ pages mapped already, unless the master has enough of them.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import select
@@ -23,6 +24,7 @@ from .service import Service
 from .watch import Stop, Watch
 
 _RETRY_ACCEPT = 1.0
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 GARBAGE_THRESHOLD = 50_000
 """Objects that may pile up before Python looks for cycles: the request loop makes none."""
@@ -78,6 +80,7 @@ class Worker:
     def _work(self, watch: Watch) -> int:
         service = self._service
         image = service.source.open()
+        watch.farewell = self._close_listeners  # a successor may listen there already
         while True:
             set_title("spare worker", service.source.name)
             sock = self._accept(watch)
@@ -108,18 +111,25 @@ class Worker:
     def _try_accept(self, listener: socket.socket, watch: Watch) -> Optional[socket.socket]:
         try:
             return listener.accept()[0]
-        except (BlockingIOError, ConnectionAbortedError):
-            return None  # another worker was faster, or the client has changed its mind
         except OSError as error:
+            if error.errno not in _SHORTAGES:
+                return None  # another worker was faster, or the client has changed its mind (``accept(2)``)
             log.error("cannot accept a client, trying again in a second: %s", error.strerror)
             watch.pause(_RETRY_ACCEPT)
             return None
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
 
     def _report(self, peer: str) -> None:
         try:
             os.write(self._pipes.reports, pack_report(os.getpid(), peer))
         except BrokenPipeError:
             raise Stop("the master is gone") from None
+
+
+REPORT_SIZE = 128
 
 
 def read_pipe(fd: int, length: int) -> bytes:
@@ -138,6 +148,3 @@ def pack_report(pid: int, peer: str) -> bytes:
 def parse_report(report: bytes) -> tuple[int, str]:
     pid, _, peer = report.decode().rstrip().partition(" ")
     return int(pid), peer
-
-
-REPORT_SIZE = 128

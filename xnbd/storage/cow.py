@@ -21,10 +21,13 @@ from ..errors import ConfigurationError
 from . import space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, block_count, block_start, block_stop, bytes_of, covered, steps, touched
-from .extents import file_extents
+from .extents import file_data_until, file_extents
 from .image import Buffer, Extent, Image, Source
 from .locks import RangeLocks
 from .target import map_disk, open_disk, reopen
+
+_SLOW_STEP = 1 << 20
+"""Bytes zeroed under one lock where zeros have to be written."""
 
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -44,7 +47,10 @@ class CowSource(Source):
         self.size = space.device_size(self._base)
         self.readonly = readonly
         self._overlay = _open_overlay(directory, os.path.dirname(path), self.size)
-        self._abilities = _try_out(self._overlay)
+        try:
+            self._abilities = _try_out(self._overlay)
+        except OSError as error:
+            raise ConfigurationError(f"cannot keep changes in {directory or 'a file'}: {error.strerror}") from error
         self._bitmap = os.memfd_create("xnbd-cow-bitmap")
         os.ftruncate(self._bitmap, bitmap_size(block_count(self.size)))
         try:
@@ -121,7 +127,7 @@ class CowImage(Image):
         first, end = touched(offset, length)
         if not self._bitmap.all_set(first, end):
             start, count = bytes_of(first, end)
-            self._locks.acquire(start, count)
+            self._locks.acquire(start, count, self.on_wait)
             try:
                 self._write_locked(offset, data, first, end)
             finally:
@@ -157,10 +163,10 @@ class CowImage(Image):
         if not self._abilities.can(may_trim):
             if fast:
                 raise OSError(errno.EOPNOTSUPP, "the overlay's file system can only write zeros")
-            make_zeros = space.write_zero_bytes
+            make_zeros, step = space.write_zero_bytes, _SLOW_STEP
         else:
-            make_zeros = space.punch_hole if may_trim else space.zero_range
-        for at, count in steps(offset, length, space.STEP):
+            make_zeros, step = space.punch_hole if may_trim else space.zero_range, space.STEP
+        for at, count in steps(offset, length, step):
             self._zero(at, count, make_zeros)
 
     def trim(self, offset: int, length: int) -> None:
@@ -177,7 +183,7 @@ class CowImage(Image):
         head, tail = block_start(first), block_stop(end - 1, self.size)
         self.write(offset, bytes(head - offset))
         start, count = bytes_of(first, end)
-        self._locks.acquire(start, count)
+        self._locks.acquire(start, count, self.on_wait)
         try:
             make_zeros(self._overlay, head, tail - head)
             self._bitmap.set(first, end)
@@ -190,11 +196,15 @@ class CowImage(Image):
 
     def prefetch(self, offset: int, length: int) -> None:
         for fd, at, count in self._parts(offset, length):
-            os.posix_fadvise(fd, at, count, os.POSIX_FADV_WILLNEED)
+            space.prefetch(fd, at, count)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         for fd, at, count in self._parts(offset, length):
             yield from file_extents(fd, at, count)
+
+    def data_until(self, offset: int) -> int:
+        fd, at, count = next(self._parts(offset, self.size - offset))
+        return min(file_data_until(fd, at), at + count)
 
     def _parts(self, offset: int, length: int) -> Iterator[Tuple[int, int, int]]:
         """*length* bytes at *offset* by where they live: descriptor, offset, length."""
@@ -206,6 +216,7 @@ class CowImage(Image):
     def close(self) -> None:
         self._base_view.release()
         self._overlay_view.release()
+        self._octets.close()
         for fd in (self._base, self._overlay, self._bitmap_fd):
             os.close(fd)
 
@@ -234,7 +245,8 @@ def _works(make_zeros: Callable[[int, int, int], None], fd: int) -> bool:
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
             return False
-        raise
+        if error.errno != errno.ENOSPC:  # which says that it was understood
+            raise
     return True
 
 

@@ -29,6 +29,15 @@ def file_extents(fd: int, offset: int, length: int) -> Iterator[Extent]:
         offset = hole
 
 
+def file_data_until(fd: int, offset: int) -> int:
+    """Where the data at *offset* ends; *offset* itself if a hole is there.
+
+    On some file systems this takes as long as there is data: what comes back is
+    worth remembering.
+    """
+    return _seek_hole(fd, offset) if _seek_data(fd, offset) == offset else offset
+
+
 def _seek_data(fd: int, offset: int) -> int:
     try:
         return os.lseek(fd, offset, os.SEEK_DATA)

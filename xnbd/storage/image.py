@@ -17,6 +17,10 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Union
 Buffer = Union[bytes, bytearray, memoryview]
 
 
+def do_nothing() -> None:
+    """For `Image.on_wait`, where nobody minds a wait."""
+
+
 class Extent(NamedTuple):
     """*length* bytes that are alike: all data, or all a *hole* that reads as zeros."""
 
@@ -35,6 +39,9 @@ class Image(ABC):
     size: int
     readonly: bool
     flat: Optional[memoryview] = None
+    on_wait: Callable[[], None] = staticmethod(do_nothing)
+    """Called again and again while a method waits for another process; what it raises ends the wait."""
+
     readable: Callable[[], int]
     """How many bytes from the start can be reached now: less than ``size`` if the file shrank."""
 
@@ -70,6 +77,13 @@ class Image(ABC):
     @abstractmethod
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """What *length* bytes at *offset* are made of, in order, without gaps."""
+
+    @abstractmethod
+    def data_until(self, offset: int) -> int:
+        """Where the data at *offset* ends, as far as that is known; *offset* itself in a hole.
+
+        What was data may be a hole by now, which still reads as zeros.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -13,6 +13,7 @@ import fcntl
 import os
 import struct
 import time
+from typing import Callable, Optional
 
 _FLOCK = struct.Struct("hhqqi4x")
 _BUSY = (errno.EAGAIN, errno.EACCES)
@@ -35,13 +36,15 @@ class RangeLocks:
             raise
         return True
 
-    def acquire(self, start: int, count: int) -> None:
-        """Lock like `try_acquire`, again and again until it works.
+    def acquire(self, start: int, count: int, on_wait: Optional[Callable[[], None]] = None) -> None:
+        """Lock like `try_acquire`, again and again until it works; *on_wait* is called before every pause.
 
         A process may wait here only while it holds no other lock.
         """
         pause = 0.0
         while not self.try_acquire(start, count):
+            if on_wait is not None:
+                on_wait()
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE, pause + 1e-5)
 

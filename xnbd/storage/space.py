@@ -13,6 +13,7 @@ import fcntl
 import os
 import stat
 import struct
+from functools import partial
 from typing import Callable, Tuple
 
 from .blocks import steps
@@ -28,6 +29,10 @@ _SPACE_RESV = struct.Struct("=hh4xqqiI16x")
 
 STEP = 64 << 20
 """Bytes zeroed by one call: the kernel holds the file's lock for so long, and other writers wait."""
+
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+
+_PREFETCH = 128 << 10
 
 _ZEROS = bytes(256 << 10)
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
@@ -73,8 +78,7 @@ def write_zero_bytes(fd: int, offset: int, length: int) -> None:
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Zeros that take no space. Raises `OSError` (EOPNOTSUPP) where that is not possible."""
     if _is_block_device(fd):
-        # A discard promises no zeros, zeroing may discard: the kernel picks what the device is good at.
-        _zero_device(fd, offset, length)
+        _zero_device(fd, offset, length, _punch_device)
     else:
         _change_space(fd, _FS_IOC_UNRESVSP64, offset, length)
 
@@ -82,7 +86,7 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 def zero_range(fd: int, offset: int, length: int) -> None:
     """Zeros that stay allocated. Raises `OSError` (EOPNOTSUPP) where only writing makes them."""
     if _is_block_device(fd):
-        _zero_device(fd, offset, length)
+        _zero_device(fd, offset, length, partial(_device_ioctl, request=_BLKZEROOUT))
     else:
         _change_space(fd, _FS_IOC_ZERO_RANGE, offset, length)
 
@@ -94,7 +98,7 @@ def discard(fd: int, offset: int, length: int) -> None:
         return
     start, end = _whole_sectors(fd, offset, length)
     if start < end:
-        _in_steps(lambda at, count: _device_ioctl(fd, _BLKDISCARD, at, count), start, end - start)
+        _in_steps(partial(_device_ioctl, fd, request=_BLKDISCARD), start, end - start)
 
 
 def _change_space(fd: int, request: int, offset: int, length: int) -> None:
@@ -104,19 +108,51 @@ def _change_space(fd: int, request: int, offset: int, length: int) -> None:
     _in_steps(change, offset, length)
 
 
-def _zero_device(fd: int, offset: int, length: int) -> None:
+def zeroes_fast(fd: int) -> bool:
+    """Whether `zero_range` is worth trying in a hurry: the kernel does the writing for a device that cannot zero."""
+    if not _is_block_device(fd):
+        return True
+    device = os.fstat(fd).st_rdev
+    place = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for queue in (f"{place}/queue", f"{place}/../queue"):  # a partition has its disk's
+        try:
+            with open(f"{queue}/write_zeroes_max_bytes") as file:
+                return int(file.read()) > 0
+        except FileNotFoundError:
+            continue
+    return False
+
+
+def prefetch(fd: int, offset: int, length: int) -> None:
+    """Begin to read; in pieces, for the kernel cuts a long one to the device's read-ahead."""
+    for at, count in steps(offset, length, _PREFETCH):
+        os.posix_fadvise(fd, at, count, os.POSIX_FADV_WILLNEED)
+
+
+def _zero_device(fd: int, offset: int, length: int, zero: Callable[[int, int, int], None]) -> None:
     """Whole sectors by the device, the ragged ends by writing."""
     start, end = _whole_sectors(fd, offset, length)
     if start >= end:
         write_zero_bytes(fd, offset, length)
         return
-    _in_steps(lambda at, count: _device_ioctl(fd, _BLKZEROOUT, at, count), start, end - start)
+    _in_steps(partial(zero, fd), start, end - start)
     write_zero_bytes(fd, offset, start - offset)
     write_zero_bytes(fd, end, offset + length - end)
 
 
-def _device_ioctl(fd: int, request: int, offset: int, length: int) -> None:
+def _device_ioctl(fd: int, offset: int, length: int, *, request: int) -> None:
     fcntl.ioctl(fd, request, struct.pack("QQ", offset, length))
+
+
+def _punch_device(fd: int, offset: int, length: int) -> None:
+    """``fallocate(2)`` itself: no ioctl lets a device unmap and promises zeros."""
+    import ctypes
+
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _in_steps(change: Callable[[int, int], None], offset: int, length: int) -> None:

@@ -14,7 +14,7 @@ from typing import Callable, Iterator, List
 
 from ..errors import ConfigurationError
 from . import space
-from .extents import file_extents
+from .extents import file_data_until, file_extents
 from .image import Buffer, Extent, Image, Source
 
 
@@ -51,7 +51,8 @@ def open_disk(path: str, *, readonly: bool) -> int:
             os.close(fd)
             raise OSError(errno.EROFS, "the device is write-protected")
     except OSError as error:
-        raise ConfigurationError(f"cannot open {path}: {error.strerror}{_ADVICE.get(error.errno or 0, '')}") from error
+        advice = "" if readonly and error.errno != errno.ENOENT else _ADVICE.get(error.errno or 0, "")
+        raise ConfigurationError(f"cannot open {path}: {error.strerror}{advice}") from error
     try:
         if not space.device_size(fd):
             raise ConfigurationError(f"{path} is empty: truncate -s 1G {path} makes it a disk of 1 GiB")
@@ -138,29 +139,39 @@ class TargetImage(Image):
             space.write_all(self.fd, memoryview(data)[written:], offset + written)
 
     def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
-        make_zeros = space.punch_hole if may_trim else space.zero_range
-        try:
-            make_zeros(self.fd, offset, length)
-        except OSError as error:
-            if fast or error.errno != errno.EOPNOTSUPP:
-                raise
+        if may_trim and self._try(space.punch_hole, offset, length):
+            return
+        if fast and not space.zeroes_fast(self.fd):
+            raise OSError(errno.EOPNOTSUPP, "zeros have to be written here")
+        if not self._try(space.zero_range, offset, length):
+            if fast:
+                raise OSError(errno.EOPNOTSUPP, "zeros have to be written here")
             space.write_zero_bytes(self.fd, offset, length)
 
-    def trim(self, offset: int, length: int) -> None:
+    def _try(self, change: Callable[[int, int, int], None], offset: int, length: int) -> bool:
+        """Do what changes space; False if that is not possible here, and nothing was changed."""
         try:
-            space.discard(self.fd, offset, length)
+            change(self.fd, offset, length)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
+            return False
+        return True
+
+    def trim(self, offset: int, length: int) -> None:
+        self._try(space.discard, offset, length)
 
     def flush(self) -> None:
         os.fdatasync(self.fd)
 
     def prefetch(self, offset: int, length: int) -> None:
-        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+        space.prefetch(self.fd, offset, length)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         return file_extents(self.fd, offset, length)
+
+    def data_until(self, offset: int) -> int:
+        return file_data_until(self.fd, offset)
 
     def close(self) -> None:
         if self.flat is not None:
