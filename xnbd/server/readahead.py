@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from ..storage.image import Image
 
-_SLOW = 3e-4
-"""Seconds that it takes to send the replies of one batch, above which something has to come from the disk."""
+_SLOW, _SLOW_PIECE, _SLOW_BYTE = 1e-4, 1e-5, 1e-9
+"""Seconds to send a batch, for each of its pieces, and for each byte; what takes longer comes from the disk."""
 
 _BATCHES = 64
 _WINDOW = 2 << 20
@@ -44,9 +44,9 @@ class ReadAhead:
             self._prefetch(self._reach, reach - self._reach)
             self._reach = reach
 
-    def sent(self, seconds: float) -> None:
-        """The replies of a batch took so long to send."""
-        if seconds > _SLOW:
+    def sent(self, pieces: int, length: int, seconds: float) -> None:
+        """It took so long to send a batch of so many *pieces*, of *length* bytes in all."""
+        if seconds > _SLOW + pieces * _SLOW_PIECE + length * _SLOW_BYTE:
             self.active = True
             self._batches = _BATCHES
         elif self._batches:

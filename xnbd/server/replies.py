@@ -30,13 +30,13 @@ class Replies:
         self.pieces: List[Piece] = []
         self._send_some = connection.send_some
 
-    def send(self) -> None:
-        """Send everything.
+    def send(self) -> int:
+        """Send everything: the number of bytes.
 
         Raises `Disconnected` if the client is gone, `ProtocolError` if a reply that
         has begun cannot be finished.
         """
-        pieces = self.pieces
+        pieces, total = self.pieces, 0
         while pieces:
             group = pieces if len(pieces) <= _IOV_MAX else pieces[:_IOV_MAX]
             try:
@@ -46,10 +46,12 @@ class Replies:
                     raise Disconnected(error.strerror) from error
                 self._replace_unreadable()
                 continue
+            total += sent
             if sent == sum(map(len, group)) and group is pieces:
                 pieces.clear()
             else:
                 self._drop(sent)
+        return total
 
     def _drop(self, sent: int) -> None:
         """Forget the first *sent* bytes. What is left of a piece, even of a header, is a memoryview."""

@@ -115,10 +115,10 @@ class Session:
             more = True
             while more:
                 more = self._work_or_leave()
-                began, waits = monotonic(), connection.waits
-                replies.send()
+                began, waits, pieces = monotonic(), connection.waits, len(replies.pieces)
+                length = replies.send()
                 if connection.waits == waits:  # else it was the client that took its time
-                    sent(monotonic() - began)
+                    sent(pieces, length, monotonic() - began)
 
     def _on_wait(self) -> None:
         """The image waits for another process: nobody else has to."""
@@ -144,7 +144,7 @@ class Session:
     def _work(self) -> bool:
         """Work through the complete requests that were received; True if there may be more than fit in one go."""
         buffer, view, image = self._buffer, self._view, self._image
-        unpack_request = wire.REQUEST.unpack_from
+        unpack_request, pack_data_chunk, ok_prefix = wire.REQUEST.unpack_from, wire.pack_data_chunk, wire.OK_PREFIX
         pieces = self._replies.pieces
         append, extend = pieces.append, pieces.extend
         structured = self._structured
@@ -164,11 +164,11 @@ class Session:
                     announce(offset, length)
                 position += 28
                 if flat is not None:
-                    append(wire.pack_data_chunk(cookie, offset, length) if structured else wire.OK_PREFIX + cookie)
+                    append(pack_data_chunk(cookie, offset, length) if structured else ok_prefix + cookie)
                     append(flat[offset:stop])
                     continue
                 data = read(offset, length)
-                append(wire.pack_data_chunk(cookie, offset, length) if structured else wire.OK_PREFIX + cookie)
+                append(pack_data_chunk(cookie, offset, length) if structured else ok_prefix + cookie)
                 extend(data)
                 if len(data) > 1 and len(pieces) > _MAXIMUM_PIECES:
                     break
@@ -180,7 +180,7 @@ class Session:
                 except OSError as error:
                     self._refuse(c.CMD_WRITE, cookie, error)
                 else:
-                    append(wire.OK_PREFIX + cookie)
+                    append(ok_prefix + cookie)
             else:
                 self._start = position
                 if not self._execute(word, cookie, offset, length):

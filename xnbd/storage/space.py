@@ -125,6 +125,9 @@ def zeroes_fast(fd: int) -> bool:
 
 def prefetch(fd: int, offset: int, length: int) -> None:
     """Begin to read; in pieces, for the kernel cuts a long one to the device's read-ahead."""
+    if length <= _PREFETCH:
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+        return
     for at, count in steps(offset, length, _PREFETCH):
         os.posix_fadvise(fd, at, count, os.POSIX_FADV_WILLNEED)
 
