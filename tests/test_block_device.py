@@ -129,3 +129,36 @@ def test_read_only_device_is_refused_without_readonly(read_only_device: str) -> 
     assert status == 1
     assert read_only_device in message
     assert "--readonly" in message
+
+
+def test_zeroing_gives_space_back_where_holes_are_allowed(start: Start, device: str, backing: Path) -> None:
+    before = backing.stat().st_blocks
+    connect(start("--target", device).uri).zero(2 * MIB, MIB, nbd.CMD_FLAG_FUA)
+    assert backing.stat().st_blocks <= before - 2 * MIB // SECTOR + 16
+
+
+@pytest.fixture
+def device_that_cannot_zero(tmp_path: Path) -> Iterator[str]:
+    """A device for which the kernel has to write zeros: ramfs has no way to make them."""
+    directory = tmp_path / "ramfs"
+    directory.mkdir()
+    run("mount", "-t", "ramfs", "ramfs", directory)
+    try:
+        (directory / "backing").write_bytes(b"\xdd" * MIB)
+        path = run("losetup", "--show", "-f", directory / "backing")[1].strip()
+        assert Path(f"/sys/block/{Path(path).name}/queue/write_zeroes_max_bytes").read_text() == "0\n"
+        yield path
+        run("losetup", "-d", path)
+    finally:
+        run("umount", "-l", directory)
+
+
+def test_fast_zeroing_is_refused_by_a_device_that_cannot_zero(start: Start, device_that_cannot_zero: str) -> None:
+    client = connect(start("--target", device_that_cannot_zero).uri)
+    for flags in (nbd.CMD_FLAG_FAST_ZERO, nbd.CMD_FLAG_FAST_ZERO | nbd.CMD_FLAG_NO_HOLE):
+        with pytest.raises(nbd.Error, match="Operation not supported"):
+            client.zero(64 << 10, 0, flags)
+    assert client.pread(MIB, 0) == b"\xdd" * MIB
+    client.zero(64 << 10, 0, nbd.CMD_FLAG_NO_HOLE)
+    client.zero(64 << 10, 64 << 10)
+    assert client.pread(MIB, 0) == bytes(128 << 10) + b"\xdd" * (MIB - (128 << 10))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -16,8 +17,10 @@ import nbd
 import pytest
 from conftest import MIB, Start
 from model import Model
-from rawclient import FAST_ZERO, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, RawClient
+from rawclient import FAST_ZERO, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, RawClient, pack_request
 from server_process import Server, command, is_alive, run, wait_until
+
+from xnbd.storage.locks import RangeLocks
 
 BLOCK = 4096
 
@@ -183,6 +186,50 @@ def test_file_system_made_on_the_disk_mounts_and_is_clean(start: Start, tmp_path
     assert base.stat().st_blocks == 0
 
 
+# Waiting for another process
+
+
+@contextmanager
+def first_blocks_locked(worker: int) -> Iterator[RangeLocks]:
+    """The blocks of the bitmap's first byte are locked, as if another worker wrote there."""
+    links = Path(f"/proc/{worker}/fd").iterdir()
+    fd = os.open(next(link for link in links if "memfd:xnbd-cow-bitmap" in os.readlink(link)), os.O_RDWR)
+    try:
+        locks = RangeLocks(fd)
+        assert locks.try_acquire(0, 1)
+        yield locks
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def client_and_worker(server: Server) -> Iterator[Tuple[RawClient, int]]:
+    with RawClient(server.connect()) as client:
+        client.negotiate()
+        wait_until(lambda: len(server.busy_workers()) == 1, "the client's worker alone")
+        yield client, server.busy_workers()[0]
+
+
+def test_write_that_waits_for_a_lock_holds_back_no_reply_before_it(start: Start, base: Path) -> None:
+    server = start("--cow-target", base)
+    with client_and_worker(server) as (client, worker), first_blocks_locked(worker) as locks:
+        client.send(pack_request(READ, 1, 100, cookie=1) + pack_request(WRITE, 10, 5, cookie=2) + b"hello")
+        assert client.simple_reply(100) == (0, 1, base.read_bytes()[1:101])
+        assert not select.select([client.sock], [], [], 0.1)[0]
+        locks.release(0, 1)
+        assert client.simple_reply() == (0, 2, b"")
+        assert client.read(9, 7) == base.read_bytes()[9:10] + b"hello" + base.read_bytes()[15:16]
+
+
+@pytest.mark.parametrize("command", [WRITE, WRITE_ZEROES])
+def test_stop_is_not_held_up_by_a_wait_for_a_lock(start: Start, base: Path, command: int) -> None:
+    server = start("--cow-target", base)
+    with client_and_worker(server) as (client, worker), first_blocks_locked(worker):
+        client.request(command, 0, BLOCK, data=bytes(BLOCK if command == WRITE else 0))
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(5) == 0
+
+
 # Where the changes live
 
 
@@ -236,6 +283,34 @@ def test_full_file_system_is_an_error_reply_and_earlier_data_stays_right(start: 
             assert client.simple_reply()[0] == 0
             assert client.write(0, b"room again") == 0
         server.stop()
+
+
+def test_server_starts_on_a_full_file_system(start: Start, base: Path, tmp_path: Path) -> None:
+    """Trying out what the file system can do must not need space."""
+    disk, full = tmp_path / "ext4.img", tmp_path / "full"
+    disk.touch()
+    os.truncate(disk, 4 * MIB)
+    run("mkfs.ext4", "-q", "-m", 0, disk)
+    full.mkdir()
+    run("mount", "-o", "loop", disk, full)
+    try:
+        fill(full / "filler")
+        server = start("--cow-target", "--cow-dir", full, base)
+        with RawClient(server.connect()) as client:
+            client.negotiate()
+            assert client.write(0, b"no room") == 28
+            assert client.read(0, 100) == base.read_bytes()[:100]
+        server.stop()
+    finally:
+        run("umount", "-l", full)
+
+
+def fill(path: Path) -> None:
+    """Make a file that takes all the space there is."""
+    with open(path, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(BLOCK))
+            os.fsync(file.fileno())
 
 
 def test_overlay_goes_to_tmpdir_where_the_base_lies_in_a_directory_that_cannot_be_written(

@@ -25,6 +25,7 @@ from conftest import MIB, Start
 from launch import fails, launched
 from rawclient import (
     ABORT,
+    BLOCK_STATUS,
     FLUSH,
     FUA,
     GO,
@@ -217,6 +218,44 @@ def test_data_that_the_device_cannot_read_is_an_error(
         data = client.chunks()[0].payload[8:] if structured else client.simple_reply(4096)[2]
         assert data == b"\xab" * 4096
         assert worker == worker_of(server, client)
+
+
+@needs_root
+@pytest.mark.parametrize("structured", [False, True])
+def test_read_of_which_the_device_can_read_the_beginning_is_an_error(
+    start: Start, small_disk: Path, loop_device: Callable[[Path], Path], structured: bool
+) -> None:
+    backing = small_disk / "backing"
+    backing.write_bytes(b"\xab" * 4 * MIB)
+    server = start("--target", loop_device(backing), tcp=True)
+    with bystander(server), raw_client(server, structured=structured) as client:
+        os.truncate(backing, MIB)
+        for length in (5000, 8192, 16 << 10):
+            client.request(READ, MIB - 4096, length)
+            assert (error_chunk(client) if structured else client.simple_reply(length)[0]) == EIO
+
+
+@needs_root
+@pytest.mark.parametrize("structured", [False, True])
+def test_error_among_thousands_of_large_reads_is_told_at_once(
+    start: Start, small_disk: Path, loop_device: Callable[[Path], Path], structured: bool
+) -> None:
+    """The replies behind it are more than could be looked through before: 128 GiB."""
+    backing = sparse(small_disk / "backing", 34 * MIB)
+    server = start("--target", loop_device(backing), tcp=True)
+    with bystander(server), raw_client(server, structured=structured) as client:
+        os.truncate(backing, 33 * MIB)
+        requests = [(0, 4096), (33 * MIB, 4096), (8192, 4096), *[(0, 32 * MIB)] * 4000]
+        client.send(b"".join(pack_request(READ, *request, cookie=n) for n, request in enumerate(requests)))
+        client.sock.settimeout(8)
+        for cookie in range(3):
+            error = EIO if cookie == 1 else 0
+            if structured:
+                (chunk,) = client.chunks()
+                assert (chunk.cookie, chunk.kind) == (cookie, 0x8001 if error else 1)
+                assert error or chunk.payload[8:] == bytes(4096)
+            else:
+                assert client.simple_reply(4096) == (error, cookie, b"" if error else bytes(4096))
 
 
 # An image that shrinks
@@ -547,6 +586,56 @@ def test_worker_of_a_client_that_never_stops_sending_does_not_outlive_a_killed_m
             server.process.kill()
             server.process.wait()
             wait_until(lambda: not is_alive(worker), "the worker's end", DIES_WITHIN)
+
+
+@pytest.fixture
+def divided(tmp_path: Path) -> Path:
+    """An image of 64 MiB in which data and holes alternate every 32 KiB."""
+    path = sparse(tmp_path / "divided.img", 64 * MIB)
+    with open(path, "r+b") as file:
+        for offset in range(0, 64 * MIB, 64 << 10):
+            os.pwrite(file.fileno(), b"\xdd" * (32 << 10), offset)
+    return path
+
+
+@pytest.mark.parametrize("master_too", [False, True])
+def test_worker_does_not_work_on_for_a_client_that_has_gone(start: Start, divided: Path, master_too: bool) -> None:
+    server = start("--target", divided)
+    with raw_client(server, structured=True) as client:
+        wait_until(lambda: len(server.busy_workers()) == 1, "the client's worker alone")
+        (worker,) = server.busy_workers()
+        client.send(pack_request(READ, 0, 64 * MIB) * 3000)
+        client.receive(MIB)
+    if master_too:
+        server.process.kill()
+        server.process.wait()
+        wait_until(lambda: not is_alive(worker), "the worker's end", 3)
+    else:
+        wait_until(lambda: "spare worker" in title_of(worker) or not is_alive(worker), "its client's end", 5)
+
+
+def test_worker_with_many_slow_requests_in_hand_does_not_outlive_a_killed_master(start: Start, divided: Path) -> None:
+    server = start("--target", divided, tcp=True)
+    with RawClient(server.connect(tcp=True)) as client:
+        client.negotiate(allocation=True)
+        worker = worker_of(server, client)
+        os.kill(worker, signal.SIGSTOP)  # so that it finds many requests at once
+        client.send(pack_request(BLOCK_STATUS, 0, 64 * MIB) * 4000)
+        os.kill(worker, signal.SIGCONT)
+        client.receive(20)
+        with in_background(discard, client):
+            server.process.kill()
+            server.process.wait()
+            wait_until(lambda: not is_alive(worker), "the worker's end", 3)
+
+
+def discard(client: RawClient) -> None:
+    """Take whatever comes until nothing comes any more."""
+    try:
+        while client.sock.recv(MIB):
+            pass
+    except OSError:
+        pass
 
 
 def test_everything_killed_the_next_start_on_the_same_socket_and_pid_file_works(image: Path, tmp_path: Path) -> None:
@@ -931,6 +1020,22 @@ def test_second_signal_ends_at_once_and_without_a_traceback(start: Start, image:
         assert stalled.closed()
     server.wait_for_log("ending ")
     assert not server.socket.exists()
+
+
+@needs_root
+def test_second_signal_ends_without_a_flush(
+    start: Start, small_disk: Path, loop_device: Callable[[Path], Path]
+) -> None:
+    """Whoever is in a hurry need not wait for a disk: here a flush would fail, and the log tell of it."""
+    server = start("--target", loop_device(sparse(small_disk / "backing", 32 * MIB)), tcp=True)
+    with raw_client(server) as stalled:
+        for offset in range(0, 16 * MIB, MIB):
+            assert stalled.write(offset, b"\xee" * MIB) == 0
+        stalled.request(WRITE, 0, MIB, data=bytes(600_000))
+        stop_now(server)
+        os.kill(server.pid, signal.SIGTERM)
+        assert server.process.wait(STOPS_WITHIN) == 1
+    assert "flush" not in server.log()
 
 
 def test_signals_that_come_together_stop_the_server_once(start: Start, image: Path) -> None:

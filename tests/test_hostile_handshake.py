@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import resource
 import select
+import signal
+import socket
 import struct
-from contextlib import ExitStack
+import threading
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Iterator, List
 
@@ -23,6 +26,7 @@ from rawclient import (
     ERR_UNKNOWN,
     ERR_UNSUP,
     EXPORT_NAME,
+    FLUSH,
     GO,
     INFO,
     LIST,
@@ -96,6 +100,70 @@ def test_timeout_ends_a_client_that_never_reads_the_answers(start: Start, image:
         deaf.greet()
         deaf.send(pack_option(INFO, go_data("", 1, 2, 3)) * 990)
         server.wait_for_log("handshake took too long")
+
+
+# Many small queries, and the most data in as many queries as are allowed.
+LABORIOUS = {
+    "16,000 queries": context_data("", *[""] * 16_000),
+    "100 queries": context_data("", *["x" * 640] * 100),
+}
+
+
+@contextmanager
+def flooding(client: RawClient, data: bytes) -> Iterator[None]:
+    """*client* sends SET_META_CONTEXT with *data* again and again without a pause."""
+    option = pack_option(SET_META_CONTEXT, data)
+
+    def flood() -> None:
+        try:
+            while True:
+                client.sock.sendall(option)
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        yield
+    finally:
+        client.sock.shutdown(socket.SHUT_RDWR)
+        thread.join(20)
+
+
+def receive_until_closed(client: RawClient) -> None:
+    try:
+        while client.sock.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        pass
+
+
+@pytest.mark.parametrize("data", LABORIOUS.values(), ids=LABORIOUS.keys())
+def test_client_that_never_pauses_is_dropped_after_the_timeout(start: Start, image: Path, data: bytes) -> None:
+    server = start("--target", image, "--handshake-timeout", "1")
+    with bystander(server), RawClient(server.connect()) as client:
+        client.greet()
+        client.option(STRUCTURED_REPLY)
+        with flooding(client, data):
+            client.sock.settimeout(None)
+            dropped = threading.Thread(target=receive_until_closed, args=(client,))
+            dropped.start()
+            dropped.join(8)
+            assert not dropped.is_alive(), "the client is still served"
+    log = server.log()
+    assert "handshake took too long" in log or "more than 1000 options" in log
+
+
+def test_stop_is_not_held_up_by_a_client_that_never_pauses(start: Start, image: Path) -> None:
+    server = start("--target", image, "--handshake-timeout", "600")
+    with RawClient(server.connect()) as client:
+        client.greet()
+        client.option(STRUCTURED_REPLY)
+        with flooding(client, LABORIOUS["16,000 queries"]):
+            client.receive(20)
+            server.process.send_signal(signal.SIGTERM)
+            receive_until_closed(client)
+            assert server.process.wait(5) == 0
 
 
 def test_client_is_not_timed_out_once_it_has_negotiated(start: Start, image: Path) -> None:
@@ -281,6 +349,18 @@ def test_failed_set_clears_the_contexts(client: RawClient) -> None:
 
 
 # Order and number
+
+
+@pytest.mark.parametrize("option", [LIST_META_CONTEXT, SET_META_CONTEXT])
+def test_more_than_100_queries_are_too_big_and_the_next_option_works(client: RawClient, option: int) -> None:
+    client.greet()
+    client.option(STRUCTURED_REPLY)
+    assert error_of(client, option, context_data("", *["base:allocation"] * 101)) == ERR_TOO_BIG
+    replies = client.option(option, context_data("", *["base:allocation"] * 100))
+    assert [kind for kind, _ in replies] == [REP_META_CONTEXT, ACK]
+    client.go()
+    client.request(FLUSH)
+    assert client.simple_reply()[0] == 0
 
 
 def test_options_in_odd_order_and_repeated(client: RawClient) -> None:

@@ -134,6 +134,13 @@ def test_wrong_request_magic_closes_the_connection(server: Server) -> None:
             assert client.closed()
 
 
+def test_write_before_a_wrong_magic_is_answered_before_the_connection_is_closed(client: RawClient, image: Path) -> None:
+    client.send(pack_request(WRITE, 100, 5, cookie=7) + b"valid" + b"\xff" * 28)
+    assert client.simple_reply() == (0, 7, b"")
+    assert client.closed()
+    assert image.read_bytes()[100:105] == b"valid"
+
+
 def test_nothing_of_a_write_after_a_wrong_magic_is_written(client: RawClient, image: Path) -> None:
     before = image.read_bytes()
     client.send(b"XXXX" + pack_request(READ, 0, 512)[4:] + pack_request(WRITE, 0, 4) + b"evil")
@@ -531,6 +538,32 @@ def test_client_that_never_reads_long_structured_replies_costs_no_memory(start: 
         assert memory_of(worker)["RssAnon"] - before < 32 * MIB
 
 
+@pytest.mark.parametrize("structured", [False, True])
+def test_reads_of_a_much_divided_overlay_that_nobody_takes_cost_no_memory(
+    start: Start, tmp_path: Path, structured: bool
+) -> None:
+    image = tmp_path / "base.img"
+    image.write_bytes(b"\xba" * 16 * MIB)
+    server = start("--cow-target", image, tcp=True)
+    with bystander(server), raw_client(server, tcp=True) as writer:
+        divide_overlay(writer, 16 * MIB)
+        with raw_client(server, tcp=True, structured=structured) as deaf:
+            worker = worker_of(server, deaf)
+            before = memory_of(worker)["RssAnon"]
+            send_until_stuck(deaf, pack_request(READ, 0, 16 * MIB) * 300, times=1)
+            wait_until_idle(worker)
+            assert memory_of(worker)["RssAnon"] - before < 32 * MIB
+        assert writer.read(0, 16 * MIB) == (b"\xba" * 4096 + b"\xcc" * 4096) * (16 * MIB // 8192)
+
+
+def divide_overlay(client: RawClient, size: int) -> None:
+    """Write every other block of a disk of *size* bytes."""
+    for offset in range(4096, size, 8192):
+        client.request(WRITE, offset, 4096, data=b"\xcc" * 4096)
+    for _ in range(4096, size, 8192):
+        assert client.simple_reply()[0] == 0
+
+
 def test_client_that_never_reads_block_status_costs_no_memory(server: Server, structured: RawClient) -> None:
     worker = worker_of(server, structured)
     before = memory_of(worker)["RssAnon"]
@@ -657,3 +690,19 @@ def test_1000_connections_as_fast_as_possible(start: Start, image: Path) -> None
         with raw_client(server) as newcomer:
             assert newcomer.works()
         wait_until(lambda: all_have_left(server), "the workers' end", 30)
+
+
+@pytest.mark.parametrize("command", [TRIM, WRITE_ZEROES])
+def test_structured_read_sees_the_hole_that_this_client_has_just_made(
+    structured: RawClient, image: Path, command: int
+) -> None:
+    """What the server remembers of where no holes are must not outlive a change."""
+    whole = image.read_bytes()
+    structured.request(READ, 0, MIB)
+    assert [chunk.payload[8:] for chunk in structured.chunks()] == [whole[:MIB]]
+    assert error_of(structured, command, 256 << 10, 128 << 10) == 0
+    structured.request(READ, 0, MIB)
+    before, hole, after = structured.chunks()
+    assert before.payload[8:] == whole[: 256 << 10]
+    assert (hole.kind, struct.unpack(">QI", hole.payload)) == (2, (256 << 10, 128 << 10))
+    assert after.payload[8:] == whole[384 << 10 : MIB]

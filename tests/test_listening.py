@@ -180,6 +180,17 @@ def test_unix_socket_of_a_live_server_is_refused(server: Server, image: Path) ->
     assert_served(RawClient(server.connect()), image)
 
 
+def test_unix_socket_of_a_successor_is_not_removed_at_the_end(tmp_path: Path, image: Path) -> None:
+    path = tmp_path / "sock"
+    with serving(tmp_path / "log1", "--target", "--unix", path, image) as server:
+        path.unlink()
+        with serving(tmp_path / "log2", "--target", "--unix", path, image) as successor:
+            assert server.stop() == 0
+            assert_served(connect_unix(path), image)
+            assert successor.stop() == 0
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
 def test_what_is_no_socket_is_left_alone(tmp_path: Path, image: Path, kind: str) -> None:
     path, precious = tmp_path / "sock", tmp_path / "precious"
@@ -319,7 +330,7 @@ def test_workers_that_nobody_needs_any_more_leave(start: Start, image: Path) -> 
 
 def test_titles_name_role_client_and_image(start: Start, image: Path) -> None:
     server = start("--target", image, tcp=True)
-    assert title_of(server.pid) == "xnbd-server: master disk.img"
+    wait_until(lambda: title_of(server.pid) == "xnbd-server: master disk.img", "the master's title")
     with RawClient(server.connect(tcp=True)) as client:
         client.negotiate()
         host, port = client.sock.getsockname()

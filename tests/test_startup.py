@@ -15,8 +15,8 @@ from typing import Iterator, List
 import pytest
 from conftest import MIB, Start
 from launch import fails, serving, stop_daemon
-from rawclient import RawClient
-from server_process import children_of, command, free_port, is_alive, run, wait_until
+from rawclient import LIST, RawClient
+from server_process import children_of, command, free_port, is_alive, run, title_of, wait_until
 
 NOBODY = 65534
 
@@ -418,3 +418,48 @@ def test_daemon_logs_to_syslog_unless_told_otherwise(syslog: socket.socket, imag
 def test_daemon_that_cannot_start_tells_syslog_too(syslog: socket.socket, tmp_path: Path) -> None:
     fails("--target", "--daemonize", "--lport", free_port(), tmp_path / "missing.img")
     assert syslog_line(syslog, f"{tmp_path}/missing.img: No such file").startswith("<27>")  # daemon.err
+
+
+# Names that are no UTF-8, and values beyond all measure
+
+
+@pytest.fixture
+def oddly_named(tmp_path: Path) -> Path:
+    path = tmp_path / os.fsdecode(b"disk-\xff.img")
+    path.write_bytes(bytes(range(256)) * 4096)
+    return path
+
+
+def test_image_whose_name_is_no_utf8_is_served(start: Start, oddly_named: Path) -> None:
+    server = start("--target", oddly_named)
+    server.wait_for_log(r"serving disk image disk-\udcff.img")
+    wait_until(lambda: title_of(server.pid) == r"xnbd-server: master disk-\udcff.img", "the master's title")
+    with RawClient(server.connect()) as client:
+        assert client.negotiate().read(0, 256) == bytes(range(256))
+    with RawClient(server.connect()) as client:
+        client.greet()
+        assert client.option(LIST)[0][1][4:14] == b"disk-\xff.img"
+
+
+def test_daemon_serves_an_image_whose_name_is_no_utf8(oddly_named: Path) -> None:
+    with daemon(oddly_named.parent, oddly_named.name), connect(oddly_named.parent / "sock") as client:
+        assert client.negotiate().read(0, 256) == bytes(range(256))
+        assert r"serving disk image disk-\udcff.img" in (oddly_named.parent / "log").read_text()
+
+
+def test_name_that_is_no_utf8_goes_to_syslog(syslog: socket.socket, oddly_named: Path) -> None:
+    sock, pid_file = oddly_named.parent / "sock", oddly_named.parent / "pid"
+    try:
+        run(*command("--target", "--daemonize", "--pidfile", pid_file, "--unix", sock, oddly_named))
+        assert r"disk-\udcff.img" in syslog_line(syslog, ": serving disk image ")
+        with connect(sock) as client:
+            assert client.negotiate().works()
+    finally:
+        stop_daemon(pid_file)
+
+
+@pytest.mark.parametrize("option, value", [("--exportname", "x" * 5000), ("--lport", "8" * 5000)])
+def test_value_beyond_all_measure_is_refused(image: Path, option: str, value: str) -> None:
+    status, message = fails("--target", option, value, image)
+    assert status == 2
+    assert message.startswith(f"xnbd-server: {option}")

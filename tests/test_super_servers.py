@@ -306,3 +306,45 @@ def test_inetd_and_connected_fd_do_not_go_together(image: Path) -> None:
     status, message = fails("--target", "--inetd", "--connected-fd", 0, image)
     assert status == 2
     assert "--inetd and --connected-fd do not go together" in message
+
+
+@pytest.mark.parametrize("streams", [(0,), (1,), (2,), (1, 2), (0, 1, 2)], ids=str)
+def test_client_on_standard_streams_gets_replies_and_no_log(
+    tmp_path: Path, image: Path, streams: Tuple[int, ...]
+) -> None:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(20)
+    with open(tmp_path / "log", "wb") as log:
+        stdin, stdout, stderr = ((theirs if stream in streams else log).fileno() for stream in range(3))
+        line = command("--target", "--verbose", "--connected-fd", streams[-1], image)
+        process = subprocess.Popen(line, stdin=stdin, stdout=stdout, stderr=stderr)
+    theirs.close()
+    with stopped_in_the_end(process), RawClient(ours) as client:
+        client.send(pack_request(READ, 0, 512, cookie=1) + pack_request(99, 0, 0, cookie=2))
+        assert client.simple_reply(512) == (0, 1, image.read_bytes()[:512])
+        assert client.simple_reply() == (22, 2, b"")
+        client.request(DISC)
+        assert client.closed()
+        assert process.wait(20) == 0
+
+
+@contextmanager
+def stopped_in_the_end(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    with process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def test_version_goes_to_a_socket_if_standard_error_is_elsewhere() -> None:
+    """Programs that run others often give them a socket for a pipe, as Node.js does."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            fd = theirs.fileno()
+            process = subprocess.Popen(command("--version"), stdin=fd, stdout=fd, stderr=subprocess.DEVNULL)
+        ours.settimeout(20)
+        with stopped_in_the_end(process):
+            assert ours.recv(1000).startswith(b"xnbd-server ")
+            assert process.wait(20) == 0

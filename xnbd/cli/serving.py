@@ -99,7 +99,7 @@ def _client_socket(number: Optional[str], client: Optional[int]) -> socket.socke
     """The connected socket of ``--connected-fd NUMBER``, or of ``--inetd`` if that is None."""
     if number is not None:
         fd = parse_integer(number, "--connected-fd", 0, 1 << 20)
-        client = take_client_socket(fd) if fd <= 2 else fd
+        client = take_client_socket(fd) or client if fd <= 2 else fd
     if client is None:
         what = "standard input" if number is None else f"descriptor {number}"
         raise ConfigurationError(f"{what} is no socket: this is for use by a super-server")

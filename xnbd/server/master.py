@@ -83,8 +83,8 @@ class Master:
         if not self._signals:
             self._poll.poll(timeout)
         read_pipe(self._wake, _PIPE_SIZE)
-        self._read_reports()
         signals, self._signals = self._signals, set()
+        self._read_reports()  # after that: what a worker said before it died is known when it is buried
         if signal.SIGCHLD in signals:
             self._reap()
         return signals

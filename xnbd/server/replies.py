@@ -95,8 +95,8 @@ def _can_be_read(data: memoryview) -> bool:
     """Whether the kernel can read this memory: tried with a copy into a file of no name."""
     scratch = os.memfd_create("xnbd-probe")
     try:
-        for start in range(0, len(data), _PROBE):
-            os.pwrite(scratch, data[start : start + _PROBE], 0)
+        while data:
+            data = data[os.pwrite(scratch, data[:_PROBE], 0) :]  # short where only the beginning can be read
     except OSError as error:
         if error.errno == errno.EFAULT:
             return False
