@@ -16,6 +16,9 @@ process in question dies at any point, because the lock goes with it. A mark aft
 the bit would not do: another process may see the bit, write to the block and have it
 flushed before the mark is there, or the mark may never come.
 
+A process does not see its own locks: it must not begin a checkpoint in the middle of
+setting bits, from a thread or a signal handler.
+
 A checkpoint that fails or dies leaves its pages claimed: the next one takes them too.
 """
 
@@ -25,10 +28,11 @@ import fcntl
 import mmap
 import os
 import re
-from typing import List
+from typing import Callable, List
 
 from . import space
 from .bitmap import Bitmap
+from .image import do_nothing
 from .locks import _FLOCK, RangeLocks
 from .state_format import BEGUN, CHECKPOINT, NUMBER, PAGE, PAGE_SHIFT, SUCCEEDED, Layout
 
@@ -86,16 +90,16 @@ class ProcessState:
         """Whether there may be bits that are not yet in the durable copy."""
         return _MARK.search(self._head, self._layout.dirty, self._layout.durable) is not None
 
-    def checkpoint(self, cache_fd: int) -> None:
+    def checkpoint(self, cache_fd: int, on_wait: Callable[[], None] = do_nothing) -> None:
         """Return when all that was in the cache image before the call is durable, data and bits.
 
-        *cache_fd* is this process's own descriptor of the image. Waits for the
-        checkpoint of another process, which waits for nobody; one that has begun
-        after this call serves both. After an `OSError` nothing is lost: the next
-        call tries the same again.
+        *cache_fd* is this process's own descriptor of the image. Waits, with *on_wait*
+        before every pause, for the checkpoint of another process, which waits for
+        nobody; one that has begun after this call serves both. After an `OSError`
+        nothing is lost: the next call tries the same again.
         """
         begun = self._number(BEGUN)
-        self._locks.acquire(CHECKPOINT, 1)
+        self._locks.acquire(CHECKPOINT, 1, on_wait)
         try:
             if self._number(SUCCEEDED) <= begun:
                 self._make_durable(cache_fd)
