@@ -85,6 +85,7 @@ def _nbd_server(place: Place) -> List[str]:
 
 FLAVOURS: Dict[str, Flavour] = {
     "xnbd": Flavour(_xnbd, [*XNBD_SERVER, "--version"]),
+    "xnbd-new": Flavour(_xnbd, [*XNBD_SERVER, "--version"], fresh=True),
     "nbdkit": Flavour(_nbdkit, ["nbdkit", "--version"], "nbdkit"),
     "qemu-nbd": Flavour(_qemu_nbd, ["qemu-nbd", "--version"], "qemu-utils"),
     "xnbd-cow": Flavour(_xnbd_cow, [*XNBD_SERVER, "--version"], fresh=True),
