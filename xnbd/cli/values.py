@@ -23,18 +23,24 @@ def parse_command_line(program: str, usage: str, argv: List[str], version: str) 
     try:
         arguments = dict(docopt(usage, argv, version=version))
     except DocoptExit as error:
-        raise ConfigurationError(f"{_reason(error, argv)} ({program} --help shows the usage)", USAGE_ERROR) from None
+        raise ConfigurationError(
+            f"{_reason(error, usage, argv)} ({program} --help shows the usage)", USAGE_ERROR
+        ) from None
     for name, value in arguments.items():
         if value == "":
             raise ConfigurationError(f"{name} is empty ({program} --help shows the usage)", USAGE_ERROR)
     return arguments
 
 
-def _reason(error: BaseException, argv: List[str]) -> str:
-    """docopt's own reason where it has a short one."""
+def _reason(error: BaseException, usage: str, argv: List[str]) -> str:
+    """docopt's own reason where it has a short one, else what can be found out about *argv*."""
     first = str(error).strip().partition("\n")[0]
     if not argv:
         return "nothing to do"
+    for word in argv:
+        option = word.partition("=")[0]
+        if option.startswith("-") and not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", usage):
+            return f"there is no option {option}"
     if not first or first.lower().startswith(("usage:", "warning:")):
         return f"these arguments do not fit together: {' '.join(argv)}"
     return first
