@@ -37,7 +37,7 @@ Process options:
   --handshake-timeout SECONDS
                         Drop a client that has not negotiated by then [default: 10].
   --spin MICROSECONDS   Poll for the next request for so long before sleeping; adapts by
-                        itself to a slower client, 0 never polls [default: 50].
+                        itself to a slower client, 0 never polls [default: 150].
 
 Logging options:
   --logpath FILE        Append to FILE. Without it: standard error, or syslog with
