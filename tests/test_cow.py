@@ -17,6 +17,7 @@ import nbd
 import pytest
 from conftest import MIB, Start
 from model import Model
+from mounts import small_tmpfs
 from rawclient import FAST_ZERO, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, RawClient, pack_request
 from server_process import Server, command, is_alive, run, wait_until
 
@@ -52,16 +53,6 @@ def overlay_of(server: Server) -> os.stat_result:
         if "(deleted)" in os.readlink(link) and "memfd" not in os.readlink(link):
             return link.stat()
     raise AssertionError("the server has no overlay")
-
-
-@contextmanager
-def small_tmpfs(directory: Path, size: str) -> Iterator[Path]:
-    directory.mkdir()
-    run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory)
-    try:
-        yield directory
-    finally:
-        run("umount", "-l", directory)
 
 
 # What clients see

@@ -14,12 +14,13 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
 
 import pytest
+from mounts import small_tmpfs
 from power_failure import ORIGIN, Odds, Paused, World, at_every_line, content_of, watching_syncs
 from server_process import children_of, run, wait_until
 from test_bitmap import run_processes
@@ -802,20 +803,10 @@ class Hammer:
 # Errors
 
 
-@contextmanager
-def small_disk(directory: Path, size: str) -> Iterator[Path]:
-    directory.mkdir()
-    run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory)
-    try:
-        yield directory
-    finally:
-        run("umount", "-l", directory)
-
-
 @pytest.mark.parametrize("start", ["new", "taken over", "cleared"])
 def test_files_for_which_there_is_no_space_are_not_made(scratch: Path, start: str) -> None:
     cache = Cache(scratch, 4096 * MIB)
-    with small_disk(scratch / "small", "160k") as directory:
+    with small_tmpfs(scratch / "small", "160k") as directory:
         cache.bitmap = directory / "bitmap"
         if start == "cleared":
             cache.disk_size = MIB
@@ -832,7 +823,7 @@ def test_files_for_which_there_is_no_space_are_not_made(scratch: Path, start: st
 
 def test_a_full_file_system_neither_kills_nor_stops_who_sets_bits(scratch: Path) -> None:
     cache = Cache(scratch, 4096 * MIB)
-    with small_disk(scratch / "small", "500k") as directory:
+    with small_tmpfs(scratch / "small", "500k") as directory:
         cache.bitmap = directory / "bitmap"
         shared = cache.open()
         fill_up(directory / "rest")

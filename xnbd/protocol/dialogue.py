@@ -14,9 +14,6 @@ from typing import Generator, List, NamedTuple, NoReturn, Optional, Tuple
 from ..errors import ProtocolError
 from . import constants as c
 
-REP_ERR_TLS_REQD = (1 << 31) + 5
-REP_ERR_SHUTDOWN = (1 << 31) + 7
-
 MAXIMUM_REPLY_DATA = c.MAXIMUM_STRING + 64
 """More data than any reply to an option needs."""
 
@@ -185,7 +182,7 @@ class Dialogue:
         replies: List[Reply] = []
         while len(replies) < MAXIMUM_REPLIES:
             kind, answer = yield from self._take_reply(option)
-            if kind == REP_ERR_TLS_REQD:
+            if kind == c.REP_ERR_TLS_REQD:
                 raise ProtocolError("it wants TLS, which is not supported")
             if kind == c.REP_ACK or kind & _ERROR_BIT:
                 return kind, answer, replies
@@ -230,7 +227,7 @@ class Dialogue:
         reasons = {
             c.REP_ERR_UNKNOWN: f"it has no export named {self._name!r}",
             c.REP_ERR_POLICY: f"it does not let us have the export {self._name!r}",
-            REP_ERR_SHUTDOWN: "it is shutting down",
+            c.REP_ERR_SHUTDOWN: "it is shutting down",
         }
         reason = reasons.get(kind, f"it refuses the export {self._name!r} (error {kind - _ERROR_BIT})")
         raise ProtocolError(f"{reason} (it says: {_readable(text)})" if text else reason)

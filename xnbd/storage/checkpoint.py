@@ -24,7 +24,6 @@ A checkpoint that fails or dies leaves its pages claimed: the next one takes the
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import re
@@ -33,7 +32,7 @@ from typing import Callable, List
 from . import space
 from .bitmap import Bitmap
 from .image import do_nothing
-from .locks import _FLOCK, RangeLocks
+from .locks import RangeLocks
 from .state_format import BEGUN, CHECKPOINT, NUMBER, PAGE, PAGE_SHIFT, SUCCEEDED, Layout
 
 _PAGES_AT_ONCE = 4096
@@ -60,16 +59,6 @@ class MarkingBitmap(Bitmap):
         Bitmap.set(self, first, end)
 
 
-class FillLocks(RangeLocks):
-    """Locks on the live bitmap's bytes, which can also be looked at."""
-
-    def held_elsewhere(self, start: int, count: int) -> bool:
-        """Whether some of these bytes are locked through another descriptor than this one."""
-        question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0)
-        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, question)
-        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
-
-
 class ProcessState:
     """The bitmap for this process, which owns both descriptors from now on.
 
@@ -82,7 +71,7 @@ class ProcessState:
         self._layout = layout
         self._head = mmap.mmap(state_fd, layout.durable)
         self.bitmap = MarkingBitmap(bitmap_fd, layout.blocks, self._head, layout.dirty)
-        self._fills = FillLocks(bitmap_fd)
+        self._fills = RangeLocks(bitmap_fd)
         self._locks = RangeLocks(state_fd)
 
     @property

@@ -50,3 +50,9 @@ class RangeLocks:
 
     def release(self, start: int, count: int) -> None:
         fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, start, count, 0))
+
+    def held_elsewhere(self, start: int, count: int) -> bool:
+        """Whether some of these bytes are locked through another descriptor than this one."""
+        question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0)
+        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, question)
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
