@@ -126,13 +126,13 @@ def test_unknown_client_flags_are_fatal(flags: int) -> None:
 def test_export_name_answers_size_flags_and_zeros() -> None:
     machine = fresh(flags=1)
     assert machine.on_option(raw.EXPORT_NAME, b"disk") == bytes(range(1, 9)) + b"\x05\x6d" + bytes(124)
-    assert machine.agreement == Agreement(DISK)
+    assert machine.agreement == Agreement(DISK, ordered=False)
 
 
 def test_export_name_leaves_the_zeros_out_if_the_client_wants_so() -> None:
     machine = fresh(flags=3)
     assert machine.on_option(raw.EXPORT_NAME, b"") == bytes(range(1, 9)) + b"\x05\x6d"
-    assert machine.agreement == Agreement(DISK)
+    assert machine.agreement == Agreement(DISK, ordered=False)
 
 
 @pytest.mark.parametrize("name", [b"nothing", b"disk\0", b"\xff\xfe", b"d" * 4096])
@@ -147,7 +147,7 @@ def test_export_name_keeps_what_was_negotiated_before() -> None:
     machine = fresh(structured=True)
     ask(machine, raw.SET_META_CONTEXT, context_data("disk", "base:allocation"))
     assert machine.on_option(raw.EXPORT_NAME, b"disk")[8:] == struct.pack(">H", 0x056D | SEND_DF)
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=True)
+    assert machine.agreement == Agreement(DISK, structured=True, allocation=True, ordered=False)
 
 
 # ABORT and LIST
@@ -178,7 +178,7 @@ def test_a_refused_structured_reply_negotiates_nothing() -> None:
     machine = fresh()
     ask(machine, raw.STRUCTURED_REPLY, b"x")
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK)
+    assert machine.agreement == Agreement(DISK, ordered=False)
 
 
 @pytest.mark.parametrize("option", [0, 4, 5, 11, 12, 1000, 0x80000000, 0xFFFFFFFF])
@@ -197,7 +197,7 @@ EXPORT_INFO = (raw.REP_INFO, b"\x00\x00" + bytes(range(1, 9)) + b"\x05\x6d")
 def test_go_tells_of_the_export_and_agrees(name: str) -> None:
     machine = fresh()
     assert ask(machine, raw.GO, go_data(name)) == [EXPORT_INFO, OK]
-    assert machine.agreement == Agreement(DISK)
+    assert machine.agreement == Agreement(DISK, ordered=False)
 
 
 def test_info_tells_the_same_and_agrees_on_nothing() -> None:
@@ -224,7 +224,7 @@ def test_df_is_offered_only_with_structured_replies() -> None:
         raw.REP_INFO,
         b"\x00\x00" + bytes(range(1, 9)) + struct.pack(">H", 0x056D | SEND_DF),
     )
-    assert machine.agreement == Agreement(DISK, structured=True)
+    assert machine.agreement == Agreement(DISK, structured=True, ordered=False)
 
 
 @pytest.mark.parametrize("option", [raw.INFO, raw.GO])
@@ -296,7 +296,7 @@ def test_list_selects_nothing() -> None:
     machine = fresh(structured=True)
     ask(machine, raw.LIST_META_CONTEXT, context_data("disk", "base:allocation"))
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=False)
+    assert machine.agreement == Agreement(DISK, structured=True, allocation=False, ordered=False)
 
 
 def test_list_leaves_what_was_set() -> None:
@@ -304,7 +304,7 @@ def test_list_leaves_what_was_set() -> None:
     ask(machine, raw.SET_META_CONTEXT, context_data("disk", "base:allocation"))
     ask(machine, raw.LIST_META_CONTEXT, context_data("disk"))
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=True)
+    assert machine.agreement == Agreement(DISK, structured=True, allocation=True, ordered=False)
 
 
 def test_set_selects_allocation_once_however_often_it_is_asked_for() -> None:
@@ -312,7 +312,7 @@ def test_set_selects_allocation_once_however_often_it_is_asked_for() -> None:
     data = context_data("disk", "base:allocation", "base:allocation")
     assert ask(machine, raw.SET_META_CONTEXT, data) == [ALLOCATION, OK]
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=True)
+    assert machine.agreement == Agreement(DISK, structured=True, allocation=True, ordered=False)
 
 
 @pytest.mark.parametrize("queries", [(), ("base:",)])
@@ -320,7 +320,7 @@ def test_set_without_a_full_name_selects_nothing(queries: Tuple[str, ...]) -> No
     machine = fresh(structured=True)
     assert ask(machine, raw.SET_META_CONTEXT, context_data("disk", *queries)) == [OK]
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=False)
+    assert machine.agreement == Agreement(DISK, structured=True, allocation=False, ordered=False)
 
 
 @pytest.mark.parametrize("name", ["", "other"])
@@ -328,7 +328,7 @@ def test_contexts_set_for_another_name_than_that_of_go_are_not_active(name: str)
     machine = fresh(structured=True)
     assert ask(machine, raw.SET_META_CONTEXT, context_data(name, "base:allocation"))[-1] == OK
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=False)
+    assert machine.agreement == Agreement(DISK, structured=True, allocation=False, ordered=False)
 
 
 FAILING_SETS = {
@@ -349,7 +349,7 @@ def test_a_failed_set_clears_what_an_earlier_one_set(data: bytes, error: int) ->
     ask(machine, raw.SET_META_CONTEXT, context_data("disk", "base:allocation"))
     assert error_of(ask(machine, raw.SET_META_CONTEXT, data)) == error
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=False)
+    assert machine.agreement == Agreement(DISK, structured=True, allocation=False, ordered=False)
 
 
 def test_a_later_set_replaces_an_earlier_one() -> None:
@@ -357,7 +357,7 @@ def test_a_later_set_replaces_an_earlier_one() -> None:
     ask(machine, raw.SET_META_CONTEXT, context_data("other", "base:allocation"))
     ask(machine, raw.SET_META_CONTEXT, context_data("disk", "base:allocation"))
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=True)
+    assert machine.agreement == Agreement(DISK, structured=True, allocation=True, ordered=False)
 
 
 # Many options, and any
@@ -369,7 +369,7 @@ def test_repeated_options_in_odd_order_end_where_a_fresh_client_would() -> None:
         data = go_data("disk") if option == raw.INFO else b""
         assert ask(machine, option, data)[-1] == OK
     assert ask(machine, raw.GO, go_data("disk"))[-1] == OK
-    assert machine.agreement == Agreement(DISK, structured=True)
+    assert machine.agreement == Agreement(DISK, structured=True, ordered=False)
 
 
 def test_endless_options_are_fatal() -> None:

@@ -15,7 +15,7 @@ from typing import Iterator, List, Tuple
 import pytest
 from conftest import MIB
 from launch import fails, launched
-from rawclient import DISC, FLUSH, READ, RawClient, pack_request
+from rawclient import BLOCK_STATUS, DISC, FLUSH, READ, RawClient, pack_request
 from server_process import command, free_port, run, wait_until
 
 INETD = shutil.which("inetd", path="/usr/sbin:/usr/bin") or "inetd"
@@ -273,6 +273,22 @@ def test_standard_input_will_do(tmp_path: Path, image: Path) -> None:
     with RawClient(ours) as client:
         assert client.works()
     assert process.wait(20) == 0
+
+
+def test_what_the_wrapper_has_negotiated_is_spoken(tmp_path: Path, image: Path) -> None:
+    with wrapped(tmp_path, "--negotiated", "newstyle,structured,allocation", image) as server:
+        server.client.request(READ, 0, 100)
+        (data,) = server.client.chunks()
+        assert data.payload[8:] == image.read_bytes()[:100]
+        server.client.request(BLOCK_STATUS, 0, 4096)
+        assert server.client.chunk().kind == 5
+
+
+@pytest.mark.parametrize("features", ["structure", "allocation", "structured,", "newstyle structured"])
+def test_negotiated_features_that_make_no_sense_are_refused(image: Path, features: str) -> None:
+    status, message = fails("--target", "--connected-fd", 0, "--negotiated", features, image)
+    assert status == 2
+    assert "--negotiated" in message
 
 
 def test_descriptor_that_is_not_open_is_refused(image: Path) -> None:

@@ -20,6 +20,10 @@ Listening options:
   --connected-fd NUMBER
                         Serve the one client on this descriptor, with whom a wrapper has
                         negotiated already; begin with its first request.
+  --negotiated FEATURES
+                        What that wrapper has negotiated, separated by commas: newstyle,
+                        structured, allocation. Without it replies are simple ones in the
+                        order of the requests, which suits every client.
 
 Disk options:
   --create SIZE         Make DISK_IMAGE as a sparse file if it does not exist: 512M, 1G, ...

@@ -36,6 +36,8 @@ def serve(program: str, arguments: Arguments, client: Optional[int]) -> int:
     refuse_together(arguments, "--inetd", ["--connected-fd", "--daemonize", "--pidfile", *_LISTENING])
     refuse_together(arguments, "--connected-fd", ["--daemonize", "--pidfile", *_LISTENING])
     refuse_together(arguments, "--verbose", ["--quiet"])
+    if arguments["--negotiated"] and not arguments["--connected-fd"]:
+        raise ConfigurationError("--negotiated is for --connected-fd only", USAGE_ERROR)
     if arguments["--cow-dir"] and not arguments["--cow-target"]:
         raise ConfigurationError("--cow-dir is for --cow-target only", USAGE_ERROR)
     for option in _PATHS:
@@ -86,13 +88,25 @@ def _open_source(arguments: Arguments) -> Source:
 
 def _serve_one(arguments: Arguments, client: Optional[int]) -> int:
     """The client of a super-server, in this process."""
+    agreement = _parse_agreement(arguments["--negotiated"] or "") if arguments["--connected-fd"] else None
     sock = _client_socket(arguments["--connected-fd"], client)
     service = _open_service(arguments)
     connection = Connection(sock, Watch(), service.spin)
     set_title("serving", connection.peer, service.source.name)
-    agreement = Agreement() if arguments["--connected-fd"] else None
     service.serve(connection, service.source.open(), agreement)
     return 0 if service.flush() else 1
+
+
+def _parse_agreement(features: str) -> Agreement:
+    """What ``--negotiated FEATURES`` says. Raises `ConfigurationError`."""
+    words = set(features.split(",")) if features else set()
+    if not words <= {"newstyle", "structured", "allocation"}:
+        raise ConfigurationError(
+            f"--negotiated {features}: expected some of newstyle, structured, allocation", USAGE_ERROR
+        )
+    if "allocation" in words and "structured" not in words:
+        raise ConfigurationError("--negotiated: allocation comes with structured only", USAGE_ERROR)
+    return Agreement(structured="structured" in words, allocation="allocation" in words, ordered=not words)
 
 
 def _client_socket(number: Optional[str], client: Optional[int]) -> socket.socket:

@@ -44,11 +44,15 @@ class Export(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """What client and server agreed on; the default is what an old client gets."""
+    """What client and server agreed on; the default is what an old client gets.
+
+    Old clients count on replies in the order of their requests: *ordered*.
+    """
 
     export: Optional[Export] = None
     structured: bool = False
     allocation: bool = False
+    ordered: bool = True
 
 
 class Exports(NamedTuple):
@@ -229,7 +233,7 @@ class Negotiation:
         return export.flags | c.FLAG_SEND_DF if self._structured else export.flags
 
     def _agree(self, name: str, export: Export) -> None:
-        self.agreement = Agreement(export, self._structured, self._context_name == name)
+        self.agreement = Agreement(export, self._structured, self._context_name == name, ordered=False)
 
 
 def _pack_reply(option: int, kind: int, data: bytes = b"") -> bytes:
