@@ -13,10 +13,11 @@ from typing import Callable, Dict, Iterator, List, NamedTuple
 import pytest
 from conftest import MIB, Start
 from origin_owner import PATIENCE, Own, owners
-from server_process import free_port, run, wait_until
+from server_process import Server, free_port, run, wait_until
 
 from xnbd.origin.address import parse_origin
 from xnbd.origin.connection import OriginLost
+from xnbd.origin.probe import probe
 
 KIB = 1 << 10
 SIZE = 8 * MIB + 1536
@@ -302,3 +303,14 @@ def test_requests_may_be_queued_before_the_handshake(own: Own, origin: Origin, d
     owner.connection.start()
     owner.connection.on_events(0)
     assert owner.finish().content("early") == disk[:4096]
+
+
+def test_probe_tells_size_and_flags(server: Server, image: Path) -> None:
+    export = probe(parse_origin(server.uri), timeout=20)
+    assert export.size == image.stat().st_size
+    assert export.structured
+
+
+def test_probe_of_nobody_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OriginLost, match="No such file"):
+        probe(parse_origin(f"nbd+unix:///?socket={tmp_path}/nobody"), timeout=20)

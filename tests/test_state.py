@@ -31,9 +31,9 @@ from xnbd.storage.blocks import BLOCK, block_count, bytes_of
 from xnbd.storage.checkpoint import ProcessState
 from xnbd.storage.image import do_nothing
 from xnbd.storage.locks import RangeLocks
-from xnbd.storage.state import SharedState, open_state
+from xnbd.storage.state import SharedState, known_size, open_state
 from xnbd.storage.state_files import is_alone
-from xnbd.storage.state_format import BadHeader, Header, layout_of, pack_header, parse_header
+from xnbd.storage.state_format import BadHeader, Header, identity, layout_of, pack_header, parse_header
 
 MIB = 1 << 20
 PAGE_BLOCKS = 32768
@@ -911,3 +911,11 @@ def test_no_power_failure_leaves_a_bit_without_data_or_forgets_what_was_flushed(
     world = World(scratch, DISK, blocks, rng, odds)
     world.run(400)
     assert world.failures > 200
+
+
+def test_size_of_a_disk_is_known_from_its_state_file_alone(tmp_path: Path) -> None:
+    assert known_size(str(tmp_path / "bitmap")) is None
+    (tmp_path / "bitmap.state").write_bytes(pack_header(Header(12345, identity("x"), bytes(16), clean=True)))
+    assert known_size(str(tmp_path / "bitmap")) == 12345
+    (tmp_path / "bitmap.state").write_bytes(b"something else")
+    assert known_size(str(tmp_path / "bitmap")) is None

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from typing import Tuple
+from typing import Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..logs import log
@@ -35,6 +35,7 @@ from .state_files import NEW, closed_on_error
 from .state_format import NO_BOOT, OPENING, BadHeader, Header, Layout, identity, layout_of, readable
 from .target import reopen
 
+SUFFIX = ".state"
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
@@ -53,6 +54,20 @@ def open_state(
         return _Opening(path, cache_fd, layout_of(disk_size), header).run(clear)
     except OSError as error:
         raise ConfigurationError(f"cannot use cache bitmap {path} with its state file: {error.strerror}") from error
+
+
+def known_size(bitmap_path: str) -> Optional[int]:
+    """Bytes of the disk whose bitmap is at *bitmap_path*, or None if no state file tells it."""
+    try:
+        fd = os.open(os.path.realpath(bitmap_path) + SUFFIX, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        return files.read_header(fd).disk_size
+    except (OSError, BadHeader):
+        return None
+    finally:
+        os.close(fd)
 
 
 def _read_boot_id(path: str) -> bytes:
@@ -126,7 +141,7 @@ class _Opening:
 
     def __init__(self, path: str, cache_fd: int, layout: Layout, header: Header) -> None:
         self._path = path
-        self._state_path = path + ".state"
+        self._state_path = path + SUFFIX
         self._cache_fd = cache_fd
         self._layout = layout
         self._header = header
