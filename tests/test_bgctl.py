@@ -169,6 +169,20 @@ def test_query_of_a_target_shows_what_there_is(serve: Serve) -> None:
     )
 
 
+def test_query_of_a_target_says_nothing_of_a_cache() -> None:
+    answer = {name: value for name, value in proxy_answer(mode="target").items() if name in ("name", "mode", "workers")}
+    lines = report({**answer, "counters": proxy_answer()["counters"]})
+    assert lines == [
+        "disk.img: target",
+        "  requests    1,234,567; 10 GiB read, 5 MiB written",
+        "",
+        "2 clients:",
+        " PID       AGE REQS READ WRITE CPU MEM CLIENT",
+        "4720 2 min 5 s 1.2M 1.5G     0 12%  2M 192.0.2.33:50122",
+        "4721 2 min 5 s 1.2M 1.5G     0 12%  2M [2001:db8::1]:50122",
+    ]
+
+
 @pytest.mark.parametrize("left_out", [None, *(name for name in proxy_answer() if name != "done")])
 def test_query_does_without_any_part(left_out: str) -> None:
     answer = {name: value for name, value in proxy_answer().items() if name != left_out}

@@ -20,7 +20,7 @@ def report(answer: Message) -> List[str]:
             lines.append(f"  {label:<12}{text}".rstrip())
             label = ""
     if "workers" in answer:
-        lines += ["", *_clients(answer["workers"])]
+        lines += ["", *_clients(answer["workers"], cache="blocks" in answer)]
     return lines
 
 
@@ -86,7 +86,7 @@ def _requests(answer: Message) -> Iterator[str]:
 def _hits(answer: Message) -> Iterator[str]:
     counters = answer.get("counters", {})
     hits, misses = counters.get("hits"), counters.get("misses")
-    if hits is None or misses is None:
+    if hits is None or misses is None or "blocks" not in answer:
         return
     share = f" ({percentage(hits, hits + misses)})" if hits + misses else ""
     yield f"{hits:,}{share}, {counted(misses, 'miss', 'misses')}"
@@ -156,6 +156,7 @@ class _Column(NamedTuple):
     heading: str
     show: Callable[[Message], str]
     needs: str
+    of_cache: bool = False
 
 
 def _hit_share(worker: Message) -> str:
@@ -169,19 +170,23 @@ _COLUMNS = [
     _Column("REQS", lambda worker: short_count(worker["requests"]), "requests"),
     _Column("READ", lambda worker: short_size(worker["bytes_read"]), "bytes_read"),
     _Column("WRITE", lambda worker: short_size(worker["bytes_written"]), "bytes_written"),
-    _Column("HITS", _hit_share, "hits"),
-    _Column("FETCH", lambda worker: short_size(worker["bytes_fetched"]), "bytes_fetched"),
-    _Column("WAIT", lambda worker: short_count(worker["queued_requests"]), "queued_requests"),
+    _Column("HITS", _hit_share, "hits", True),
+    _Column("FETCH", lambda worker: short_size(worker["bytes_fetched"]), "bytes_fetched", True),
+    _Column("WAIT", lambda worker: short_count(worker["queued_requests"]), "queued_requests", True),
     _Column("CPU", lambda worker: f"{worker['cpu_percent']:.0f}%", "cpu_percent"),
     _Column("MEM", lambda worker: short_size(worker["memory_bytes"]), "memory_bytes"),
 ]
 
 
-def _clients(workers: List[Message]) -> List[str]:
-    """A table, the client's address last: that may be long."""
+def _clients(workers: List[Message], *, cache: bool) -> List[str]:
+    """A table, the client's address last: that may be long. Without *cache* nothing is said of one."""
     if not workers:
         return ["No clients."]
-    columns = [column for column in _COLUMNS if any(worker.get(column.needs) is not None for worker in workers)]
+    columns = [
+        column
+        for column in _COLUMNS
+        if (cache or not column.of_cache) and any(worker.get(column.needs) is not None for worker in workers)
+    ]
     rows = [[column.heading for column in columns]]
     for worker in workers:
         rows.append([column.show(worker) if worker.get(column.needs) is not None else "-" for column in columns])
