@@ -184,8 +184,9 @@ def test_retarget_leads_new_connections_elsewhere_and_old_ones_stay(target: sock
 
 
 def test_a_target_that_refuses_resets_the_client() -> None:
-    with Relay(free_port()) as relay, socket.create_connection(("127.0.0.1", relay.port), timeout=20) as client:
-        with pytest.raises(ConnectionResetError):
+    with Relay(free_port()) as relay:
+        client = socket.create_connection(("127.0.0.1", relay.port), timeout=20)
+        with client, pytest.raises(ConnectionResetError):
             client.recv(1)
 
 
