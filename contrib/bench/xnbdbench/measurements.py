@@ -125,7 +125,7 @@ def _far_stream(most: int) -> Cold:
 
 _COLD_RANDOM = Cold("randread", bytes=4 * KIB, depth=32, unit="iops", most=ORIGIN_SIZE // 4)
 _SLOW_COPY = CacheAll("link_percent")
-_EMPTY_COPY = CacheAll("seconds", empty=True)
+_EMPTY_COPY = CacheAll("seconds")
 
 _BUSY = Load(depth=16, connections=8)
 _WRITE = Load("randwrite", depth=32)
