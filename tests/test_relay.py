@@ -184,10 +184,13 @@ def test_retarget_leads_new_connections_elsewhere_and_old_ones_stay(target: sock
 
 
 def test_a_target_that_refuses_resets_the_client() -> None:
-    with Relay(free_port()) as relay:
-        client = socket.create_connection(("127.0.0.1", relay.port), timeout=20)
-        with client, pytest.raises(ConnectionResetError):
+    def visit() -> None:
+        with socket.create_connection(("127.0.0.1", relay.port), timeout=20) as client:
             client.recv(1)
+
+    with Relay(free_port()) as relay:
+        with pytest.raises(ConnectionResetError):
+            visit()
 
 
 def test_a_target_that_resets_resets_the_client(target: socket.socket) -> None:
