@@ -188,9 +188,8 @@ def test_a_target_that_refuses_resets_the_client() -> None:
         with socket.create_connection(("127.0.0.1", relay.port), timeout=20) as client:
             client.recv(1)
 
-    with Relay(free_port()) as relay:
-        with pytest.raises(ConnectionResetError):
-            visit()
+    with Relay(free_port()) as relay, pytest.raises(ConnectionResetError):
+        visit()
 
 
 def test_a_target_that_resets_resets_the_client(target: socket.socket) -> None:
