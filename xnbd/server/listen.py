@@ -73,7 +73,9 @@ class Listeners:
             self.add(sock)
 
     def tidy_up(self) -> None:
-        """Remove the Unix sockets, in the process that made them."""
+        """Close all; remove the Unix sockets, in the process that made them."""
+        for sock in self.sockets:
+            sock.close()
         for listener in self._unix_sockets:
             listener.remove()
 
