@@ -54,11 +54,11 @@ def _is_open(fd: int) -> bool:
     return True
 
 
-def set_title(role: str, *details: str) -> None:
+def set_title(role: str, *details: str, program: str = "xnbd-server") -> None:
     """What ``ps`` shows for this process."""
     from setproctitle import setproctitle
 
-    title = " ".join(("xnbd-server:", role, *details))
+    title = " ".join((f"{program}:", role, *details))
     setproctitle(title.encode("utf-8", "backslashreplace").decode())
 
 
