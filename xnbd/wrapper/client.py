@@ -150,7 +150,7 @@ class Client(NamedTuple):
         log.info("%s: export %r, served by process %d", connection.peer, name, os.getpid())
         _send_report(self.reports, Report(os.getpid(), connection.peer, name))
         self.reports.close()
-        os.close(self.database.fileno())
+        self.database.close()
         return self.servers.become(self.sock, catalogue.offered[name], agreement)
 
     def _negotiate(self, connection: Connection, catalogue: Catalogue) -> Optional[Agreement]:

@@ -7,12 +7,14 @@ goes on meanwhile. Requests and replies are described in ``xnbd-wrapper-ctl(8)``
 from __future__ import annotations
 
 import os
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional
+from time import monotonic
+from typing import Any, Callable, Dict, Generator, Iterator, List, Mapping, NamedTuple, Optional
 
 from ..errors import CommandError
 from ..logs import log
+from ..sockets import is_listening
 from ..storage.target import open_disk
-from .attendant import Attendant, is_served
+from .attendant import Attendant
 from .children import Children
 from .database import Database
 from .exports import (
@@ -30,6 +32,8 @@ from .servers import Servers
 
 Message = Dict[str, Any]
 Reply = Iterator[Optional[Message]]
+
+_START_TIME = 10.0
 
 
 class Steering(NamedTuple):
@@ -52,6 +56,7 @@ class Commands:
         self._bgctl = bgctl
         self._steering = steering
         self._attendants: List[Attendant] = []
+        self._interruptible: List[Job] = []
 
     def table(self) -> Mapping[str, Callable[[Message], Reply]]:
         return {
@@ -113,7 +118,7 @@ class Commands:
             job.forget()
 
     def _remove_by_name(self, request: Message) -> Reply:
-        name = request.get("name")
+        name = str(request.get("name"))
         if name not in self._database.exports:
             raise CommandError(f"there is no export {name!r}")
         return self._remove([name])
@@ -164,15 +169,13 @@ class Commands:
         origin = {key: request.get(key) for key in ("remote_host", "remote_port", "remote_export_name")}
         new = export_from_fields({**fields_of(export), **origin})
         assert isinstance(new, ProxyExport)
-        if not is_served(export.control_socket_path):
+        if not is_listening(export.control_socket_path):
             self._replace(name, export, new)
             yield {"output": f"no server of {name!r} runs: the next one will use the new address\n"}
             return
         words = ["--exportname", new.remote_export_name] if new.remote_export_name else []
         address = [new.remote_host, new.remote_port]
-        yield from self._steer(
-            export, [*words, "--reconnect"], address, then=lambda: self._replace(name, export, new)
-        )
+        yield from self._steer(export, [*words, "--reconnect"], address, then=lambda: self._replace(name, export, new))
 
     def _replace(self, name: str, old: Export, new: Export) -> None:
         """Change an entry that is still what it was."""
@@ -201,8 +204,7 @@ class Commands:
 
         def on_end(status: int) -> None:
             if attendant:
-                self._attendants.remove(attendant)
-                attendant.close()
+                self._dismiss(attendant)
             try:
                 if not status:
                     then()
@@ -215,20 +217,46 @@ class Commands:
         if failure:
             raise failure[0]
 
-    def _attend(self, export: ProxyExport) -> Iterator[None]:
-        ...
+    def _attend(self, export: ProxyExport) -> Generator[None, None, Optional[Attendant]]:
+        """See to it that somebody serves *export*; the attendant that was started if nobody did."""
+        if is_listening(export.control_socket_path):
+            return None
+        attendant = Attendant(self._children, self._servers, export)
+        self._attendants.append(attendant)
+        deadline = monotonic() + _START_TIME
+        try:
+            while not is_listening(export.control_socket_path):
+                if attendant.status is not None or monotonic() > deadline:
+                    raise CommandError("a server for this proxy was started and does not work: see the log")
+                yield None
+        except BaseException:
+            self._dismiss(attendant)
+            raise
+        return attendant
+
+    def _dismiss(self, attendant: Attendant) -> None:
+        self._attendants.remove(attendant)
+        attendant.close()
 
     def _follow(self, job: Job, stop_early: bool) -> Reply:
         """What *job* says, line by line, and its exit status."""
+        if stop_early:
+            self._interruptible.append(job)
         try:
             while job.status is None:
                 output = job.output()
                 yield {"output": output} if output else None
             yield {"output": job.output(), "errors": job.errors(), "status": job.status}
         finally:
-            if job.status is None and stop_early:
+            if stop_early:
+                self._interruptible.remove(job)
                 job.stop()
             job.forget()
+
+    def interrupt(self) -> None:
+        """Stop what may be stopped at any time, because the wrapper is to end."""
+        for job in self._interruptible:
+            job.stop()
 
     # The end
 

@@ -87,9 +87,6 @@ class Database:
         self._known = os.fstat(self._fd)
         self._seen = self._read_generation()
 
-    def fileno(self) -> int:
-        return self._fd
-
     def change(self, exports: Dict[str, Export]) -> None:
         """Make *exports* the content, on disk first. Raises `ConfigurationError`, then nothing has changed."""
         try:
@@ -116,6 +113,10 @@ class Database:
                 raise ConfigurationError(f"cannot read database {self.path}: {error.strerror}") from error
             self._seen = generation
         return self.exports
+
+    def close(self) -> None:
+        """Let the next wrapper have it."""
+        os.close(self._fd)
 
     def _read_generation(self) -> int:
         return int.from_bytes(self._generation[:8], "little")

@@ -6,7 +6,7 @@ Pure: nothing here opens a file or asks an origin.
 from __future__ import annotations
 
 import os
-from typing import Any, Dict, List, NamedTuple, Union
+from typing import Any, Dict, List, NamedTuple, Type, Union
 
 from ..errors import ConfigurationError
 from ..origin.address import OriginAddress, parse_origin
@@ -18,7 +18,9 @@ class TargetExport(NamedTuple):
 
     image_path: str
 
-    mode = "target"
+    @property
+    def mode(self) -> str:
+        return "target"
 
 
 class ProxyExport(NamedTuple):
@@ -31,7 +33,9 @@ class ProxyExport(NamedTuple):
     remote_port: str
     remote_export_name: str = ""
 
-    mode = "proxy"
+    @property
+    def mode(self) -> str:
+        return "proxy"
 
     @property
     def origin(self) -> OriginAddress:
@@ -39,7 +43,7 @@ class ProxyExport(NamedTuple):
 
 
 Export = Union[TargetExport, ProxyExport]
-_KINDS = {kind.mode: kind for kind in (TargetExport, ProxyExport)}
+_KINDS: Dict[str, Type[Export]] = {"target": TargetExport, "proxy": ProxyExport}
 _PATHS = ("image_path", "bitmap_path", "control_socket_path")
 
 
@@ -55,7 +59,7 @@ def export_from_fields(fields: Dict[str, Any]) -> Export:
         values["remote_export_name"] = ""
     for name, value in values.items():
         if name not in kind._fields:
-            raise ConfigurationError(f"there is no field {name!r} in the mode {kind.mode}")
+            raise ConfigurationError(f"there is no field {name!r} in the mode {fields['mode']}")
         if not isinstance(value, str) or "\0" in value:
             raise ConfigurationError(f"{name!r} is no text")
     for name in kind._fields:

@@ -6,7 +6,7 @@ import os
 import signal
 from typing import Callable, List, Optional
 
-from ..errors import ConfigurationError
+from ..errors import CommandError, ConfigurationError
 from .children import Body, Children, execute
 
 _MOST_OUTPUT = 1 << 20
@@ -57,6 +57,7 @@ class Job:
         return data.decode("utf-8", "replace")
 
     def stop(self) -> None:
+        """Tell the process to end, if it has not yet."""
         self._children.signal(signal.SIGTERM, [self._pid])
 
     def forget(self) -> None:
@@ -72,12 +73,12 @@ def program(words: List[str]) -> Body:
 
 
 def check(question: Callable[[], None]) -> Body:
-    """For a job that asks *question*; a `ConfigurationError` goes to the errors of the job."""
+    """For a job that asks *question*; why not, if it raises, goes to the errors of the job."""
 
     def ask() -> int:
         try:
             question()
-        except ConfigurationError as error:
+        except (CommandError, ConfigurationError) as error:
             os.write(2, str(error).encode("utf-8", "backslashreplace"))
             return 1
         return 0

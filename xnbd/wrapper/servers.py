@@ -12,6 +12,7 @@ import socket
 from typing import Callable, List, NamedTuple, Optional
 
 from ..errors import ConfigurationError
+from ..logs import open_log
 from ..protocol import constants as c
 from ..protocol.negotiation import Agreement, export_flags
 from .children import execute
@@ -44,6 +45,7 @@ class Servers(NamedTuple):
         """The arguments with which the server takes over the client on *fd*."""
         proxy = isinstance(export, ProxyExport)
         words = ["--proxy" if proxy else "--cow-target" if self.cow else "--target"]
+        words += ["--logpath", self.log_path] if self.log_path and not self.command else []
         words += ["--readonly"] if self.readonly else []
         words += ["--syslog"] if self.syslog else []
         words += ["--connected-fd", str(fd)]
@@ -86,12 +88,11 @@ class Servers(NamedTuple):
         fd = sock.detach()
         words = self.arguments(export, fd, agreement)
         if not self.command:
-            return self.run_here(words if self.log_path is None else ["--logpath", self.log_path, *words])
+            return self.run_here(words)
         os.set_blocking(fd, True)
         os.set_inheritable(fd, True)
         if self.log_path is not None:
-            log_fd = os.open(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
-            os.dup2(log_fd, 2)
+            os.dup2(open_log(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
         return execute([*self.command, *words])
 
 

@@ -1,0 +1,86 @@
+"""xnbd-server inside of a process that exists already: the wrapper's, for one client.
+
+What takes long at the program's start is done ahead: its modules are imported, and
+its command line is parsed once with placeholders, which are filled in for each client.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional
+
+from .. import __version__
+from ..errors import ConfigurationError
+from ..protocol.negotiation import Agreement
+from ..wrapper.exports import ProxyExport, TargetExport
+from ..wrapper.servers import Servers
+from . import server
+from .values import parse_command_line
+
+Arguments = Dict[str, Any]
+
+_PLACEHOLDER = "placeholder-"
+
+
+class _Line:
+    """A parsed command line in which some words are placeholders."""
+
+    def __init__(self, words: List[str]) -> None:
+        self._words = words
+        self._arguments = _parse(words)
+
+    def fill(self, words: List[str]) -> Optional[Arguments]:
+        """What parsing *words* would give, or None if they differ in more than the placeholders."""
+        values = {}
+        for ours, given in zip(self._words, words):
+            if ours.startswith(_PLACEHOLDER):
+                values[ours] = given
+            elif ours != given:
+                return None
+        if len(words) != len(self._words):
+            return None
+        return {
+            name: values.get(value, value) if isinstance(value, str) else value
+            for name, value in self._arguments.items()
+        }
+
+
+_lines: List[_Line] = []
+
+
+def load_server(servers: Servers) -> None:
+    """Do ahead what every process of a client would have to do."""
+    from . import serving  # noqa: F401
+
+    if servers.cow:
+        from ..storage import cow  # noqa: F401
+    for export in (
+        TargetExport(_PLACEHOLDER + "image"),
+        ProxyExport(*(_PLACEHOLDER + field for field in ProxyExport._fields)),
+        ProxyExport(*(_PLACEHOLDER + field for field in ProxyExport._fields[:-1])),
+    ):
+        for structured, allocation in ((False, False), (True, False), (True, True)):
+            words = servers.arguments(export, 0, Agreement(structured=structured, allocation=allocation))
+            words[words.index("--connected-fd") + 1] = _PLACEHOLDER + "fd"
+            try:
+                _lines.append(_Line(words))
+            except ConfigurationError:
+                pass  # said when there is an export for it
+
+
+def _parse(words: List[str]) -> Arguments:
+    return parse_command_line(server.PROGRAM, server.__doc__ or "", words, f"{server.PROGRAM} {__version__}")
+
+
+def run_server(words: List[str]) -> int:
+    """What the program xnbd-server does with the arguments *words*; its exit status."""
+    try:
+        filled = (line.fill(words) for line in _lines)
+        arguments = next((found for found in filled if found is not None), None) or _parse(words)
+        from .serving import serve
+
+        return serve(server.PROGRAM, arguments, None)
+    except ConfigurationError as error:
+        from ..logs import complain
+
+        complain(server.PROGRAM, str(error), super_server=False)
+        return error.exit_status
