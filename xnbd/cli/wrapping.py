@@ -48,7 +48,7 @@ def wrap(program: str, arguments: Arguments) -> int:
             daemon.failed(error.exit_status)
         raise
     finally:
-        listeners.tidy_up()
+        listeners.close()
 
 
 def _settings(arguments: Arguments, syslog: bool) -> Settings:

@@ -46,12 +46,10 @@ class Clients:
 
     def after_fork(self) -> None:
         self.inbox.close()
-        self.close_listeners()
+        self.stop_listening()
 
-    def close_listeners(self) -> None:
-        for listener in self._listeners.sockets:
-            listener.close()
-        self._listeners.sockets.clear()
+    def stop_listening(self) -> None:
+        self._listeners.close()
 
     def interests(self) -> List[int]:
         """Descriptors to be polled for input."""
@@ -111,7 +109,7 @@ class Clients:
 
     def _on_end(self, pid: int, status: int) -> None:
         report = self._reports.pop(pid, None)
-        if not status or not self._listeners.sockets:  # without listeners the wrapper is ending
+        if not status or not self._listeners.sockets:  # without them the wrapper is ending
             return
         reason = f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
         if report is None:

@@ -176,7 +176,7 @@ class Database:
         fd = os.open(temporary, _CREATE, 0o644)
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.fchmod(fd, stat.S_IMODE(self._known.st_mode))
+            os.fchmod(fd, stat.S_IMODE(os.fstat(self._fd).st_mode))
             _write_all(fd, data)
             os.fsync(fd)
             os.rename(temporary, self.path)

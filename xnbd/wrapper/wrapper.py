@@ -61,10 +61,10 @@ class Wrapper:
         self._ending: Optional[_Ending] = None
         self._signals: Set[int] = set()
         self._children = Children(self._after_fork)
-        self._clients = Clients(listeners, self._children, self._serve)
-        steering = Steering(self._end, self._has_ended, self._clients.count)
+        steering = Steering(self._end, self._has_ended, lambda export: self._clients.count(export))
         self._commands = Commands(database, self._children, settings.servers, settings.bgctl, steering)
         self._control = ControlSocket(control_path, self._commands.table())
+        self._clients = Clients(listeners, self._children, self._serve)
         self._wake, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in SIGNALS:
@@ -140,7 +140,7 @@ class Wrapper:
         fate = "they keep their servers" if orphan else "their servers stop"
         log.info("stopping; %d clients are connected, %s", len(self._clients), fate)
         self._ending = _Ending(orphan=orphan)
-        self._clients.close_listeners()
+        self._clients.stop_listening()
         self._commands.interrupt()
         if not orphan:
             self._children.signal(signal.SIGTERM, self._clients.pids())
