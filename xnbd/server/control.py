@@ -30,6 +30,7 @@ whose text the client gets. The last line need not say that it is the last.
 MAXIMUM_LINE = 64 << 10
 MAXIMUM_CONNECTIONS = 64
 TICK = 0.1
+_BACKLOG = 128
 _OUTPUT_LIMIT = 64 << 10
 _STEPS = 256
 _RETRY = 1.0
@@ -45,7 +46,7 @@ class ControlSocket:
 
     def __init__(self, path: str, commands: Commands) -> None:
         """Raises `ConfigurationError` if a live server or another kind of file is at *path*."""
-        self._listener = UnixSocket(path, MAXIMUM_CONNECTIONS, mode=0o600)
+        self._listener = UnixSocket(path, _BACKLOG, mode=0o600)
         self._listener.socket.setblocking(False)
         self._commands = commands
         self._owner = os.getpid()
