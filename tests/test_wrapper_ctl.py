@@ -299,7 +299,8 @@ def test_sigterm_is_a_shutdown(wrapper: Wrapper) -> None:
 
 
 def test_shutdown_does_not_wait_for_a_stopped_server_for_ever(wrapper: Wrapper) -> None:
-    with wrapper.client("disk.img"):
+    with wrapper.client("disk.img") as client:
+        assert client.works()
         (pid,) = wrapper.servers()
         os.kill(pid, signal.SIGSTOP)
         assert wrapper.stop() == 1

@@ -189,6 +189,8 @@ def test_bursts_of_signals_change_nothing(wrapper: Wrapper) -> None:
         for _ in range(100):
             wrapper.process.send_signal(signal.SIGHUP)
             wrapper.process.send_signal(signal.SIGCHLD)
+            wrapper.process.send_signal(signal.SIGUSR1)
+            wrapper.process.send_signal(signal.SIGUSR2)
         assert client.works()
         assert serves(wrapper)
 
@@ -210,6 +212,22 @@ def test_without_descriptors_clients_wait_until_there_are_some(wrapper: Wrapper)
             assert waiting.works()
     assert wrapper.log().count("cannot accept a client") == 1
     assert serves(wrapper)
+
+
+def test_above_the_limit_clients_wait(start_wrapper: StartWrapper, image: Path) -> None:
+    wrapper = start_wrapper("--imgfile", image, "--max-clients", 2)
+    with wrapper.client("disk.img"):
+        with wrapper.client("disk.img") as second:
+            assert second.works()
+            third = wrapper.connect()
+            wrapper.wait_for_log("2 clients are connected, which is the limit")
+            third.sock.settimeout(0.2)
+            with pytest.raises(socket.timeout):
+                third.receive(1)
+        third.sock.settimeout(20)
+        with third:
+            third.negotiate("disk.img")
+            assert third.works()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounting needs root")

@@ -6,11 +6,13 @@ its command line is parsed once with placeholders, which are filled in for each 
 
 from __future__ import annotations
 
+import gc
 from typing import Any, Dict, List, Optional
 
 from .. import __version__
 from ..errors import ConfigurationError
 from ..protocol.negotiation import Agreement
+from ..server.worker import GARBAGE_THRESHOLD
 from ..wrapper.exports import ProxyExport, TargetExport
 from ..wrapper.servers import Servers
 from . import server
@@ -73,6 +75,7 @@ def _parse(words: List[str]) -> Arguments:
 
 def run_server(words: List[str]) -> int:
     """What the program xnbd-server does with the arguments *words*; its exit status."""
+    gc.set_threshold(GARBAGE_THRESHOLD)
     try:
         filled = (line.fill(words) for line in _lines)
         arguments = next((found for found in filled if found is not None), None) or _parse(words)

@@ -33,6 +33,7 @@ Server options:
 
 Process options:
   --daemonize           Go into the background once the wrapper listens.
+  --max-clients N       Serve N clients at once, let others wait [default: 4096].
   --logpath FILE        Append the log to FILE, the servers' too. Without it: standard error,
                         or syslog with --daemonize.
   --syslog              Log to syslog, the servers too; also to FILE if --logpath is given.

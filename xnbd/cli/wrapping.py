@@ -69,7 +69,8 @@ def _settings(arguments: Arguments, syslog: bool) -> Settings:
     )
     bgctl = _command(arguments["--xnbd-bgctl"], "--xnbd-bgctl") or [_beside_this_program("xnbd-bgctl")]
     timeout = parse_seconds(arguments["--handshake-timeout"], "--handshake-timeout")
-    return Settings(servers, bgctl, timeout)
+    clients = parse_integer(arguments["--max-clients"], "--max-clients", 1, 1_000_000)
+    return Settings(servers, bgctl, timeout, clients)
 
 
 def _command(text: Optional[str], option: str) -> List[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import signal
 import socket
+from collections import Counter
 from time import monotonic
-from typing import Callable, Dict, List, Optional, Set
+from typing import Callable, Dict, List, Mapping, Optional, Set
 
 from ..logs import log
 from ..server.listen import Listeners
@@ -23,7 +24,12 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class Clients:
     """Accepts clients on *listeners* and forks a process for each, which runs what *serve* makes of the socket."""
 
-    def __init__(self, listeners: Listeners, children: Children, serve: Callable[[socket.socket], Body]) -> None:
+    def __init__(
+        self, listeners: Listeners, children: Children, serve: Callable[[socket.socket], Body], limit: int
+    ) -> None:
+        """At most *limit* clients are connected at once; others wait in the kernel's queue."""
+        self._limit = limit
+        self._full = False
         self._listeners = listeners
         self._children = children
         self._serve = serve
@@ -40,9 +46,9 @@ class Clients:
     def pids(self) -> List[int]:
         return list(self._reports)
 
-    def count(self, export: str) -> int:
-        """How many clients use the export *export*."""
-        return sum(report is not None and report.export == export for report in self._reports.values())
+    def count(self) -> Mapping[str, int]:
+        """How many clients use each export that has any."""
+        return Counter(report.export for report in self._reports.values() if report)
 
     def after_fork(self) -> None:
         self.inbox.close()
@@ -53,8 +59,16 @@ class Clients:
 
     def interests(self) -> List[int]:
         """Descriptors to be polled for input."""
-        listeners = [] if self.accept_at is not None else [sock.fileno() for sock in self._listeners.sockets]
+        accepts = self.accept_at is None and not self._is_full()
+        listeners = [sock.fileno() for sock in self._listeners.sockets] if accepts else []
         return [self.inbox.fileno(), *listeners]
+
+    def _is_full(self) -> bool:
+        full = len(self._reports) >= self._limit
+        if full and not self._full:
+            log.warning("%d clients are connected, which is the limit; others wait", len(self._reports))
+        self._full = full
+        return full
 
     def progress(self, ready: Set[int]) -> None:
         """Hear the reports, and accept where *ready* says so."""
@@ -75,7 +89,7 @@ class Clients:
 
     def _accept_some(self, listener: socket.socket) -> None:
         for _ in range(_ACCEPTS):
-            if self.accept_at is not None:
+            if self.accept_at is not None or self._is_full():
                 return
             try:
                 sock = listener.accept()[0]

@@ -41,7 +41,7 @@ class Steering(NamedTuple):
 
     end: Callable[[bool], None]
     has_ended: Callable[[], bool]
-    count_clients: Callable[[str], int]
+    count_clients: Callable[[], Mapping[str, int]]
 
 
 class Commands:
@@ -82,9 +82,9 @@ class Commands:
     # The exports
 
     def _list(self, request: Message) -> Reply:
+        clients = self._steering.count_clients()
         for name, export in list(self._database.exports.items()):
-            clients = self._steering.count_clients(name)
-            yield {"export": {"name": name, **fields_of(export), "clients": clients}}
+            yield {"export": {"name": name, **fields_of(export), "clients": clients.get(name, 0)}}
 
     def _add(self, request: Message) -> Reply:
         name = check_name(request.get("name"))
@@ -135,8 +135,9 @@ class Commands:
     def _remove(self, names: List[str]) -> Reply:
         exports = {name: export for name, export in self._database.exports.items() if name not in names}
         self._database.change(exports)
+        clients = self._steering.count_clients()
         for name in names:
-            log.info("export %r removed; its %d clients stay", name, self._steering.count_clients(name))
+            log.info("export %r removed; its %d clients stay", name, clients.get(name, 0))
             yield {"removed": name}
 
     def _save(self, request: Message) -> Reply:

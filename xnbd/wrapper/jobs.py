@@ -25,7 +25,8 @@ class Job:
         self._read = [0, 0]
         self._fds: List[int] = []
         try:
-            self._fds = [os.memfd_create("xnbd-job-output"), os.memfd_create("xnbd-job-errors")]
+            for stream in ("output", "errors"):
+                self._fds.append(os.memfd_create(f"xnbd-job-{stream}"))
             self._pid = children.start(lambda: self._run(body), self._ended)
         except OSError as error:
             self.forget()
@@ -78,7 +79,7 @@ def check(question: Callable[[], None]) -> Body:
     def ask() -> int:
         try:
             question()
-        except (CommandError, ConfigurationError) as error:
+        except (CommandError, ConfigurationError, OSError) as error:
             os.write(2, str(error).encode("utf-8", "backslashreplace"))
             return 1
         return 0

@@ -38,6 +38,7 @@ class Settings(NamedTuple):
     servers: Servers
     bgctl: List[str]
     handshake_timeout: float
+    max_clients: int
 
 
 class _Ending:
@@ -61,14 +62,16 @@ class Wrapper:
         self._ending: Optional[_Ending] = None
         self._signals: Set[int] = set()
         self._children = Children(self._after_fork)
-        steering = Steering(self._end, self._has_ended, lambda export: self._clients.count(export))
+        steering = Steering(self._end, self._has_ended, lambda: self._clients.count())
         self._commands = Commands(database, self._children, settings.servers, settings.bgctl, steering)
         self._control = ControlSocket(control_path, self._commands.table())
-        self._clients = Clients(listeners, self._children, self._serve)
+        self._clients = Clients(listeners, self._children, self._serve, settings.max_clients)
         self._wake, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)  # they mean something to servers, and would end this process
 
     def run(self) -> int:
         """The exit status: 0 after an orderly end, 1 if it had to be cut short."""
