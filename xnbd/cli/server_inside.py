@@ -51,7 +51,7 @@ _lines: List[_Line] = []
 
 def load_server(servers: Servers) -> None:
     """Do ahead what every process of a client would have to do."""
-    from . import serving  # noqa: F401
+    from . import proxying, serving  # noqa: F401
 
     if servers.cow:
         from ..storage import cow  # noqa: F401

@@ -28,8 +28,8 @@ Server options:
                         with this program, which needs no program to be started.
   --xnbd-bgctl COMMAND  Steer proxies with COMMAND (default: the xnbd-bgctl beside this
                         program, or of $PATH).
-  --max-queue-size N    Passed on to the servers of proxies.
-  --max-buf-size N      Passed on to the servers of proxies.
+  --max-queue-size N    Passed on to the servers of proxies, see xnbd-server(8).
+  --max-buf-size BYTES  Likewise.
 
 Process options:
   --daemonize           Go into the background once the wrapper listens.

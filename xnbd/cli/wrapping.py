@@ -19,12 +19,11 @@ from ..wrapper.exports import TargetExport, check_name, check_room
 from ..wrapper.servers import Servers, is_extended
 from ..wrapper.wrapper import Settings, Wrapper
 from .server_inside import load_server, run_server
-from .values import USAGE_ERROR, parse_integer, parse_seconds
+from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size
 
 Arguments = Dict[str, Any]
 
 _PATHS = ("--dbpath", "--socket", "--logpath")
-_LARGEST_NUMBER = 1 << 40
 
 
 def wrap(program: str, arguments: Arguments) -> int:
@@ -53,9 +52,10 @@ def wrap(program: str, arguments: Arguments) -> int:
 
 def _settings(arguments: Arguments, syslog: bool) -> Settings:
     server = _command(arguments["--xnbd-server"], "--xnbd-server")
-    for option in ("--max-queue-size", "--max-buf-size"):
-        if arguments[option]:
-            parse_integer(arguments[option], option, 1, _LARGEST_NUMBER)
+    if arguments["--max-queue-size"]:
+        parse_integer(arguments["--max-queue-size"], "--max-queue-size", 0, 1 << 30)
+    if arguments["--max-buf-size"] not in (None, "0"):
+        parse_size(arguments["--max-buf-size"], "--max-buf-size")
     servers = Servers(
         run_here=run_server,
         command=server,
