@@ -131,6 +131,7 @@ def test_port_as_a_number_and_no_export_name_are_understood() -> None:
         (with_entry({**TARGET_FIELDS, "remote_host": "h"}), "'remote_host'"),
         (with_entry({**PROXY._asdict(), "mode": "proxy", "remote_port": "70000"}), "70000"),
         (with_entry({**PROXY._asdict(), "mode": "proxy", "remote_port": True}), "no text"),
+        (with_entry({**PROXY._asdict(), "mode": "proxy", "remote_host": "nbd://h"}), "not a URI"),
         (with_entry({**PROXY._asdict(), "mode": "proxy", "bitmap_path": "/c/cache.img"}), "three different"),
         (with_entry(TARGET_FIELDS, name=""), "name"),
         (with_entry(TARGET_FIELDS, name="a\0b"), "NUL"),

@@ -41,6 +41,8 @@ _FIELDS = {
 }
 _PATHS = ("FILE", "CACHE_IMAGE", "BITMAP_IMAGE", "CONTROL_SOCKET_PATH")
 _END_TIME = 10.0
+_ANSWER_TIME = 60.0
+"""Seconds without a word after which a wrapper is thought to hang; a copy may take its time."""
 
 
 def steer(arguments: Arguments) -> int:
@@ -48,7 +50,8 @@ def steer(arguments: Arguments) -> int:
     command = next(name for name in _COMMANDS if arguments[f"--{name}"])
     request = _request(arguments)
     path = arguments["--socket"]
-    with Conversation(path) as conversation:
+    patience = None if command.startswith("bgctl-") else _ANSWER_TIME
+    with Conversation(path, patience) as conversation:
         replies = conversation.follow(command=command, **request)
         if command == "list":
             return _show_list([reply["export"] for reply in replies if "export" in reply], arguments["--json"])

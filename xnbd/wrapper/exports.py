@@ -75,6 +75,8 @@ def _checked(export: Export) -> Export:
     if isinstance(export, ProxyExport):
         if len(set(paths_of(export).values())) != len(_PATHS):
             raise ConfigurationError("cache, bitmap and control socket have to be three different files")
+        if "://" in export.remote_host:
+            raise ConfigurationError(f"{export.remote_host}: a host's name or address is wanted here, not a URI")
         str(export.origin)
     return export
 
