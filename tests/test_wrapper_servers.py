@@ -263,8 +263,8 @@ def test_reconnect_changes_the_address_in_the_database(steered: Steered) -> None
     assert (stored["remote_host"], stored["remote_port"], stored["remote_export_name"]) == ("::1", "99", "n")
 
 
-def test_reconnect_without_clients_changes_the_database_only(steered: Steered) -> None:
-    assert "the next one" in steered.wrapper.ctl("--bgctl-reconnect", "far", "192.0.2.9", 100)
+def test_reconnect_of_a_proxy_that_was_never_used_changes_the_database_only(steered: Steered) -> None:
+    assert "its first server" in steered.wrapper.ctl("--bgctl-reconnect", "far", "192.0.2.9", 100)
     assert steered.wrapper.stored()["far"]["remote_host"] == "192.0.2.9"
     assert len(calls(steered.calls)) == 1, "only --help was asked for"
 

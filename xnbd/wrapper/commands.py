@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Generator, Iterator, List, Mapping, Name
 from ..errors import CommandError
 from ..logs import log
 from ..sockets import is_listening
+from ..storage.state import known_size
 from ..storage.target import open_disk
 from .attendant import Attendant
 from .children import Children
@@ -170,9 +171,10 @@ class Commands:
         origin = {key: request.get(key) for key in ("remote_host", "remote_port", "remote_export_name")}
         new = export_from_fields({**fields_of(export), **origin})
         assert isinstance(new, ProxyExport)
-        if not is_listening(export.control_socket_path):
+        if known_size(export.bitmap_path) is None and not is_listening(export.control_socket_path):
+            # Nobody has served it yet; else its files know the former address, and have to hear of the new one.
             self._replace(name, export, new)
-            yield {"output": f"no server of {name!r} runs: the next one will use the new address\n"}
+            yield {"output": f"{name} has never been used: its first server will use the new address\n"}
             return
         words = ["--exportname", new.remote_export_name] if new.remote_export_name else []
         address = [new.remote_host, new.remote_port]
