@@ -40,8 +40,8 @@ class Connection:
         sock.setblocking(True)
         set_socket_options(sock)
 
-    def receive(self, view: memoryview) -> int:
-        """Receive the next requests into *view*: the number of bytes, 0 at the end.
+    def receive(self, view: memoryview) -> Optional[int]:
+        """Receive the next requests into *view*: the number of bytes, 0 at the end, None if the process was woken.
 
         Between messages: raises `Stop` as soon as the worker is to leave.
         """
@@ -63,7 +63,8 @@ class Connection:
             spin.hit()
             return received
         while True:
-            self.watch.wait(self._fds, select.POLLIN)
+            if not self.watch.wait(self._fds, select.POLLIN, results=True):
+                return None
             try:
                 received = recv_into(view, 0, _DONT_WAIT)
             except BlockingIOError:
@@ -83,7 +84,7 @@ class Connection:
 
         Raises `Stop` as soon as the worker is to leave.
         """
-        self.watch.wait(self._fds if wanted else (), select.POLLIN, timeout)
+        self.watch.wait(self._fds if wanted else (), select.POLLIN, timeout, results=True)
 
     def receive_rest(self, view: memoryview) -> int:
         """Receive more of a message that has begun: at least one byte.

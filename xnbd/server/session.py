@@ -128,15 +128,16 @@ class Session:
             if self._start > BUFFER_SIZE // 2:
                 self._move_to_front()
             background = self._image.background
+            received: Optional[int]
             if background is not None and background.busy:
                 received = self._receive_beside(background)
             elif not self._end:
                 received = receive(view)
-                if not received:
+                if received == 0:
                     return
             else:
                 received = connection.receive_rest(view[self._end :])
-            self._end += received
+            self._end += received or 0
             more = True
             while more:
                 place.enter(self._on_wait)
@@ -203,6 +204,7 @@ class Session:
             request = self._room.leave(ticket)
             if request is not None:
                 self._answer(request, partial(_fail, ticket.error) if ticket.error else request.again)
+        self._tell_queue(background)
 
     def _answer(self, request: Waiting, work: Callable[[], None]) -> None:
         """Do *work* for *request*, which then is answered, or waits for another ticket."""

@@ -212,6 +212,13 @@ class Board:
             self._map[flag] = 0
             self._locks.release(GATE, 1)
 
+    def try_lock(self, what: int) -> bool:
+        """Take the lock `CONTROL` or `COPYING` for as long as this process lives; False if another has it."""
+        return self._locks.try_acquire(what, 1)
+
+    def unlock(self, what: int) -> None:
+        self._locks.release(what, 1)
+
     def close(self) -> None:
         self._map.close()
         os.close(self._fd)

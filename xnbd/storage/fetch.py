@@ -24,8 +24,9 @@ from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple
 from ..logs import log
 from ..origin.address import OriginAddress, parse_origin
 from ..origin.connection import OriginConnection, OriginLost
+from ..protocol.constants import STATE_ZERO
 from . import space
-from .blocks import BLOCK, block_start, block_stop, bytes_of, touched
+from .blocks import BLOCK, block_start, block_stop, bytes_of, covered, touched
 from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, UNREACHABLE, Board, Counts
 from .checkpoint import ProcessState
 from .image import Background, Ticket
@@ -84,6 +85,38 @@ class Fetch:
         self.since = 0.0
 
 
+class Survey:
+    """A question about the blocks from *first* up to *end*: which of them the origin has as zeros.
+
+    ``zeros`` are runs of blocks that lie wholly in such extents, ``until`` is where the
+    answer ends: not at *first* unless the origin could not tell.
+    """
+
+    def __init__(self, first: int, end: int, size: int) -> None:
+        self.first = first
+        self.end = end
+        self.done = False
+        self.zeros: List[Tuple[int, int]] = []
+        self.until = first
+        self._size = size
+        self._position = block_start(first)
+
+    def add(self, extents: List[Tuple[int, int]]) -> None:
+        for length, flags in extents:
+            if flags & STATE_ZERO:
+                first, end = covered(self._position, length, self._size)
+                if first < end:
+                    self.zeros.append((first, end))
+            self._position += length
+
+    def finish(self, error: int) -> None:
+        self.done = True
+        if error:
+            self.zeros.clear()
+        else:
+            self.until = min(self.end, touched(0, self._position)[1] if self._position else 0)
+
+
 class Fetcher(Background):
     """Fills *cache* for this process; everything between two sleeps happens in one thread."""
 
@@ -109,6 +142,8 @@ class Fetcher(Background):
         self._ahead: Deque[Fetch] = deque()
         self._locked_out: List[Tuple[float, Fetch]] = []
         self._pauses: List[Tuple[float, Ticket]] = []
+        self._surveys = 0
+        self._approach = False
 
     # For those who need blocks
 
@@ -166,6 +201,41 @@ class Fetcher(Background):
             self._by_block.update(dict.fromkeys(range(first, end), fetch))
         return fetch
 
+    def survey(self, first: int, end: int) -> Optional[Survey]:
+        """Ask about these blocks, of less than 4 GiB; None if the origin cannot tell, or is not there."""
+        connection = self._connection
+        if connection is None or not connection.ready or not connection.can_block_status:
+            return None
+        survey = Survey(first, end, self._size)
+        connection.block_status(survey, block_start(first), block_stop(end - 1, self._size) - block_start(first))
+        self._surveys += 1
+        return survey
+
+    def approach(self) -> bool:
+        """Connect, if that is not done; whether the origin is there."""
+        self._approach = self._connection is None
+        return self._connection is not None and self._connection.ready
+
+    def make_zero(self, first: int, end: int) -> bool:
+        """Note that these blocks are zeros at the origin; False if another process has some of them in hand."""
+        if not self.claim(first, end):
+            return False
+        written = False
+        try:
+            self._zero(block_start(first), block_stop(end - 1, self._size) - block_start(first))
+            written = True
+        finally:
+            self.settle(first, end, written=written)
+        return True
+
+    def _zero(self, offset: int, length: int) -> None:
+        """Zeros where blocks are missing; what is a hole of the cache already is left alone."""
+        for at, count in self._missing(offset, length):
+            for extent in self._cache.extents(at, count):
+                if not extent.hole:
+                    self._cache.write_zeroes(at, extent.length, may_trim=True, fast=False)
+                at += extent.length
+
     def claim(self, first: int, end: int) -> bool:
         """Lock these blocks to write them; False if another process has some. `settle` lets go of them."""
         return self._hold(*bytes_of(first, end))
@@ -176,7 +246,11 @@ class Fetcher(Background):
             if written:
                 self._bitmap.set(first, end)
                 by_block = self._by_block
-                if by_block:
+                if len(by_block) < end - first:
+                    for block, fetch in by_block.items():
+                        if first <= block < end:
+                            fetch.mixed = True
+                elif by_block:
                     for block in range(first, end):
                         if block in by_block:
                             by_block[block].mixed = True
@@ -194,7 +268,7 @@ class Fetcher(Background):
 
     @property
     def busy(self) -> bool:
-        return bool(self._by_block or self._pauses or self.finished)
+        return bool(self._by_block or self._pauses or self.finished or self._surveys or self._approach)
 
     @property
     def health(self) -> int:
@@ -210,7 +284,7 @@ class Fetcher(Background):
         times = [time for time, _ in self._pauses]
         times += [time for time, _ in self._locked_out]
         if self._connection is None:
-            if self._wanted or self._ahead:
+            if self._wanted or self._ahead or self._approach:
                 times.append(self._connect_at)
                 if self._patience.origin is not None:
                     times += [fetch.since + self._patience.origin for fetch in self._wanted]
@@ -227,7 +301,7 @@ class Fetcher(Background):
         if self._generation != self._whereabouts.generation:
             self._move()
         try:
-            if self._connection is None and (self._wanted or self._ahead):
+            if self._connection is None and (self._wanted or self._ahead or self._approach):
                 self._connect()
             if self._connection is not None:
                 self._work_with(self._connection)
@@ -265,7 +339,7 @@ class Fetcher(Background):
     def _connect(self) -> None:
         now = monotonic()
         self._give_up(now)
-        if now < self._connect_at or not (self._wanted or self._ahead):
+        if now < self._connect_at or not (self._wanted or self._ahead or self._approach):
             return
         self._connection = OriginConnection(
             self._whereabouts.address,
@@ -275,11 +349,12 @@ class Fetcher(Background):
             reply_timeout=self._patience.origin,
         )
         self._connection.start()
+        self._approach = False
 
     def _on_lost(self, reason: str) -> None:
         connection, self._connection = self._connection, None
         assert connection is not None
-        unfinished: List[Fetch] = connection.unfinished()
+        unfinished = connection.unfinished()
         if reason != self.trouble:
             log.warning("%s; %d requests wait for it, trying again", reason, len(self._wanted) + len(unfinished))
         self.trouble = reason
@@ -288,9 +363,12 @@ class Fetcher(Background):
         self._ask_again(unfinished)
         self._give_up(monotonic())
 
-    def _ask_again(self, unfinished: List[Fetch]) -> None:
-        self._in_flight = 0
+    def _ask_again(self, unfinished: List[Any]) -> None:
+        self._in_flight = self._surveys = 0
         for fetch in reversed(unfinished):
+            if isinstance(fetch, Survey):
+                fetch.finish(errno.EIO)
+                continue
             self._let_go(*bytes_of(fetch.first, fetch.end))
             fetch.error = 0
             if fetch.tickets:
@@ -409,8 +487,7 @@ class Fetcher(Background):
         if token.error:
             return
         try:
-            for at, count in self._missing(offset, length):
-                self._cache.write_zeroes(at, count, may_trim=True, fast=False)
+            self._zero(offset, length)
         except OSError as error:
             self._on_cache_failure(token, error)
 
@@ -429,9 +506,13 @@ class Fetcher(Background):
         log.error("cannot write to the cache image: %s", error.strerror)
 
     def on_extents(self, token: Any, extents: List[Tuple[int, int]]) -> None:
-        raise AssertionError("not asked for")
+        token.add(extents)
 
     def on_done(self, token: Any, error: int) -> None:
+        if isinstance(token, Survey):
+            self._surveys -= 1
+            token.finish(error)
+            return
         first, end = token.first, token.end
         self._in_flight -= block_stop(end - 1, self._size) - block_start(first)
         if error:

@@ -157,6 +157,7 @@ class Source(ABC):
     errors of delayed writes are reported once per open file.
     """
 
+    mode: str
     name: str
     description: str
     size: int
