@@ -24,10 +24,10 @@ Listening options:
 
 Server options:
   --xnbd-server COMMAND
-                        Run COMMAND for each client instead of the xnbd-server that comes
-                        with this program, which needs no program to be started.
-  --xnbd-bgctl COMMAND  Steer proxies with COMMAND (default: the xnbd-bgctl beside this
-                        program, or of $PATH).
+                        Run COMMAND for each client. Without it the wrapper's own process
+                        goes on as xnbd-server, which is quicker.
+  --xnbd-bgctl COMMAND  Steer proxies with COMMAND instead of the xnbd-bgctl that comes with
+                        this program.
   --max-queue-size N    Passed on to the servers of proxies, see xnbd-server(8).
   --max-buf-size BYTES  Likewise.
 

@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import shutil
-import sys
+from functools import partial
 from typing import Any, Dict, List, Optional
 
 from .. import logs
@@ -14,11 +14,13 @@ from ..errors import ConfigurationError
 from ..logs import log
 from ..process import Daemon, keep_standard_streams, notify_service_manager
 from ..server.listen import Listeners
+from ..wrapper.children import Body
 from ..wrapper.database import Database
 from ..wrapper.exports import TargetExport, check_name, check_room
+from ..wrapper.jobs import program
 from ..wrapper.servers import Servers, is_extended
 from ..wrapper.wrapper import Settings, Wrapper
-from .server_inside import load_server, run_server
+from .inside import load_server, run_bgctl, run_server
 from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size
 
 Arguments = Dict[str, Any]
@@ -67,10 +69,10 @@ def _settings(arguments: Arguments, syslog: bool) -> Settings:
         max_queue_size=arguments["--max-queue-size"],
         max_buf_size=arguments["--max-buf-size"],
     )
-    bgctl = _command(arguments["--xnbd-bgctl"], "--xnbd-bgctl") or [_beside_this_program("xnbd-bgctl")]
+    bgctl = _command(arguments["--xnbd-bgctl"], "--xnbd-bgctl")
     timeout = parse_seconds(arguments["--handshake-timeout"], "--handshake-timeout")
     clients = parse_integer(arguments["--max-clients"], "--max-clients", 1, 1_000_000)
-    return Settings(servers, bgctl, timeout, clients)
+    return Settings(servers, partial(_bgctl, bgctl), timeout, clients)
 
 
 def _command(text: Optional[str], option: str) -> List[str]:
@@ -87,9 +89,9 @@ def _command(text: Optional[str], option: str) -> List[str]:
     return [os.path.abspath(found), *words[1:]]
 
 
-def _beside_this_program(name: str) -> str:
-    path = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), name)
-    return path if os.access(path, os.X_OK) else name
+def _bgctl(command: List[str], words: List[str]) -> Body:
+    """xnbd-bgctl with the arguments *words*: *command*, or our own if that is empty."""
+    return program([*command, *words]) if command else partial(run_bgctl, words)
 
 
 def _run(

@@ -16,7 +16,7 @@ from ..sockets import is_listening
 from ..storage.state import known_size
 from ..storage.target import open_disk
 from .attendant import Attendant
-from .children import Children
+from .children import Body, Children
 from .database import Database
 from .exports import (
     Export,
@@ -28,11 +28,12 @@ from .exports import (
     fields_of,
     names_by_file,
 )
-from .jobs import Job, check, program
+from .jobs import Job, check
 from .servers import Servers
 
 Message = Dict[str, Any]
 Reply = Iterator[Optional[Message]]
+Bgctl = Callable[[List[str]], Body]
 
 _START_TIME = 10.0
 
@@ -46,10 +47,10 @@ class Steering(NamedTuple):
 
 
 class Commands:
-    """The commands over *database*; *bgctl* is the program that steers a proxy's server."""
+    """The commands over *database*; *bgctl* makes of its arguments the body of a process that runs ``xnbd-bgctl``."""
 
     def __init__(
-        self, database: Database, children: Children, servers: Servers, bgctl: List[str], steering: Steering
+        self, database: Database, children: Children, servers: Servers, bgctl: Bgctl, steering: Steering
     ) -> None:
         self._database = database
         self._children = children
@@ -215,8 +216,8 @@ class Commands:
                 log.error("xnbd-bgctl has done its work, but: %s", error)
                 failure.append(error)
 
-        words = [*self._bgctl, *options, export.control_socket_path, *(arguments or [])]
-        yield from self._follow(Job(self._children, program(words), on_end), stop_early)
+        words = [*options, export.control_socket_path, *(arguments or [])]
+        yield from self._follow(Job(self._children, self._bgctl(words), on_end), stop_early)
         if failure:
             raise failure[0]
 

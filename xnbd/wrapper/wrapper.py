@@ -22,7 +22,7 @@ from ..server.watch import GRACE
 from .children import SIGNALS, Body, Children
 from .client import PROGRAM, Client
 from .clients import Clients
-from .commands import Commands, Steering
+from .commands import Bgctl, Commands, Steering
 from .database import Database
 from .servers import Servers
 
@@ -33,10 +33,10 @@ _PIPE_SIZE = 64 << 10
 
 
 class Settings(NamedTuple):
-    """*bgctl* is the command that steers a proxy's server; the timeout is in seconds."""
+    """*bgctl* is as for `Commands`; the timeout is in seconds."""
 
     servers: Servers
-    bgctl: List[str]
+    bgctl: Bgctl
     handshake_timeout: float
     max_clients: int
 

@@ -1,12 +1,14 @@
-"""xnbd-server inside of a process that exists already: the wrapper's, for one client.
+"""xnbd-server and xnbd-bgctl inside of a process that exists already, one that the wrapper has forked.
 
-What takes long at the program's start is done ahead: its modules are imported, and
+What takes long at the server's start is done ahead: its modules are imported, and
 its command line is parsed once with placeholders, which are filled in for each client.
 """
 
 from __future__ import annotations
 
 import gc
+import io
+import sys
 from typing import Any, Dict, List, Optional
 
 from .. import __version__
@@ -87,3 +89,18 @@ def run_server(words: List[str]) -> int:
 
         complain(server.PROGRAM, str(error), super_server=False)
         return error.exit_status
+
+
+def run_bgctl(words: List[str]) -> int:
+    """What the program xnbd-bgctl does with the arguments *words*; its exit status."""
+    from .bgctl import main
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+    try:
+        main(words)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
