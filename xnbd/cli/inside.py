@@ -53,6 +53,7 @@ _lines: List[_Line] = []
 
 def load_server(servers: Servers) -> None:
     """Do ahead what every process of a client would have to do."""
+    from ..server import steward  # noqa: F401
     from . import proxying, serving  # noqa: F401
 
     if servers.cow:
