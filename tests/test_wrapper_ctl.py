@@ -43,16 +43,12 @@ def test_relative_paths_are_those_of_the_operator(
     assert wrapper.stored()["relative"]["image_path"] == str(image)
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory", "empty", "fifo"])
-def test_what_is_no_disk_is_not_added(wrapper: Wrapper, tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "no disk"
-    if kind == "directory":
-        path.mkdir()
-    elif kind == "empty":
-        path.touch()
-    elif kind == "fifo":
-        os.mkfifo(path)
-    assert str(path) in wrapper.refuses("--add-target", "x", path)
+def test_what_is_no_disk_is_not_added(wrapper: Wrapper, tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("missing", "directory", "empty", "fifo"):
+        assert str(tmp_path / name) in wrapper.refuses("--add-target", "x", tmp_path / name)
     assert set(wrapper.stored()) == {"disk.img"}
 
 
@@ -176,29 +172,29 @@ def test_a_thousand_exports_are_listed(wrapper: Wrapper, image: Path) -> None:
         again.stop()
 
 
-@pytest.mark.parametrize(
-    "request_line",
-    [
-        b"",
-        b"{}",
-        b"nonsense",
-        b'{"command": "format-c"}',
-        b'{"command": "add-target"}',
-        b'{"command": ["list"]}',
-        b'{"command": "add-target", "name": {}, "image_path": []}',
-        b'{"command": "remove-by-file", "image_path": 5}',
-        b'{"command": "bgctl-query", "name": []}',
-        b'{"command": "remove-by-exportname", "name": {}}',
-        b'{"command": "bgctl-reconnect", "name": "disk.img", "remote_port": 5}',
-    ],
-)
-def test_nonsense_on_the_control_socket_is_answered_with_an_error(wrapper: Wrapper, request_line: bytes) -> None:
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(20)
-        sock.connect(str(wrapper.control))
-        sock.sendall(request_line + b"\n")
-        answer = json.loads(sock.makefile("rb").readline())
-    assert answer["error"] != "internal error"
+NONSENSE = [
+    b"",
+    b"{}",
+    b"nonsense",
+    b'{"command": "format-c"}',
+    b'{"command": "add-target"}',
+    b'{"command": ["list"]}',
+    b'{"command": "add-target", "name": {}, "image_path": []}',
+    b'{"command": "remove-by-file", "image_path": 5}',
+    b'{"command": "bgctl-query", "name": []}',
+    b'{"command": "remove-by-exportname", "name": {}}',
+    b'{"command": "bgctl-reconnect", "name": "disk.img", "remote_port": 5}',
+]
+
+
+def test_nonsense_on_the_control_socket_is_answered_with_an_error(wrapper: Wrapper) -> None:
+    for line in NONSENSE:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(20)
+            sock.connect(str(wrapper.control))
+            sock.sendall(line + b"\n")
+            answer = json.loads(sock.makefile("rb").readline())
+        assert answer["error"] != "internal error", line
     assert set(wrapper.listed()) == {"disk.img"}
 
 
