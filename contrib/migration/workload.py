@@ -59,7 +59,7 @@ class Workload:
             digest.update(pattern(block, version))
         return digest.hexdigest()
 
-    def _any_run(self) -> "tuple[int, int]":
+    def _any_run(self) -> tuple[int, int]:
         block = self._random.randrange(len(self.versions))
         return block, self._random.randint(1, min(_LONGEST_RUN, len(self.versions) - block))
 

@@ -58,7 +58,7 @@ class Guest:
         self._commands, theirs = socket.socketpair()
         network = "user,id=net" + "".join(f",hostfwd=tcp:127.0.0.1:{a}-:{b}" for a, b in (forwards or {}).items())
         command = [str(find_program("qemu-system-x86_64")), "-name", name, "-nodefaults", "-no-user-config"]
-        command += ["-machine", "q35", "-accel", "tcg,thread=multi", "-m", str(memory), "-smp", str(processors)]
+        command += ["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand,+rdseed", "-m", str(memory), "-smp", str(processors)]
         command += ["-display", "none", "-no-reboot", "-serial", f"file:{self.console_path}"]
         command += ["-kernel", str(packages.kernel), "-initrd", str(initramfs), "-append"]
         command += [f"{_KERNEL_OPTIONS} {_FASTER_BOOT}"]
