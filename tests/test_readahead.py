@@ -8,6 +8,7 @@ from typing import Iterator, List, Tuple
 import pytest
 
 from xnbd.server.readahead import ReadAhead
+from xnbd.storage.board import Board, create_board
 from xnbd.storage.target import TargetImage, TargetSource
 
 MIB = 1 << 20
@@ -32,7 +33,7 @@ def disk(tmp_path: Path) -> Iterator[RecordingImage]:
     with open(path, "wb") as file:
         file.truncate(64 * MIB)
     source = TargetSource(str(path), readonly=True)
-    plain = source.open()
+    plain = source.open(Board(create_board(1)))
     yield RecordingImage(plain.fd, source.size)
     plain.close()
 

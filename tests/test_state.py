@@ -29,8 +29,7 @@ from xnbd.errors import ConfigurationError
 from xnbd.storage.bitmap import bitmap_size
 from xnbd.storage.blocks import BLOCK, block_count, bytes_of
 from xnbd.storage.checkpoint import ProcessState
-from xnbd.storage.image import do_nothing
-from xnbd.storage.locks import RangeLocks
+from xnbd.storage.locks import RangeLocks, do_nothing
 from xnbd.storage.state import SharedState, known_size, open_state
 from xnbd.storage.state_files import is_alone
 from xnbd.storage.state_format import BadHeader, Header, identity, layout_of, pack_header, parse_header
@@ -297,6 +296,7 @@ def test_servers_that_start_at_once_agree(cache: Cache) -> None:
             "cache",
             "bitmap",
             "bitmap.state",
+            "bitmap.board",
         }
 
 

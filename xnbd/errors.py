@@ -26,6 +26,10 @@ class ConfigurationError(XnbdError):
         self.exit_status = exit_status
 
 
+class CommandError(XnbdError):
+    """A command on the control socket cannot be done; the message says why, in one line."""
+
+
 class ProtocolError(XnbdError):
     """The peer said something after which the connection cannot go on."""
 

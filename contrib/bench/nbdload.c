@@ -15,6 +15,13 @@
  *   --seed N          which random offsets                   (1)
  *   --separate        one send() per request; without it, requests that become
  *                     due together leave together
+ *   --span BYTES      use only so much of the disk, from its start (all)
+ *   --once            instead of --seconds and --warmup: ask for each block of
+ *                     --bytes once, at random without repetition with rand*, and
+ *                     end when all are answered; connections share the blocks
+ *   --limit N         with --once: no more than N blocks        (all)
+ *   --pending N       before that send N reads of 4 KiB of the last blocks of the
+ *                     disk on each connection, which must not be answered
  * --first N: N times connect, negotiate, read 4 KiB, disconnect; the time from
  *   connect to the data counts.
  *   --pause S         wait between two of them               (0)
@@ -89,10 +96,10 @@ static struct {
 	const char *export;
 	const char *op;
 	size_t bytes;
-	int depth, connections, first, idle;
-	int writing, random, separate, export_name;
+	int depth, connections, first, idle, pending;
+	int writing, random, separate, export_name, once;
 	uint64_t seconds, warmup, pause; /* nanoseconds */
-	uint64_t seed;
+	uint64_t seed, span, limit;      /* 0: all */
 } conf = {
 	.export = "", .op = "randread", .bytes = 4096, .depth = 1, .connections = 1, .seconds = NANO, .seed = 1,
 };
@@ -411,6 +418,8 @@ static void disconnect(int fd)
 struct load {
 	int fd, number;
 	uint64_t blocks, cursor, random;
+	uint64_t left;             /* blocks to ask for yet, with --once */
+	uint32_t *order;           /* of all blocks, with --once and rand* */
 	uint64_t *sent_at;         /* per slot, 0: not in flight */
 	uint32_t *free_slots;
 	int free_count, flying;
@@ -421,6 +430,7 @@ struct load {
 	size_t data_due;           /* bytes of read data that belong to slot `answered` */
 	uint32_t answered;
 	uint64_t begin, end;       /* what is answered between them counts */
+	uint64_t finished;         /* when the last one was answered */
 	struct histogram latencies;
 };
 
@@ -428,6 +438,8 @@ static pthread_barrier_t everyone_negotiated;
 
 static uint64_t next_offset(struct load *l)
 {
+	if (l->order)
+		return (uint64_t)l->order[l->cursor++] * conf.bytes;
 	return (conf.random ? next_random(&l->random) : l->cursor++) % l->blocks * conf.bytes;
 }
 
@@ -454,7 +466,7 @@ static void send_queued(struct load *l)
 
 static void issue(struct load *l, uint64_t time)
 {
-	while (l->free_count) {
+	while (l->free_count && l->left) {
 		uint32_t slot = l->free_slots[--l->free_count];
 
 		l->queue[l->queued++] = (struct request){
@@ -466,6 +478,7 @@ static void issue(struct load *l, uint64_t time)
 		};
 		l->sent_at[slot] = time;
 		l->flying++;
+		l->left -= conf.once;
 		if (conf.separate)
 			send_queued(l);
 	}
@@ -480,6 +493,7 @@ static void finish(struct load *l, uint32_t slot, uint64_t time)
 	l->sent_at[slot] = 0;
 	l->free_slots[l->free_count++] = slot;
 	l->flying--;
+	l->finished = time;
 }
 
 static void on_reply(struct load *l, const char *from, uint64_t time)
@@ -555,21 +569,80 @@ static void prepare(struct load *l)
 		l->free_slots[l->free_count++] = i;
 }
 
+/* The same permutation for all connections, of which each has its share. */
+static uint32_t *shuffle(uint64_t blocks)
+{
+	uint64_t random = (conf.seed + 1) * 0x9e3779b97f4a7c15ULL | 1, i, j;
+	uint32_t *order;
+
+	if (blocks > UINT32_MAX)
+		die("too many blocks for --once: give --span");
+	order = allocate(blocks * sizeof *order);
+	for (i = 0; i < blocks; i++) {
+		j = next_random(&random) % (i + 1);
+		order[i] = order[j];
+		order[j] = i;
+	}
+	return order;
+}
+
+static void share_blocks(struct load *l)
+{
+	uint64_t all = conf.limit && conf.limit < l->blocks ? conf.limit : l->blocks;
+
+	l->cursor = l->number * (l->blocks / conf.connections);
+	l->left = 1;
+	if (!conf.once)
+		return;
+	l->cursor = all * l->number / conf.connections;
+	l->left = all * (l->number + 1) / conf.connections - l->cursor;
+	if (conf.random)
+		l->order = shuffle(l->blocks);
+}
+
+/* Their cookies are those of no slot: an answer to one of them ends the run. */
+static void send_pending(struct load *l, uint64_t size)
+{
+	for (int i = 0; i < conf.pending; i++) {
+		struct request request = {
+			.magic = htobe32(REQUEST_MAGIC),
+			.type = htobe16(CMD_READ),
+			.cookie = htobe64(MAX_DEPTH + i),
+			.offset = htobe64((size / 4096 - 1 - i - (uint64_t)l->number * conf.pending) * 4096),
+			.length = htobe32(4096),
+		};
+
+		transmit(l->fd, &request, sizeof request);
+	}
+}
+
+static void open_load(struct load *l)
+{
+	uint64_t size, used;
+
+	l->fd = dial();
+	size = negotiate(l->fd);
+	used = conf.span && conf.span < size ? conf.span : size;
+	l->blocks = used / conf.bytes;
+	if (!l->blocks)
+		die("the export is smaller than one request");
+	if ((size - used) / 4096 < (uint64_t)conf.pending * conf.connections)
+		die("no room for pending reads beyond --span");
+	send_pending(l, size);
+	share_blocks(l);
+}
+
 static void *run_load(void *argument)
 {
 	struct load *l = argument;
 	uint64_t time;
 
 	prepare(l);
-	l->fd = dial();
-	l->blocks = negotiate(l->fd) / conf.bytes;
-	if (!l->blocks)
-		die("the export is smaller than one request");
-	l->cursor = l->number * (l->blocks / conf.connections);
+	open_load(l);
 	pthread_barrier_wait(&everyone_negotiated);
 	time = now();
-	l->begin = time + conf.warmup;
-	l->end = l->begin + conf.seconds;
+	l->begin = conf.once ? time : time + conf.warmup;
+	l->end = conf.once ? UINT64_MAX : l->begin + conf.seconds;
 	for (;;) {
 		if (time < l->end)
 			issue(l, time);
@@ -588,7 +661,8 @@ static void measure_load(void)
 	struct load *loads = allocate(conf.connections * sizeof *loads);
 	pthread_t *threads = allocate(conf.connections * sizeof *threads);
 	struct histogram *all = allocate(sizeof *all);
-	double rate;
+	uint64_t begin = UINT64_MAX, finished = 0;
+	double seconds, rate;
 
 	pthread_barrier_init(&everyone_negotiated, NULL, conf.connections);
 	for (int i = 0; i < conf.connections; i++) {
@@ -599,13 +673,16 @@ static void measure_load(void)
 	for (int i = 0; i < conf.connections; i++) {
 		pthread_join(threads[i], NULL);
 		merge(all, &loads[i].latencies);
+		begin = loads[i].begin < begin ? loads[i].begin : begin;
+		finished = loads[i].finished > finished ? loads[i].finished : finished;
 	}
 	if (!all->count)
 		die("no request was answered in the time that counts");
-	rate = all->count / (conf.seconds / 1e9);
+	seconds = (conf.once ? finished - begin : conf.seconds) / 1e9;
+	rate = all->count / seconds;
 	printf("{\"op\": \"%s\", \"bytes\": %zu, \"depth\": %d, \"connections\": %d, \"seconds\": %.3f, \"requests\": %llu, "
 	       "\"iops\": %.0f, \"mb_per_s\": %.1f, ",
-	       conf.op, conf.bytes, conf.depth, conf.connections, conf.seconds / 1e9, (unsigned long long)all->count, rate,
+	       conf.op, conf.bytes, conf.depth, conf.connections, seconds, (unsigned long long)all->count, rate,
 	       rate * conf.bytes / 1e6);
 	print_latencies(all);
 	puts("}");
@@ -744,7 +821,8 @@ static void parse_op(const char *op)
 	conf.writing = !strcmp(plain, "write");
 }
 
-enum { OP = 256, BYTES, DEPTH, CONNECTIONS, SECONDS, WARMUP, SEED, SEPARATE, FIRST, PAUSE, IDLE, EXPORT, EXPORT_NAME };
+enum { OP = 256, BYTES, DEPTH, CONNECTIONS, SECONDS, WARMUP, SEED, SEPARATE, SPAN, ONCE, LIMIT, PENDING, FIRST, PAUSE, IDLE,
+       EXPORT, EXPORT_NAME };
 
 static const struct option options[] = {
 	{ "op", 1, 0, OP },
@@ -755,6 +833,10 @@ static const struct option options[] = {
 	{ "warmup", 1, 0, WARMUP },
 	{ "seed", 1, 0, SEED },
 	{ "separate", 0, 0, SEPARATE },
+	{ "span", 1, 0, SPAN },
+	{ "once", 0, 0, ONCE },
+	{ "limit", 1, 0, LIMIT },
+	{ "pending", 1, 0, PENDING },
 	{ "first", 1, 0, FIRST },
 	{ "pause", 1, 0, PAUSE },
 	{ "idle", 1, 0, IDLE },
@@ -774,6 +856,10 @@ static void parse_option(int option)
 	case WARMUP: conf.warmup = parse_seconds(optarg); break;
 	case SEED: conf.seed = parse_number(optarg, 0, UINT32_MAX, "bad --seed"); break;
 	case SEPARATE: conf.separate = 1; break;
+	case SPAN: conf.span = parse_number(optarg, 1, INT64_MAX, "bad --span"); break;
+	case ONCE: conf.once = 1; break;
+	case LIMIT: conf.limit = parse_number(optarg, 1, INT64_MAX, "bad --limit"); break;
+	case PENDING: conf.pending = parse_number(optarg, 1, MAX_DEPTH, "bad --pending"); break;
 	case FIRST: conf.first = parse_number(optarg, 1, 1000000, "bad --first"); break;
 	case PAUSE: conf.pause = parse_seconds(optarg); break;
 	case IDLE: conf.idle = parse_number(optarg, 1, 100000, "bad --idle"); break;
@@ -792,6 +878,8 @@ int main(int argc, char **argv)
 		parse_option(option);
 	if (argc - optind < 1 || argc - optind > 2)
 		misused("give HOST PORT or SOCKET_PATH");
+	if (conf.limit && !conf.once)
+		misused("--limit goes with --once");
 	if (strlen(conf.export) > 4096)
 		misused("export name too long");
 	conf.host = argv[optind];

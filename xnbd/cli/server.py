@@ -3,6 +3,10 @@
 Usage:
   xnbd-server --target [--laddr ADDRESS]... [options] DISK_IMAGE
   xnbd-server --cow-target [--laddr ADDRESS]... [options] BASE_DISK_IMAGE
+  xnbd-server --proxy [--laddr ADDRESS]... [options]
+              REMOTE_HOST REMOTE_PORT CACHE_DISK_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH
+  xnbd-server --proxy [--laddr ADDRESS]... [options]
+              REMOTE_URI CACHE_DISK_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH
   xnbd-server --help
   xnbd-server --version
 
@@ -10,6 +14,11 @@ Mode options:
   --target              Serve DISK_IMAGE, a file or a block device; clients' writes go to it.
   --cow-target          Serve BASE_DISK_IMAGE, which never changes: what clients write goes to
                         a file without a name, which is gone when the server ends.
+  --proxy               Serve the disk of another NBD server, REMOTE_HOST REMOTE_PORT or an
+                        NBD URI. What clients read is kept in CACHE_DISK_IMAGE, and so is
+                        what they write, which never goes to the other server. The files
+                        are made if they are not there. xnbd-bgctl steers the proxy through
+                        CONTROL_SOCKET_PATH.
 
 Listening options:
   --lport PORT          TCP port (default: 8520); 0 picks a free one.
@@ -33,6 +42,23 @@ Disk options:
   --exportname NAME     Name to answer to besides the empty one (default: file name of the image).
   --oldstyle            Speak the oldstyle negotiation, for old clients and proxies.
 
+Proxy options:
+  --target-exportname NAME
+                        Name of the disk on the other server (default: the empty one).
+  --clear-bitmap        Forget which blocks are cached, what clients have written included.
+                        Default: go on with what the files hold.
+  --max-queue-size N    Requests of one client that may wait for the other server before no
+                        more are received from it, 0 for any number (default: 4096).
+  --max-buf-size BYTES  Data of one client that may wait likewise, 0 for any amount
+                        (default: 64M).
+  --readahead SIZE      Fetch up to so much ahead of a client that reads in order; adapts by
+                        itself up to that; 0 fetches nothing ahead (default: 8M).
+  --connect-timeout SECONDS
+                        Try so long to reach the other server, then again (default: 10).
+  --origin-timeout SECONDS
+                        Answer with an error what has waited so long for the other server
+                        (default: wait, and try again, for ever).
+
 Process options:
   --daemonize           Go into the background once the server listens.
   --pidfile FILE        Write the master's process id to FILE, and remove it at the end.
@@ -55,6 +81,7 @@ Other options:
   --version             Show the version.
 
 Signals, to the master: TERM or INT stops it in good order, a second one at once.
+USR2 makes a proxy a plain target, if every block is cached.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from ..server.connection import Connection
 from ..server.listen import DEFAULT_PORT, Listeners
 from ..server.master import Limits, Master
 from ..server.service import Service
+from ..server.waiting import QueueLimits
 from ..server.watch import Watch
 from ..storage.image import Source
 from ..storage.target import TargetSource, create_sparse
@@ -24,7 +25,17 @@ from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refus
 
 Arguments = Dict[str, Any]
 
-_PATHS = ("DISK_IMAGE", "BASE_DISK_IMAGE", "--cow-dir", "--unix", "--pidfile", "--logpath")
+_FILES = ("DISK_IMAGE", "BASE_DISK_IMAGE", "CACHE_DISK_IMAGE", "CACHE_BITMAP_IMAGE", "CONTROL_SOCKET_PATH")
+_PATHS = (*_FILES, "--cow-dir", "--unix", "--pidfile", "--logpath")
+PROXY_OPTIONS = (
+    "--target-exportname",
+    "--clear-bitmap",
+    "--max-queue-size",
+    "--max-buf-size",
+    "--readahead",
+    "--connect-timeout",
+    "--origin-timeout",
+)
 _LISTENING = ["--lport", "--laddr", "--unix"]
 
 
@@ -40,6 +51,12 @@ def serve(program: str, arguments: Arguments, client: Optional[int]) -> int:
         raise ConfigurationError("--negotiated is for --connected-fd only", USAGE_ERROR)
     if arguments["--cow-dir"] and not arguments["--cow-target"]:
         raise ConfigurationError("--cow-dir is for --cow-target only", USAGE_ERROR)
+    if not arguments["--proxy"]:
+        for option in PROXY_OPTIONS:
+            if arguments[option]:
+                raise ConfigurationError(f"{option} is for --proxy only", USAGE_ERROR)
+    elif arguments["--create"]:
+        raise ConfigurationError("--create is not for --proxy: the cache is made as large as the disk", USAGE_ERROR)
     for option in _PATHS:
         if arguments[option]:
             arguments[option] = os.path.abspath(arguments[option])
@@ -57,25 +74,39 @@ def _set_up_logs(program: str, arguments: Arguments) -> None:
     logs.set_up(program, path=path, syslog=syslog, stderr=not (path or syslog), level=level)
 
 
-def _open_service(arguments: Arguments) -> Service:
-    """The disk of the chosen mode and how it is offered."""
+def _open_service(arguments: Arguments, processes: int) -> Service:
+    """The disk of the chosen mode, for at most so many *processes*, and how it is offered."""
     timeout = parse_seconds(arguments["--handshake-timeout"], "--handshake-timeout")
     spin = parse_integer(arguments["--spin"], "--spin", 0, 1_000_000)
-    source = _open_source(arguments)
+    source = _open_source(arguments, alone=processes > 1)
     name = arguments["--exportname"] or source.name
     if len(os.fsencode(name)) > MAXIMUM_STRING:
         raise ConfigurationError(f"--exportname: clients cannot ask for more than {MAXIMUM_STRING} bytes", USAGE_ERROR)
     return Service(
         source=source,
+        board_fd=source.board_fd(processes),
         export_name=name,
         oldstyle=arguments["--oldstyle"],
         handshake_timeout=timeout,
         spin=spin / 1e6,
+        limits=_limits(arguments),
     )
 
 
-def _open_source(arguments: Arguments) -> Source:
-    """The disk, as the chosen mode makes it."""
+def _limits(arguments: Arguments) -> QueueLimits:
+    if not arguments["--proxy"]:
+        return QueueLimits()
+    from .proxying import queue_limits
+
+    return queue_limits(arguments)
+
+
+def _open_source(arguments: Arguments, *, alone: bool) -> Source:
+    """The disk, as the chosen mode makes it; *alone* as for `open_proxy`."""
+    if arguments["--proxy"]:
+        from .proxying import open_proxy
+
+        return open_proxy(arguments, alone=alone)
     path, readonly = arguments["DISK_IMAGE"] or arguments["BASE_DISK_IMAGE"], arguments["--readonly"]
     if arguments["--create"]:
         create_sparse(path, parse_size(arguments["--create"], "--create"))
@@ -90,10 +121,13 @@ def _serve_one(arguments: Arguments, client: Optional[int]) -> int:
     """The client of a super-server, in this process."""
     agreement = _parse_agreement(arguments["--negotiated"] or "") if arguments["--connected-fd"] else None
     sock = _client_socket(arguments["--connected-fd"], client)
-    service = _open_service(arguments)
-    connection = Connection(sock, Watch(), service.spin)
+    service = _open_service(arguments, processes=1)
+    watch = Watch()
+    disk = watch.disk = service.open_disk()
+    connection = Connection(sock, watch, service.spin)
     set_title("serving", connection.peer, service.source.name)
-    service.serve(connection, service.source.open(), agreement)
+    service.serve(connection, disk, agreement)
+    disk.close()
     return 0 if service.flush() else 1
 
 
@@ -139,7 +173,7 @@ def _serve_many(arguments: Arguments) -> int:
     daemon = Daemon() if arguments["--daemonize"] else None
     pid_file = PidFile(arguments["--pidfile"]) if arguments["--pidfile"] else None
     try:
-        service = _open_service(arguments)
+        service = _open_service(arguments, processes=limits.processes)
         _listen(arguments, listeners)
         return _run_master(service, listeners, limits, daemon)
     except ConfigurationError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import socket
 from time import monotonic
-from typing import Sequence, Union
+from typing import Optional, Sequence, Union
 
 from ..errors import Disconnected, ProtocolError
 from ..sockets import set_socket_options
@@ -70,6 +70,20 @@ class Connection:
                 continue
             spin.missed(monotonic() - began)
             return received
+
+    def receive_now(self, view: memoryview) -> Optional[int]:
+        """Receive what is there: the number of bytes, 0 at the end, None if there is nothing yet."""
+        try:
+            return self._recv_into(view, 0, _DONT_WAIT)
+        except BlockingIOError:
+            return None
+
+    def wait_beside(self, wanted: bool, timeout: Optional[float]) -> None:
+        """Sleep until more requests come, if they are *wanted*, or the background has results.
+
+        Raises `Stop` as soon as the worker is to leave.
+        """
+        self.watch.wait(self._fds if wanted else (), select.POLLIN, timeout)
 
     def receive_rest(self, view: memoryview) -> int:
         """Receive more of a message that has begun: at least one byte.

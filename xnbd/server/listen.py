@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import stat
-from typing import List, Optional, Sequence, Tuple
+import time
+from contextlib import contextmanager
+from typing import Iterator, List, Optional, Sequence
 
 from ..errors import ConfigurationError
 
@@ -14,6 +17,7 @@ DEFAULT_PORT = 8520
 _BACKLOG = 4096
 _FIRST_PASSED_FD = 3
 _ANY_PORT_TRIES = 20
+_NEIGHBOUR_TIME = 1.0
 
 
 class Listeners:
@@ -21,8 +25,7 @@ class Listeners:
 
     def __init__(self) -> None:
         self.sockets: List[socket.socket] = []
-        self._unix_sockets: List[Tuple[str, os.stat_result]] = []
-        self._owner = os.getpid()
+        self._unix_sockets: List[UnixSocket] = []
 
     def __str__(self) -> str:
         return ", ".join(map(describe, self.sockets))
@@ -45,17 +48,9 @@ class Listeners:
 
         Raises `ConfigurationError` if something else is there, or a live server.
         """
-        _clear_stale(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.bind(path)
-        except OSError as error:
-            sock.close()
-            raise ConfigurationError(f"cannot listen on {path}: {error.strerror or error}") from error
-        self._unix_sockets.append((path, os.lstat(path)))
-        self._owner = os.getpid()  # --daemonize forks before this
-        sock.listen(_BACKLOG)
-        self.add(sock)
+        listener = UnixSocket(path, _BACKLOG)
+        self._unix_sockets.append(listener)
+        self.add(listener.socket)
 
     def take_passed(self) -> None:
         """Take over the sockets that a service manager passes (``sd_listen_fds(3)``), if it does.
@@ -79,14 +74,42 @@ class Listeners:
 
     def tidy_up(self) -> None:
         """Remove the Unix sockets, in the process that made them."""
+        for listener in self._unix_sockets:
+            listener.remove()
+
+
+class UnixSocket:
+    """A listening Unix socket and its file, which belongs to the process that made it."""
+
+    def __init__(self, path: str, backlog: int, mode: Optional[int] = None) -> None:
+        """Listen at *path*, whose file has *mode* from the first moment, less the umask.
+
+        Raises `ConfigurationError` if a live server or something else is there.
+        """
+        self._path = path
+        self._owner = os.getpid()
+        with _neighbours_waiting(os.path.dirname(path) or "."):
+            _clear_stale(path)
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                if mode is not None:
+                    os.fchmod(self.socket.fileno(), mode)  # Linux: bind makes the file with the socket's own mode
+                self.socket.bind(path)
+                self._made = os.lstat(path)
+                self.socket.listen(backlog)
+            except OSError as error:
+                self.socket.close()
+                raise ConfigurationError(f"cannot listen on {path}: {error.strerror or error}") from error
+
+    def remove(self) -> None:
+        """Remove the file, in the process that made it, unless a successor's is there by now."""
         if os.getpid() != self._owner:
             return
-        for path, ours in self._unix_sockets:
-            try:
-                if os.path.samestat(os.lstat(path), ours):  # else a successor's is there by now
-                    os.unlink(path)
-            except FileNotFoundError:
-                pass
+        try:
+            if os.path.samestat(os.lstat(self._path), self._made):
+                os.unlink(self._path)
+        except FileNotFoundError:
+            pass
 
 
 def describe(sock: socket.socket) -> str:
@@ -172,23 +195,59 @@ def _holder_of(port: int) -> str:
     return ""
 
 
+@contextmanager
+def _neighbours_waiting(directory: str) -> Iterator[None]:
+    """Keep servers that start at the same time apart: one would take for stale what another has just bound.
+
+    Anybody can hold a directory's lock for ever, so it is only waited for so long.
+    """
+    fd = -1
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _lock(fd, time.monotonic() + _NEIGHBOUR_TIME)
+    except OSError:
+        pass  # no such directory, which bind complains about, or no locks there
+    try:
+        yield
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _lock(fd: int, deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return None
+        time.sleep(0.01)
+
+
 def _clear_stale(path: str) -> None:
     """Remove the Unix socket of a dead server; whatever else is at *path* stays, with an error."""
     try:
         mode = os.lstat(path).st_mode
+        if not stat.S_ISSOCK(mode):
+            raise ConfigurationError(f"{path} exists and is no socket: remove it, or choose another path")
+        if _nobody_listens(path):
+            os.unlink(path)
     except FileNotFoundError:
-        return
+        pass
     except OSError as error:
-        raise ConfigurationError(f"cannot listen on {path}: {error.strerror}") from error
-    if not stat.S_ISSOCK(mode):
-        raise ConfigurationError(f"{path} exists and is no socket: remove it, or choose another path")
+        raise ConfigurationError(f"cannot listen on {path}: {error.strerror or error}") from error
+
+
+def _nobody_listens(path: str) -> bool:
+    """Whether the socket at *path* is left over. Raises `ConfigurationError` if a server listens there."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            os.unlink(path)
-            return
+            return True
+        except PermissionError:
+            raise ConfigurationError(f"{path} is another user's socket: choose another path") from None
         except OSError:
             pass  # it exists and somebody listens
     raise ConfigurationError(f"a running server listens on {path}: stop it, or choose another path")

@@ -33,6 +33,11 @@ class Limits(NamedTuple):
     max_clients: int
     spare_workers: int
 
+    @property
+    def processes(self) -> int:
+        """As many as may be at work at once, those that are just leaving included."""
+        return 2 * self.max_clients + 4 * self.spare_workers
+
 
 class Master:
     """Serves *service* on *listeners*, non-blocking sockets, until it is told to stop."""

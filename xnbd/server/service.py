@@ -8,10 +8,12 @@ from ..errors import Disconnected, ProtocolError
 from ..logs import log
 from ..protocol import constants as c
 from ..protocol.negotiation import Agreement, Export, Exports
-from ..storage.image import Image, Source, do_nothing
+from ..storage.image import Source
 from .connection import Connection
+from .disk import Disk
 from .handshake import greet_oldstyle, negotiate
 from .session import Session
+from .waiting import QueueLimits
 from .watch import Stop
 
 
@@ -19,10 +21,16 @@ class Service(NamedTuple):
     """*source* under the name *export_name*; times in seconds."""
 
     source: Source
+    board_fd: int
     export_name: str
     oldstyle: bool = False
     handshake_timeout: float = 10.0
     spin: float = 0.0
+    limits: QueueLimits = QueueLimits()
+
+    def open_disk(self) -> Disk:
+        """For a worker, after the fork. Raises `OSError`."""
+        return Disk(self.source, self.board_fd)
 
     def export(self) -> Export:
         source = self.source
@@ -50,13 +58,14 @@ class Service(NamedTuple):
             return False
         return True
 
-    def serve(self, connection: Connection, image: Image, agreement: Optional[Agreement] = None) -> None:
+    def serve(self, connection: Connection, disk: Disk, agreement: Optional[Agreement] = None) -> None:
         """Serve one client until it leaves or has to go; nothing it does raises.
 
         *agreement* is what somebody else has negotiated with it already.
         """
         try:
-            self._serve(connection, image, agreement)
+            disk.place.welcome(connection.peer)
+            self._serve(connection, disk, agreement)
         except Stop as reason:
             log.info("%s: closed: %s", connection.peer, reason)
             connection.watch.farewell()
@@ -68,10 +77,10 @@ class Service(NamedTuple):
         except OSError as error:
             log.info("%s: connection lost: %s", connection.peer, error.strerror)
         finally:
-            image.on_wait = do_nothing
+            disk.part()
             connection.close()
 
-    def _serve(self, connection: Connection, image: Image, agreement: Optional[Agreement]) -> None:
+    def _serve(self, connection: Connection, disk: Disk, agreement: Optional[Agreement]) -> None:
         if agreement is None and self.oldstyle:
             agreement = greet_oldstyle(connection, self.export(), self.handshake_timeout)
         elif agreement is None:
@@ -81,5 +90,5 @@ class Service(NamedTuple):
             return
         log.info("%s: connected", connection.peer)
         log.debug("%s: agreed on %s", connection.peer, agreement)
-        Session(connection, image, agreement).run()
+        Session(connection, disk, agreement, self.limits).run()
         log.info("%s: left", connection.peer)

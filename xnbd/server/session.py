@@ -2,9 +2,12 @@
 
 As many requests as one receive brings are worked through, and all their replies
 leave with one gathering send; plain reads and writes take a path of their own
-through `Session._work`, everything else goes through `Session._execute`. Replies
-leave in the order of the requests. Whatever may take long sends the replies before
-it first.
+through `Session._work`, everything else goes through `Session._execute`. Whatever
+may take long sends the replies before it first.
+
+A request whose blocks are not local is put aside, those behind it go on, and it is
+done once more when its blocks have come (`server.waiting`). But for that, replies
+leave in the order of the requests.
 
 Mapped data is passed on, never looked at (see `storage.image`).
 """
@@ -13,18 +16,22 @@ from __future__ import annotations
 
 import errno
 import mmap
+from functools import partial
 from time import monotonic
-from typing import Iterator, List, Optional, Tuple
+from typing import Callable, Iterator, List, Optional, Tuple
 
 from ..errors import Disconnected, ProtocolError, RequestError
 from ..logs import log
 from ..protocol import constants as c
 from ..protocol import transmission as wire
 from ..protocol.negotiation import ALLOCATION_CONTEXT, Agreement
-from ..storage.image import Image
+from ..storage.board import BYTES_READ, BYTES_WRITTEN, REQUESTS
+from ..storage.image import Background, NotLocal, Ticket
 from .connection import Connection
+from .disk import Disk
 from .readahead import ReadAhead
-from .replies import Replies
+from .replies import Piece, Replies
+from .waiting import QueueLimits, Waiting, WaitingRoom
 
 BUFFER_SIZE = 1 << 20
 """Bytes received at once: many small requests, or several large writes."""
@@ -40,6 +47,14 @@ _BATCH = 4096
 
 _MAXIMUM_PIECES = 4096
 """Pieces of replies that may pile up before they are sent."""
+
+_PATIENCE = 30.0
+"""Seconds that a client which has closed its end may wait for the replies that are still to come."""
+
+_BUFFERED = 8 << 20
+"""Bytes of one write that may wait for blocks around them before the rest of it is received."""
+
+_NO_LIMITS = QueueLimits()
 
 _BLOCK = 4096
 _HOLE_MINIMUM = 32 << 10
@@ -67,21 +82,29 @@ _ENOSPC_BEYOND_END = (c.CMD_WRITE, c.CMD_WRITE_ZEROES)
 
 
 class Session:
-    """The transmission phase of *connection*, over *image*, as agreed in the handshake."""
+    """The transmission phase of *connection*, over *disk*, as agreed in the handshake."""
 
-    def __init__(self, connection: Connection, image: Image, agreement: Agreement) -> None:
+    def __init__(
+        self, connection: Connection, disk: Disk, agreement: Agreement, limits: QueueLimits = _NO_LIMITS
+    ) -> None:
         self._connection = connection
-        self._image = image
+        self._disk = disk
+        self._place = disk.place
+        self._counts = disk.place.counts
+        self._image = disk.image
         self._structured = agreement.structured
         self._allocation = agreement.allocation
         self._replies = Replies(connection)
-        self._read_ahead = ReadAhead(image)
+        self._out: List[Piece] = self._replies.pieces  # where the answer to the request in hand goes
+        self._room = WaitingRoom(self._replies.pieces, limits, ordered=agreement.ordered)
+        self._read_ahead = ReadAhead(disk.image)
         self._buffer = mmap.mmap(-1, BUFFER_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0  # the received bytes that are still to be worked on
         self._left = False
+        self._leaves_at: Optional[float] = None
         self._data_from = self._data_until = 0  # where no hole was found the last time
-        image.on_wait = self._on_wait
+        disk.image.on_wait = self._on_wait
         self._commands = {
             c.CMD_READ: self._read,
             c.CMD_FLUSH: self._flush,
@@ -98,14 +121,16 @@ class Session:
         in hand are answered and the worker is to leave, `OSError` if the connection
         breaks.
         """
-        connection, replies = self._connection, self._replies
+        connection, replies, disk, place = self._connection, self._replies, self._disk, self._place
         check, receive, view = connection.watch.check, connection.receive, self._view
-        sent = self._read_ahead.sent
         while not self._left:
             check(mid_message=True)  # what has come already is answered; the next sleep ends it
             if self._start > BUFFER_SIZE // 2:
                 self._move_to_front()
-            if not self._end:
+            background = self._image.background
+            if background is not None and background.busy:
+                received = self._receive_beside(background)
+            elif not self._end:
                 received = receive(view)
                 if not received:
                     return
@@ -114,11 +139,117 @@ class Session:
             self._end += received
             more = True
             while more:
+                place.enter(self._on_wait)
+                if disk.outdated:
+                    self._renew()
                 more = self._work_or_leave()
+                place.leave()
                 began, waits, pieces = monotonic(), connection.waits, len(replies.pieces)
                 length = replies.send()
                 if connection.waits == waits:  # else it was the client that took its time
-                    sent(pieces, length, monotonic() - began)
+                    self._read_ahead.sent(pieces, length, monotonic() - began)
+                place.tell()
+
+    # Requests that wait
+
+    def _receive_beside(self, background: Background) -> int:
+        """Receive while the background works: the number of bytes.
+
+        Returns 0 also when requests that had to wait were gone on with, when there is
+        nothing left to wait for, and when the client has left.
+        """
+        disk = self._disk
+        disk.go_inside()
+        if disk.outdated:
+            return 0
+        background.progress()
+        self._tell_queue(background)
+        while not background.finished:
+            wanted = self._leaves_at is None and not self._room.full
+            received = self._connection.receive_now(self._view[self._end :]) if wanted else None
+            if received:
+                return received
+            if received == 0:
+                self._leaves_at = monotonic() + _PATIENCE
+            elif self._leaves_at is not None and (not len(self._room) or monotonic() > self._leaves_at):
+                self._left = True
+                return 0
+            elif not background.busy:
+                return 0
+            else:
+                self._connection.wait_beside(wanted, None if self._leaves_at is None else 1.0)
+                if disk.outdated:
+                    return 0
+        self._go_on(background)
+        return 0
+
+    def _tell_queue(self, background: Background) -> None:
+        self._place.tell_queue(background.health, len(self._room), self._room.buffered)
+
+    def _renew(self) -> None:
+        """Go on with the disk that has changed; what had waited for blocks is done there."""
+        self._disk.renew()
+        self._image = self._disk.image
+        self._read_ahead = ReadAhead(self._image)
+        for ticket in self._room.tickets():
+            request = self._room.leave(ticket)
+            if request is not None:
+                self._answer(request, request.again)
+
+    def _go_on(self, background: Background) -> None:
+        """Do the requests again whose tickets are done."""
+        finished, background.finished = background.finished, []
+        for ticket in finished:
+            request = self._room.leave(ticket)
+            if request is not None:
+                self._answer(request, partial(_fail, ticket.error) if ticket.error else request.again)
+
+    def _answer(self, request: Waiting, work: Callable[[], None]) -> None:
+        """Do *work* for *request*, which then is answered, or waits for another ticket."""
+        self._out = request.answer
+        try:
+            work()
+        except NotLocal as missing:
+            request.answer.clear()
+            self._room.enter(missing.ticket, request)
+            return
+        except (OSError, RequestError) as error:
+            request.answer.clear()
+            self._refuse(request.command, request.cookie, error)
+        finally:
+            self._out = self._replies.pieces
+        self._room.answered(request)
+
+    def _do(self, command: int, cookie: bytes, work: Callable[[], None], buffered: int = 0) -> None:
+        """Do the *work* that answers a request: now if it can be, and if nobody stands in line before it."""
+        if self._room.blocked:
+            request = Waiting(command, cookie, work, buffered)
+            self._room.stand_in_line(request)
+            self._answer(request, work)
+            return
+        try:
+            work()
+        except NotLocal as missing:
+            self._room.enter(missing.ticket, Waiting(command, cookie, work, buffered))
+        except (OSError, RequestError) as error:
+            self._refuse(command, cookie, error)
+
+    def _wait_for(self, ticket: Ticket) -> None:
+        """Wait in the middle of a message, with the background at work."""
+        background = self._image.background
+        assert background is not None
+        while ticket.pending:
+            self._connection.watch.wait((), 0, mid_message=True, results=True)
+            if self._disk.outdated:
+                self._renew()
+                return
+            ours = [done for done in background.finished if done is ticket]
+            background.finished = [done for done in background.finished if done is not ticket]
+            if background.finished:
+                self._go_on(background)
+                self._replies.send()
+            if ours:
+                return
 
     def _on_wait(self) -> None:
         """The image waits for another process: nobody else has to."""
@@ -147,49 +278,71 @@ class Session:
         unpack_request, pack_data_chunk, ok_prefix = wire.REQUEST.unpack_from, wire.pack_data_chunk, wire.OK_PREFIX
         pieces = self._replies.pieces
         append, extend = pieces.append, pieces.extend
-        structured = self._structured
+        structured, room = self._structured, self._room
         readable = min(image.readable(), image.size)
         flat, read, write = image.flat, image.read, image.write
         writable = -1 if image.readonly else readable
         announce = self._read_ahead.announce if self._read_ahead.active else None
         longest_read = _HOLE_MINIMUM - 1 if structured else MAXIMUM_REQUEST
         position, end = self._start, self._end
-        for _ in range(_BATCH):
+        counts, done = self._counts, 0
+        for done in range(1, _BATCH + 1):
             if end - position < 28:
+                done -= 1
                 break
             word, cookie, offset, length = unpack_request(buffer, position)
             stop = offset + length
-            if word == _READ and stop <= readable and 0 < length <= longest_read:
+            if word == _READ and stop <= readable and 0 < length <= longest_read and not room.blocked:
                 if announce:
                     announce(offset, length)
                 position += 28
                 if flat is not None:
                     append(pack_data_chunk(cookie, offset, length) if structured else ok_prefix + cookie)
                     append(flat[offset:stop])
+                    counts[BYTES_READ] += length
                     continue
-                data = read(offset, length)
+                try:
+                    data = read(offset, length)
+                except NotLocal as missing:
+                    again = partial(self._read, 0, cookie, offset, length)
+                    room.enter(missing.ticket, Waiting(c.CMD_READ, cookie, again))
+                    if room.full:
+                        break
+                    continue
                 append(pack_data_chunk(cookie, offset, length) if structured else ok_prefix + cookie)
                 extend(data)
+                counts[BYTES_READ] += length
                 if len(data) > 1 and len(pieces) > _MAXIMUM_PIECES:
                     break
-            elif word == _WRITE and stop <= writable and position + 28 + length <= end:
+            elif word == _WRITE and stop <= writable and position + 28 + length <= end and not room.blocked:
                 payload = position + 28
                 position = payload + length
                 try:
                     write(offset, view[payload:position])
+                except NotLocal as missing:
+                    left = [(offset, bytes(view[payload:position]))]
+                    again = partial(self._finish_write, 0, cookie, None, left)
+                    room.enter(missing.ticket, Waiting(c.CMD_WRITE, cookie, again, length))
+                    if room.full:
+                        break
                 except OSError as error:
                     self._refuse(c.CMD_WRITE, cookie, error)
                 else:
                     append(ok_prefix + cookie)
+                    counts[BYTES_WRITTEN] += length
             else:
                 self._start = position
                 if not self._execute(word, cookie, offset, length):
+                    counts[REQUESTS] += done - 1
                     return False
                 position, end = self._start, self._end
+                if room.full:
+                    break
+        counts[REQUESTS] += done
         self._start = position
         if position == end:
             self._start = self._end = 0
-        return end - position >= 28
+        return end - position >= 28 and not room.full
 
     def _execute(self, word: int, cookie: bytes, offset: int, length: int) -> bool:
         """Any request, at `_start`; False if it has to wait for more bytes, or is the last."""
@@ -203,12 +356,12 @@ class Session:
         if command == c.CMD_DISC:
             self._left = True
             return False
-        try:
-            self._check(command, flags, offset, length)
-            self._commands[command](flags, cookie, offset, length)
-        except (OSError, RequestError) as error:
-            self._refuse(command, cookie, error)
+        self._do(command, cookie, partial(self._command, command, flags, cookie, offset, length))
         return True
+
+    def _command(self, command: int, flags: int, cookie: bytes, offset: int, length: int) -> None:
+        self._check(command, flags, offset, length)
+        self._commands[command](flags, cookie, offset, length)
 
     def _check(self, command: int, flags: int, offset: int, length: int) -> None:
         """Raises `RequestError` for a request that nothing can be done about."""
@@ -233,20 +386,20 @@ class Session:
         log.debug("%s: command %d refused: %s", self._connection.peer, command, error)
         number = wire.nbd_error(getattr(error, "errno", None) or errno.EIO)
         if self._structured and command in (c.CMD_READ, c.CMD_BLOCK_STATUS):
-            self._replies.pieces.append(wire.pack_error_chunk(cookie, number, str(error)))
+            self._out.append(wire.pack_error_chunk(cookie, number, str(error)))
         else:
-            self._replies.pieces.append(wire.pack_simple_reply(cookie, number))
+            self._out.append(wire.pack_simple_reply(cookie, number))
 
     def _acknowledge(self, cookie: bytes, flags: int = 0) -> None:
         """Success of a command that returns nothing, durable if *flags* ask for it."""
         if flags & c.CMD_FLAG_FUA:
             self._image.flush()
-        self._replies.pieces.append(wire.OK_PREFIX + cookie)
+        self._out.append(wire.OK_PREFIX + cookie)
 
     # READ
 
     def _read(self, flags: int, cookie: bytes, offset: int, length: int) -> None:
-        pieces = self._replies.pieces
+        pieces = self._out
         if length and self._read_ahead.active:
             self._read_ahead.announce(offset, length)
         if not self._structured:
@@ -261,23 +414,26 @@ class Session:
             self._append_data(cookie, offset, length, c.REPLY_FLAG_DONE)
         else:
             self._read_around_holes(cookie, offset, length)
-        if len(pieces) > _MAXIMUM_PIECES:
+        self._counts[BYTES_READ] += length
+        if len(self._replies.pieces) > _MAXIMUM_PIECES:
             self._replies.send()
 
     def _read_around_holes(self, cookie: bytes, offset: int, length: int) -> None:
         """A structured answer in which long holes are chunks without data."""
+        if self._image.background is not None:
+            self._image.read(offset, length)  # all of it is here, or nothing has been said yet
         parts = list(self._parts(offset, length))
         for part, (hole, at, count) in enumerate(parts, 1):
             flags = c.REPLY_FLAG_DONE if part == len(parts) else 0
             if hole:
-                self._replies.pieces.append(wire.pack_hole_chunk(cookie, at, count, flags))
+                self._out.append(wire.pack_hole_chunk(cookie, at, count, flags))
             else:
                 self._append_data(cookie, at, count, flags)
 
     def _append_data(self, cookie: bytes, offset: int, length: int, flags: int) -> None:
         data = self._image.read(offset, length)
-        self._replies.pieces.append(wire.pack_data_chunk(cookie, offset, length, flags))
-        self._replies.pieces.extend(data)
+        self._out.append(wire.pack_data_chunk(cookie, offset, length, flags))
+        self._out.extend(data)
 
     def _parts(self, offset: int, length: int) -> Iterator[Tuple[bool, int, int]]:
         """*length* bytes at *offset* as (hole?, offset, length); short holes count as data."""
@@ -312,24 +468,46 @@ class Session:
                 return False
             self._replies.send()
         self._start = payload
-        failure = self._write_pieces(offset, length, refusal)
-        try:
-            if failure:
-                raise failure
-            self._acknowledge(cookie, flags)
-        except (OSError, RequestError) as error:
-            self._refuse(c.CMD_WRITE, cookie, error)
+        left: List[Tuple[int, bytes]] = []
+        failure = self._write_pieces(offset, length, refusal, left)
+        work = partial(self._finish_write, flags, cookie, failure, left)
+        self._do(c.CMD_WRITE, cookie, work, sum(len(data) for _, data in left))
         return True
 
-    def _write_pieces(self, offset: int, length: int, failure: Optional[Exception]) -> Optional[Exception]:
-        """Write the payload piece by piece; after a *failure* only take it off the wire."""
+    def _write_pieces(
+        self, offset: int, length: int, failure: Optional[Exception], left: List[Tuple[int, bytes]]
+    ) -> Optional[Exception]:
+        """Write the payload piece by piece; after a *failure* only take it off the wire.
+
+        Pieces that have to wait for blocks around them are *left*.
+        """
+        held = 0
         for at, piece in self._payload(offset, length):
-            if failure is None:
+            while failure is None:
                 try:
                     self._image.write(at, piece)
+                    self._counts[BYTES_WRITTEN] += len(piece)
+                except NotLocal as missing:
+                    if held >= _BUFFERED:
+                        self._wait_for(missing.ticket)
+                        continue
+                    left.append((at, bytes(piece)))
+                    held += len(piece)
                 except OSError as error:
                     failure = error
+                break
         return failure
+
+    def _finish_write(
+        self, flags: int, cookie: bytes, failure: Optional[Exception], left: List[Tuple[int, bytes]]
+    ) -> None:
+        """Write what was *left* of the payload, and acknowledge the whole."""
+        if failure is not None:
+            raise failure
+        while left:
+            self._image.write(*left[-1])
+            self._counts[BYTES_WRITTEN] += len(left.pop()[1])
+        self._acknowledge(cookie, flags)
 
     def _payload(self, offset: int, length: int) -> Iterator[Tuple[int, memoryview]]:
         """The payload of *length* bytes from `_start` on, with the offsets where its pieces belong.
@@ -367,7 +545,7 @@ class Session:
 
     def _cache(self, _flags: int, cookie: bytes, offset: int, length: int) -> None:
         if length:
-            self._image.prefetch(offset, length)
+            self._image.fetch(offset, length)
         self._acknowledge(cookie)
 
     def _write_zeroes(self, flags: int, cookie: bytes, offset: int, length: int) -> None:
@@ -386,7 +564,7 @@ class Session:
         self._replies.send()
         limit = 1 if flags & c.CMD_FLAG_REQ_ONE else _MAXIMUM_EXTENTS
         extents = self._status(offset, length, limit)
-        self._replies.pieces.append(wire.pack_block_status(cookie, ALLOCATION_CONTEXT, extents))
+        self._out.append(wire.pack_block_status(cookie, ALLOCATION_CONTEXT, extents))
 
     def _status(self, offset: int, length: int, limit: int) -> List[Tuple[int, int]]:
         status: List[Tuple[int, int]] = []
@@ -399,3 +577,8 @@ class Session:
                 break
             status.append((extent.length, flags))
         return status
+
+
+def _fail(number: int) -> None:
+    """What becomes of a request whose blocks could not be fetched."""
+    raise RequestError(number, "a block could not be fetched")

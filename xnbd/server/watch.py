@@ -11,7 +11,9 @@ import os
 import select
 import signal
 from time import monotonic
-from typing import Callable, Optional, Sequence
+from typing import Callable, Container, Iterator, Optional, Sequence, Tuple
+
+from .disk import Disk
 
 GRACE = 2.0
 """Seconds that a message under way may still take once the worker is to stop."""
@@ -29,26 +31,32 @@ class Watch:
         self.stopping = False
         self.farewell: Callable[[], None] = lambda: None
         """What the process has to let go of before it takes leave of its last client."""
+        self.disk: Optional[Disk] = None
+        """The disk whose background goes on while the process sleeps, and whose gate is left for that."""
+        self._woken = False
         self._deadline = float("inf")
         self._parent = os.getppid() if lifeline is not None else None
         wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
-        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signal.SIGUSR2, self._on_wake)
+        for number in (signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._wake = wake
         self._lifeline = -1 if lifeline is None else lifeline
         self._poll = select.poll()
-        self._poll.register(wake, select.POLLIN)
-        if lifeline is not None:
-            self._poll.register(lifeline, select.POLLIN)
+        for fd, events in self._own_interests():
+            self._poll.register(fd, events)
 
     def _on_stop(self, _number: int, _frame: object) -> None:
         if not self.stopping:
             self.stopping = True
             self._deadline = monotonic() + GRACE
+
+    def _on_wake(self, _number: int, _frame: object) -> None:
+        self._woken = True
 
     def check(self, *, mid_message: bool = False) -> None:
         """Raises `Stop` when the worker is to leave, like `wait`. Cheap: a busy worker asks all the time."""
@@ -58,39 +66,97 @@ class Watch:
             raise Stop("told to stop")
 
     def wait(
-        self, fds: Sequence[int], events: int, timeout: Optional[float] = None, *, mid_message: bool = False
+        self,
+        fds: Sequence[int],
+        events: int,
+        timeout: Optional[float] = None,
+        *,
+        mid_message: bool = False,
+        results: Optional[bool] = None,
     ) -> bool:
         """Sleep until one of *fds* shows *events*; False if *timeout* seconds passed before.
 
-        Raises `Stop` when the worker is to leave: at once if the master is gone,
-        after `GRACE` if the wait is in the middle of a message.
+        Returns False also as soon as the background has *results*, or the disk has
+        changed; by default not in the middle of a message. Raises `Stop` when the worker is to leave: at once
+        if the master is gone, after `GRACE` if the wait is in the middle of a message.
         """
-        poll = self._poll
-        for fd in fds:
-            poll.register(fd, events)
+        until = None if timeout is None else monotonic() + timeout
+        disk = self.disk
+        if disk is None:
+            return self._sleep(fds, events, until, mid_message)
+        inside = disk.place.inside
+        disk.place.leave()
         try:
-            return self._sleep(fds, None if timeout is None else monotonic() + timeout, mid_message)
+            if disk.image.background is None or not disk.image.background.busy:
+                return self._sleep(fds, events, until, mid_message)
+            results = not mid_message if results is None else results
+            return self._work_and_sleep(disk, fds, events, until, mid_message, results)
         finally:
-            for fd in fds:
-                poll.unregister(fd)
+            if inside:
+                disk.go_inside()
 
     def pause(self, seconds: float) -> None:
         """Sleep; raises `Stop` like `wait`."""
         self.wait((), 0, seconds)
 
-    def _sleep(self, fds: Sequence[int], until: Optional[float], mid_message: bool) -> bool:
+    def _sleep(self, fds: Sequence[int], events: int, until: Optional[float], mid_message: bool) -> bool:
+        poll = self._poll
+        for fd in fds:
+            poll.register(fd, events)
+        try:
+            while True:
+                self.check(mid_message=mid_message)
+                ready = {fd for fd, _ in poll.poll(self._milliseconds(until))}
+                self._attend(ready)
+                if not ready.isdisjoint(fds):
+                    return True
+                if self._woken and not mid_message:
+                    self._woken = False
+                    return False
+                if not ready and until is not None and monotonic() >= until:
+                    return False
+        finally:
+            for fd in fds:
+                poll.unregister(fd)
+
+    def _work_and_sleep(
+        self, disk: Disk, fds: Sequence[int], events: int, until: Optional[float], mid_message: bool, results: bool
+    ) -> bool:
+        background = disk.image.background
+        assert background is not None
         while True:
             self.check(mid_message=mid_message)
-            ready = self._poll.poll(self._milliseconds(until))
-            for fd, _ in ready:
-                if fd in fds:
-                    return True
-                if fd == self._wake:
-                    os.read(self._wake, 4096)
-                elif fd == self._lifeline:
-                    raise Stop("the master is gone")
-            if not ready and until is not None and monotonic() >= until:
+            disk.go_inside()
+            if disk.outdated:
+                if results:
+                    return False
+                disk.place.leave()
+                return self._sleep(fds, events, until, mid_message)
+            background.progress()
+            disk.place.leave()
+            if results and background.finished:
                 return False
+            poll = select.poll()
+            for fd, wanted in (*self._own_interests(), *((fd, events) for fd in fds), *background.interests()):
+                poll.register(fd, wanted)
+            times = [time for time in (until, background.deadline()) if time is not None]
+            ready = {fd for fd, _ in poll.poll(self._milliseconds(min(times) if times else None))}
+            self._attend(ready)
+            if not ready.isdisjoint(fds):
+                return True
+            if until is not None and monotonic() >= until:
+                return False
+
+    def _own_interests(self) -> Iterator[Tuple[int, int]]:
+        yield self._wake, select.POLLIN
+        if self._lifeline >= 0:
+            yield self._lifeline, select.POLLIN
+
+    def _attend(self, ready: Container[int]) -> None:
+        if self._wake in ready:
+            os.read(self._wake, 4096)
+        if self._lifeline in ready:
+            raise Stop("the master is gone")
 
     def _milliseconds(self, until: Optional[float]) -> Optional[float]:
         if self.stopping:

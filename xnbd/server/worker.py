@@ -79,17 +79,18 @@ class Worker:
 
     def _work(self, watch: Watch) -> int:
         service = self._service
-        image = service.source.open()
+        disk = watch.disk = service.open_disk()
         watch.farewell = self._close_listeners  # a successor may listen there already
         while True:
             set_title("spare worker", service.source.name)
             sock = self._accept(watch)
             if sock is None:
+                disk.close()
                 return 0
             connection = Connection(sock, watch, service.spin)
             self._report(connection.peer)
             set_title("worker for", connection.peer, service.source.name)
-            service.serve(connection, image)
+            service.serve(connection, disk)
             del connection, sock
             gc.collect()
             self._report("")
@@ -98,9 +99,13 @@ class Worker:
     def _accept(self, watch: Watch) -> Optional[socket.socket]:
         """The next client, or None if this worker is one spare too many."""
         retirements = self._pipes.retirements
+        disk = watch.disk
+        assert disk is not None
         descriptors = (*(listener.fileno() for listener in self._listeners), retirements)
         while True:
-            watch.wait(descriptors, select.POLLIN)
+            watch.wait(descriptors, select.POLLIN, results=True)
+            if disk.outdated:
+                disk.renew()
             for listener in self._listeners:
                 sock = self._try_accept(listener, watch)
                 if sock is not None:

@@ -46,6 +46,10 @@ class Bitmap:
         """Whether every block from *first* up to *end* is set."""
         return self._next_change(first, end, True) == end
 
+    def any_set(self, first: int, end: int) -> bool:
+        """Whether some block from *first* up to *end* is set."""
+        return self._next_change(first, end, False) != end
+
     def set(self, first: int, end: int) -> None:
         """Set the bits of these blocks. The caller holds the lock of their bytes."""
         octets = self.octets

@@ -31,8 +31,7 @@ from typing import Callable, List
 
 from . import space
 from .bitmap import Bitmap
-from .image import do_nothing
-from .locks import RangeLocks
+from .locks import RangeLocks, do_nothing
 from .state_format import BEGUN, CHECKPOINT, NUMBER, PAGE, PAGE_SHIFT, SUCCEEDED, Layout
 
 _PAGES_AT_ONCE = 4096

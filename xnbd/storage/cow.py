@@ -21,6 +21,7 @@ from ..errors import ConfigurationError
 from . import space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, block_count, block_start, block_stop, bytes_of, covered, steps, touched
+from .board import Board
 from .extents import file_data_until, file_extents
 from .image import Buffer, Extent, Image, Source
 from .locks import RangeLocks
@@ -54,11 +55,14 @@ class CowSource(Source):
         self._bitmap = os.memfd_create("xnbd-cow-bitmap")
         os.ftruncate(self._bitmap, bitmap_size(block_count(self.size)))
         try:
-            self.open().close()
+            self._open().close()
         except (OSError, OverflowError) as error:
             raise ConfigurationError(f"cannot map {path} ({self.size} bytes) into memory: {error}") from error
 
-    def open(self) -> CowImage:
+    def open(self, board: Board) -> CowImage:
+        return self._open()
+
+    def _open(self) -> CowImage:
         return CowImage(
             reopen(self._base, readonly=True),
             reopen(self._overlay, readonly=False),

@@ -12,13 +12,12 @@ error to answer, the same fault in Python code would kill the process.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Callable, Iterator, List, NamedTuple, Optional, Union
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+from .board import Board, create_board
+from .locks import do_nothing
 
 Buffer = Union[bytes, bytearray, memoryview]
-
-
-def do_nothing() -> None:
-    """For `Image.on_wait`, where nobody minds a wait."""
 
 
 class Extent(NamedTuple):
@@ -26,6 +25,56 @@ class Extent(NamedTuple):
 
     length: int
     hole: bool
+
+
+class Ticket:
+    """What a request waits for: it is done once nothing is ``pending``, with an errno in ``error`` if that failed."""
+
+    __slots__ = ("error", "pending")
+
+    def __init__(self) -> None:
+        self.pending = 0
+        self.error = 0
+
+
+class NotLocal(Exception):
+    """A request needs blocks that are not here: try again once *ticket* is done.
+
+    Of a write, nothing was written, or something that writing again makes no worse.
+    """
+
+    def __init__(self, ticket: Ticket) -> None:
+        super().__init__("blocks are not local")
+        self.ticket = ticket
+
+
+class Background(ABC):
+    """Work on behalf of a disk that goes on while its server waits for a client."""
+
+    finished: List[Ticket]
+    """Tickets that are done; whoever does their requests again takes them off."""
+
+    @property
+    @abstractmethod
+    def busy(self) -> bool:
+        """Whether anything is under way or might come; if not, `progress` has nothing to do."""
+
+    @property
+    @abstractmethod
+    def health(self) -> int:
+        """What the board tells of the origin: `board.REACHED` and its like."""
+
+    @abstractmethod
+    def interests(self) -> List[Tuple[int, int]]:
+        """Descriptors to wait for, each with its poll events."""
+
+    @abstractmethod
+    def deadline(self) -> Optional[float]:
+        """When `progress` wants to be called in any case, in monotonic seconds."""
+
+    @abstractmethod
+    def progress(self) -> None:
+        """Do all that can be done without waiting."""
 
 
 class Image(ABC):
@@ -39,11 +88,18 @@ class Image(ABC):
     size: int
     readonly: bool
     flat: Optional[memoryview] = None
+    background: Optional[Background] = None
+    """What brings blocks that are not local; without it no method raises `NotLocal`."""
+
     on_wait: Callable[[], None] = staticmethod(do_nothing)
     """Called again and again while a method waits for another process; what it raises ends the wait."""
 
     readable: Callable[[], int]
     """How many bytes from the start can be reached now: less than ``size`` if the file shrank."""
+
+    def count_in(self, counts: List[int]) -> None:
+        """Count what was missed and fetched in *counts*, at the places that `board.Counts` has for it."""
+        del counts  # but for a proxy nothing is
 
     @abstractmethod
     def read(self, offset: int, length: int) -> List[memoryview]:
@@ -74,6 +130,10 @@ class Image(ABC):
     def prefetch(self, offset: int, length: int) -> None:
         """Begin to bring *length* bytes at *offset* closer."""
 
+    def fetch(self, offset: int, length: int) -> None:
+        """Have *length* bytes at *offset* at hand, as near as they can be."""
+        self.prefetch(offset, length)
+
     @abstractmethod
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """What *length* bytes at *offset* are made of, in order, without gaps."""
@@ -103,8 +163,12 @@ class Source(ABC):
     readonly: bool
 
     @abstractmethod
-    def open(self) -> Image:
-        """The disk for this process. Called after the fork; raises `OSError`."""
+    def open(self, board: Board) -> Image:
+        """The disk for this process, whose *board* it is. Called after the fork; raises `OSError`."""
+
+    def board_fd(self, processes: int) -> int:
+        """The file of the board, which at most so many processes share."""
+        return create_board(processes)
 
     @abstractmethod
     def flush(self) -> None:

@@ -20,6 +20,10 @@ _BUSY = (errno.EAGAIN, errno.EACCES)
 _LONGEST_PAUSE = 1e-3
 
 
+def do_nothing() -> None:
+    """For callers of what may wait who do not mind."""
+
+
 class RangeLocks:
     """Exclusive locks on bytes of the file behind *fd*, opened for writing by this very process."""
 

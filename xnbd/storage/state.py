@@ -12,6 +12,9 @@ stable storage (`storage.checkpoint`). Which of them counts, the header tells:
   before the bitmap, and whoever finds it so makes an empty bitmap;
 - no state file: the bitmap of a C xNBD, which is taken over as it is.
 
+The **board** (`storage.board`) lies in ``CACHE_BITMAP_IMAGE.board`` as long as servers
+use the files.
+
 What does not belong together is refused, and nothing is changed then. The space of
 both files is allocated when they are made, so that storing into their mappings
 cannot fail on a full file system.
@@ -24,29 +27,37 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..logs import log
 from . import state_files as files
+from .bitmap import Bitmap
+from .board import Board, board_size
 from .checkpoint import ProcessState
 from .locks import RangeLocks
 from .state_files import NEW, closed_on_error
-from .state_format import NO_BOOT, OPENING, BadHeader, Header, Layout, identity, layout_of, readable
+from .state_format import NO_BOOT, OPENING, BadHeader, Header, Layout, Steering, identity, layout_of, readable
 from .target import reopen
 
 SUFFIX = ".state"
+BOARD_SUFFIX = ".board"
+
+MAXIMUM_PROCESSES = 8192
+"""Processes of all servers together that may use a cache."""
+
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 def open_state(
     bitmap_path: str, cache_fd: int, *, disk_size: int, origin: str, clear: bool = False, boot_id_path: str = BOOT_ID
 ) -> SharedState:
-    """The bitmap at *bitmap_path* of a cache of *disk_size* bytes of the disk that *origin* identifies.
+    """The bitmap at *bitmap_path* of a cache of *disk_size* bytes of the disk at *origin*.
 
     For the master, before it forks. *cache_fd* is the cache image: it is synced
     before the durable copy speaks of it. With *clear* no block is cached, whatever
-    the files said, if nobody uses them. Raises `ConfigurationError`.
+    the files said, if nobody uses them. *origin* is where the disk was when the
+    bitmap was made, or where it has been moved to since. Raises `ConfigurationError`.
     """
     path = os.path.realpath(bitmap_path)
     try:
@@ -56,14 +67,27 @@ def open_state(
         raise ConfigurationError(f"cannot use cache bitmap {path} with its state file: {error.strerror}") from error
 
 
+class Known(NamedTuple):
+    """What a state file tells by itself: the disk's *size* in bytes, and where its origin has *moved to*, if it has."""
+
+    size: int
+    moved_to: str
+
+
 def known_size(bitmap_path: str) -> Optional[int]:
     """Bytes of the disk whose bitmap is at *bitmap_path*, or None if no state file tells it."""
+    known = known_state(bitmap_path)
+    return known.size if known is not None else None
+
+
+def known_state(bitmap_path: str) -> Optional[Known]:
+    """What is known of the disk whose bitmap is at *bitmap_path*; None without a state file that can be read."""
     try:
         fd = os.open(os.path.realpath(bitmap_path) + SUFFIX, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return None
     try:
-        return files.read_header(fd).disk_size
+        return Known(files.read_header(fd).disk_size, files.read_steering(fd).address)
     except (OSError, BadHeader):
         return None
     finally:
@@ -85,12 +109,12 @@ class SharedState:
     process of the last server is gone, or its master has called `mark_clean`.
     """
 
-    def __init__(self, bitmap_fd: int, state_fd: int, layout: Layout, header: Header) -> None:
-        self._bitmap_fd = bitmap_fd
-        self._state_fd = state_fd
+    def __init__(self, path: str, fds: Tuple[int, int, int], layout: Layout, header: Header) -> None:
+        self._path = path
+        self._bitmap_fd, self._state_fd, self.board_fd = fds
         self._layout = layout
         self._header = header
-        files.become_user(state_fd)
+        files.become_user(self._state_fd)
 
     def open_process(self) -> ProcessState:
         """The bitmap for this process. Called after the fork; raises `OSError`."""
@@ -104,6 +128,19 @@ class SharedState:
             process.close()
             raise
         return process
+
+    def open_board(self) -> Board:
+        """The board for this process. Called after the fork; raises `OSError`."""
+        return Board(reopen(self.board_fd, readonly=False))
+
+    def steer(self, steering: Steering) -> None:
+        """Have servers of another day begin with *steering*. Raises `OSError`; `ValueError` as `pack_steering`."""
+        with files.opening(self._state_fd):
+            files.write_steering(self._state_fd, steering)
+
+    @property
+    def steering(self) -> Steering:
+        return files.read_steering(self._state_fd)
 
     def mark_clean(self, cache_fd: int) -> bool:
         """Make everything durable, and mark the files as closed cleanly unless another server uses them.
@@ -119,6 +156,7 @@ class SharedState:
                 if alone:
                     os.fdatasync(self._bitmap_fd)
                     files.write_header(self._state_fd, self._header._replace(clean=True))
+                    os.unlink(self._path + BOARD_SUFFIX)
             finally:
                 files.leave(self._state_fd)
         return alone
@@ -132,8 +170,8 @@ class SharedState:
                 return ProcessState(bitmap_fd, state_fd, self._layout), state_fd
 
     def close(self) -> None:
-        os.close(self._bitmap_fd)
-        os.close(self._state_fd)
+        for fd in (self._bitmap_fd, self._state_fd, self.board_fd):
+            os.close(fd)
 
 
 class _Opening:
@@ -168,9 +206,41 @@ class _Opening:
     def _share(self, state_fd: int) -> SharedState:
         bitmap_fd = self._open_bitmap()
         with closed_on_error(bitmap_fd):
-            shared = SharedState(bitmap_fd, state_fd, self._layout, self._header)
+            board_fd = self._open_board(bitmap_fd, state_fd)
+            with closed_on_error(board_fd):
+                shared = SharedState(self._path, (bitmap_fd, state_fd, board_fd), self._layout, self._header)
         RangeLocks(state_fd).release(OPENING, 1)
         return shared
+
+    def _open_board(self, bitmap_fd: int, state_fd: int) -> int:
+        """A descriptor of the board, made anew if nobody uses the files."""
+        alone, path = files.is_alone(state_fd), self._path + BOARD_SUFFIX
+        if not alone:
+            fd = files.open_regular(path)
+            with closed_on_error(fd):
+                self._check_size(fd, path, board_size(MAXIMUM_PROCESSES))
+            return fd
+        steering = files.read_steering(state_fd)
+        if steering.switched:
+            self._return_to_proxy(bitmap_fd, state_fd, steering)
+        fd = files.open_regular(path, os.O_CREAT | os.O_TRUNC)
+        with closed_on_error(fd):
+            files.allocate(fd, board_size(MAXIMUM_PROCESSES))
+            with closing(Board(reopen(fd, readonly=False))) as board:
+                board.address = steering.address
+        return fd
+
+    def _return_to_proxy(self, bitmap_fd: int, state_fd: int, steering: Steering) -> None:
+        """A plain target has written to the image since it was a proxy's: fine if no block was missing then."""
+        bitmap = Bitmap(bitmap_fd, self._layout.blocks)
+        missing = self._layout.blocks - bitmap.count()
+        bitmap.octets.close()
+        if missing:
+            raise ConfigurationError(
+                f"{self._path}: the proxy was switched to a plain target by force with {missing} blocks missing: "
+                "serve the cache image with --target, or start afresh with --clear-bitmap"
+            )
+        files.write_steering(state_fd, steering._replace(switched=False))
 
     def _create(self, state_fd: int, clear: bool) -> None:
         """Make the new file behind *state_fd* the state file; there is none yet, or it may go."""
@@ -282,10 +352,12 @@ class _Opening:
             )
         if header.block_size != wanted.block_size:
             raise self._refusal(f"{self._path} has blocks of {header.block_size} bytes, not {wanted.block_size}")
-        if header.origin != wanted.origin:
+        if wanted.origin not in (header.origin, identity(files.read_steering(state_fd).address)):
             raise self._refusal(
-                f"{self._path} is of the origin {readable(header.origin)}, not of {readable(wanted.origin)}"
+                f"{self._path} is of the origin {readable(header.origin)}, not of {readable(wanted.origin)}; "
+                "if that disk has moved, start with the former address and use xnbd-bgctl --reconnect"
             )
+        self._header = wanted._replace(origin=header.origin)
         self._check_size(state_fd, self._state_path, self._layout.size)
         return header
 

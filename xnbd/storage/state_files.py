@@ -10,19 +10,23 @@ from typing import Iterator, NamedTuple
 
 from ..errors import ConfigurationError
 from . import space
-from .image import do_nothing
-from .locks import RangeLocks
+from .locks import RangeLocks, do_nothing
 from .state_format import (
     BEGUN,
     HEADER_SIZE,
     OPENING,
     PAGE,
+    STEERING,
+    STEERING_SIZE,
     USERS,
     USERS_COUNT,
     Header,
     Layout,
+    Steering,
     pack_header,
+    pack_steering,
     parse_header,
+    parse_steering,
 )
 
 NEW = ".new"
@@ -102,6 +106,16 @@ def read_header(state_fd: int) -> Header:
 def write_header(state_fd: int, header: Header) -> None:
     """Replace the header, durably. `OPENING` is locked."""
     space.write_all(state_fd, memoryview(pack_header(header)), 0)
+    os.fdatasync(state_fd)
+
+
+def read_steering(state_fd: int) -> Steering:
+    return parse_steering(os.pread(state_fd, STEERING_SIZE, STEERING))
+
+
+def write_steering(state_fd: int, steering: Steering) -> None:
+    """Replace it, durably. `OPENING` is locked. Raises `ValueError` for an address that is too long."""
+    space.write_all(state_fd, memoryview(pack_steering(steering)), STEERING)
     os.fdatasync(state_fd)
 
 

@@ -7,6 +7,7 @@ offset                  content
                         leave half of one
 2048, 2056              numbers of the checkpoint begun last and of the last one
                         that succeeded, 8 bytes each, of the machine's own endianness
+2560                    what was changed while servers ran: `Steering`
 4096                    dirty map: one byte for every page of the live bitmap
 then, at a page's start  map of the pages in the hands of a checkpoint, likewise
 then, at a page's start  durable copy of the bitmap; the file ends with it
@@ -47,6 +48,8 @@ USERS_COUNT = 1 << 60
 BEGUN = 2048
 SUCCEEDED = 2056
 NUMBER = struct.Struct("Q")
+STEERING = 2560
+STEERING_SIZE = PAGE - STEERING
 
 MAGIC = b"xNBD\r\n\x1as"
 VERSION = 1
@@ -92,6 +95,41 @@ class Header(NamedTuple):
     boot_id: bytes
     clean: bool
     block_size: int = BLOCK
+
+
+_STEERING = struct.Struct("<III")
+_STEERING_CHECKED = struct.Struct("<II")
+
+
+class Steering(NamedTuple):
+    """Whether the proxy was *switched* to a plain target, and where its origin has moved; empty: nowhere.
+
+    Little-endian: CRC-32 of all that follows, switched (0 or 1), length of the
+    address (4 bytes each), address. Anything else there means that nothing was changed.
+    """
+
+    switched: bool = False
+    address: str = ""
+
+
+LONGEST_ADDRESS = STEERING_SIZE - _STEERING.size
+
+
+def pack_steering(steering: Steering) -> bytes:
+    """Raises `ValueError` if the address is longer than `LONGEST_ADDRESS` bytes."""
+    address = steering.address.encode("utf-8", "surrogateescape")
+    if len(address) > LONGEST_ADDRESS:
+        raise ValueError(f"the address has more than {LONGEST_ADDRESS} bytes")
+    checked = _STEERING_CHECKED.pack(steering.switched, len(address)) + address
+    return _CHECKSUM.pack(zlib.crc32(checked)) + checked
+
+
+def parse_steering(data: bytes) -> Steering:
+    checksum, switched, length = _STEERING.unpack_from(data)
+    end = _STEERING.size + min(length, LONGEST_ADDRESS)
+    if zlib.crc32(data[_CHECKSUM.size : end]) != checksum:
+        return Steering()
+    return Steering(bool(switched), data[_STEERING.size : end].decode("utf-8", "surrogateescape"))
 
 
 class BadHeader(Exception):

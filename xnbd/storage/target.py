@@ -14,6 +14,7 @@ from typing import Callable, Iterator, List
 
 from ..errors import ConfigurationError
 from . import space
+from .board import Board
 from .extents import file_data_until, file_extents
 from .image import Buffer, Extent, Image, Source
 
@@ -101,11 +102,14 @@ class TargetSource(Source):
         self.size = space.device_size(self._fd)
         self.readonly = readonly
         try:
-            self.open().close()
+            self._open().close()
         except (OSError, OverflowError) as error:
             raise ConfigurationError(f"cannot map {path} ({self.size} bytes) into memory: {error}") from error
 
-    def open(self) -> TargetImage:
+    def open(self, board: Board) -> TargetImage:
+        return self._open()
+
+    def _open(self) -> TargetImage:
         return TargetImage(reopen(self._fd, readonly=self.readonly), self.size, readonly=self.readonly)
 
     def flush(self) -> None:

@@ -6,27 +6,58 @@ A peer runs with the best of its ordinary settings. All serve the same image on
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple
+
+from .errors import ProbeFailed
 
 ROOT = Path(__file__).resolve().parents[3]
 """The checkout under test."""
 
 XNBD_SERVER = [sys.executable, str(ROOT / "bin" / "xnbd-server")]
+XNBD_BGCTL = [sys.executable, str(ROOT / "bin" / "xnbd-bgctl")]
+_RELAY = [sys.executable, str(ROOT / "contrib" / "bench" / "wanrelay.py")]
+
+ORIGIN_SIZE = 256 << 20
+"""Bytes of the disk behind the proxies, or as much as the image has."""
+
+SMALL_ORIGIN_SIZE = 64 << 20
+"""Bytes of the disk behind a slow link."""
+
+EMPTY_ORIGIN_SIZE = 1 << 40
+
+ONE_WAY_DELAY = 10
+"""Milliseconds; a round trip takes twice this."""
+
+SLOW_RATE = 200
+"""Megabits per second."""
+
+
+_PIECE = 4 << 20
 
 
 class Place(NamedTuple):
-    """Where a server works: its TCP port, and a directory of its own for what it needs besides the image."""
+    """Where a server works: its TCP port, and a directory of its own for what it needs besides the image.
+
+    ``origin_port`` is where a proxy finds its origin.
+    """
 
     image: Path
     port: int
     directory: Path
+    origin_port: int = 0
 
     @property
     def pid_file(self) -> Path:
         """Written by servers that go into the background."""
         return self.directory / "pid"
+
+    @property
+    def control_socket(self) -> Path:
+        """Of our proxies."""
+        return self.directory / "control"
 
 
 class Flavour(NamedTuple):
@@ -35,7 +66,9 @@ class Flavour(NamedTuple):
     ``command`` makes its command line and writes what that needs into the place's
     directory. ``fresh`` gives every sample a new process in an empty directory, for
     servers that remember what they have done. ``daemon`` is for those that cannot
-    stay in the foreground: they write ``Place.pid_file``.
+    stay in the foreground: they write ``Place.pid_file``. ``origin`` is the flavour
+    that a proxy or a relay has behind it, and which is kept running. ``version`` is
+    empty where another flavour's says it.
     """
 
     command: Callable[[Place], List[str]]
@@ -44,30 +77,41 @@ class Flavour(NamedTuple):
     export: str = ""
     fresh: bool = False
     daemon: bool = False
+    origin: str = ""
 
 
 def _xnbd(place: Place) -> List[str]:
-    listening = ["--laddr", "127.0.0.1", "--lport", str(place.port)]
-    return [*XNBD_SERVER, "--target", "--quiet", *listening, str(place.image)]
+    return [*XNBD_SERVER, "--target", "--quiet", *_xnbd_listening(place), str(place.image)]
+
+
+def _xnbd_listening(place: Place) -> List[str]:
+    return ["--laddr", "127.0.0.1", "--lport", str(place.port)]
 
 
 def _nbdkit(place: Place) -> List[str]:
-    return ["nbdkit", "--foreground", "--ipaddr", "127.0.0.1", "--port", str(place.port), "file", str(place.image)]
+    return [*_nbdkit_listening(place), "file", str(place.image)]
+
+
+def _nbdkit_listening(place: Place) -> List[str]:
+    return ["nbdkit", "--foreground", "--ipaddr", "127.0.0.1", "--port", str(place.port)]
 
 
 def _qemu_nbd(place: Place) -> List[str]:
-    disk = ["--format=raw", "--cache=writeback", "--aio=threads", str(place.image)]
-    return ["qemu-nbd", "--persistent", "--shared=64", "--bind=127.0.0.1", f"--port={place.port}", *disk]
+    return [*_qemu_nbd_listening(place), "--format=raw", str(place.image)]
+
+
+def _qemu_nbd_listening(place: Place) -> List[str]:
+    listening = ["--persistent", "--shared=64", "--bind=127.0.0.1", f"--port={place.port}"]
+    return ["qemu-nbd", *listening, "--cache=writeback", "--aio=threads"]
 
 
 def _xnbd_cow(place: Place) -> List[str]:
-    listening = ["--laddr", "127.0.0.1", "--lport", str(place.port)]
-    return [*XNBD_SERVER, "--cow-target", "--quiet", *listening, "--cow-dir", str(place.directory), str(place.image)]
+    cow = ["--cow-dir", str(place.directory), str(place.image)]
+    return [*XNBD_SERVER, "--cow-target", "--quiet", *_xnbd_listening(place), *cow]
 
 
 def _nbdkit_cow(place: Place) -> List[str]:
-    listening = ["--ipaddr", "127.0.0.1", "--port", str(place.port)]
-    command = ["nbdkit", "--foreground", *listening, "--filter=cow", "file", str(place.image)]
+    command = [*_nbdkit_listening(place), "--filter=cow", "file", str(place.image)]
     return ["env", f"TMPDIR={place.directory}", *command]
 
 
@@ -83,13 +127,89 @@ def _nbd_server(place: Place) -> List[str]:
     return ["nbd-server", "-C", str(config), "-p", str(place.pid_file)]
 
 
+def _xnbd_proxy(place: Place) -> List[str]:
+    files = [str(place.directory / "cache"), str(place.directory / "bitmap"), str(place.control_socket)]
+    origin = ["127.0.0.1", str(place.origin_port)]
+    return [*XNBD_SERVER, "--proxy", "--quiet", *_xnbd_listening(place), *origin, *files]
+
+
+def _nbdkit_cache(place: Place) -> List[str]:
+    origin = ["nbd", "hostname=127.0.0.1", f"port={place.origin_port}"]
+    command = [*_nbdkit_listening(place), "--filter=cache", *origin, "cache-on-read=true"]
+    return ["env", f"TMPDIR={place.directory}", *command]
+
+
+def _qemu_nbd_copy_on_read(place: Place) -> List[str]:
+    overlay = place.directory / "overlay.qcow2"
+    backing = ["-F", "raw", "-b", f"nbd://127.0.0.1:{place.origin_port}/"]
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", *backing, str(overlay)]
+    made = subprocess.run(create, capture_output=True, text=True, timeout=60)
+    if made.returncode:
+        raise ProbeFailed(f"qemu-img: {made.stderr.strip()}")
+    disk = f"driver=copy-on-read,file.driver=qcow2,file.file.driver=file,file.file.filename={overlay}"
+    return [*_qemu_nbd_listening(place), "--image-opts", disk]
+
+
+def _origin(size: int) -> Callable[[Place], List[str]]:
+    """Our plain target on the first *size* bytes of the image."""
+
+    def command(place: Place) -> List[str]:
+        disk = place.directory / "disk.img"
+        with place.image.open("rb") as image, disk.open("wb") as copy:
+            while copy.tell() < size:
+                piece = image.read(min(_PIECE, size - copy.tell()))
+                if not piece:
+                    break
+                copy.write(piece)
+        return _xnbd(place._replace(image=disk))
+
+    return command
+
+
+def _empty_origin(place: Place) -> List[str]:
+    disk = place.directory / "disk.img"
+    with disk.open("wb") as file:
+        file.truncate(EMPTY_ORIGIN_SIZE)
+    return _xnbd(place._replace(image=disk))
+
+
+def _link(*options: object) -> Callable[[Place], List[str]]:
+    """A relay that is as good as its origin, but far away."""
+
+    def command(place: Place) -> List[str]:
+        return [*_RELAY, *map(str, options), str(place.port), "127.0.0.1", str(place.origin_port)]
+
+    return command
+
+
+_XNBD_VERSION = [*XNBD_SERVER, "--version"]
+_NBDKIT_VERSION = ["nbdkit", "--version"]
+_QEMU_NBD_VERSION = ["qemu-nbd", "--version"]
+
+
+def _proxy(origin: str, fresh: bool = True) -> Flavour:
+    return Flavour(_xnbd_proxy, _XNBD_VERSION, fresh=fresh, origin=origin)
+
+
 FLAVOURS: Dict[str, Flavour] = {
-    "xnbd": Flavour(_xnbd, [*XNBD_SERVER, "--version"]),
-    "xnbd-new": Flavour(_xnbd, [*XNBD_SERVER, "--version"], fresh=True),
-    "nbdkit": Flavour(_nbdkit, ["nbdkit", "--version"], "nbdkit"),
-    "qemu-nbd": Flavour(_qemu_nbd, ["qemu-nbd", "--version"], "qemu-utils"),
-    "xnbd-cow": Flavour(_xnbd_cow, [*XNBD_SERVER, "--version"], fresh=True),
-    "nbdkit-cow": Flavour(_nbdkit_cow, ["nbdkit", "--version"], "nbdkit", fresh=True),
-    "qemu-nbd -s": Flavour(_qemu_nbd_snapshot, ["qemu-nbd", "--version"], "qemu-utils", fresh=True),
+    "xnbd": Flavour(_xnbd, _XNBD_VERSION),
+    "xnbd-new": Flavour(_xnbd, _XNBD_VERSION, fresh=True),
+    "nbdkit": Flavour(_nbdkit, _NBDKIT_VERSION, "nbdkit"),
+    "qemu-nbd": Flavour(_qemu_nbd, _QEMU_NBD_VERSION, "qemu-utils"),
+    "xnbd-cow": Flavour(_xnbd_cow, _XNBD_VERSION, fresh=True),
+    "nbdkit-cow": Flavour(_nbdkit_cow, _NBDKIT_VERSION, "nbdkit", fresh=True),
+    "qemu-nbd -s": Flavour(_qemu_nbd_snapshot, _QEMU_NBD_VERSION, "qemu-utils", fresh=True),
     "nbd-server": Flavour(_nbd_server, ["nbd-server", "-V"], "nbd-server", export="bench", daemon=True),
+    "origin": Flavour(_origin(ORIGIN_SIZE), _XNBD_VERSION),
+    "xnbd-proxy": _proxy("origin"),
+    "xnbd-proxy-kept": _proxy("origin", fresh=False),
+    "nbdkit-cache": Flavour(_nbdkit_cache, _NBDKIT_VERSION, "nbdkit", fresh=True, origin="origin"),
+    "qemu-nbd-cor": Flavour(_qemu_nbd_copy_on_read, _QEMU_NBD_VERSION, "qemu-utils", fresh=True, origin="origin"),
+    "empty-origin": Flavour(_empty_origin, _XNBD_VERSION),
+    "xnbd-proxy-empty": _proxy("empty-origin"),
+    "far-origin": Flavour(_link("--delay", ONE_WAY_DELAY), [], origin="origin"),
+    "xnbd-proxy-far": _proxy("far-origin"),
+    "small-origin": Flavour(_origin(SMALL_ORIGIN_SIZE), _XNBD_VERSION),
+    "slow-origin": Flavour(_link("--delay", ONE_WAY_DELAY, "--rate", SLOW_RATE), [], origin="small-origin"),
+    "xnbd-proxy-slow": _proxy("slow-origin"),
 }

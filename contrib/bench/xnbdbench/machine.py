@@ -12,7 +12,7 @@ import psutil
 
 from .flavours import FLAVOURS
 
-_TOOLS = {"fio": ["fio", "--version"], "cc": ["cc", "--version"]}
+_TOOLS = [["fio", "--version"], ["cc", "--version"]]
 
 
 def describe_machine() -> Dict[str, Any]:
@@ -26,7 +26,9 @@ def describe_machine() -> Dict[str, Any]:
 
 
 def describe_versions(flavours: Iterable[str]) -> Dict[str, str]:
-    commands = {**{name: FLAVOURS[name].version for name in flavours}, **_TOOLS}
+    """By program, whose name is the last word of the command before the option."""
+    versions = [FLAVOURS[name].version for name in flavours if FLAVOURS[name].version]
+    commands = {Path(command[-2]).name: command for command in [*versions, *_TOOLS]}
     return {name: _first_line(command) for name, command in commands.items()}
 
 

@@ -5,17 +5,21 @@ The first contender is the subject; the others are what it is compared with.
 
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
-from .flavours import FLAVOURS
+from .caching import CacheAll, Cold, ColdLatency, FetchedShare, HitLatency, Warmed
+from .flavours import FLAVOURS, ORIGIN_SIZE
 from .footprint import IdleCpu, WorkerMemory
 from .load import KIB, MIB, Crowded, Filled, Fio, FirstRead, Load
-from .results import Goal, Panel, Unit, at_most, ratio
+from .results import Goal, Panel, Unit, at_least, at_most, ratio
 from .startup import InetdTime, VersionTime
 from .trial import Probe
 
 PEERS = ["nbdkit", "qemu-nbd", "nbd-server"]
 COW_PEERS = ["nbdkit-cow", "qemu-nbd -s"]
+PROXY_PEERS = ["nbdkit-cache", "qemu-nbd-cor"]
+
+_BARE = "bare origin"
 
 
 class Contender(NamedTuple):
@@ -28,7 +32,8 @@ class Contender(NamedTuple):
 class Measurement(NamedTuple):
     """``name`` is for ``--only``, ``title`` for people; ``panel`` is where the plot shows it.
 
-    ``most_rounds`` bounds the rounds of what takes long and varies little.
+    ``most_rounds`` bounds the rounds of what takes long and varies little. Contenders
+    in ``references`` are shown, but the subject need not be better.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Measurement(NamedTuple):
     contenders: Dict[str, Contender]
     panel: Panel = ""
     most_rounds: int = 1000
+    references: Tuple[str, ...] = ()
 
 
 def compare(probe: Probe, subject: str = "xnbd", others: Optional[List[str]] = None) -> Dict[str, Contender]:
@@ -74,6 +80,52 @@ def copied(name: str, title: str, probe: Probe, others: List[str]) -> Measuremen
     """
     return Measurement(name, title, "iops", ratio(0.85), compare(probe, "xnbd-cow", others), most_rounds=5)
 
+
+def cold(name: str, title: str, unit: Unit, goal: Goal, probe: Cold, subject: Optional[Probe] = None) -> Measurement:
+    """*probe* of new proxies with an empty cache, of which ours may have a *subject* of its own; and of the origin."""
+    contenders = {
+        "xnbd-proxy": Contender("xnbd-proxy", subject or probe),
+        **{peer: Contender(peer, probe) for peer in PROXY_PEERS},
+        _BARE: Contender("origin", probe),
+    }
+    return Measurement(name, title, unit, goal, contenders, references=(_BARE,))
+
+
+def warm(name: str, title: str, unit: Unit, load: Load) -> Measurement:
+    """A proxy that has everything, beside a plain target on the same data."""
+    probe = Warmed(load)
+    contenders = {"xnbd-proxy": Contender("xnbd-proxy-kept", probe), "xnbd": Contender("origin", probe)}
+    return Measurement(name, title, unit, ratio(0.9), contenders)
+
+
+def far(name: str, title: str, unit: Unit, goal: Goal, proxy: Probe, link: Probe) -> Measurement:
+    """A proxy whose origin is a round trip of 20 ms away, beside the same link without it."""
+    contenders = {"xnbd-proxy": Contender("xnbd-proxy-far", proxy), "bare link": Contender("far-origin", link)}
+    return Measurement(name, title, unit, goal, contenders, most_rounds=3)
+
+
+def hits(name: str, title: str, depth: int) -> Measurement:
+    """Reads of cached blocks while others of the same client wait for a stalled origin, and while none do."""
+    contenders = {
+        "misses wait": Contender("xnbd-proxy-far", HitLatency(depth, pending=32)),
+        "no misses": Contender("xnbd-proxy-far", HitLatency(depth)),
+    }
+    return Measurement(name, title, "µs", ratio(0.5), contenders, most_rounds=5)
+
+
+def proxy_alone(
+    name: str, title: str, unit: Unit, goal: Goal, probe: Probe, flavour: str = "xnbd-proxy"
+) -> Measurement:
+    return Measurement(name, title, unit, goal, {"xnbd-proxy": Contender(flavour, probe)}, most_rounds=3)
+
+
+def _far_stream(most: int) -> Cold:
+    return Cold(bytes=128 * KIB, depth=1, most=most)
+
+
+_COLD_RANDOM = Cold("randread", bytes=4 * KIB, depth=32, unit="iops", most=ORIGIN_SIZE // 4)
+_SLOW_COPY = CacheAll("link_percent")
+_EMPTY_COPY = CacheAll("seconds")
 
 _BUSY = Load(depth=16, connections=8)
 _WRITE = Load("randwrite", depth=32)
@@ -121,6 +173,30 @@ MEASUREMENTS: List[Measurement] = [
         ratio(0.9),
         {"1,000 idle": Contender("xnbd-new", Crowded(_BUSY, 1000)), "alone": Contender("xnbd-new", _BUSY)},
         most_rounds=5,
+    ),
+    cold("proxy-read", "cold read 256 KiB, 8 in flight", "MB/s", ratio(1.1), Cold()),
+    cold("proxy-randread", "cold random read 4 KiB, 32 in flight", "iops", ratio(1.5), _COLD_RANDOM),
+    cold("proxy-cache-all", "--cache-all; others: cold read", "MB/s", ratio(1.6), Cold(), CacheAll()),
+    warm("proxy-warm-16", "warm random read, 16 in flight", "iops", Load(depth=16)),
+    warm("proxy-warm-64", "warm random read, 64 in flight", "iops", Load(depth=64)),
+    warm("proxy-warm-256k", "warm read 256 KiB, 4 in flight", "MB/s", Load("read", 256 * KIB, 4, unit="mb_per_s")),
+    far("proxy-far-read", "20 ms away, cold random read", "ms", ratio(0.87), ColdLatency(), ColdLatency()),
+    far(
+        "proxy-far-seq",
+        "20 ms away, cold read 128 KiB, 1 in flight",
+        "MB/s",
+        ratio(10),
+        _far_stream(128 * MIB),
+        _far_stream(8 * MIB),
+    ),
+    hits("proxy-hits-1", "hits, 1 in flight, p99", 1),
+    hits("proxy-hits-16", "hits, 16 in flight, p99", 16),
+    proxy_alone("proxy-fetched", "fetched for reading the disk once", "disks", at_most(1.01), FetchedShare()),
+    proxy_alone(
+        "proxy-slow", "--cache-all, share of a 200 Mbit/s link", "%", at_least(90), _SLOW_COPY, "xnbd-proxy-slow"
+    ),
+    proxy_alone(
+        "proxy-empty", "--cache-all of an empty disk of 1 TiB", "s", at_most(60), _EMPTY_COPY, "xnbd-proxy-empty"
     ),
 ]
 

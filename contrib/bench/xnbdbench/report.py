@@ -14,14 +14,15 @@ def format_value(value: Optional[float], unit: Unit) -> str:
     if unit == "iops":
         return f"{value / 1000:.1f} k/s" if value < 100_000 else f"{value / 1000:.0f} k/s"
     if unit == "MB/s":
-        return f"{value / 1000:.2f} GB/s"
+        return f"{value / 1000:.2f} GB/s" if value >= 100 else f"{value:.1f} MB/s"
     return f"{value:.2f} {unit}" if value < 10 else f"{value:.0f} {unit}"
 
 
 def format_goal(result: Result) -> str:
     if result.goal.kind == "ratio":
         return f"≥ {TIMES}{result.goal.bound:g}"
-    return f"≤ {result.goal.bound:g} {result.unit}"
+    sign = "≤" if result.goal.kind == "at most" else "≥"
+    return f"{sign} {result.goal.bound:g} {result.unit}"
 
 
 def format_report(results: List[Result], about: Dict[str, Any]) -> str:

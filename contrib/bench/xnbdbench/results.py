@@ -6,7 +6,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, List, Literal, Optional, Tuple
 
-Unit = Literal["iops", "MB/s", "ms", "MiB", "%"]
+Unit = Literal["iops", "MB/s", "ms", "µs", "s", "MiB", "%", "disks"]
 Panel = Literal["", "small", "throughput"]
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -16,9 +16,9 @@ _MORE_IS_BETTER = ("iops", "MB/s")
 
 @dataclass(frozen=True)
 class Goal:
-    """``ratio``: at least so many times better than the best of the others; ``at most``: in the measurement's unit."""
+    """``ratio``: at least so many times better than the best of the others; the others: in the measurement's unit."""
 
-    kind: Literal["ratio", "at most"]
+    kind: Literal["ratio", "at most", "at least"]
     bound: float
 
 
@@ -30,9 +30,16 @@ def at_most(bound: float) -> Goal:
     return Goal("at most", bound)
 
 
+def at_least(bound: float) -> Goal:
+    return Goal("at least", bound)
+
+
 @dataclass
 class Result:
-    """All samples of one measurement; the first contender is the subject."""
+    """All samples of one measurement; the first contender is the subject.
+
+    It is not compared with those in ``references``.
+    """
 
     name: str
     title: str
@@ -41,6 +48,7 @@ class Result:
     panel: Panel
     contenders: List[str]
     samples: Dict[str, List[Dict[str, Any]]] = field(default_factory=dict)
+    references: List[str] = field(default_factory=list)
 
     @property
     def subject(self) -> str:
@@ -58,7 +66,7 @@ class Result:
     @property
     def best_rival(self) -> Optional[str]:
         """The one with the best median of those that the subject is compared with."""
-        medians = {name: self.median(name) for name in self.contenders[1:]}
+        medians = {name: self.median(name) for name in self.contenders[1:] if name not in self.references}
         known = {name: value for name, value in medians.items() if value is not None}
         if not known:
             return None
@@ -86,7 +94,7 @@ class Result:
         reached = self.ratio if self.goal.kind == "ratio" else self.median(self.subject)
         if reached is None:
             return False
-        return reached >= self.goal.bound if self.goal.kind == "ratio" else reached <= self.goal.bound
+        return reached <= self.goal.bound if self.goal.kind == "at most" else reached >= self.goal.bound
 
     def to_json(self) -> Dict[str, Any]:
         """The samples, and for readers of the file what follows from them."""
@@ -100,7 +108,7 @@ class Result:
 
     @classmethod
     def from_json(cls, stored: Dict[str, Any]) -> Result:
-        fields = {name: stored[name] for name in cls.__dataclass_fields__}
+        fields = {name: stored[name] for name in cls.__dataclass_fields__ if name in stored or name != "references"}
         return cls(**{**fields, "goal": Goal(**stored["goal"])})
 
     def _times_better(self, ours: Optional[float], theirs: Optional[float]) -> Optional[float]:

@@ -35,6 +35,7 @@ def _measure_one(measurement: Measurement, fleet: Fleet, settings: Settings) -> 
         panel=measurement.panel,
         contenders=names,
         samples={name: [] for name in names},
+        references=list(measurement.references),
     )
     for round_ in range(min(settings.rounds, measurement.most_rounds)):
         first = round_ % len(names)

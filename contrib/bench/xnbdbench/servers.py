@@ -13,7 +13,7 @@ from typing import Callable, Dict, Iterator, List, Optional
 
 import psutil
 
-from .errors import BenchmarkError, ProbeFailed
+from .errors import ProbeFailed
 from .flavours import FLAVOURS, Flavour, Place
 
 START_TIME = 20.0
@@ -32,13 +32,17 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 class Server:
-    """A server on 127.0.0.1 that answers when the constructor returns."""
+    """A server on 127.0.0.1 that answers when the constructor returns; raises ProbeFailed if it does not start.
 
-    def __init__(self, name: str, flavour: Flavour, image: Path, directory: Path) -> None:
+    ``origin`` is the server behind it, if it needs one.
+    """
+
+    def __init__(self, name: str, flavour: Flavour, image: Path, directory: Path, origin: Optional[Server]) -> None:
         self.name = name
         self.export = flavour.export
+        self.origin = origin
         self._flavour = flavour
-        self._place = Place(image, free_port(), directory)
+        self._place = Place(image, free_port(), directory, origin.port if origin else 0)
         self._process: Optional[psutil.Process] = None
         try:
             self._start()
@@ -49,6 +53,11 @@ class Server:
     @property
     def port(self) -> int:
         return self._place.port
+
+    @property
+    def control_socket(self) -> Path:
+        """Where `xnbd-bgctl` finds it, if it is a proxy of ours."""
+        return self._place.control_socket
 
     def processes(self) -> List[psutil.Process]:
         """The server's process, first, and all its descendants."""
@@ -62,6 +71,16 @@ class Server:
     def is_alive(self) -> bool:
         process = self._process
         return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Its process does nothing, while the kernel keeps its connections open: as a relay, it is a stalled link."""
+        process = self.processes()[0]
+        process.suspend()
+        try:
+            yield
+        finally:
+            process.resume()
 
     def stop(self) -> None:
         """End the server, in good order if it can."""
@@ -91,7 +110,8 @@ class Server:
         else:
             self._process = psutil.Process(started.pid)
         if not wait_until(lambda: self._greets() or not self.is_alive(), START_TIME) or not self.is_alive():
-            raise BenchmarkError(f"{self.name} did not start: {log_path.read_text(errors='replace').strip()}")
+            said = log_path.read_text(errors="replace").strip()
+            raise ProbeFailed(f"{self.name} did not start: {' / '.join(said.splitlines()[-3:])}")
 
     def _find_daemon(self) -> bool:
         try:
@@ -123,7 +143,7 @@ class Fleet:
         # A second Ctrl-C must not leave servers behind; stopping them takes a bounded time.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         try:
-            for server in self._running.values():
+            for server in reversed(list(self._running.values())):  # origins after what needs them
                 server.stop()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
@@ -132,12 +152,7 @@ class Fleet:
     def lend(self, name: str) -> Iterator[Server]:
         """A server of the flavour *name*, for one sample; raises ProbeFailed if it does not outlive that."""
         fresh = FLAVOURS[name].fresh
-        server = self._running.get(name)
-        if server is None:
-            server = self._running[name] = self._start(name)
-        elif not server.is_alive():
-            del self._running[name]  # the next sample gets a new one
-            raise ProbeFailed(f"{name} has died between two samples")
+        server = self._provide(name)
         try:
             yield server
             if not server.is_alive():
@@ -146,12 +161,25 @@ class Fleet:
             if fresh:
                 server.stop()
                 del self._running[name]
+                shutil.rmtree(self._directory / name, ignore_errors=True)
 
-    def _start(self, name: str) -> Server:
+    def _provide(self, name: str) -> Server:
+        """The running server of the flavour *name*, or a new one with all that is behind it."""
+        server = self._running.get(name)
+        if server is None:
+            behind = FLAVOURS[name].origin
+            origin = self._provide(behind) if behind else None
+            server = self._running[name] = self._start(name, origin)
+        elif not server.is_alive():
+            del self._running[name]  # the next sample gets a new one
+            raise ProbeFailed(f"{name} has died between two samples")
+        return server
+
+    def _start(self, name: str, origin: Optional[Server]) -> Server:
         directory = self._directory / name
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
-        return Server(name, FLAVOURS[name], self._image, directory)
+        return Server(name, FLAVOURS[name], self._image, directory, origin)
 
 
 def free_port() -> int:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Iterable, List, Optional
 
 from .errors import BenchmarkError
-from .flavours import FLAVOURS
+from .flavours import FLAVOURS, ORIGIN_SIZE, SMALL_ORIGIN_SIZE
 
 SOURCE = Path(__file__).resolve().parent.parent / "nbdload.c"
 
 _SHARED_MEMORY = Path("/dev/shm")
 _ROOM_TO_SPARE = 64 << 20
+_ROOM_FOR_PROXIES = 3 * ORIGIN_SIZE + 2 * SMALL_ORIGIN_SIZE
 _CHUNK = 4 << 20
 
 
@@ -50,13 +51,18 @@ def compile_nbdload() -> Path:
     return program
 
 
+def room_besides(flavours: Iterable[str]) -> int:
+    """Bytes that servers need besides the image: the proxies' origins, and the caches that exist at one time."""
+    return _ROOM_FOR_PROXIES if any(FLAVOURS[name].origin for name in flavours) else 0
+
+
 def choose_directory(wanted: Optional[str], size: int) -> Path:
-    """Where an image of *size* bytes has room: *wanted*, or else memory before disk."""
+    """Where there is room for *size* bytes: *wanted*, or else memory before disk."""
     candidates: List[Path] = [Path(wanted)] if wanted else [_SHARED_MEMORY, Path(tempfile.gettempdir())]
     for directory in candidates:
         if directory.is_dir() and shutil.disk_usage(directory).free > size + _ROOM_TO_SPARE:
             return directory
-    raise BenchmarkError(f"no room for an image of {size >> 20} MiB in {' or '.join(map(str, candidates))}: see --dir")
+    raise BenchmarkError(f"no room for {size >> 20} MiB in {' or '.join(map(str, candidates))}: see --dir")
 
 
 def make_image(path: Path, size: int) -> None:

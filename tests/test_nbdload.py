@@ -1,0 +1,89 @@
+"""The benchmark's load generator: cold caches are measured rightly only if it asks for each block once."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Iterator, List
+
+import pytest
+from server_process import ROOT, run, wait_until
+
+BLOCK = 4096
+DISK_BLOCKS = 256
+
+
+@pytest.fixture(scope="module")
+def nbdload(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("nbdload") / "nbdload"
+    run("cc", "-O2", "-Wall", "-Werror", "-pthread", "-o", program, ROOT / "contrib" / "bench" / "nbdload.c")
+    return program
+
+
+class LoggedDisk:
+    """An nbdkit whose log says what was asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.socket = directory / "sock"
+        self._log = directory / "log"
+        disk = ["--filter=log", "memory", str(DISK_BLOCKS * BLOCK), f"logfile={self._log}"]
+        self.process = subprocess.Popen(["nbdkit", "--foreground", "--unix", str(self.socket), *disk])
+
+    def blocks_read(self) -> List[int]:
+        """In the order of the log, once all connections have ended."""
+        wait_until(self._is_over, "the end of all connections in nbdkit's log")
+        offsets = re.findall(r" Read id=\d+ offset=0x([0-9a-f]+) ", self._log.read_text())
+        return [int(offset, 16) // BLOCK for offset in offsets]
+
+    def _is_over(self) -> bool:
+        log = self._log.read_text()
+        return 0 < log.count(" Connect ") == log.count(" Disconnect ")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[LoggedDisk]:
+    logged = LoggedDisk(tmp_path)
+    try:
+        wait_until(logged.socket.exists, "nbdkit's socket")
+        yield logged
+    finally:
+        logged.process.terminate()
+        logged.process.wait(20)
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+@pytest.mark.parametrize("op", ["read", "randread"])
+def test_once_asks_for_each_block_once(nbdload: Path, disk: LoggedDisk, op: str, connections: int) -> None:
+    out = run(nbdload, "--once", "--op", op, "--depth", 8, "--connections", connections, disk.socket)[1]
+    assert sorted(disk.blocks_read()) == list(range(DISK_BLOCKS))
+    assert json.loads(out)["requests"] == DISK_BLOCKS
+
+
+def test_once_is_random_with_randread(nbdload: Path, disk: LoggedDisk) -> None:
+    run(nbdload, "--once", "--op", "randread", disk.socket)
+    blocks = disk.blocks_read()
+    neighbours = sum(after == before + 1 for before, after in zip(blocks, blocks[1:]))
+    assert neighbours < DISK_BLOCKS // 8
+
+
+def test_limit_bounds_once(nbdload: Path, disk: LoggedDisk) -> None:
+    run(nbdload, "--once", "--op", "read", "--limit", 10, "--connections", 2, disk.socket)
+    assert sorted(disk.blocks_read()) == list(range(10))
+
+
+def test_span_keeps_to_the_start_of_the_disk(nbdload: Path, disk: LoggedDisk) -> None:
+    run(nbdload, "--once", "--op", "randread", "--span", 20 * BLOCK, disk.socket)
+    assert sorted(disk.blocks_read()) == list(range(20))
+
+
+def test_a_pending_read_asks_for_the_last_block_and_must_not_be_answered(nbdload: Path, disk: LoggedDisk) -> None:
+    status, _, err = run(nbdload, "--pending", 1, "--span", 20 * BLOCK, disk.socket, check=False)
+    assert (status, "a reply to no request" in err) == (1, True), err
+    assert DISK_BLOCKS - 1 in disk.blocks_read()
+
+
+def test_pending_reads_need_room_beyond_the_span(nbdload: Path, disk: LoggedDisk) -> None:
+    status, _, err = run(nbdload, "--pending", 2, "--once", disk.socket, check=False)
+    assert (status, "no room for pending reads" in err) == (1, True), err

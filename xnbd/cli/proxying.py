@@ -1,0 +1,136 @@
+"""From the arguments of ``xnbd-server --proxy`` to its disk."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+from ..errors import ConfigurationError
+from ..logs import log
+from ..origin.address import OriginAddress, parse_origin
+from ..origin.connection import OriginLost
+from ..origin.probe import probe
+from ..server.waiting import QueueLimits
+from ..storage import space
+from ..storage.fetch import Patience
+from ..storage.proxy import DEFAULT_READAHEAD, ProxySettings, ProxySource
+from ..storage.state import Known, known_state, open_state
+from ..storage.target import create_sparse, open_disk
+from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size
+
+Arguments = Dict[str, Any]
+
+DEFAULT_QUEUE = 4096
+DEFAULT_BUFFER = 64 << 20
+
+_NOT_EMPTY = re.compile(rb"[^\x00]")
+
+
+def open_proxy(arguments: Arguments, *, alone: bool) -> ProxySource:
+    """The disk. With *alone* this server has no siblings that were asked for the same disk a moment ago.
+
+    Raises `ConfigurationError`.
+    """
+    patience = Patience(_seconds(arguments, "--connect-timeout", 10.0), _seconds(arguments, "--origin-timeout", None))
+    readahead = _size_or_zero(arguments, "--readahead", DEFAULT_READAHEAD)
+    address = origin_of(arguments)
+    cache_path, bitmap_path = arguments["CACHE_DISK_IMAGE"], arguments["CACHE_BITMAP_IMAGE"]
+    known = None if arguments["--clear-bitmap"] else known_state(bitmap_path)
+    size = _find_size(address, known, patience.connect, ask=alone)
+    cache_fd = _open_cache(cache_path, size, must_exist=not arguments["--clear-bitmap"] and _has_bits(bitmap_path))
+    state = open_state(bitmap_path, cache_fd, disk_size=size, origin=str(address), clear=arguments["--clear-bitmap"])
+    settings = ProxySettings(
+        name=os.path.basename(cache_path),
+        size=size,
+        readonly=arguments["--readonly"],
+        address=address,
+        patience=patience,
+        readahead=readahead,
+    )
+    return ProxySource(cache_fd, state, settings)
+
+
+def queue_limits(arguments: Arguments) -> QueueLimits:
+    """Raises `ConfigurationError`."""
+    requests = arguments["--max-queue-size"]
+    return QueueLimits(
+        DEFAULT_QUEUE if requests is None else parse_integer(requests, "--max-queue-size", 0, 1 << 30),
+        _size_or_zero(arguments, "--max-buf-size", DEFAULT_BUFFER),
+    )
+
+
+def origin_of(arguments: Arguments) -> OriginAddress:
+    """Where the command line says that the origin is. Raises `ConfigurationError`."""
+    uri, name = arguments["REMOTE_URI"], arguments["--target-exportname"]
+    if uri is not None:
+        if "://" not in uri:
+            raise ConfigurationError(f"{uri}: expected REMOTE_HOST REMOTE_PORT, or an NBD URI", USAGE_ERROR)
+        return parse_origin(uri, None, name)
+    return parse_origin(arguments["REMOTE_HOST"], arguments["REMOTE_PORT"], name)
+
+
+def _seconds(arguments: Arguments, option: str, default: Optional[float]) -> Any:
+    text = arguments[option]
+    return default if text is None else parse_seconds(text, option)
+
+
+def _size_or_zero(arguments: Arguments, option: str, default: int) -> int:
+    text = arguments[option]
+    if text is None:
+        return default
+    return 0 if text.strip() == "0" else parse_size(text, option)
+
+
+def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *, ask: bool) -> int:
+    """Bytes of the disk: what the origin says, or the state file if the origin is away or need not be asked."""
+    if known is not None and not ask:
+        return known.size
+    here = parse_origin(known.moved_to) if known is not None and known.moved_to else address
+    if here != address:
+        log.info("the origin has been moved to %s", here)
+    try:
+        size = probe(here, timeout=timeout).size
+    except OriginLost as lost:
+        if known is None:
+            raise ConfigurationError(f"{lost}; its disk's size has to be known once") from lost
+        log.warning("%s; cached blocks are served, the others wait", lost)
+        return known.size
+    if not size:
+        raise ConfigurationError(f"origin {here}: its disk is empty")
+    return size
+
+
+def _has_bits(bitmap_path: str) -> bool:
+    """Whether some block is cached, as far as the live bitmap says."""
+    try:
+        with open(bitmap_path, "rb") as file:
+            return any(_NOT_EMPTY.search(part) for part in iter(lambda: file.read(1 << 20), b""))
+    except OSError:
+        return False
+
+
+def _open_cache(path: str, size: int, *, must_exist: bool) -> int:
+    """The cache image, made or enlarged to *size* bytes: a hole stays where nothing is cached."""
+    if not os.path.exists(path):
+        if must_exist:
+            raise ConfigurationError(f"{path} is gone, but its bitmap has cached blocks (--clear-bitmap starts afresh)")
+        create_sparse(path, size)
+    elif Path(path).is_file() and not Path(path).stat().st_size:
+        os.truncate(path, size)
+    fd = open_disk(path, readonly=False)
+    found = space.device_size(fd)
+    if found >= size:
+        return fd
+    if not os.path.isfile(path):
+        raise ConfigurationError(f"{path} has {found} bytes, too few for a disk of {size}")
+    if must_exist:
+        raise ConfigurationError(
+            f"{path} has {found} bytes of {size}, but its bitmap has cached blocks (--clear-bitmap starts afresh)"
+        )
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        raise ConfigurationError(f"cannot make {path} {size} bytes long: {error.strerror}") from error
+    return fd

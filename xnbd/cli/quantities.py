@@ -1,0 +1,76 @@
+"""Numbers for people. All of them are rounded down: what looks complete is complete."""
+
+from __future__ import annotations
+
+from typing import List, Tuple
+
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+_TIMES = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+
+
+def size(count: float) -> str:
+    """``12.3 GiB``; without a fraction where it is exact."""
+    number, unit = _scaled(int(count), 1024)
+    return f"{number} {_UNITS[unit]}" if (count, unit) != (1, 0) else "1 byte"
+
+
+def short_size(count: float) -> str:
+    """``12.3G``, ``225M``: at most five characters, for tables."""
+    number, unit = _scaled(int(count), 1024)
+    return _short(number) + " KMGTPE"[unit].strip()
+
+
+def short_count(count: int) -> str:
+    """At most five characters up to 10^20: ``99999``, ``123K``, ``1.2M``."""
+    if count < 100_000:
+        return str(count)
+    number, unit = _scaled(count, 1000)
+    return _short(number) + " KMGTPE"[unit]
+
+
+def _short(number: str) -> str:
+    """Without the fraction where that would make it long."""
+    return number.partition(".")[0] if len(number) > 4 else number
+
+
+def _scaled(count: int, base: int) -> Tuple[str, int]:
+    """*count* in the largest unit of which it has one, and that unit's power of *base*."""
+    unit, value = 0, 1
+    while unit < len(_UNITS) - 1 and count >= value * base:
+        unit, value = unit + 1, value * base
+    whole, rest = divmod(count, value)
+    return (f"{whole}.{rest * 10 // value}" if rest else str(whole)), unit
+
+
+def percentage(part: float, whole: float) -> str:
+    """``99.9 %``; 100 % is everything and nothing less, as nothing of nothing is."""
+    if part >= whole:
+        return "100 %"
+    tenths = max(0, int(part * 1000 // whole))
+    if part > 0 and not tenths:
+        return "< 0.1 %"
+    return f"{tenths // 10}.{tenths % 10} %"
+
+
+def duration(seconds: float) -> str:
+    """``2 h 13 min``: the two largest units; below ten seconds with a fraction."""
+    if seconds < 10:
+        return f"{max(0, int(seconds * 10)) / 10:.1f} s"
+    parts: List[str] = []
+    rest = int(seconds)
+    for unit, length in _TIMES:
+        count, rest = divmod(rest, length)
+        if count:
+            parts.append(f"{count} {unit}")
+        elif parts:
+            break
+    return " ".join(parts[:2])
+
+
+def rate(bytes_per_second: float) -> str:
+    return f"{size(bytes_per_second)}/s"
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """``1 client``, ``1,234 clients``; *several* is for words that do not just get an s."""
+    return f"{count:,} {one if count == 1 else several or one + 's'}"

@@ -1,0 +1,198 @@
+"""The answer to ``xnbd-bgctl --query`` for people, at 80 columns. What the server does not tell is left out."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple
+
+from .conversation import shown
+from .quantities import counted, duration, percentage, rate, short_count, short_size, size
+
+Message = Dict[str, Any]
+
+_MODES = {"proxy": "proxy", "target": "target", "cow": "copy-on-write target"}
+
+
+def report(answer: Message) -> List[str]:
+    """The lines of the report, but for the map."""
+    lines = [_title(answer)]
+    for label, describe in _SECTIONS:
+        for text in describe(answer):
+            lines.append(f"  {label:<12}{text}".rstrip())
+            label = ""
+    if "workers" in answer:
+        lines += ["", *_clients(answer["workers"], cache="blocks" in answer)]
+    return lines
+
+
+def _title(answer: Message) -> str:
+    parts = [_MODES.get(answer.get("mode", ""), shown(answer.get("mode", "")))]
+    if "disk_size" in answer:
+        bytes_ = f" ({answer['disk_size']:,} bytes)" if answer["disk_size"] >= 1024 else ""
+        parts.append(size(answer["disk_size"]) + bytes_)
+    if answer.get("readonly"):
+        parts.append("read-only")
+    return f"{shown(answer.get('name', ''))}: {', '.join(filter(None, parts))}"
+
+
+def _disk(answer: Message) -> Iterator[str]:
+    if answer.get("description"):
+        yield shown(answer["description"])
+
+
+def _server(answer: Message) -> Iterator[str]:
+    parts = []
+    if "version" in answer:
+        parts.append(f"xnbd-server {shown(answer['version'])}")
+    if "pid" in answer:
+        parts.append(f"process {answer['pid']}")
+    if "uptime_seconds" in answer:
+        parts.append(f"up {duration(answer['uptime_seconds'])}")
+    if parts:
+        yield ", ".join(parts)
+
+
+def _origin(answer: Message) -> Iterator[str]:
+    origin = answer.get("origin")
+    if not origin:
+        return
+    yield shown(origin.get("address", ""))
+    connections = origin.get("connections")
+    state = shown(origin.get("state", ""))
+    yield f"{state}, {counted(connections, 'connection')}" if connections is not None else state
+    if origin.get("error"):
+        yield shown(origin["error"])
+
+
+def _cached(answer: Message) -> Iterator[str]:
+    blocks = answer.get("blocks")
+    if not blocks:
+        return
+    total, cached = blocks["total"], blocks["cached"]
+    missing = total - cached
+    block_size = answer.get("block_size", 4096)
+    rest = f", {size(missing * block_size)} missing" if missing else ""
+    yield f"{percentage(cached, total)}, {cached:,} of {total:,} blocks{rest}"
+
+
+def _requests(answer: Message) -> Iterator[str]:
+    counters = answer.get("counters", {})
+    if "requests" in counters:
+        yield (
+            f"{counters['requests']:,}; {size(counters.get('bytes_read', 0))} read, "
+            f"{size(counters.get('bytes_written', 0))} written"
+        )
+
+
+def _hits(answer: Message) -> Iterator[str]:
+    counters = answer.get("counters", {})
+    hits, misses = counters.get("hits"), counters.get("misses")
+    if hits is None or misses is None or "blocks" not in answer:
+        return
+    share = f" ({percentage(hits, hits + misses)})" if hits + misses else ""
+    yield f"{hits:,}{share}, {counted(misses, 'miss', 'misses')}"
+
+
+def _fetched(answer: Message) -> Iterator[str]:
+    fetched = answer.get("counters", {}).get("bytes_fetched")
+    if fetched is not None and "blocks" in answer:
+        yield f"{size(fetched)} from the origin"
+
+
+def _waiting(answer: Message) -> Iterator[str]:
+    queue = answer.get("queue")
+    if not queue:
+        return
+    requests = counted(queue["requests"], "request")
+    most = _limit(queue.get("requests_limit"), lambda limit: f"{limit:,}")
+    yield f"{requests}, {most}; {size(queue['bytes'])} of buffers, {_limit(queue.get('bytes_limit'), size)}"
+
+
+def _limit(limit: Any, show: Callable[[Any], str]) -> str:
+    return f"at most {show(limit)}" if limit else "no limit"
+
+
+def _checkpoint(answer: Message) -> Iterator[str]:
+    checkpoint = answer.get("checkpoint")
+    if not checkpoint:
+        return
+    parts = []
+    if "dirty_pages" in checkpoint:
+        dirty = checkpoint["dirty_pages"]
+        parts.append(f"{counted(dirty, 'page')} not durable yet" if dirty else "all is durable")
+    if "completed" in checkpoint:
+        parts.append(f"{checkpoint['completed']:,} done")
+    if checkpoint.get("seconds_since_last") is not None:
+        parts.append(f"last one {duration(checkpoint['seconds_since_last'])} ago")
+    yield ", ".join(parts)
+
+
+def _cache_all(answer: Message) -> Iterator[str]:
+    copy = answer.get("cache_all")
+    if not copy:
+        return
+    copied, total, speed = copy["copied_bytes"], copy["total_bytes"], copy.get("rate") or 0.0
+    yield f"{percentage(copied, total)}, {size(copied)} of {size(total)}, process {copy['pid']}"
+    yield f"{rate(speed)}, {duration((total - copied) / speed)} left" if speed > 0 else "waiting"
+
+
+_SECTIONS = [
+    ("disk", _disk),
+    ("server", _server),
+    ("origin", _origin),
+    ("cached", _cached),
+    ("fetched", _fetched),
+    ("hits", _hits),
+    ("requests", _requests),
+    ("waiting", _waiting),
+    ("checkpoint", _checkpoint),
+    ("cache-all", _cache_all),
+]
+
+
+# Clients
+
+
+class _Column(NamedTuple):
+    heading: str
+    show: Callable[[Message], str]
+    needs: str
+    of_cache: bool = False
+
+
+def _hit_share(worker: Message) -> str:
+    hits, misses = worker.get("hits", 0), worker.get("misses", 0)
+    return percentage(hits, hits + misses).replace(" ", "") if hits + misses else "-"
+
+
+_COLUMNS = [
+    _Column("PID", lambda worker: str(worker["pid"]), "pid"),
+    _Column("AGE", lambda worker: duration(worker["connected_seconds"]), "connected_seconds"),
+    _Column("REQS", lambda worker: short_count(worker["requests"]), "requests"),
+    _Column("READ", lambda worker: short_size(worker["bytes_read"]), "bytes_read"),
+    _Column("WRITE", lambda worker: short_size(worker["bytes_written"]), "bytes_written"),
+    _Column("HITS", _hit_share, "hits", True),
+    _Column("FETCH", lambda worker: short_size(worker["bytes_fetched"]), "bytes_fetched", True),
+    _Column("WAIT", lambda worker: short_count(worker["queued_requests"]), "queued_requests", True),
+    _Column("CPU", lambda worker: f"{worker['cpu_percent']:.0f}%", "cpu_percent"),
+    _Column("MEM", lambda worker: short_size(worker["memory_bytes"]), "memory_bytes"),
+]
+
+
+def _clients(workers: List[Message], *, cache: bool) -> List[str]:
+    """A table, the client's address last: that may be long. Without *cache* nothing is said of one."""
+    if not workers:
+        return ["No clients."]
+    columns = [
+        column
+        for column in _COLUMNS
+        if (cache or not column.of_cache) and any(worker.get(column.needs) is not None for worker in workers)
+    ]
+    rows = [[column.heading for column in columns]]
+    for worker in workers:
+        rows.append([column.show(worker) if worker.get(column.needs) is not None else "-" for column in columns])
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
+    names = ["CLIENT", *(shown(worker.get("client", "")) for worker in workers)]
+    table = [
+        " ".join([*(cell.rjust(width) for cell, width in zip(row, widths)), name]) for row, name in zip(rows, names)
+    ]
+    return [f"{counted(len(workers), 'client')}:", *table]

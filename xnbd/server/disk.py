@@ -1,0 +1,56 @@
+"""The disk in the hands of one process: its image, its way through the gate, and what the process tells of itself."""
+
+from __future__ import annotations
+
+from ..storage.board import TARGET, Board
+from ..storage.image import Source
+from ..storage.locks import do_nothing
+from ..storage.target import reopen
+
+
+class Disk:
+    """*source*, opened by this process, after the fork. Raises `OSError`.
+
+    ``image`` is another one after `renew`, which nobody but the owner of a client's
+    session calls, between two requests.
+    """
+
+    def __init__(self, source: Source, board_fd: int) -> None:
+        self._source = source
+        self.board = Board(reopen(board_fd, readonly=False))
+        self.place = self.board.take_place()
+        self._open()
+
+    def _open(self) -> None:
+        self._mode = self.board.mode
+        self.image = self._source.open(self.board)
+        self.image.count_in(self.place.counts)
+        self.place.tell_mode(self._mode)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the disk has become a plain target since the image was opened."""
+        return self.place.mode == TARGET != self._mode
+
+    def renew(self) -> None:
+        """Go on with the disk as it is now."""
+        on_wait = self.image.on_wait
+        self.image.close()
+        self._open()
+        self.image.on_wait = on_wait
+
+    def go_inside(self) -> None:
+        """Pass the gate, for work on requests; whoever holds it makes this wait."""
+        self.place.enter(self.image.on_wait)
+
+    def part(self) -> None:
+        """The client has left."""
+        self.place.leave()
+        self.place.tell()
+        self.place.welcome("")
+        self.image.on_wait = do_nothing
+
+    def close(self) -> None:
+        """Let go of everything, the origin's connection included, which may take a moment."""
+        self.image.close()
+        self.board.close()

@@ -1,0 +1,98 @@
+"""Requests put aside until blocks are local, and the order in which replies may leave.
+
+A session with an old client answers in the order of the requests: there, replies
+that are ready stand in line behind those that are not.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Callable, Deque, Dict, List, NamedTuple, Optional
+
+from ..storage.image import Ticket
+from .replies import Piece
+
+
+class QueueLimits(NamedTuple):
+    """At *requests* put aside, or *buffered* bytes of their payloads, receiving stops; 0 is no limit."""
+
+    requests: int = 0
+    buffered: int = 0
+
+
+class Waiting:
+    """One request, from when it was put aside until its reply has left the line.
+
+    *again* does it once more, and may find that it has to wait for more; *buffered*
+    is what it holds in memory, in bytes.
+    """
+
+    __slots__ = ("again", "answer", "buffered", "command", "cookie", "in_line", "ready")
+
+    def __init__(self, command: int, cookie: bytes, again: Callable[[], None], buffered: int = 0) -> None:
+        self.command = command
+        self.cookie = cookie
+        self.again = again
+        self.buffered = buffered
+        self.ready = self.in_line = False
+        self.answer: List[Piece] = []
+
+
+class WaitingRoom:
+    """All requests of one session that are put aside. With *ordered*, ready replies keep their place too.
+
+    ``blocked`` tells whether later replies have to stand in line; ``full`` that no
+    more requests should come; ``buffered`` is the bytes held for those that wait.
+    """
+
+    def __init__(self, replies: List[Piece], limits: QueueLimits, *, ordered: bool) -> None:
+        self.blocked = False
+        self.buffered = 0
+        self._replies = replies
+        self._limits = limits
+        self._ordered = ordered
+        self._by_ticket: Dict[Ticket, Waiting] = {}
+        self._line: Deque[Waiting] = deque()
+
+    def __len__(self) -> int:
+        """Requests that wait for a ticket."""
+        return len(self._by_ticket)
+
+    @property
+    def full(self) -> bool:
+        requests, buffered = self._limits
+        if 0 < requests <= max(len(self._by_ticket), len(self._line)):
+            return True
+        return 0 < buffered <= self.buffered
+
+    def enter(self, ticket: Ticket, request: Waiting) -> None:
+        """*request* waits for *ticket*."""
+        self._by_ticket[ticket] = request
+        self.buffered += request.buffered
+        if self._ordered and not request.in_line:
+            self.stand_in_line(request)
+
+    def leave(self, ticket: Ticket) -> Optional[Waiting]:
+        """The request that waits for *ticket*, if one does: it has to be done again now."""
+        request = self._by_ticket.pop(ticket, None)
+        if request is not None:
+            self.buffered -= request.buffered
+        return request
+
+    def tickets(self) -> List[Ticket]:
+        return list(self._by_ticket)
+
+    def stand_in_line(self, request: Waiting) -> None:
+        """A request of an ordered session takes its place, whether it has to wait itself or for others only."""
+        request.in_line = self.blocked = True
+        self._line.append(request)
+
+    def answered(self, request: Waiting) -> None:
+        """The answer of *request* is complete: it leaves, unless it has to keep its place."""
+        request.ready = True
+        if not self._ordered:
+            self._replies += request.answer
+            return
+        while self._line and self._line[0].ready:
+            self._replies += self._line.popleft().answer
+        self.blocked = bool(self._line)

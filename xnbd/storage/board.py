@@ -1,0 +1,306 @@
+"""What all processes of one disk share besides its blocks: the gate, the mode, a line for each of them.
+
+Servers of a proxy keep the board beside the cache's bitmap, so that those started
+separately share it too; others have one that ends with them. Nothing in it has to
+outlive the last of them.
+
+**The gate** makes a moment in which no request is half done. A process shows in its
+own line when it works on requests (`Place.enter`) and takes that back before it
+sleeps. Whoever needs the moment (`Board.closed`) raises a flag and waits until
+everybody is outside; who comes meanwhile waits. That costs two stores and a look for
+every batch, and needs no system call. A dead process is told by the lock on its
+line, which goes with it; so is the one that had raised the flag.
+
+======  ========================================================================
+offset  content, of the machine's own endianness
+======  ========================================================================
+0       the gate's flag (1 byte)
+1       mode (1 byte): `PROXY`, `COMPLETE`, `TARGET`
+4       generation of the origin's address (4 bytes)
+8       time of the last checkpoint, in seconds since the epoch (double)
+16      checkpoints (8 bytes)
+64      CRC-32, length (4 bytes each) and text of the origin's address
+16384   lines of `LINE` bytes, see `_LINE`
+======  ========================================================================
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import struct
+import time
+import zlib
+from contextlib import contextmanager
+from typing import Callable, Iterator, List, NamedTuple, Optional
+
+from .locks import RangeLocks, do_nothing
+
+PROXY, COMPLETE, TARGET = 0, 1, 2
+"""Modes of a proxy: some blocks are missing; none is, but the bitmap is still kept; it has become a plain target."""
+
+LINE = 256
+_LINES_AT = 16384
+
+_FLAG, _MODE, _GENERATION, _CHECKPOINTS, _ADDRESS = 0, 1, 4, 8, 64
+_U32 = struct.Struct("=I")
+_CHECKPOINT = struct.Struct("=dQ")
+_TEXT = struct.Struct("=II")
+_LONGEST_ADDRESS = _LINES_AT - _ADDRESS - _TEXT.size
+
+_LINE = struct.Struct("=IxB2xd5Q5QIIQ64s")
+_INSIDE, _OWN_MODE = 4, 5
+_COUNTERS = struct.Struct("=5Q")
+_QUEUE = struct.Struct("=IIQ")
+_COUNTERS_AT, _BASE_AT, _QUEUE_AT, _PEER_AT = 16, 56, 96, 112
+_PEER = struct.Struct("=64s")
+_TROUBLE_AT = 176
+_TROUBLE = struct.Struct("=80s")
+
+GATE, CONTROL, COPYING = 0, 1, 2
+_LINES = 1 << 16
+"""Locks on bytes of the file: `CONTROL` has who answers the control socket, `COPYING` who copies all blocks."""
+
+_SETTLE = 1e-3
+"""Seconds after which a store of one processor is seen by all others, many times over."""
+
+_LONGEST_NAP = 1e-3
+
+REACHED, UNREACHABLE, NOT_NEEDED = 1, 2, 0
+"""A process and its origin: connected, in vain, never tried."""
+
+
+class Counts(NamedTuple):
+    """Requests answered; bytes read, written, and fetched from the origin; requests that had to wait for it."""
+
+    requests: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    misses: int = 0
+    bytes_fetched: int = 0
+
+    def minus(self, other: Counts) -> Counts:
+        return Counts(*(a - b for a, b in zip(self, other)))
+
+    def plus(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(self, other)))
+
+
+REQUESTS, BYTES_READ, BYTES_WRITTEN, MISSES, BYTES_FETCHED = range(5)
+"""Places in `Counts`."""
+
+
+class Line(NamedTuple):
+    """What one process tells: its client, *since* when (seconds since the epoch), and the *counts* since then."""
+
+    pid: int
+    mode: int
+    since: float
+    counts: Counts
+    origin: int
+    queued_requests: int
+    queued_bytes: int
+    peer: str
+    trouble: str
+
+
+class Board:
+    """The board in the file behind *fd*, which this process has opened, after the fork, and this object owns."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._map = mmap.mmap(fd, 0)
+        self._count = (len(self._map) - _LINES_AT) // LINE
+        self._locks = RangeLocks(fd)
+
+    @property
+    def mode(self) -> int:
+        return self._map[_MODE]
+
+    @mode.setter
+    def mode(self, mode: int) -> None:
+        self._map[_MODE] = mode
+
+    @property
+    def generation(self) -> int:
+        return int(_U32.unpack_from(self._map, _GENERATION)[0])
+
+    @property
+    def address(self) -> str:
+        """The origin's address; empty if none is noted, or not to its end."""
+        checksum, length = _TEXT.unpack_from(self._map, _ADDRESS)
+        start = _ADDRESS + _TEXT.size
+        text = self._map[start : start + min(length, _LONGEST_ADDRESS)]
+        return text.decode("utf-8", "surrogateescape") if zlib.crc32(text) == checksum else ""
+
+    @address.setter
+    def address(self, address: str) -> None:
+        text = address.encode("utf-8", "surrogateescape")
+        if len(text) > _LONGEST_ADDRESS:
+            raise ValueError("address too long")
+        start = _ADDRESS
+        self._map[start : start + _TEXT.size + len(text)] = _TEXT.pack(zlib.crc32(text), len(text)) + text
+        _U32.pack_into(self._map, _GENERATION, (self.generation + 1) & 0xFFFFFFFF)
+
+    def note_checkpoint(self) -> None:
+        _, count = _CHECKPOINT.unpack_from(self._map, _CHECKPOINTS)
+        _CHECKPOINT.pack_into(self._map, _CHECKPOINTS, time.time(), count + 1)
+
+    def checkpoints(self) -> tuple[int, Optional[float]]:
+        """How many there were, and when the last one was (seconds since the epoch)."""
+        when, count = _CHECKPOINT.unpack_from(self._map, _CHECKPOINTS)
+        return count, when or None
+
+    def reset(self) -> None:
+        """Forget all processes; nobody else uses the board."""
+        self._map[_FLAG] = 0
+        self._map[_CHECKPOINTS : _CHECKPOINTS + _CHECKPOINT.size] = bytes(_CHECKPOINT.size)
+        self._map[_LINES_AT:] = bytes(len(self._map) - _LINES_AT)
+
+    def take_place(self) -> Place:
+        """A line for this process. Raises `OSError` if all are taken."""
+        start = random.randrange(self._count)
+        for number in (*range(start, self._count), *range(start)):
+            if self._locks.try_acquire(_LINES + number, 1):
+                return Place(self._map, _LINES_AT + number * LINE, self._locks)
+        raise OSError(f"more than {self._count} processes use this disk")
+
+    def lines(self) -> List[Line]:
+        """What all living processes tell."""
+        return [self._read_line(at) for number, at in self._used_lines() if self._is_alive(number)]
+
+    def totals(self) -> Counts:
+        """What all processes have counted, dead ones too."""
+        total = Counts()
+        for _, at in self._used_lines():
+            total = total.plus(Counts(*_COUNTERS.unpack_from(self._map, at + _COUNTERS_AT)))
+        return total
+
+    def _used_lines(self) -> Iterator[tuple[int, int]]:
+        for number in range(self._count):
+            at = _LINES_AT + number * LINE
+            if self._map[at : at + 4] != b"\0\0\0\0":
+                yield number, at
+
+    def _is_alive(self, number: int) -> bool:
+        return self._locks.held_elsewhere(_LINES + number, 1)
+
+    def _read_line(self, at: int) -> Line:
+        pid, mode, since, *fields = _LINE.unpack_from(self._map, at)
+        counts, before = Counts(*fields[:5]), Counts(*fields[5:10])
+        (trouble,) = _TROUBLE.unpack_from(self._map, at + _TROUBLE_AT)
+        origin, requests, buffered, peer = fields[10:]
+        counts = counts.minus(before)
+        return Line(pid, mode, since, counts, origin, requests, buffered, _text(peer), _text(trouble))
+
+    @contextmanager
+    def closed(self, timeout: float, on_wait: Callable[[], None] = do_nothing) -> Iterator[None]:
+        """Hold everybody outside. Raises `TimeoutError` if somebody does not come out in *timeout* seconds."""
+        until = time.monotonic() + timeout
+        while not self._locks.try_acquire(GATE, 1):
+            _nap(until, on_wait, "somebody else holds the gate")
+        flag = _FLAG
+        try:
+            self._map[flag] = 1
+            time.sleep(_SETTLE)
+            for number, at in self._used_lines():
+                while self._map[at + _INSIDE] and self._is_alive(number):
+                    _nap(until, on_wait, f"process {_U32.unpack_from(self._map, at)[0]} is busy")
+            yield
+        finally:
+            self._map[flag] = 0
+            self._locks.release(GATE, 1)
+
+    def close(self) -> None:
+        self._map.close()
+        os.close(self._fd)
+
+
+def _nap(until: float, on_wait: Callable[[], None], reason: str) -> None:
+    if time.monotonic() > until:
+        raise TimeoutError(reason)
+    on_wait()
+    time.sleep(_LONGEST_NAP / 10)
+
+
+def _text(padded: bytes) -> str:
+    return padded.rstrip(b"\0").decode("utf-8", "replace")
+
+
+class Place:
+    """This process's line, and its way through the gate. Begins outside, without a client."""
+
+    def __init__(self, memory: mmap.mmap, at: int, locks: RangeLocks) -> None:
+        self._map = memory
+        self._flag = _FLAG
+        self._mode = _MODE
+        self._inside = at + _INSIDE
+        self._at = at
+        self._locks = locks
+        self.inside = False
+        self.counts: List[int] = list(_COUNTERS.unpack_from(memory, at + _COUNTERS_AT))
+        """What `tell` publishes; goes on from what an earlier process in this line has counted."""
+        memory[self._inside] = 0
+        self.welcome("")
+        _U32.pack_into(memory, at, os.getpid())
+
+    @property
+    def mode(self) -> int:
+        return self._map[self._mode]
+
+    def tell_mode(self, mode: int) -> None:
+        """This process works in *mode* now."""
+        self._map[self._inside + _OWN_MODE - _INSIDE] = mode
+
+    def enter(self, on_wait: Callable[[], None] = do_nothing) -> None:
+        """From now on until `leave` the gate cannot be closed."""
+        self._map[self._inside] = 1
+        self.inside = True
+        if self._map[self._flag]:
+            self._wait_outside(on_wait)
+
+    def leave(self) -> None:
+        self._map[self._inside] = 0
+        self.inside = False
+
+    def _wait_outside(self, on_wait: Callable[[], None]) -> None:
+        while self._map[self._flag]:
+            self._map[self._inside] = 0
+            if self._locks.try_acquire(GATE, 1):  # whoever had raised the flag is dead
+                self._map[self._flag] = 0
+                self._locks.release(GATE, 1)
+            else:
+                on_wait()
+                time.sleep(_LONGEST_NAP / 10)
+            self._map[self._inside] = 1
+
+    def welcome(self, peer: str) -> None:
+        """The client is *peer* from now on; empty for none."""
+        memory, at = self._map, self._at
+        struct.pack_into("=d", memory, at + 8, time.time())
+        _COUNTERS.pack_into(memory, at + _BASE_AT, *self.counts)
+        _QUEUE.pack_into(memory, at + _QUEUE_AT, 0, 0, 0)
+        _PEER.pack_into(memory, at + _PEER_AT, peer.encode()[: _PEER.size])
+        _TROUBLE.pack_into(memory, at + _TROUBLE_AT, b"")
+
+    def tell(self) -> None:
+        _COUNTERS.pack_into(self._map, self._at + _COUNTERS_AT, *self.counts)
+
+    def tell_queue(self, origin: int, requests: int, buffered: int) -> None:
+        _QUEUE.pack_into(self._map, self._at + _QUEUE_AT, origin, requests, buffered)
+
+    def tell_trouble(self, text: str) -> None:
+        _TROUBLE.pack_into(self._map, self._at + _TROUBLE_AT, text.encode()[: _TROUBLE.size])
+
+
+def board_size(processes: int) -> int:
+    """Bytes of a board for so many processes."""
+    return _LINES_AT + processes * LINE
+
+
+def create_board(processes: int) -> int:
+    """A descriptor of a new board that has no name, for at most so many processes of one server."""
+    fd = os.memfd_create("xnbd-board")
+    os.ftruncate(fd, board_size(processes))
+    return fd

@@ -1,0 +1,459 @@
+"""Bringing blocks from the origin into the cache, while others go on.
+
+A `Fetch` is a run of blocks that are asked for with one READ. Whoever needs its
+blocks holds a `Ticket`. The rules that keep the cache right:
+
+- A block is written by the process that holds the lock of its byte of the bitmap.
+  A lock that another process holds is tried again later, never waited for.
+- With the lock in hand the bits are looked at once more, and data goes only to
+  blocks whose bits are not set: a whole block may be written while its fetch is
+  under way, and that counts.
+- Bits are set when the reply is complete and good, after the data.
+- When the origin is lost its fetches let go of their locks and are asked again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from collections import deque
+from time import monotonic
+from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple
+
+from ..logs import log
+from ..origin.address import OriginAddress, parse_origin
+from ..origin.connection import OriginConnection, OriginLost
+from . import space
+from .blocks import BLOCK, block_start, block_stop, bytes_of, touched
+from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, UNREACHABLE, Board, Counts
+from .checkpoint import ProcessState
+from .image import Background, Ticket
+from .locks import RangeLocks
+from .target import TargetImage
+
+PIECE = 64
+"""Blocks that one READ asks for at most, and a multiple of which none goes across."""
+
+_IN_FLIGHT = 8 << 20
+"""Bytes asked for at once for those who wait; ahead of them, `_AHEAD_IN_FLIGHT`."""
+
+_AHEAD_IN_FLIGHT = 2 << 20
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.01
+_FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
+_PARTING = 1.0
+
+
+class Whereabouts(NamedTuple):
+    """Where the origin is: at *first* unless the *board* has another address."""
+
+    board: Board
+    first: OriginAddress
+
+    @property
+    def generation(self) -> int:
+        """Changes whenever the address does."""
+        return self.board.generation
+
+    @property
+    def address(self) -> OriginAddress:
+        moved = self.board.address
+        return parse_origin(moved) if moved else self.first
+
+
+class Patience(NamedTuple):
+    """Seconds until a connection has to stand, and until blocks that do not come are given up (None: never)."""
+
+    connect: float = 10.0
+    origin: Optional[float] = None
+
+
+class Fetch:
+    """The blocks from *first* up to *end*. ``mixed`` tells that some of them may be there already."""
+
+    __slots__ = ("ahead", "end", "error", "first", "mixed", "pause", "since", "tickets")
+
+    def __init__(self, first: int, end: int, *, ahead: bool) -> None:
+        self.first = first
+        self.end = end
+        self.ahead = ahead
+        self.tickets: List[Ticket] = []
+        self.mixed = False
+        self.error = 0
+        self.pause = _FIRST_PAUSE
+        self.since = 0.0
+
+
+class Fetcher(Background):
+    """Fills *cache* for this process; everything between two sleeps happens in one thread."""
+
+    def __init__(self, cache: TargetImage, state: ProcessState, whereabouts: Whereabouts, patience: Patience) -> None:
+        self.finished: List[Ticket] = []
+        self.counts: List[int] = [0] * len(Counts())
+        self.trouble = ""
+        self._cache = cache
+        self._fd = cache.fd
+        self._size = cache.size
+        self._bitmap = state.bitmap
+        self._locks = RangeLocks(state.fd)
+        self._held: Dict[int, int] = {}
+        self._whereabouts = whereabouts
+        self._generation = whereabouts.generation
+        self._patience = patience
+        self._connection: Optional[OriginConnection] = None
+        self._delay = 0.0
+        self._connect_at = 0.0
+        self._in_flight = 0
+        self._by_block: Dict[int, Fetch] = {}
+        self._wanted: Deque[Fetch] = deque()
+        self._ahead: Deque[Fetch] = deque()
+        self._locked_out: List[Tuple[float, Fetch]] = []
+        self._pauses: List[Tuple[float, Ticket]] = []
+
+    # For those who need blocks
+
+    def need(self, first: int, end: int) -> Optional[Ticket]:
+        """A ticket for the blocks from *first* up to *end* that are not local; None if they all are by now."""
+        ticket = Ticket()
+        for run_first, run_end, local in self._bitmap.runs(first, end):
+            if not local:
+                self._need_run(ticket, run_first, run_end)
+        return ticket if ticket.pending else None
+
+    def _need_run(self, ticket: Ticket, first: int, end: int) -> None:
+        by_block = self._by_block
+        while first < end:
+            fetch = by_block.get(first)
+            if fetch is None:
+                stop = first + 1
+                while stop < end and stop not in by_block and stop % PIECE:
+                    stop += 1
+                fetch = self._add(self._wanted, first, stop, ahead=False)
+            elif fetch.ahead:
+                fetch.ahead = False
+                if fetch in self._ahead:
+                    self._ahead.remove(fetch)
+                    self._wanted.append(fetch)
+            if not fetch.tickets or fetch.tickets[-1] is not ticket:
+                fetch.tickets.append(ticket)
+                ticket.pending += 1
+            first = fetch.end
+
+    def bring_ahead(self, first: int, end: int) -> None:
+        """Fetch what is missing of these blocks, after everything that is needed."""
+        by_block = self._by_block
+        for run_first, run_end, local in self._bitmap.runs(first, end):
+            while not local and run_first < run_end:
+                stop = run_first + 1
+                if run_first not in by_block:
+                    while stop < run_end and stop not in by_block and stop % PIECE:
+                        stop += 1
+                    self._add(self._ahead, run_first, stop, ahead=True)
+                run_first = stop
+
+    def _add(self, queue: Deque[Fetch], first: int, end: int, *, ahead: bool) -> Fetch:
+        last = queue[-1] if queue else None
+        if last is not None and last.end == first and first % PIECE:
+            last.end = end
+            fetch = last
+        else:
+            fetch = Fetch(first, end, ahead=ahead)
+            fetch.since = monotonic()
+            queue.append(fetch)
+        if end - first == 1:
+            self._by_block[first] = fetch
+        else:
+            self._by_block.update(dict.fromkeys(range(first, end), fetch))
+        return fetch
+
+    def claim(self, first: int, end: int) -> bool:
+        """Lock these blocks to write them; False if another process has some. `settle` lets go of them."""
+        return self._hold(*bytes_of(first, end))
+
+    def settle(self, first: int, end: int, *, written: bool) -> None:
+        """Let go of blocks that were claimed, and mark them as local if they were *written*."""
+        try:
+            if written:
+                self._bitmap.set(first, end)
+                by_block = self._by_block
+                if by_block:
+                    for block in range(first, end):
+                        if block in by_block:
+                            by_block[block].mixed = True
+        finally:
+            self._let_go(*bytes_of(first, end))
+
+    def pause(self) -> Ticket:
+        """A ticket that is done in a moment, for whoever found blocks locked."""
+        ticket = Ticket()
+        ticket.pending = 1
+        self._pauses.append((monotonic() + _FIRST_PAUSE, ticket))
+        return ticket
+
+    # Background
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._by_block or self._pauses or self.finished)
+
+    @property
+    def health(self) -> int:
+        if self._connection is not None and self._connection.ready:
+            return REACHED
+        return UNREACHABLE if self.trouble else NOT_NEEDED
+
+    def interests(self) -> List[Tuple[int, int]]:
+        connection = self._connection
+        return [(connection.fileno(), connection.events())] if connection is not None else []
+
+    def deadline(self) -> Optional[float]:
+        times = [time for time, _ in self._pauses]
+        times += [time for time, _ in self._locked_out]
+        if self._connection is None:
+            if self._wanted or self._ahead:
+                times.append(self._connect_at)
+                if self._patience.origin is not None:
+                    times += [fetch.since + self._patience.origin for fetch in self._wanted]
+        elif self._connection.deadline is not None:
+            times.append(self._connection.deadline)
+        return min(times) if times else None
+
+    def progress(self) -> None:
+        now = monotonic() if self._pauses or self._locked_out else 0.0
+        if self._pauses:
+            self._end_pauses(now)
+        if self._locked_out:
+            self._retry_locked(now)
+        if self._generation != self._whereabouts.generation:
+            self._move()
+        try:
+            if self._connection is None and (self._wanted or self._ahead):
+                self._connect()
+            if self._connection is not None:
+                self._work_with(self._connection)
+        except OriginLost as lost:
+            self._on_lost(str(lost))
+
+    def _work_with(self, connection: OriginConnection) -> None:
+        if connection.ready:
+            self._ask(connection)
+            connection.on_events(select.POLLIN)
+        else:
+            poll = select.poll()
+            poll.register(connection.fileno(), connection.events())
+            for _, mask in poll.poll(0):
+                connection.on_events(mask)
+        if connection.ready and (self._wanted or self._ahead):
+            self._ask(connection)
+            connection.on_events(0)
+        connection.on_time()
+
+    def _end_pauses(self, now: float) -> None:
+        self.finished += [ticket for time, ticket in self._pauses if time <= now]
+        self._pauses = [entry for entry in self._pauses if entry[0] > now]
+        for ticket in self.finished:
+            ticket.pending = 0
+
+    def _retry_locked(self, now: float) -> None:
+        due = [fetch for time, fetch in self._locked_out if time <= now]
+        self._locked_out = [entry for entry in self._locked_out if entry[0] > now]
+        self._wanted.extendleft(reversed([fetch for fetch in due if not fetch.ahead]))
+        self._ahead.extendleft(reversed([fetch for fetch in due if fetch.ahead]))
+
+    # The connection
+
+    def _connect(self) -> None:
+        now = monotonic()
+        self._give_up(now)
+        if now < self._connect_at or not (self._wanted or self._ahead):
+            return
+        self._connection = OriginConnection(
+            self._whereabouts.address,
+            self,
+            expected_size=self._size,
+            connect_timeout=self._patience.connect,
+            reply_timeout=self._patience.origin,
+        )
+        self._connection.start()
+
+    def _on_lost(self, reason: str) -> None:
+        connection, self._connection = self._connection, None
+        assert connection is not None
+        unfinished: List[Fetch] = connection.unfinished()
+        if reason != self.trouble:
+            log.warning("%s; %d requests wait for it, trying again", reason, len(self._wanted) + len(unfinished))
+        self.trouble = reason
+        self._connect_at = monotonic() + self._delay
+        self._delay = min(_LONGEST_DELAY, max(_FIRST_DELAY, 2 * self._delay))
+        self._ask_again(unfinished)
+        self._give_up(monotonic())
+
+    def _ask_again(self, unfinished: List[Fetch]) -> None:
+        self._in_flight = 0
+        for fetch in reversed(unfinished):
+            self._let_go(*bytes_of(fetch.first, fetch.end))
+            fetch.error = 0
+            if fetch.tickets:
+                self._wanted.appendleft(fetch)
+            else:
+                self._forget(fetch)
+        for fetch in self._ahead:
+            self._forget(fetch)
+        self._ahead.clear()
+
+    def _give_up(self, now: float) -> None:
+        """End what has waited for too long, as far as there is a limit."""
+        limit = self._patience.origin
+        if limit is None or not self.trouble:
+            return
+        for fetch in [fetch for fetch in self._wanted if fetch.since + limit <= now]:
+            self._wanted.remove(fetch)
+            self._finish(fetch, errno.EIO)
+
+    def _move(self) -> None:
+        """The origin is elsewhere now: ask there for all that has not come."""
+        self._generation = self._whereabouts.generation
+        self._delay = self._connect_at = 0.0
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._ask_again(connection.unfinished())
+            connection.close()
+
+    def close(self) -> None:
+        """Take leave of the origin, when what it was asked for has come or has taken too long."""
+        until = monotonic() + _PARTING
+        self._wanted.clear()
+        self._ahead.clear()
+        connection = self._connection
+        try:
+            while connection is not None and connection.ready and connection.outstanding and monotonic() < until:
+                poll = select.poll()
+                poll.register(connection.fileno(), connection.events())
+                for _, mask in poll.poll(100):
+                    connection.on_events(mask)
+        except OriginLost:
+            pass  # it was quicker to leave
+        if connection is not None:
+            connection.close()
+        self._connection = None
+
+    # Asking
+
+    def _ask(self, connection: OriginConnection) -> None:
+        while self._wanted and self._in_flight < _IN_FLIGHT:
+            self._ask_for(connection, self._wanted.popleft())
+        while self._ahead and self._in_flight < _AHEAD_IN_FLIGHT:
+            self._ask_for(connection, self._ahead.popleft())
+
+    def _ask_for(self, connection: OriginConnection, fetch: Fetch) -> None:
+        first, end = fetch.first, fetch.end
+        if not self._hold(*bytes_of(first, end)):
+            if self._bitmap.all_set(first, end):
+                self._finish(fetch, 0)
+                return
+            self._locked_out.append((monotonic() + fetch.pause, fetch))
+            fetch.pause = min(_LONGEST_PAUSE, 2 * fetch.pause)
+            return
+        if self._bitmap.any_set(first, end):
+            fetch.mixed = True
+            if self._bitmap.all_set(first, end):
+                self._let_go(*bytes_of(first, end))
+                self._finish(fetch, 0)
+                return
+        offset = block_start(first)
+        length = block_stop(end - 1, self._size) - offset
+        self._in_flight += length
+        connection.read(fetch, offset, length)
+
+    def _hold(self, start: int, count: int) -> bool:
+        if not self._locks.try_acquire(start, count):
+            return False
+        held = self._held
+        for byte in range(start, start + count):
+            held[byte] = held.get(byte, 0) + 1
+        return True
+
+    def _let_go(self, start: int, count: int) -> None:
+        held, free = self._held, 0
+        for byte in range(start, start + count):
+            if held[byte] == 1:
+                del held[byte]
+                free += 1
+            else:
+                held[byte] -= 1
+        if free == count:
+            self._locks.release(start, count)
+        elif free:
+            for byte in range(start, start + count):
+                if byte not in held:
+                    self._locks.release(byte, 1)
+
+    # Replies (`origin.replies.Sink`)
+
+    def on_data(self, token: Any, offset: int, data: memoryview) -> None:
+        self.counts[BYTES_FETCHED] += len(data)
+        if token.error:
+            return
+        try:
+            if token.mixed:
+                for at, count in self._missing(offset, len(data)):
+                    self._cache.write(at, data[at - offset : at - offset + count])
+                return
+            written = os.pwrite(self._fd, data, offset)
+            if written != len(data):
+                space.write_all(self._fd, data[written:], offset + written)
+        except OSError as error:
+            self._on_cache_failure(token, error)
+
+    def on_hole(self, token: Any, offset: int, length: int) -> None:
+        if token.error:
+            return
+        try:
+            for at, count in self._missing(offset, length):
+                self._cache.write_zeroes(at, count, may_trim=True, fast=False)
+        except OSError as error:
+            self._on_cache_failure(token, error)
+
+    def _missing(self, offset: int, length: int) -> List[Tuple[int, int]]:
+        """The parts of *length* bytes at *offset* whose blocks are not local: offset and length."""
+        stop = offset + length
+        parts = []
+        for first, end, local in self._bitmap.runs(*touched(offset, length)):
+            if not local:
+                at = max(offset, block_start(first))
+                parts.append((at, min(stop, block_start(end)) - at))
+        return parts
+
+    def _on_cache_failure(self, fetch: Fetch, error: OSError) -> None:
+        fetch.error = error.errno or errno.EIO
+        log.error("cannot write to the cache image: %s", error.strerror)
+
+    def on_extents(self, token: Any, extents: List[Tuple[int, int]]) -> None:
+        raise AssertionError("not asked for")
+
+    def on_done(self, token: Any, error: int) -> None:
+        first, end = token.first, token.end
+        self._in_flight -= block_stop(end - 1, self._size) - block_start(first)
+        if error:
+            log.warning("the origin cannot read %d bytes at %d: error %d", (end - first) * BLOCK, first * BLOCK, error)
+        elif self._delay or self.trouble:
+            self._delay, self.trouble = 0.0, ""
+            log.info("origin %s: answers again", self._whereabouts.address)
+        error = token.error or error
+        if not error:
+            self._bitmap.set(first, end)
+        self._let_go(*bytes_of(first, end))
+        self._finish(token, error)
+
+    def _finish(self, fetch: Fetch, error: int) -> None:
+        self._forget(fetch)
+        for ticket in fetch.tickets:
+            ticket.error = ticket.error or error
+            ticket.pending -= 1
+            if not ticket.pending:
+                self.finished.append(ticket)
+
+    def _forget(self, fetch: Fetch) -> None:
+        by_block = self._by_block
+        for block in range(fetch.first, fetch.end):
+            del by_block[block]

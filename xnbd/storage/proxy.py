@@ -1,0 +1,260 @@
+"""A disk that lives elsewhere: read from its origin once, kept here, written here only.
+
+What is local lies in the cache image, which is a disk image like any other
+(`storage.target`); the bitmap tells which blocks those are. A request that needs
+others raises `NotLocal` with a ticket of the `Fetcher`, and is done again when they
+are here. What is written, trimmed or zeroed counts as local.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+
+from ..origin.address import OriginAddress
+from .blocks import BLOCK_SHIFT, block_count, block_start, block_stop, covered, touched
+from .board import MISSES, TARGET, Board, Counts
+from .checkpoint import ProcessState
+from .fetch import Fetcher, Patience, Whereabouts
+from .image import Buffer, Extent, Image, NotLocal, Source
+from .state import SharedState
+from .streams import Streams
+from .target import TargetImage, reopen
+
+DEFAULT_READAHEAD = 8 << 20
+
+_STEP = 1 << 14
+"""Blocks that are zeroed under one lock."""
+
+_CACHE_STEP = 16 << 20
+"""Bytes that one CMD_CACHE asks for at once."""
+
+
+class ProxyImage(Image):
+    """The disk for one process, which owns *cache* and *state* from now on."""
+
+    def __init__(
+        self,
+        cache: TargetImage,
+        state: ProcessState,
+        whereabouts: Whereabouts,
+        patience: Patience,
+        *,
+        readonly: bool,
+        readahead: int = DEFAULT_READAHEAD,
+    ) -> None:
+        self.size = cache.size
+        self.readonly = readonly
+        self._board = whereabouts.board
+        self._counts: List[int] = [0] * len(Counts())
+        self.fetcher = Fetcher(cache, state, whereabouts, patience)
+        self.background = self.fetcher
+        self._cache = cache
+        self._state = state
+        self._bitmap = state.bitmap
+        self._octets = state.bitmap.octets
+        self._streams = Streams(block_count(self.size), readahead >> BLOCK_SHIFT)
+        self._marks = self._streams.marks
+        self.readable: Callable[[], int] = self._readable
+        self._readable()
+
+    def _readable(self) -> int:
+        length = self._cache.readable()
+        assert self._cache.flat is not None
+        self._view = self._cache.flat
+        self.flat = self._view if self._board.mode else None  # nothing is missing: no need to look at the bitmap
+        return length
+
+    def count_in(self, counts: List[int]) -> None:
+        self._counts = self.fetcher.counts = counts
+
+    # A byte of the bitmap speaks for 32 KiB (1 << 15). Most requests lie within one.
+
+    def read(self, offset: int, length: int) -> List[memoryview]:
+        stop = offset + length
+        byte = offset >> 15
+        if byte in self._marks:
+            self._bring_ahead(self._streams.on_marked(byte, stop >> BLOCK_SHIFT))
+        if self._octets[byte] == 0xFF and (stop - 1) >> 15 == byte:
+            return [self._view[offset:stop]]
+        if length:
+            self._demand(*touched(offset, length))
+        return [self._view[offset:stop]]
+
+    def _bring_ahead(self, blocks: Optional[Tuple[int, int]]) -> None:
+        if blocks is not None:
+            self.fetcher.bring_ahead(*blocks)
+
+    def _demand(self, first: int, end: int) -> None:
+        """Raises `NotLocal` unless these blocks are all local; then they are on their way."""
+        if self._bitmap.all_set(first, end):
+            return
+        ticket = self.fetcher.need(first, end)
+        self._bring_ahead(self._streams.on_read(first, end))
+        if ticket is not None:
+            self._counts[MISSES] += 1
+            raise NotLocal(ticket)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        length = len(data)
+        byte = offset >> 15
+        if not length:
+            return
+        if self._octets[byte] == 0xFF and (offset + length - 1) >> 15 == byte:
+            self._cache.write(offset, data)
+            return
+        first, end = touched(offset, length)
+        if self._bitmap.all_set(first, end):
+            self._cache.write(offset, data)
+            return
+        self._demand_edges(offset, length)
+        self._claim(first, end)
+        written = False
+        try:
+            self._cache.write(offset, data)
+            written = True
+        finally:
+            self.fetcher.settle(first, end, written=written)
+
+    def _demand_edges(self, offset: int, length: int) -> None:
+        """Raises `NotLocal` unless the blocks that the range covers in part only are local."""
+        first, end = touched(offset, length)
+        inner, inner_end = covered(offset, length, self.size)
+        if inner > first:
+            self._demand_block(first)
+        if inner_end < end and end - 1 >= inner:
+            self._demand_block(end - 1)
+
+    def _demand_block(self, block: int) -> None:
+        if block not in self._bitmap:
+            ticket = self.fetcher.need(block, block + 1)
+            if ticket is not None:
+                raise NotLocal(ticket)
+
+    def _claim(self, first: int, end: int) -> None:
+        if not self.fetcher.claim(first, end):
+            raise NotLocal(self.fetcher.pause())
+
+    def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
+        if fast and covered(offset, length, self.size) != touched(offset, length):
+            raise OSError(errno.EOPNOTSUPP, "parts of blocks have to be written")
+        self._zero(offset, length, may_trim, fast)
+
+    def trim(self, offset: int, length: int) -> None:
+        try:
+            self._zero(offset, length, may_trim=True, fast=True)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+
+    def _zero(self, offset: int, length: int, may_trim: bool, fast: bool) -> None:
+        """Parts of blocks at either end are written, whole blocks zeroed; what was done is done again after a wait."""
+        first, end = covered(offset, length, self.size)
+        stop = offset + length
+        if first >= end:
+            self.write(offset, bytes(length))
+            return
+        head, tail = block_start(first), block_stop(end - 1, self.size)
+        self.write(offset, bytes(head - offset))
+        self.write(tail, bytes(stop - tail))
+        for run_first, run_end, local in list(self._bitmap.runs(first, end)):
+            if local:
+                at = block_start(run_first)
+                self._cache.write_zeroes(at, block_stop(run_end - 1, self.size) - at, may_trim=may_trim, fast=fast)
+                continue
+            for step in range(run_first, run_end, _STEP):
+                self._zero_blocks(step, min(step + _STEP, run_end), may_trim, fast)
+
+    def _zero_blocks(self, first: int, end: int, may_trim: bool, fast: bool) -> None:
+        self._claim(first, end)
+        written = False
+        try:
+            at = block_start(first)
+            self._cache.write_zeroes(at, block_stop(end - 1, self.size) - at, may_trim=may_trim, fast=fast)
+            written = True
+        finally:
+            self.fetcher.settle(first, end, written=written)
+
+    def flush(self) -> None:
+        self._state.checkpoint(self._cache.fd, self.on_wait)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        self._cache.prefetch(offset, length)
+
+    def fetch(self, offset: int, length: int) -> None:
+        first, end = touched(offset, length)
+        step = _CACHE_STEP >> BLOCK_SHIFT
+        while first < end:
+            self._demand(first, min(first + step, end))
+            first += step
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """What is not here counts as data: only the origin knows better."""
+        stop = offset + length
+        for first, end, local in self._bitmap.runs(*touched(offset, length)):
+            at = max(offset, block_start(first))
+            count = min(stop, block_start(end)) - at
+            if local:
+                yield from self._cache.extents(at, count)
+            else:
+                yield Extent(count, hole=False)
+
+    def data_until(self, offset: int) -> int:
+        first = offset >> BLOCK_SHIFT
+        _, end, local = next(self._bitmap.runs(first, block_count(self.size)))
+        stop = min(block_start(end), self.size)
+        return min(self._cache.data_until(offset), stop) if local else stop
+
+    def close(self) -> None:
+        self.fetcher.close()
+        self._cache.close()
+        self._state.close()
+
+
+class ProxySource(Source):
+    """The cache image behind *cache_fd* with its bitmap, before a disk that lives elsewhere."""
+
+    def __init__(self, cache_fd: int, state: SharedState, settings: ProxySettings) -> None:
+        self._fd = cache_fd
+        self._state = state
+        self._settings = settings
+        self.name = settings.name
+        self.size = settings.size
+        self.readonly = settings.readonly
+        self.description = f"proxy of {settings.address}, cached in {settings.name}"
+
+    def open(self, board: Board) -> Image:
+        if board.mode == TARGET:
+            return TargetImage(reopen(self._fd, readonly=False), self.size, readonly=self.readonly)
+        return self.open_proxy(board)
+
+    def open_proxy(self, board: Board) -> ProxyImage:
+        """The disk as long as it is a proxy."""
+        settings = self._settings
+        cache = TargetImage(reopen(self._fd, readonly=False), self.size, readonly=False)
+        return ProxyImage(
+            cache,
+            self._state.open_process(),
+            Whereabouts(board, settings.address),
+            settings.patience,
+            readonly=settings.readonly,
+            readahead=settings.readahead,
+        )
+
+    def board_fd(self, processes: int) -> int:
+        return self._state.board_fd
+
+    def flush(self) -> None:
+        """Called when the workers are gone: everything is durable, and marked so unless others use the files."""
+        self._state.mark_clean(self._fd)
+
+
+class ProxySettings(NamedTuple):
+    """What does not change while the server runs; *size* and *readahead* in bytes."""
+
+    name: str
+    size: int
+    readonly: bool
+    address: OriginAddress
+    patience: Patience
+    readahead: int
