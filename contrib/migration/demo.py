@@ -35,7 +35,7 @@ import docopt
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "contrib" / "guest"), str(ROOT / "contrib" / "migration")]
 
-from migrate import move_disk, move_machine
+from migrate import check_proxy, move_disk, move_machine
 from workload import write_first_versions
 from xnbdguest.errors import GuestError
 from xnbdguest.initramfs import add_python, basic_system
@@ -114,13 +114,16 @@ def demonstrate(directory: Path, size: int, seconds: float, shared_storage: bool
         there.qmp().close()
         _say(f"machine A has done {_progress(here)[0]} reads and writes on the source")
 
+        bgctl = [_PYTHON, str(ROOT / "bin" / "xnbd-bgctl")]
+        if not shared_storage:
+            check_proxy(bgctl, str(control))
         began = time.monotonic()
         moved = move_machine(here.qmp_path, there.qmp_path, incoming)
         left_behind = _digest_of(disk)
         at_arrival = _progress(there)[0]
         _say(f"machine moved: it stood still for {moved.downtime:.3f} s, {moved.total:.3f} s in all")
         if not shared_storage:
-            move_disk([_PYTHON, str(ROOT / "bin" / "xnbd-bgctl")], str(control))
+            move_disk(bgctl, str(control))
             _say(f"disk moved: {time.monotonic() - began:.3f} s since the start of the migration")
             source.stop()
             _say("source stopped")

@@ -7,7 +7,7 @@ Usage:
 
 SOURCE_QMP and DESTINATION_QMP are the QMP sockets of the running machine and of the
 one that waits with -incoming; the latter's disk is an xnbd-server --proxy, whose
-control socket is CONTROL_SOCKET. URI is where the destination waits, seen from the
+control socket is CONTROL_SOCKET and that has cached nothing yet. URI is where the destination waits, seen from the
 source: tcp:HOST:PORT. Sockets of another host can be brought here with ssh -L.
 
 Options:
@@ -21,6 +21,7 @@ may be stopped. If the migration fails (status 1) the machine goes on where it w
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -74,6 +75,21 @@ def _wait_until_running(machine: Qmp) -> None:
         time.sleep(_POLL)
 
 
+def check_proxy(bgctl: List[str], control: str) -> None:
+    """GuestError if the proxy has cached anything yet: the running machine may write those blocks once more."""
+    done = subprocess.run(
+        [*bgctl, "--query", "--json", control], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise GuestError("the proxy cannot be asked, nothing was moved")
+    cached = json.loads(done.stdout)["blocks"]["cached"]
+    if cached:
+        raise GuestError(
+            f"the proxy has cached {cached} blocks already, which the machine may still change; nothing was moved."
+            " Start proxy (with --clear-bitmap) and waiting qemu again, with the disk's geometry given"
+        )
+
+
 def move_disk(bgctl: List[str], control: str) -> None:
     """Fetch what the destination's cache lacks, then make it independent of the source; GuestError if that fails."""
     for action in ("--cache-all", "--switch"):
@@ -84,8 +100,10 @@ def move_disk(bgctl: List[str], control: str) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     arguments = docopt.docopt(__doc__, argv)
+    bgctl, control = shlex.split(arguments["--bgctl"]), arguments["CONTROL_SOCKET"]
     began = time.monotonic()
     try:
+        check_proxy(bgctl, control)
         moved = move_machine(
             Path(arguments["SOURCE_QMP"]),
             Path(arguments["DESTINATION_QMP"]),
@@ -93,7 +111,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             keep_source=arguments["--keep-source"],
         )
         print(f"machine moved: it stood still for {moved.downtime:.3f} s, {moved.total:.3f} s in all", flush=True)
-        move_disk(shlex.split(arguments["--bgctl"]), arguments["CONTROL_SOCKET"])
+        move_disk(bgctl, control)
     except (GuestError, OSError) as error:
         print(f"migrate.py: {error}", file=sys.stderr)
         return 1

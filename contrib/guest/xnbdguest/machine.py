@@ -18,6 +18,10 @@ from .qmp import Qmp
 HOST = "10.0.2.2"
 """This computer's loopback, seen from a guest."""
 
+_GEOMETRY = "cyls=16383,heads=16,secs=63"
+"""Without one, qemu looks for a partition table when it starts, also where a machine waits for its migration: a proxy
+would keep a block that the running machine may still change."""
+
 _BOOT_TIME = 60.0
 _KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1"
 _FASTER_BOOT = "nokaslr no_timer_check cryptomgr.notests mitigations=off random.trust_cpu=on"
@@ -58,7 +62,18 @@ class Guest:
         self._commands, theirs = socket.socketpair()
         network = "user,id=net" + "".join(f",hostfwd=tcp:127.0.0.1:{a}-:{b}" for a, b in (forwards or {}).items())
         command = [str(find_program("qemu-system-x86_64")), "-name", name, "-nodefaults", "-no-user-config"]
-        command += ["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand,+rdseed", "-m", str(memory), "-smp", str(processors)]
+        command += [
+            "-machine",
+            "q35",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "qemu64,+rdrand,+rdseed",
+            "-m",
+            str(memory),
+            "-smp",
+            str(processors),
+        ]
         command += ["-display", "none", "-no-reboot", "-serial", f"file:{self.console_path}"]
         command += ["-kernel", str(packages.kernel), "-initrd", str(initramfs), "-append"]
         command += [f"{_KERNEL_OPTIONS} {_FASTER_BOOT}"]
@@ -66,8 +81,8 @@ class Guest:
         command += ["-chardev", f"socket,id=commands,fd={theirs.fileno()}", "-device", "virtio-serial-pci"]
         command += ["-device", "virtserialport,chardev=commands,name=commands"]
         command += ["-qmp", f"unix:{self.qmp_path},server=on,wait=off"]
-        for disk in disks:
-            command += ["-drive", f"if=virtio,{disk}"]
+        for i, disk in enumerate(disks):
+            command += ["-drive", f"if=none,id=disk{i},{disk}", "-device", f"virtio-blk-pci,drive=disk{i},{_GEOMETRY}"]
         if incoming:
             command += ["-incoming", incoming]
         with theirs, open(directory / f"{name}.qemu", "wb") as self._messages:
@@ -114,9 +129,13 @@ class Guest:
     def qmp(self) -> Qmp:
         """A connection to qemu's control channel, as soon as there is one; qemu serves one at a time."""
         deadline = time.monotonic() + _BOOT_TIME
-        while not self.qmp_path.exists() and self.process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return Qmp(self.qmp_path)
+        while True:
+            try:
+                return Qmp(self.qmp_path)
+            except GuestError as error:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise GuestError(f"{error}\n{self.last_words()}") from error
+                time.sleep(0.02)
 
     def console(self) -> str:
         """What the kernel, and who writes to /dev/console, has said."""
