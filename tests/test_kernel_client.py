@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Iterator
@@ -9,8 +10,8 @@ from typing import Iterator
 import pytest
 from conftest import MIB, Start
 from exported import MODES, Exported, check_ext4
-from server_process import wait_until
-from xnbdguest.initramfs import basic_system
+from server_process import Server, is_alive, wait_until
+from xnbdguest.initramfs import add_python, basic_system
 from xnbdguest.machine import HOST, Guest
 from xnbdguest.packages import Packages, fetch_packages
 
@@ -28,14 +29,19 @@ def packages() -> Packages:
 @pytest.fixture(scope="module")
 def initramfs(packages: Packages, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("guest") / "initramfs"
-    basic_system(packages).write(path)
+    archive = basic_system(packages)
+    archive.write(path)
+    add_python(archive)
+    archive.add_file(Path(__file__).with_name("kernel_nbd.py"), "/kernel_nbd.py")
+    archive.write(path.with_name("initramfs-with-python"))
     return path
 
 
 @pytest.fixture(scope="module")
 def guest(packages: Packages, initramfs: Path) -> Iterator[Guest]:
     """With two processors: on one, the kernel would use one of four connections only."""
-    with Guest(initramfs.parent, "client", packages, initramfs, processors=2) as guest:
+    with_python = initramfs.with_name("initramfs-with-python")
+    with Guest(initramfs.parent, "client", packages, with_python, memory=384, processors=2) as guest:
         guest.run(f"mkdir /data && dd if=/dev/urandom of=/data/noise bs=1M count={DATA}")
         yield guest
 
@@ -118,16 +124,44 @@ def test_process_that_swaps(start: Start, tmp_path: Path, small_guest: Guest, mo
     disconnect(small_guest)
 
 
-def test_client_connects_again_to_a_server_that_was_killed(
+def kill_server(server: Server) -> None:
+    """All of its processes, at once."""
+    pids = [server.pid, *server.workers()]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    server.process.wait()
+    wait_until(lambda: not any(map(is_alive, pids)), "the server's end")
+
+
+def start_again(start: Start, disk: Exported) -> None:
+    start("--target", "--laddr", "127.0.0.1", "--lport", disk.port, disk.image)
+
+
+def test_synced_data_is_there_after_the_server_was_killed(
     start: Start, tmp_path: Path, guest: Guest, noise: str
 ) -> None:
     disk = Exported(start, tmp_path, "target", 256 * MIB)
     connect(guest, disk.port, 4)
     guest.run("dd if=/data/noise of=/dev/nbd0 bs=1M conv=fsync")
-    disk.server.stop(signal.SIGKILL)
+    kill_server(disk.server)
     disconnect(guest)
-    start("--target", "--laddr", "127.0.0.1", "--lport", disk.port, disk.image)
+    start_again(start, disk)
     connect(guest, disk.port, 4)
+    drop_caches(guest)
+    assert guest.output(f"head -c {DATA}m /dev/nbd0 | md5sum").split()[0] == noise
+    disconnect(guest)
+
+
+def test_writes_wait_for_a_server_that_was_killed(start: Start, tmp_path: Path, guest: Guest, noise: str) -> None:
+    disk = Exported(start, tmp_path, "target", 256 * MIB)
+    guest.run(f"python3 /kernel_nbd.py connect {HOST} {disk.port}")
+    guest.run("(dd if=/data/noise of=/dev/nbd0 bs=256k oflag=direct conv=fsync 2>/run/dd; echo $? >/run/status) &")
+    wait_until(lambda: disk.image.stat().st_blocks * 512 > 4 * MIB, "the first writes")
+    kill_server(disk.server)
+    start_again(start, disk)
+    assert guest.run("test -e /run/status", check=False).status != 0
+    guest.run(f"python3 /kernel_nbd.py reconnect {HOST} {disk.port}")
+    guest.run("until [ -e /run/status ]; do sleep 0.1; done; cat /run/dd; exit $(cat /run/status)")
     drop_caches(guest)
     assert guest.output(f"head -c {DATA}m /dev/nbd0 | md5sum").split()[0] == noise
     disconnect(guest)
