@@ -20,3 +20,14 @@ def test_machine_moves_with_its_disk(tmp_path: Path, way: List[str]) -> None:
     assert err == ""
     assert out.splitlines()[-1] == "every block is right, in the machine and in the destination's image"
     print(out)
+
+
+def test_machine_is_not_moved_to_a_proxy_that_has_cached_something() -> None:
+    bgctl = """sh -c 'echo "{\\"blocks\\": {\\"cached\\": 3}}"'"""
+    script = ROOT / "contrib/migration/migrate.py"
+    status, out, err = run(
+        sys.executable, script, "--bgctl", bgctl, "A.qmp", "B.qmp", "tcp:host2:4444", "ctl", check=False
+    )
+    assert (status, out) == (1, "")
+    assert err.startswith("migrate.py: the proxy has cached 3 blocks already")
+    assert err.count("\n") == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from typing import List, Tuple
+from typing import List
 
 SECTOR = 512
 _RECORD = struct.Struct("<QQ")
@@ -57,19 +57,25 @@ class Versions:
         """What a client reads, when nobody writes there."""
         return sectors(first, self._newest[first : first + count])
 
-    def wrong_after_power_failure(self, first: int, data: bytes) -> List[str]:
-        """What is not as promised in *data*, which was read from sector *first* on."""
+    def recover(self, first: int, data: bytes) -> List[str]:
+        """What is not as promised in *data*, which was read after a power failure from sector *first* on.
+
+        From now on the sectors hold what was read: it came from the disk, so it lasts.
+        """
         wrong = []
         for i in range(len(data) // SECTOR):
             sector, content = first + i, data[i * SECTOR : (i + 1) * SECTOR]
             lasting, newest = self._lasting[sector], self._newest[sector]
-            if not any(content == sectors(sector, [version]) for version in range(lasting, newest + 1)):
-                found = _RECORD.unpack_from(content)
-                wrong.append(f"sector {sector}: should be version {lasting}..{newest}, is {describe(content, found)}")
+            found, version = _RECORD.unpack_from(content)
+            if content == sectors(sector, [version]) and lasting <= version <= newest:
+                self._newest[sector] = self._answered[sector] = self._lasting[sector] = version
+            else:
+                what = describe(content, found, version)
+                wrong.append(f"sector {sector}: should be version {lasting}..{newest}, is {what}")
         return wrong
 
 
-def describe(content: bytes, found: Tuple[int, int]) -> str:
+def describe(content: bytes, sector: int, version: int) -> str:
     if not any(content):
         return "zeros"
-    return f"version {found[1]} of sector {found[0]}" if content == _RECORD.pack(*found) * (SECTOR // 16) else "torn"
+    return f"version {version} of sector {sector}" if content == sectors(sector, [version]) else "torn"
