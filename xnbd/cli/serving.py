@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from typing import Any, Dict, Optional
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Optional
 
 from .. import logs
 from ..errors import ConfigurationError
@@ -90,6 +91,7 @@ def _open_service(arguments: Arguments, processes: int) -> Service:
         handshake_timeout=timeout,
         spin=spin / 1e6,
         limits=_limits(arguments),
+        control_path=arguments["CONTROL_SOCKET_PATH"],
     )
 
 
@@ -122,13 +124,32 @@ def _serve_one(arguments: Arguments, client: Optional[int]) -> int:
     agreement = _parse_agreement(arguments["--negotiated"] or "") if arguments["--connected-fd"] else None
     sock = _client_socket(arguments["--connected-fd"], client)
     service = _open_service(arguments, processes=1)
-    watch = Watch()
-    disk = watch.disk = service.open_disk()
-    connection = Connection(sock, watch, service.spin)
-    set_title("serving", connection.peer, service.source.name)
-    service.serve(connection, disk, agreement)
-    disk.close()
+    with _steward_for_one(service):
+        watch = Watch()
+        disk = watch.disk = service.open_disk()
+        connection = Connection(sock, watch, service.spin)
+        set_title("serving", connection.peer, service.source.name)
+        service.serve(connection, disk, agreement)
+        disk.close()
     return 0 if service.flush() else 1
+
+
+@contextmanager
+def _steward_for_one(service: Service) -> Iterator[None]:
+    """A steward beside the one process that serves, if the disk needs one."""
+    if not service.needs_steward:
+        yield
+        return
+    from ..server.steward import Steward
+
+    lifeline, holder = os.pipe()
+    pid = Steward(service, service.control_path, must_listen=False).spawn(lifeline, lambda: os.close(holder))
+    os.close(lifeline)
+    try:
+        yield
+    finally:
+        os.close(holder)
+        os.waitpid(pid, 0)
 
 
 def _parse_agreement(features: str) -> Agreement:
@@ -197,6 +218,7 @@ def _listen(arguments: Arguments, listeners: Listeners) -> None:
 
 def _run_master(service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon]) -> int:
     master = Master(service, listeners.sockets, limits)
+    master.start_steward()
     log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, listeners)
     if daemon:
         daemon.ready()

@@ -40,8 +40,8 @@ class Connection:
         sock.setblocking(True)
         set_socket_options(sock)
 
-    def receive(self, view: memoryview) -> int:
-        """Receive the next requests into *view*: the number of bytes, 0 at the end.
+    def receive(self, view: memoryview) -> Optional[int]:
+        """Receive the next requests into *view*: the number of bytes, 0 at the end, None if the process was woken.
 
         Between messages: raises `Stop` as soon as the worker is to leave.
         """
@@ -63,7 +63,8 @@ class Connection:
             spin.hit()
             return received
         while True:
-            self.watch.wait(self._fds, select.POLLIN)
+            if not self.watch.wait(self._fds, select.POLLIN, results=True):
+                return None
             try:
                 received = recv_into(view, 0, _DONT_WAIT)
             except BlockingIOError:
@@ -78,12 +79,19 @@ class Connection:
         except BlockingIOError:
             return None
 
-    def wait_beside(self, wanted: bool, timeout: Optional[float]) -> None:
-        """Sleep until more requests come, if they are *wanted*, or the background has results.
+    def wait_beside(self, events: int, timeout: Optional[float]) -> bool:
+        """Sleep until the client shows *events*, or the background has results; tells whether it was the client.
 
-        Raises `Stop` as soon as the worker is to leave.
+        Raises `Stop` as soon as the worker is to leave, `Disconnected` if the client
+        is gone altogether.
         """
-        self.watch.wait(self._fds if wanted else (), select.POLLIN, timeout)
+        if not self.watch.wait(self._fds, events, timeout, results=True):
+            return False
+        poll = select.poll()
+        poll.register(self._fds[0], events)
+        if any(mask & (select.POLLHUP | select.POLLERR) for _, mask in poll.poll(0)) and not events & select.POLLIN:
+            raise Disconnected("client left with requests waiting")
+        return True
 
     def receive_rest(self, view: memoryview) -> int:
         """Receive more of a message that has begun: at least one byte.

@@ -14,6 +14,7 @@ import socket
 from time import monotonic
 from typing import Dict, NamedTuple, Optional, Sequence, Set
 
+from ..errors import ConfigurationError
 from ..logs import log
 from ..process import set_title
 from .service import Service
@@ -51,8 +52,10 @@ class Master:
         self._signals: Set[int] = set()
         self._retry_at: Optional[float] = None
         self._full = False
-        self._killing = False
+        self._killing = self._stopping = False
         self._retiring = 0
+        self._steward: Optional[int] = None
+        self._steward_at = 0.0
         self._pipes = Pipes(*os.pipe(), *os.pipe(), *os.pipe())
         os.set_blocking(self._pipes.reports_master, False)
         os.set_blocking(self._pipes.retirements, False)
@@ -71,13 +74,18 @@ class Master:
         gc.freeze()
         while True:
             self._balance()
-            signals = self._wait(self._retry_at)
+            if self._steward_at and monotonic() >= self._steward_at:
+                self._start_steward_again()
+            times = [time for time in (self._retry_at, self._steward_at) if time]
+            signals = self._wait(min(times) if times else None)
             if signals & {signal.SIGTERM, signal.SIGINT}:
                 return self._stop()
             if signal.SIGHUP in signals:
                 log.info("SIGHUP: nothing to do, a log file that was moved away is opened again by itself")
-            if signals & {signal.SIGUSR1, signal.SIGUSR2}:
-                log.warning("SIGUSR1 and SIGUSR2 do nothing in this mode")
+            if signal.SIGUSR1 in signals:
+                log.warning("SIGUSR1 does nothing in this mode")
+            if signal.SIGUSR2 in signals:
+                self._switch()
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signals.add(number)
@@ -93,6 +101,36 @@ class Master:
         if signal.SIGCHLD in signals:
             self._reap()
         return signals
+
+    # The steward
+
+    def start_steward(self) -> None:
+        """Raises `ConfigurationError` if it cannot listen where it should."""
+        if self._service.needs_steward:
+            from .steward import Steward
+
+            steward = Steward(self._service, self._service.control_path, must_listen=True)
+            self._steward = steward.spawn(self._pipes.lifeline, self._close_in_steward)
+
+    def _close_in_steward(self) -> None:
+        for fd in (self._pipes.lifeline_master, self._pipes.reports_master, self._pipes.retirements_master):
+            os.close(fd)
+        for listener in self._listeners:
+            listener.close()
+
+    def _start_steward_again(self) -> None:
+        self._steward_at = 0.0
+        try:
+            self.start_steward()
+        except ConfigurationError as error:
+            log.error("%s; trying again in a second", error)
+            self._steward_at = monotonic() + _RETRY
+
+    def _switch(self) -> None:
+        if self._steward is not None and self._service.source.mode == "proxy":
+            os.kill(self._steward, signal.SIGUSR2)
+        else:
+            log.warning("SIGUSR2 does nothing in this mode")
 
     # Workers
 
@@ -138,10 +176,16 @@ class Master:
                 self._spares.add(pid)
 
     def _reap(self) -> None:
-        while self._spares or self._clients:
+        while self._spares or self._clients or self._steward:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 return
+            if pid == self._steward:
+                self._steward = None
+                if not self._stopping:
+                    log.error("the steward died, status %d; the next one starts in a second", status)
+                    self._steward_at = monotonic() + _RETRY
+                continue
             peer = self._clients.pop(pid, None)
             self._spares.discard(pid)
             if self._retiring and not status:
@@ -162,12 +206,13 @@ class Master:
     def _stop(self) -> int:
         """Let the workers finish what they have in hand; a second signal or `_STOP_TIME` ends that."""
         log.info("stopping; %d clients are connected", len(self._clients))
+        self._stopping = True
         for listener in self._listeners:
             listener.close()
         self._signal_workers(signal.SIGTERM)
         deadline = monotonic() + _STOP_TIME
         hurry = False
-        while self._spares or self._clients:
+        while self._spares or self._clients or self._steward:
             hurry = bool(self._wait(deadline) & {signal.SIGTERM, signal.SIGINT}) or hurry
             if not hurry and monotonic() < deadline:
                 continue
@@ -184,7 +229,7 @@ class Master:
         return int(self._killing)
 
     def _signal_workers(self, number: int) -> None:
-        for pid in (*self._spares, *self._clients):
+        for pid in (*self._spares, *self._clients, *([self._steward] if self._steward else [])):
             os.kill(pid, number)
 
 

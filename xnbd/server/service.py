@@ -27,10 +27,15 @@ class Service(NamedTuple):
     handshake_timeout: float = 10.0
     spin: float = 0.0
     limits: QueueLimits = QueueLimits()
+    control_path: Optional[str] = None
 
     def open_disk(self) -> Disk:
         """For a worker, after the fork. Raises `OSError`."""
         return Disk(self.source, self.board_fd)
+
+    @property
+    def needs_steward(self) -> bool:
+        return self.source.mode == "proxy" or self.control_path is not None
 
     def export(self) -> Export:
         source = self.source

@@ -45,7 +45,7 @@ class Watch:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._wake = wake
-        self._lifeline = -1 if lifeline is None else lifeline
+        self.lifeline = -1 if lifeline is None else lifeline
         self._poll = select.poll()
         for fd, events in self._own_interests():
             self._poll.register(fd, events)
@@ -72,34 +72,50 @@ class Watch:
         timeout: Optional[float] = None,
         *,
         mid_message: bool = False,
-        results: Optional[bool] = None,
+        results: bool = False,
     ) -> bool:
         """Sleep until one of *fds* shows *events*; False if *timeout* seconds passed before.
 
-        Returns False also as soon as the background has *results*, or the disk has
-        changed; by default not in the middle of a message. Raises `Stop` when the worker is to leave: at once
+        With *results* returns False also as soon as the background has some, or
+        somebody has woken this process because the disk has changed. Raises `Stop` when the worker is to leave: at once
         if the master is gone, after `GRACE` if the wait is in the middle of a message.
         """
         until = None if timeout is None else monotonic() + timeout
         disk = self.disk
         if disk is None:
-            return self._sleep(fds, events, until, mid_message)
+            return self._sleep(fds, events, until, mid_message, results)
         inside = disk.place.inside
         disk.place.leave()
         try:
             if disk.image.background is None or not disk.image.background.busy:
-                return self._sleep(fds, events, until, mid_message)
-            results = not mid_message if results is None else results
+                return self._sleep(fds, events, until, mid_message, results)
             return self._work_and_sleep(disk, fds, events, until, mid_message, results)
         finally:
             if inside:
                 disk.go_inside()
 
+    def wait_for(self, interests: Sequence[Tuple[int, int]], timeout: Optional[float]) -> None:
+        """Sleep until one of *interests*, each with its events, is ready, or somebody has woken this process.
+
+        Raises `Stop` like `wait`.
+        """
+        self.check()
+        poll = select.poll()
+        for fd, events in (*self._own_interests(), *interests):
+            poll.register(fd, events)
+        until = None if timeout is None else monotonic() + timeout
+        self._attend({fd for fd, _ in poll.poll(self._milliseconds(until))})
+
+    def woken(self) -> bool:
+        """Whether somebody has woken this process since this was asked last."""
+        woken, self._woken = self._woken, False
+        return woken
+
     def pause(self, seconds: float) -> None:
         """Sleep; raises `Stop` like `wait`."""
         self.wait((), 0, seconds)
 
-    def _sleep(self, fds: Sequence[int], events: int, until: Optional[float], mid_message: bool) -> bool:
+    def _sleep(self, fds: Sequence[int], events: int, until: Optional[float], mid_message: bool, results: bool) -> bool:
         poll = self._poll
         for fd in fds:
             poll.register(fd, events)
@@ -110,7 +126,7 @@ class Watch:
                 self._attend(ready)
                 if not ready.isdisjoint(fds):
                     return True
-                if self._woken and not mid_message:
+                if results and self._woken:
                     self._woken = False
                     return False
                 if not ready and until is not None and monotonic() >= until:
@@ -131,7 +147,7 @@ class Watch:
                 if results:
                     return False
                 disk.place.leave()
-                return self._sleep(fds, events, until, mid_message)
+                return self._sleep(fds, events, until, mid_message, results)
             background.progress()
             disk.place.leave()
             if results and background.finished:
@@ -149,13 +165,13 @@ class Watch:
 
     def _own_interests(self) -> Iterator[Tuple[int, int]]:
         yield self._wake, select.POLLIN
-        if self._lifeline >= 0:
-            yield self._lifeline, select.POLLIN
+        if self.lifeline >= 0:
+            yield self.lifeline, select.POLLIN
 
     def _attend(self, ready: Container[int]) -> None:
         if self._wake in ready:
             os.read(self._wake, 4096)
-        if self._lifeline in ready:
+        if self.lifeline in ready:
             raise Stop("the master is gone")
 
     def _milliseconds(self, until: Optional[float]) -> Optional[float]:

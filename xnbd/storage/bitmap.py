@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import mmap
 import re
-from typing import Iterator, Tuple
+from typing import Iterator, List, Tuple
 
 from .blocks import BLOCKS_PER_BYTE
 
@@ -74,7 +74,19 @@ class Bitmap:
 
     def count(self) -> int:
         """How many blocks are set."""
-        return sum(self.octets[:].translate(_POPULATION))
+        octets = self.octets[:]
+        return 8 * octets.count(b"\xff") + sum(octets.translate(_POPULATION, b"\xff\x00"))
+
+    def shares(self, cells: int) -> List[float]:
+        """Which share of the blocks is set, in each of *cells* parts of the disk; 1 only if all of them are."""
+        edges = [self.blocks * cell // cells for cell in range(cells + 1)]
+        return [self._share(first, end) for first, end in zip(edges, edges[1:])]
+
+    def _share(self, first: int, end: int) -> float:
+        if self.all_set(first, end):
+            return 1.0
+        word = int.from_bytes(self.octets[first >> 3 : (end + 7) >> 3], "little") >> (first & 7)
+        return min(bin(word & ((1 << (end - first)) - 1)).count("1") / (end - first), 0.999)
 
     def _next_change(self, first: int, end: int, state: bool) -> int:
         """The first block from *first* on that is not *state*, at most *end*."""

@@ -78,6 +78,11 @@ class ProcessState:
         """Whether there may be bits that are not yet in the durable copy."""
         return _MARK.search(self._head, self._layout.dirty, self._layout.durable) is not None
 
+    def dirty_pages(self) -> int:
+        """Pages of the bitmap that the next checkpoint has to save; each speaks for 128 MiB."""
+        head, layout = self._head, self._layout
+        return len(_MARK.findall(head[layout.dirty : layout.durable]))
+
     def checkpoint(self, cache_fd: int, on_wait: Callable[[], None] = do_nothing) -> None:
         """Return when all that was in the cache image before the call is durable, data and bits.
 

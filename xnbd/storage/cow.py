@@ -41,6 +41,8 @@ class CowSource(Source):
     nothing can be written there. Raises `ConfigurationError`.
     """
 
+    mode = "cow"
+
     def __init__(self, path: str, *, readonly: bool, directory: Optional[str] = None) -> None:
         self._base = open_disk(path, readonly=True)
         self.name = os.path.basename(path)

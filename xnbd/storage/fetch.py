@@ -24,9 +24,10 @@ from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple
 from ..logs import log
 from ..origin.address import OriginAddress, parse_origin
 from ..origin.connection import OriginConnection, OriginLost
+from ..protocol.constants import STATE_ZERO
 from . import space
-from .blocks import BLOCK, block_start, block_stop, bytes_of, touched
-from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, UNREACHABLE, Board, Counts
+from .blocks import BLOCK, block_start, block_stop, bytes_of, covered, touched
+from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, TARGET, UNREACHABLE, Board, Counts
 from .checkpoint import ProcessState
 from .image import Background, Ticket
 from .locks import RangeLocks
@@ -84,13 +85,44 @@ class Fetch:
         self.since = 0.0
 
 
+class Survey:
+    """A question about the blocks from *first* up to *end*: which of them the origin has as zeros.
+
+    ``zeros`` are runs of blocks that lie wholly in such extents, ``until`` is where the
+    answer ends: not at *first* unless the origin could not tell.
+    """
+
+    def __init__(self, first: int, end: int, size: int) -> None:
+        self.first = first
+        self.end = end
+        self.done = False
+        self.zeros: List[Tuple[int, int]] = []
+        self.until = first
+        self._size = size
+        self._position = block_start(first)
+
+    def add(self, extents: List[Tuple[int, int]]) -> None:
+        for length, flags in extents:
+            if flags & STATE_ZERO:
+                first, end = covered(self._position, length, self._size)
+                if first < end:
+                    self.zeros.append((first, end))
+            self._position += length
+
+    def finish(self, error: int) -> None:
+        self.done = True
+        if error:
+            self.zeros.clear()
+        else:
+            self.until = min(self.end, touched(0, self._position)[1] if self._position else 0)
+
+
 class Fetcher(Background):
     """Fills *cache* for this process; everything between two sleeps happens in one thread."""
 
     def __init__(self, cache: TargetImage, state: ProcessState, whereabouts: Whereabouts, patience: Patience) -> None:
         self.finished: List[Ticket] = []
         self.counts: List[int] = [0] * len(Counts())
-        self.trouble = ""
         self._cache = cache
         self._fd = cache.fd
         self._size = cache.size
@@ -109,6 +141,9 @@ class Fetcher(Background):
         self._ahead: Deque[Fetch] = deque()
         self._locked_out: List[Tuple[float, Fetch]] = []
         self._pauses: List[Tuple[float, Ticket]] = []
+        self._surveys = 0
+        self._approach = False
+        self._closing = False
 
     # For those who need blocks
 
@@ -125,10 +160,7 @@ class Fetcher(Background):
         while first < end:
             fetch = by_block.get(first)
             if fetch is None:
-                stop = first + 1
-                while stop < end and stop not in by_block and stop % PIECE:
-                    stop += 1
-                fetch = self._add(self._wanted, first, stop, ahead=False)
+                fetch = self._add(self._wanted, first, self._free_until(first, end), ahead=False)
             elif fetch.ahead:
                 fetch.ahead = False
                 if fetch in self._ahead:
@@ -146,10 +178,17 @@ class Fetcher(Background):
             while not local and run_first < run_end:
                 stop = run_first + 1
                 if run_first not in by_block:
-                    while stop < run_end and stop not in by_block and stop % PIECE:
-                        stop += 1
+                    stop = self._free_until(run_first, run_end)
                     self._add(self._ahead, run_first, stop, ahead=True)
                 run_first = stop
+
+    def _free_until(self, first: int, end: int) -> int:
+        """Where a fetch from *first* on has to end: at *end*, at a piece's end, or where another one begins."""
+        by_block = self._by_block
+        stop = min(end, (first // PIECE + 1) * PIECE)
+        if stop - first == 1 or by_block.keys().isdisjoint(range(first + 1, stop)):
+            return stop
+        return next(block for block in range(first + 1, stop) if block in by_block)
 
     def _add(self, queue: Deque[Fetch], first: int, end: int, *, ahead: bool) -> Fetch:
         last = queue[-1] if queue else None
@@ -166,6 +205,41 @@ class Fetcher(Background):
             self._by_block.update(dict.fromkeys(range(first, end), fetch))
         return fetch
 
+    def survey(self, first: int, end: int) -> Optional[Survey]:
+        """Ask about these blocks, of less than 4 GiB; None if the origin cannot tell, or is not there."""
+        connection = self._connection
+        if connection is None or not connection.ready or not connection.can_block_status:
+            return None
+        survey = Survey(first, end, self._size)
+        connection.block_status(survey, block_start(first), block_stop(end - 1, self._size) - block_start(first))
+        self._surveys += 1
+        return survey
+
+    def approach(self) -> bool:
+        """Connect, if that is not done; whether the origin is there."""
+        self._approach = self._connection is None
+        return self._connection is not None and self._connection.ready
+
+    def make_zero(self, first: int, end: int) -> bool:
+        """Note that these blocks are zeros at the origin; False if another process has some of them in hand."""
+        if not self.claim(first, end):
+            return False
+        written = False
+        try:
+            self._zero(block_start(first), block_stop(end - 1, self._size) - block_start(first))
+            written = True
+        finally:
+            self.settle(first, end, written=written)
+        return True
+
+    def _zero(self, offset: int, length: int) -> None:
+        """Zeros where blocks are missing; what is a hole of the cache already is left alone."""
+        for at, count in self._missing(offset, length):
+            for extent in self._cache.extents(at, count):
+                if not extent.hole:
+                    self._cache.write_zeroes(at, extent.length, may_trim=True, fast=False)
+                at += extent.length
+
     def claim(self, first: int, end: int) -> bool:
         """Lock these blocks to write them; False if another process has some. `settle` lets go of them."""
         return self._hold(*bytes_of(first, end))
@@ -176,7 +250,11 @@ class Fetcher(Background):
             if written:
                 self._bitmap.set(first, end)
                 by_block = self._by_block
-                if by_block:
+                if len(by_block) < end - first:
+                    for block, fetch in by_block.items():
+                        if first <= block < end:
+                            fetch.mixed = True
+                elif by_block:
                     for block in range(first, end):
                         if block in by_block:
                             by_block[block].mixed = True
@@ -194,7 +272,7 @@ class Fetcher(Background):
 
     @property
     def busy(self) -> bool:
-        return bool(self._by_block or self._pauses or self.finished)
+        return bool(self._by_block or self._pauses or self.finished or self._surveys or self._approach)
 
     @property
     def health(self) -> int:
@@ -210,7 +288,7 @@ class Fetcher(Background):
         times = [time for time, _ in self._pauses]
         times += [time for time, _ in self._locked_out]
         if self._connection is None:
-            if self._wanted or self._ahead:
+            if self._wanted or self._ahead or self._approach:
                 times.append(self._connect_at)
                 if self._patience.origin is not None:
                     times += [fetch.since + self._patience.origin for fetch in self._wanted]
@@ -227,7 +305,7 @@ class Fetcher(Background):
         if self._generation != self._whereabouts.generation:
             self._move()
         try:
-            if self._connection is None and (self._wanted or self._ahead):
+            if self._connection is None and (self._wanted or self._ahead or self._approach):
                 self._connect()
             if self._connection is not None:
                 self._work_with(self._connection)
@@ -265,7 +343,7 @@ class Fetcher(Background):
     def _connect(self) -> None:
         now = monotonic()
         self._give_up(now)
-        if now < self._connect_at or not (self._wanted or self._ahead):
+        if now < self._connect_at or not (self._wanted or self._ahead or self._approach):
             return
         self._connection = OriginConnection(
             self._whereabouts.address,
@@ -275,11 +353,12 @@ class Fetcher(Background):
             reply_timeout=self._patience.origin,
         )
         self._connection.start()
+        self._approach = False
 
     def _on_lost(self, reason: str) -> None:
         connection, self._connection = self._connection, None
         assert connection is not None
-        unfinished: List[Fetch] = connection.unfinished()
+        unfinished = connection.unfinished()
         if reason != self.trouble:
             log.warning("%s; %d requests wait for it, trying again", reason, len(self._wanted) + len(unfinished))
         self.trouble = reason
@@ -288,9 +367,12 @@ class Fetcher(Background):
         self._ask_again(unfinished)
         self._give_up(monotonic())
 
-    def _ask_again(self, unfinished: List[Fetch]) -> None:
-        self._in_flight = 0
+    def _ask_again(self, unfinished: List[Any]) -> None:
+        self._in_flight = self._surveys = 0
         for fetch in reversed(unfinished):
+            if isinstance(fetch, Survey):
+                fetch.finish(errno.EIO)
+                continue
             self._let_go(*bytes_of(fetch.first, fetch.end))
             fetch.error = 0
             if fetch.tickets:
@@ -320,8 +402,13 @@ class Fetcher(Background):
             connection.close()
 
     def close(self) -> None:
-        """Take leave of the origin, when what it was asked for has come or has taken too long."""
-        until = monotonic() + _PARTING
+        """Take leave of the origin, as soon as what it was asked for has come; none of that is kept.
+
+        Not kept, because the disk may be a plain target by now. In that case nobody
+        waits here either.
+        """
+        until = monotonic() + (0.0 if self._whereabouts.board.mode == TARGET else _PARTING)
+        self._closing = True
         self._wanted.clear()
         self._ahead.clear()
         connection = self._connection
@@ -392,7 +479,7 @@ class Fetcher(Background):
 
     def on_data(self, token: Any, offset: int, data: memoryview) -> None:
         self.counts[BYTES_FETCHED] += len(data)
-        if token.error:
+        if token.error or self._closing:
             return
         try:
             if token.mixed:
@@ -406,11 +493,10 @@ class Fetcher(Background):
             self._on_cache_failure(token, error)
 
     def on_hole(self, token: Any, offset: int, length: int) -> None:
-        if token.error:
+        if token.error or self._closing:
             return
         try:
-            for at, count in self._missing(offset, length):
-                self._cache.write_zeroes(at, count, may_trim=True, fast=False)
+            self._zero(offset, length)
         except OSError as error:
             self._on_cache_failure(token, error)
 
@@ -429,9 +515,13 @@ class Fetcher(Background):
         log.error("cannot write to the cache image: %s", error.strerror)
 
     def on_extents(self, token: Any, extents: List[Tuple[int, int]]) -> None:
-        raise AssertionError("not asked for")
+        token.add(extents)
 
     def on_done(self, token: Any, error: int) -> None:
+        if isinstance(token, Survey):
+            self._surveys -= 1
+            token.finish(error)
+            return
         first, end = token.first, token.end
         self._in_flight -= block_stop(end - 1, self._size) - block_start(first)
         if error:
@@ -440,7 +530,7 @@ class Fetcher(Background):
             self._delay, self.trouble = 0.0, ""
             log.info("origin %s: answers again", self._whereabouts.address)
         error = token.error or error
-        if not error:
+        if not error and not self._closing:
             self._bitmap.set(first, end)
         self._let_go(*bytes_of(first, end))
         self._finish(token, error)

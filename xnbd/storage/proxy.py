@@ -9,6 +9,7 @@ are here. What is written, trimmed or zeroed counts as local.
 from __future__ import annotations
 
 import errno
+import os
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..origin.address import OriginAddress
@@ -18,6 +19,7 @@ from .checkpoint import ProcessState
 from .fetch import Fetcher, Patience, Whereabouts
 from .image import Buffer, Extent, Image, NotLocal, Source
 from .state import SharedState
+from .state_format import Steering
 from .streams import Streams
 from .target import TargetImage, reopen
 
@@ -25,6 +27,8 @@ DEFAULT_READAHEAD = 8 << 20
 
 _STEP = 1 << 14
 """Blocks that are zeroed under one lock."""
+
+_SHORT = 32 << 10
 
 _CACHE_STEP = 16 << 20
 """Bytes that one CMD_CACHE asks for at once."""
@@ -51,7 +55,7 @@ class ProxyImage(Image):
         self.background = self.fetcher
         self._cache = cache
         self._state = state
-        self._bitmap = state.bitmap
+        self.bitmap = state.bitmap
         self._octets = state.bitmap.octets
         self._streams = Streams(block_count(self.size), readahead >> BLOCK_SHIFT)
         self._marks = self._streams.marks
@@ -81,13 +85,20 @@ class ProxyImage(Image):
             self._demand(*touched(offset, length))
         return [self._view[offset:stop]]
 
+    def read_fresh(self, offset: int, length: int) -> List[memoryview]:
+        """A copy, if it is short: cheaper than a page fault."""
+        if length > _SHORT or not self.bitmap.all_set(*touched(offset, length)):
+            return self.read(offset, length)
+        data = os.pread(self._cache.fd, length, offset)
+        return [memoryview(data)] if len(data) == length else self.read(offset, length)
+
     def _bring_ahead(self, blocks: Optional[Tuple[int, int]]) -> None:
         if blocks is not None:
             self.fetcher.bring_ahead(*blocks)
 
     def _demand(self, first: int, end: int) -> None:
         """Raises `NotLocal` unless these blocks are all local; then they are on their way."""
-        if self._bitmap.all_set(first, end):
+        if self.bitmap.all_set(first, end):
             return
         ticket = self.fetcher.need(first, end)
         self._bring_ahead(self._streams.on_read(first, end))
@@ -104,7 +115,7 @@ class ProxyImage(Image):
             self._cache.write(offset, data)
             return
         first, end = touched(offset, length)
-        if self._bitmap.all_set(first, end):
+        if self.bitmap.all_set(first, end):
             self._cache.write(offset, data)
             return
         self._demand_edges(offset, length)
@@ -126,7 +137,7 @@ class ProxyImage(Image):
             self._demand_block(end - 1)
 
     def _demand_block(self, block: int) -> None:
-        if block not in self._bitmap:
+        if block not in self.bitmap:
             ticket = self.fetcher.need(block, block + 1)
             if ticket is not None:
                 raise NotLocal(ticket)
@@ -157,7 +168,7 @@ class ProxyImage(Image):
         head, tail = block_start(first), block_stop(end - 1, self.size)
         self.write(offset, bytes(head - offset))
         self.write(tail, bytes(stop - tail))
-        for run_first, run_end, local in list(self._bitmap.runs(first, end)):
+        for run_first, run_end, local in list(self.bitmap.runs(first, end)):
             if local:
                 at = block_start(run_first)
                 self._cache.write_zeroes(at, block_stop(run_end - 1, self.size) - at, may_trim=may_trim, fast=fast)
@@ -191,7 +202,7 @@ class ProxyImage(Image):
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """What is not here counts as data: only the origin knows better."""
         stop = offset + length
-        for first, end, local in self._bitmap.runs(*touched(offset, length)):
+        for first, end, local in self.bitmap.runs(*touched(offset, length)):
             at = max(offset, block_start(first))
             count = min(stop, block_start(end)) - at
             if local:
@@ -201,7 +212,7 @@ class ProxyImage(Image):
 
     def data_until(self, offset: int) -> int:
         first = offset >> BLOCK_SHIFT
-        _, end, local = next(self._bitmap.runs(first, block_count(self.size)))
+        _, end, local = next(self.bitmap.runs(first, block_count(self.size)))
         stop = min(block_start(end), self.size)
         return min(self._cache.data_until(offset), stop) if local else stop
 
@@ -214,10 +225,14 @@ class ProxyImage(Image):
 class ProxySource(Source):
     """The cache image behind *cache_fd* with its bitmap, before a disk that lives elsewhere."""
 
+    mode = "proxy"
+
     def __init__(self, cache_fd: int, state: SharedState, settings: ProxySettings) -> None:
-        self._fd = cache_fd
+        self.cache_fd = cache_fd
         self._state = state
         self._settings = settings
+        self.address = settings.address
+        self.patience = settings.patience
         self.name = settings.name
         self.size = settings.size
         self.readonly = settings.readonly
@@ -225,13 +240,13 @@ class ProxySource(Source):
 
     def open(self, board: Board) -> Image:
         if board.mode == TARGET:
-            return TargetImage(reopen(self._fd, readonly=False), self.size, readonly=self.readonly)
+            return TargetImage(reopen(self.cache_fd, readonly=False), self.size, readonly=self.readonly)
         return self.open_proxy(board)
 
     def open_proxy(self, board: Board) -> ProxyImage:
         """The disk as long as it is a proxy."""
         settings = self._settings
-        cache = TargetImage(reopen(self._fd, readonly=False), self.size, readonly=False)
+        cache = TargetImage(reopen(self.cache_fd, readonly=False), self.size, readonly=False)
         return ProxyImage(
             cache,
             self._state.open_process(),
@@ -244,9 +259,17 @@ class ProxySource(Source):
     def board_fd(self, processes: int) -> int:
         return self._state.board_fd
 
+    def open_state(self) -> ProcessState:
+        """The bitmap for a process that serves nobody. Called after the fork; raises `OSError`."""
+        return self._state.open_process()
+
+    def steer(self, steering: Steering) -> None:
+        """Have servers of another day begin with *steering*; raises like `SharedState.steer`."""
+        self._state.steer(steering)
+
     def flush(self) -> None:
         """Called when the workers are gone: everything is durable, and marked so unless others use the files."""
-        self._state.mark_clean(self._fd)
+        self._state.mark_clean(self.cache_fd)
 
 
 class ProxySettings(NamedTuple):

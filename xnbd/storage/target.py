@@ -95,6 +95,8 @@ def map_disk(fd: int, size: int) -> memoryview:
 class TargetSource(Source):
     """The disk image at *path*. Raises `ConfigurationError` if it cannot be served."""
 
+    mode = "target"
+
     def __init__(self, path: str, *, readonly: bool) -> None:
         self._fd = open_disk(path, readonly=readonly)
         self.name = os.path.basename(path)

@@ -1,0 +1,168 @@
+"""Copying all that is missing, in a process of its own, with a deep queue.
+
+Holes of the origin, where it can tell them, become local without being transferred.
+Who waits for blocks goes first: while any client does, only a little is asked for
+ahead of it. What was copied is known from the bitmap alone, so that a copy may end
+at any time and be begun again.
+"""
+
+from __future__ import annotations
+
+import os
+from time import monotonic
+from typing import Dict, Iterator, NamedTuple, Optional, Tuple
+
+from ..storage.blocks import BLOCK, block_count
+from ..storage.fetch import PIECE, Survey
+from ..storage.image import Ticket
+from ..storage.proxy import ProxyImage
+from .disk import Disk
+from .watch import Watch
+
+_DEEP, _SHALLOW = 8 << 20, 512 << 10
+"""Bytes asked for at once, if nobody else wants anything, and if somebody does."""
+
+_QUEUEING = 0.05
+"""Seconds that a block may take longer than the quickest one before less is asked for at once."""
+
+_SURVEY = 1 << 19
+_ZERO_STEP = 1 << 14
+_LOOK_AROUND = 0.1
+
+
+class Failed(Exception):
+    """The copy cannot go on; the message says why."""
+
+
+class CopyOptions(NamedTuple):
+    """*piece* in blocks, *rate* in bytes per second (0: as fast as it goes)."""
+
+    piece: int = PIECE
+    rate: int = 0
+
+
+class Copier:
+    """Copies what *disk* misses; the process has no client."""
+
+    def __init__(self, disk: Disk, image: ProxyImage, watch: Watch, options: CopyOptions) -> None:
+        self._disk = disk
+        self._fetcher = image.fetcher
+        self._bitmap = image.bitmap
+        self._blocks = block_count(image.size)
+        self._watch = watch
+        self._options = options
+        self._outstanding: Dict[Ticket, Tuple[float, int]] = {}
+        self._bytes = 0
+        self._quickest = float("inf")
+        self._window = _DEEP
+        self._allowed_at = monotonic()
+        self._looked_at = 0.0
+        self._crowded = False
+
+    def run(self) -> None:
+        """Return when every block is local, or the disk is no proxy any more. Raises `Failed`, and `Stop`."""
+        while not self._disk.outdated and not self._bitmap.all_set(0, self._blocks):
+            for first, end in self._missing():
+                self._fetch(first, end)
+                if self._disk.outdated:
+                    return
+            while self._outstanding and not self._disk.outdated:
+                self._wait()
+
+    def _missing(self) -> Iterator[Tuple[int, int]]:
+        """Runs of blocks to be fetched, after the origin's holes in them were noted."""
+        position = 0
+        while position < self._blocks:
+            first, end, local = next(self._bitmap.runs(position, self._blocks))
+            if not local:
+                end = min(end, first + _SURVEY)
+                survey = self._survey(first, end)
+                if survey is not None and survey.until > first:
+                    end = survey.until
+                    yield from self._between(survey, first, end)
+                else:
+                    yield first, end
+            position = end
+
+    def _survey(self, first: int, end: int) -> Optional[Survey]:
+        while not self._fetcher.approach():
+            self._wait()
+            if self._disk.outdated:
+                return None
+        survey = self._fetcher.survey(first, end)
+        while survey is not None and not survey.done and not self._disk.outdated:
+            self._wait()
+        return survey
+
+    def _between(self, survey: Survey, first: int, end: int) -> Iterator[Tuple[int, int]]:
+        """What lies between the holes."""
+        for zero_first, zero_end in survey.zeros:
+            if zero_first > first:
+                yield first, zero_first
+            for step in range(zero_first, zero_end, _ZERO_STEP):
+                self._make_zero(step, min(step + _ZERO_STEP, zero_end))
+            first = zero_end
+        if first < end:
+            yield first, end
+
+    def _make_zero(self, first: int, end: int) -> None:
+        """What another process has in hand is left for the next round."""
+        self._watch.check()
+        self._disk.go_inside()
+        try:
+            if not self._disk.outdated:
+                self._fetcher.make_zero(first, end)
+        except OSError as error:
+            raise Failed(f"cannot write to the cache image: {error.strerror}") from error
+        finally:
+            self._disk.place.leave()
+
+    def _fetch(self, first: int, end: int) -> None:
+        piece = self._options.piece
+        for run_first, run_end, local in self._bitmap.runs(first, end):
+            while not local and run_first < run_end and not self._disk.outdated:
+                stop = min(run_end, (run_first // piece + 1) * piece)
+                self._make_room()
+                ticket = self._fetcher.need(run_first, stop)
+                if ticket is not None:
+                    length = (stop - run_first) * BLOCK
+                    self._outstanding[ticket] = (monotonic(), length)
+                    self._bytes += length
+                    if self._options.rate:
+                        self._allowed_at = max(self._allowed_at, monotonic() - 0.2) + length / self._options.rate
+                run_first = stop
+
+    def _make_room(self) -> None:
+        while not self._disk.outdated:
+            now = monotonic()
+            if now - self._looked_at > _LOOK_AROUND:
+                self._look_around(now)
+            window = _SHALLOW if self._crowded else self._window
+            if self._bytes < window and now >= self._allowed_at:
+                return
+            self._wait(None if self._bytes >= window else self._allowed_at - now)
+
+    def _look_around(self, now: float) -> None:
+        self._looked_at = now
+        own = os.getpid()
+        self._crowded = any(line.queued_requests for line in self._disk.board.lines() if line.pid != own)
+        self._disk.place.tell()
+
+    def _wait(self, timeout: Optional[float] = None) -> None:
+        self._watch.wait((), 0, _LOOK_AROUND if timeout is None else min(timeout, _LOOK_AROUND), results=True)
+        finished, self._fetcher.finished = self._fetcher.finished, []
+        now = monotonic()
+        for ticket in finished:
+            self._finish(ticket, now)
+
+    def _finish(self, ticket: Ticket, now: float) -> None:
+        asked_at, length = self._outstanding.pop(ticket)
+        self._bytes -= length
+        if ticket.error:
+            raise Failed(f"a block could not be copied: {os.strerror(ticket.error)}")
+        took = now - asked_at
+        self._quickest = min(self._quickest, took)
+        if took > self._quickest + _QUEUEING:
+            self._window = max(_SHALLOW, self._window - length)
+        else:
+            self._window = min(_DEEP, self._window + length)

@@ -1,0 +1,559 @@
+"""The steward: a process beside the workers that looks after a disk as a whole.
+
+It answers the control socket, makes checkpoints while there is something new, notes
+when no block is missing any more, and carries out what operators ask for. What
+takes long runs in a child of its own. Several servers on one cache have a steward
+each, and any of them acts for all.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from time import monotonic, time
+from typing import Any, Callable, Dict, Generator, Iterator, List, Optional
+
+from .. import __version__
+from ..errors import CommandError, ConfigurationError
+from ..logs import log
+from ..origin.address import parse_origin
+from ..origin.connection import OriginLost
+from ..origin.probe import probe
+from ..process import set_title
+from ..storage.blocks import BLOCK, block_count
+from ..storage.board import COMPLETE, CONTROL, COPYING, PROXY, TARGET, UNREACHABLE, Board, Counts, Line
+from ..storage.proxy import ProxyImage, ProxySource
+from ..storage.state_format import Steering
+from ..storage.target import reopen
+from .control import ControlSocket, Message, Reply, flag_argument, integer_argument, text_argument
+from .copier import Copier, CopyOptions, Failed
+from .processes import UsageMeter
+from .service import Service
+from .watch import Stop, Watch
+
+_CHECKPOINT_EVERY = 1.0
+_TAKE_OVER_EVERY = 1.0
+_GATE_TIMEOUT = 10.0
+_FOLLOW_TIMEOUT = 5.0
+_PROGRESS_EVERY = 0.2
+_MAXIMUM_CELLS = 1 << 16
+
+
+class Steward:
+    """For the master of *service*, or for the one process of a wrapped client; *must_listen* unless a sibling may."""
+
+    def __init__(self, service: Service, control_path: Optional[str], *, must_listen: bool) -> None:
+        self._service = service
+        self._path = control_path
+        self._must_listen = must_listen
+        self._report = -1
+
+    def spawn(self, lifeline: int, close_first: Callable[[], None]) -> int:
+        """Fork; returns the steward's process id when it listens. Raises `ConfigurationError` if it cannot.
+
+        It ends when *lifeline* breaks; *close_first* lets go of what belongs to the parent.
+        """
+        verdict, self._report = os.pipe()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        pid = os.fork()
+        if not pid:
+            os.close(verdict)
+            close_first()
+            self._run(lifeline)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        os.close(self._report)
+        with os.fdopen(verdict, "rb") as answer:
+            complaint = answer.read().decode("utf-8", "surrogateescape")
+        if complaint:
+            os.waitpid(pid, 0)
+            raise ConfigurationError(complaint)
+        return pid
+
+    def _run(self, lifeline: int) -> None:
+        """Life of the child."""
+        status = 1
+        try:
+            watch = Watch(lifeline)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            set_title("steward", self._service.source.name)
+            work = _Stewardship(self._service, self._path, watch, must_listen=self._must_listen)
+            os.close(self._report)
+            self._report = -1
+            status = work.run()
+        except Stop:
+            status = 0
+        except ConfigurationError as error:
+            self._complain(str(error))
+        except OSError as error:
+            self._complain(f"the steward cannot work: {error}")
+        except BaseException:
+            log.exception("steward failed")
+        finally:
+            os._exit(status)
+
+    def _complain(self, text: str) -> None:
+        if self._report >= 0:
+            os.write(self._report, text.encode("utf-8", "surrogateescape"))
+        else:
+            log.error("%s", text)
+
+
+class _Child:
+    """A process that does one thing and may say why it failed."""
+
+    def __init__(self, close_first: Callable[[], None], work: Callable[[], None]) -> None:
+        reading, writing = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            os.close(reading)
+            close_first()
+            _do_and_exit(work, writing)
+        os.close(writing)
+        os.set_blocking(reading, False)
+        self._reading = reading
+        self.status: Optional[int] = None
+        self.complaint = ""
+
+    def is_done(self) -> bool:
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+                with suppress(BlockingIOError):
+                    self.complaint = os.read(self._reading, 4096).decode()
+                os.close(self._reading)
+        return self.status is not None
+
+    def stop(self) -> None:
+        if self.status is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
+def _do_and_exit(work: Callable[[], None], writing: int) -> None:
+    status = 1
+    try:
+        work()
+        status = 0
+    except Stop:
+        status = 0
+    except Failed as failure:
+        os.write(writing, str(failure).encode()[:4096])
+    except OSError as error:
+        os.write(writing, str(error.strerror or error).encode()[:4096])
+    except BaseException:
+        log.exception("a child of the steward failed")
+    finally:
+        os._exit(status)
+
+
+class _Stewardship:
+    """The steward's own process at work."""
+
+    def __init__(self, service: Service, path: Optional[str], watch: Watch, *, must_listen: bool) -> None:
+        source = service.source
+        self._service = service
+        self._source = source
+        self._proxy = source if isinstance(source, ProxySource) else None
+        self._path = path
+        self._watch = watch
+        self._board = Board(reopen(service.board_fd, readonly=False))
+        self._state = self._proxy.open_state() if self._proxy is not None else None
+        self._blocks = block_count(source.size)
+        self._control: Optional[ControlSocket] = None
+        self._checkpoint: Optional[_Child] = None
+        self._copy: Optional[_Child] = None
+        self._copy_rate = _Rate()
+        self._began = time()
+        self._next_checkpoint = monotonic()
+        self._next_try = monotonic()
+        self._failing = ""
+        self._pending: List[Reply] = []
+        self._meter = UsageMeter()
+        if must_listen and path is not None:
+            self._listen()
+
+    def _listen(self) -> None:
+        assert self._path is not None
+        commands: Dict[str, Callable[[Message], Reply]] = {"query": self._query}
+        if self._proxy is not None:
+            commands.update({"cache-all": self._cache_all, "switch": self._switch, "reconnect": self._reconnect})
+        self._control = ControlSocket(self._path, commands)
+
+    # The loop
+
+    def run(self) -> int:
+        try:
+            while True:
+                self._work()
+                control = self._control
+                interests = control.interests() if control is not None else []
+                times = [monotonic() + _CHECKPOINT_EVERY]
+                if control is not None and control.deadline() is not None:
+                    times.append(control.deadline())  # type: ignore[arg-type]
+                if self._pending or self._checkpoint is not None:
+                    times.append(monotonic() + 0.1)
+                self._watch.wait_for(interests, max(0.0, min(times) - monotonic()))
+        finally:
+            self._end()
+
+    def _work(self) -> None:
+        if self._control is not None:
+            self._control.progress()
+        elif self._path is not None and monotonic() >= self._next_try:
+            self._take_over()
+        if self._watch.woken():
+            self._pending.append(self._switch({}))
+        for reply in list(self._pending):
+            self._go_on(reply)
+        if self._copy is not None and self._copy.is_done():
+            self._on_copied(self._copy)
+        if self._state is not None:
+            self._keep_durable()
+
+    def _go_on(self, reply: Reply) -> None:
+        """A command that came as a signal: its outcome is for the log."""
+        try:
+            for answer in reply:
+                if answer is None:
+                    return
+        except (CommandError, ConfigurationError) as error:
+            log.warning("SIGUSR2: refused: %s", error)
+        self._pending.remove(reply)
+
+    def _take_over(self) -> None:
+        """Answer the control socket if its former owner is gone; a sibling on the same cache has it otherwise."""
+        self._next_try = monotonic() + _TAKE_OVER_EVERY
+        if not self._board.try_lock(CONTROL):
+            return
+        try:
+            self._listen()
+        except ConfigurationError as error:
+            self._board.unlock(CONTROL)
+            if str(error) != self._failing:
+                log.warning("%s", error)
+            self._failing = str(error)
+
+    def _keep_durable(self) -> None:
+        assert self._state is not None
+        if self._checkpoint is not None:
+            if not self._checkpoint.is_done():
+                return
+            self._on_checkpoint(self._checkpoint)
+            self._checkpoint = None
+        if monotonic() < self._next_checkpoint:
+            return
+        self._next_checkpoint = monotonic() + _CHECKPOINT_EVERY
+        if self._board.mode == PROXY and self._missing() == 0:
+            self._board.mode = COMPLETE
+            log.info("every block is cached")
+        if self._state.changed:
+            self._checkpoint = self._start(self._make_durable)
+
+    def _make_durable(self) -> None:
+        assert self._proxy is not None and self._state is not None
+        self._state.checkpoint(self._proxy.cache_fd)
+
+    def _on_checkpoint(self, child: _Child) -> None:
+        if child.status == 0:
+            self._board.note_checkpoint()
+            self._failing = ""
+        elif child.complaint != self._failing:
+            log.error("cannot make the cache durable: %s", child.complaint or f"status {child.status}")
+            self._failing = child.complaint
+
+    def _start(self, work: Callable[[], None]) -> _Child:
+        return _Child(self._close_control, work)
+
+    def _close_control(self) -> None:
+        """In a child: let go of clients, or they would not notice it when the steward disconnects them."""
+        if self._control is not None:
+            self._control.close()
+
+    def _end(self) -> None:
+        for child in (self._copy, self._checkpoint):
+            if child is not None and not child.is_done():
+                child.stop()
+                with suppress(ChildProcessError):
+                    os.waitpid(child.pid, 0)
+        if self._control is not None:
+            self._control.close()
+
+    def _missing(self) -> int:
+        assert self._state is not None
+        bitmap = self._state.bitmap
+        if bitmap.all_set(0, self._blocks):
+            return 0
+        return max(1, self._blocks - bitmap.count())
+
+    # Copying
+
+    def _cache_all(self, request: Message) -> Reply:
+        piece = integer_argument(request, "blocks_per_request", 1, 1 << 20)
+        rate = integer_argument(request, "limit_rate", 1, 1 << 50)
+        wait = flag_argument(request, "wait")
+        if self._board.mode == TARGET:
+            raise CommandError("this is no proxy any more: nothing is missing")
+        if self._copy is not None and not self._copy.is_done():
+            raise CommandError("a copy is under way already (xnbd-bgctl --query shows it)")
+        self._start_copy(CopyOptions(min(piece or 64, 64), rate or 0))
+        assert self._copy is not None
+        if not wait:
+            yield {"done": True, "pid": self._copy.pid}
+            return
+        yield from self._watch_copy(self._copy)
+
+    def _start_copy(self, options: CopyOptions) -> None:
+        def work() -> None:
+            set_title("copying", self._source.name)
+            watch = Watch(self._watch.lifeline)
+            disk = watch.disk = self._service.open_disk()
+            if not disk.board.try_lock(COPYING):
+                raise Failed("another server on this cache is copying already")
+            if isinstance(disk.image, ProxyImage):
+                disk.place.welcome("(copying all blocks)")
+                try:
+                    Copier(disk, disk.image, watch, options).run()
+                finally:
+                    disk.part()
+                    disk.close()
+
+        self._copy_rate = _Rate()
+        self._copy = self._start(work)
+        log.info("copying all blocks that are missing: process %d", self._copy.pid)
+
+    def _watch_copy(self, child: _Child) -> Iterator[Optional[Message]]:
+        """Progress, until the copy has ended; a client that leaves stops it."""
+        fetched_before = self._board.totals().bytes_fetched
+        told_at = 0.0
+        try:
+            while not child.is_done():
+                if monotonic() - told_at >= _PROGRESS_EVERY:
+                    told_at = monotonic()
+                    yield {"progress": self._progress(fetched_before)}
+                else:
+                    yield None
+        finally:
+            child.stop()
+        self._on_copied(child)
+        if child.status or self._missing():
+            raise CommandError(child.complaint or "the copy was stopped before its end")
+        yield {"done": True, **self._progress(fetched_before)}
+
+    def _progress(self, fetched_before: int) -> Message:
+        cached = self._cached_bytes()
+        fetched = self._board.totals().bytes_fetched - fetched_before
+        return {
+            "cached_bytes": cached,
+            "total_bytes": self._source.size,
+            "fetched_bytes": fetched,
+            "rate": self._copy_rate.of(fetched),
+        }
+
+    def _cached_bytes(self) -> int:
+        missing = self._missing()
+        return self._source.size if not missing else max(0, self._source.size - missing * BLOCK)
+
+    def _on_copied(self, child: _Child) -> None:
+        if child is not self._copy:
+            return
+        self._copy = None
+        if child.status:
+            log.warning("the copy has ended: %s", child.complaint or f"status {child.status}")
+        else:
+            log.info("the copy has ended, %d blocks are missing", self._missing())
+
+    # Switching
+
+    def _switch(self, request: Message) -> Reply:
+        force = flag_argument(request, "force")
+        assert self._proxy is not None and self._state is not None
+        if self._board.mode == TARGET:
+            raise CommandError("this is a plain target already")
+        if not force:
+            self._refuse_if_missing()
+        self._stop_copy()
+        self._make_durable()  # a bit that is forgotten would be fetched over what the target has written
+        self._proxy.steer(Steering(switched=True, address=self._board.address))
+        began = monotonic()
+        try:
+            with self._board.closed(_GATE_TIMEOUT):
+                if not force:
+                    self._refuse_if_missing()
+                self._board.mode = TARGET
+                pause = monotonic() - began
+        except TimeoutError as error:
+            raise CommandError(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}; try again") from None
+        finally:
+            if self._board.mode != TARGET:
+                self._proxy.steer(Steering(switched=False, address=self._board.address))
+        workers = yield from self._have_followed()
+        log.info("switched to a plain target of %s; held for %.1f ms", self._source.name, pause * 1e3)
+        yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
+
+    def _refuse_if_missing(self) -> None:
+        missing = self._missing()
+        if missing:
+            raise CommandError(
+                f"{missing} of {self._blocks} blocks are missing "
+                "(--cache-all brings them; --force switches without them, and they read as zeros)"
+            )
+
+    def _stop_copy(self) -> None:
+        if self._copy is not None:
+            self._copy.stop()
+            os.waitpid(self._copy.pid, 0)
+            self._copy.status = 0
+            self._copy = None
+
+    def _have_followed(self) -> Generator[Optional[Message], None, int]:
+        """Wait until every process has changed over; returns how many there are."""
+        until = monotonic() + _FOLLOW_TIMEOUT
+        self._wake_all()
+        while True:
+            lines = self._board.lines()
+            behind = [line for line in lines if line.mode != TARGET]
+            if not behind or monotonic() > until:
+                for line in behind:
+                    log.warning("process %d of client %s is busy, and changes over later", line.pid, line.peer)
+                return len(lines)
+            yield None
+
+    def _wake_all(self) -> None:
+        for line in self._board.lines():
+            with suppress(OSError):
+                os.kill(line.pid, signal.SIGUSR2)
+
+    # Another origin
+
+    def _reconnect(self, request: Message) -> Reply:
+        assert self._proxy is not None
+        name = text_argument(request, "exportname")
+        uri = text_argument(request, "uri")
+        if self._board.mode == TARGET:
+            raise CommandError("this is a plain target: it has no origin any more")
+        if uri is not None:
+            address = parse_origin(uri, None, name)
+        else:
+            address = parse_origin(text_argument(request, "host") or "", text_argument(request, "port"), name)
+        try:
+            size = probe(address, timeout=self._proxy.patience.connect).size
+        except OriginLost as lost:
+            raise CommandError(f"{lost}; nothing was changed") from lost
+        if size != self._source.size:
+            raise CommandError(f"the disk at {address} has {size} bytes, not {self._source.size}; nothing was changed")
+        try:
+            self._proxy.steer(Steering(switched=False, address=str(address)))
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+        self._board.address = str(address)
+        self._wake_all()
+        log.info("the origin is %s now", address)
+        yield {"done": True, "address": str(address)}
+
+    # Telling
+
+    def _query(self, request: Message) -> Reply:
+        cells = integer_argument(request, "map", 1, _MAXIMUM_CELLS)
+        lines, totals = self._board.lines(), self._board.totals()
+        usage = self._meter.usage([line.pid for line in lines])
+        answer: Message = {
+            "mode": self._mode_name(),
+            "name": self._source.name,
+            "description": self._source.description,
+            "pid": os.getppid(),
+            "version": __version__,
+            "uptime_seconds": time() - self._began,
+            "readonly": self._source.readonly,
+            "disk_size": self._source.size,
+            "block_size": BLOCK,
+            "counters": {**_counters(totals), "hits": max(0, totals.requests - totals.misses)},
+            "queue": self._queue(lines),
+            "workers": [_worker(line, usage.get(line.pid)) for line in lines if line.peer],
+        }
+        if self._proxy is not None:
+            answer.update(self._about_proxy(self._proxy, lines, cells))
+        yield {"done": True, **answer}
+
+    def _mode_name(self) -> str:
+        if self._proxy is not None:
+            return "target" if self._board.mode == TARGET else "proxy"
+        return self._source.mode
+
+    def _queue(self, lines: List[Line]) -> Message:
+        return {
+            "requests": sum(line.queued_requests for line in lines),
+            "requests_limit": self._service.limits.requests,
+            "bytes": sum(line.queued_bytes for line in lines),
+            "bytes_limit": self._service.limits.buffered,
+        }
+
+    def _about_proxy(self, proxy: ProxySource, lines: List[Line], cells: Optional[int]) -> Message:
+        assert self._state is not None
+        count, last = self._board.checkpoints()
+        answer: Message = {
+            "blocks": {"total": self._blocks, "cached": self._blocks - self._missing()},
+            "origin": self._about_origin(proxy, lines),
+            "checkpoint": {
+                "dirty_pages": self._state.dirty_pages(),
+                "completed": count,
+                "seconds_since_last": None if last is None else max(0.0, time() - last),
+            },
+            "cache_all": self._about_copy(),
+        }
+        if cells is not None:
+            answer["map"] = self._state.bitmap.shares(min(cells, self._blocks))
+        return answer
+
+    def _about_origin(self, proxy: ProxySource, lines: List[Line]) -> Message:
+        connected = sum(line.origin == 1 for line in lines)
+        unreachable = any(line.origin == UNREACHABLE for line in lines)
+        return {
+            "address": self._board.address or str(proxy.address),
+            "state": "unreachable" if unreachable else "connected" if connected else "idle",
+            "error": next((line.trouble for line in lines if line.trouble), None),
+            "connections": connected,
+        }
+
+    def _about_copy(self) -> Optional[Message]:
+        if self._copy is None:
+            return None
+        cached = self._cached_bytes()
+        return {
+            "pid": self._copy.pid,
+            "copied_bytes": cached,
+            "total_bytes": self._source.size,
+            "rate": self._copy_rate.of(cached),
+        }
+
+
+class _Rate:
+    """Bytes per second over the last moments."""
+
+    def __init__(self) -> None:
+        self._samples: List[Any] = []
+
+    def of(self, amount: int) -> float:
+        now = monotonic()
+        self._samples = [sample for sample in self._samples if now - sample[0] < 5] + [(now, amount)]
+        first_time, first_amount = self._samples[0]
+        return max(0.0, (amount - first_amount) / (now - first_time)) if now > first_time else 0.0
+
+
+def _counters(counts: Counts) -> Message:
+    return dict(counts._asdict())
+
+
+def _worker(line: Line, usage: Any) -> Message:
+    about: Message = {
+        "pid": line.pid,
+        "client": line.peer,
+        "connected_seconds": max(0.0, time() - line.since),
+        **_counters(line.counts),
+        "hits": max(0, line.counts.requests - line.counts.misses),
+        "queued_requests": line.queued_requests,
+        "queued_bytes": line.queued_bytes,
+    }
+    if usage is not None:
+        about.update(usage._asdict())
+    return about
