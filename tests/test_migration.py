@@ -29,5 +29,5 @@ def test_machine_is_not_moved_to_a_proxy_that_has_cached_something() -> None:
         sys.executable, script, "--bgctl", bgctl, "A.qmp", "B.qmp", "tcp:host2:4444", "ctl", check=False
     )
     assert (status, out) == (1, "")
-    assert err.startswith("migrate.py: the proxy has cached 3 blocks already")
+    assert err.startswith("migrate.py: the proxy has cached blocks already (3)")
     assert err.count("\n") == 1

@@ -85,7 +85,7 @@ def check_proxy(bgctl: List[str], control: str) -> None:
     cached = json.loads(done.stdout)["blocks"]["cached"]
     if cached:
         raise GuestError(
-            f"the proxy has cached {cached} blocks already, which the machine may still change; nothing was moved."
+            f"the proxy has cached blocks already ({cached}) that the machine may still change; nothing was moved."
             " Start proxy (with --clear-bitmap) and waiting qemu again, with the disk's geometry given"
         )
 
