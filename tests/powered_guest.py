@@ -99,7 +99,9 @@ class PoweredGuest:
         """Start a server for each; returns when all listen."""
         for disk in disks:
             command = f"{_SERVER} --lport {disk.port} {self._mode_and_files(disk)}"
-            make = f"mkdir -p {disk.directory}; cp -n /mnt/fresh.img {disk.directory}/image; sync"
+            make = f"mkdir -p {disk.directory}"
+            if self._mode == "target":
+                make += f"; cp -n /mnt/fresh.img {disk.directory}/image; sync"
             guest.run(f"{make}; {command} >/run/{disk.port}.log 2>&1 & echo $! >/run/{disk.port}.pid")
         for disk in disks:
             log, pid = f"/run/{disk.port}.log", f"$(cat /run/{disk.port}.pid)"
