@@ -17,6 +17,7 @@ offset  content, of the machine's own endianness
 0       the gate's flag (1 byte)
 1       mode (1 byte): `PROXY`, `COMPLETE`, `TARGET`
 2       changes of mode and snapshot, counted modulo 256 (1 byte)
+3       whether a copy of all blocks is wanted that no operator waits for (1 byte)
 4       generation of the origin's address (4 bytes)
 8       time of the last checkpoint, in seconds since the epoch (double)
 16      checkpoints (8 bytes)
@@ -44,7 +45,7 @@ PROXY, COMPLETE, TARGET = 0, 1, 2
 LINE = 256
 _LINES_AT = 16384
 
-_FLAG, _MODE, _CHANGES, _GENERATION, _CHECKPOINTS, _SNAPSHOT_AT, _ADDRESS = 0, 1, 2, 4, 8, 24, 64
+_FLAG, _MODE, _CHANGES, _COPY_WANTED, _GENERATION, _CHECKPOINTS, _SNAPSHOT_AT, _ADDRESS = 0, 1, 2, 3, 4, 8, 24, 64
 _SNAPSHOT = struct.Struct("=III")
 _U32 = struct.Struct("=I")
 _CHECKPOINT = struct.Struct("=dQ")
@@ -136,6 +137,14 @@ class Board:
         """The process that makes a snapshot, and its descriptors of snapshot and bitmap."""
         pid, output, bitmap = _SNAPSHOT.unpack_from(self._map, _SNAPSHOT_AT)
         return (pid, output, bitmap) if pid else None
+
+    @property
+    def copy_wanted(self) -> bool:
+        return bool(self._map[_COPY_WANTED])
+
+    @copy_wanted.setter
+    def copy_wanted(self, wanted: bool) -> None:
+        self._map[_COPY_WANTED] = wanted
 
     def begin_snapshot(self, pid: int, output: int, bitmap: int) -> None:
         """From now on old blocks are kept; the gate is closed."""
