@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Iterator
 
+from ..errors import TaskFailed
 from ..logs import log
 from ..storage import snapshot
 from ..storage.blocks import BLOCK, steps
@@ -22,10 +23,6 @@ _GATE_TIMEOUT = 10.0
 _DATA_STEP, _HOLE_STEP = 256 << 10, 64 << 20
 
 
-class Failed(Exception):
-    """There is no snapshot; the message says why."""
-
-
 class Snapshotter:
     """Makes one snapshot of *source*; the bitmap behind *bitmap_fd* shows how far it is."""
 
@@ -37,20 +34,20 @@ class Snapshotter:
         self._held = 0.0
 
     def run(self) -> str:
-        """The snapshot's name and times, as JSON. Raises `Failed`, and `Stop`."""
+        """The snapshot's name and times, as JSON. Raises `TaskFailed`, and `Stop`."""
         began = monotonic()
         path = self._source.path
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
-                raise Failed(f"{path} is no regular file: what makes the device can make snapshots of it")
+                raise TaskFailed(f"{path} is no regular file: what makes the device can make snapshots of it")
             image = self._source.open(self._board)
             output = snapshot.open_output(path, self._source.size)
             self._fill(image, output)
             name = snapshot.publish(output, snapshot.snapshot_name(path))
         except TimeoutError as error:
-            raise Failed(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}") from error
+            raise TaskFailed(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}") from error
         except OSError as error:
-            raise Failed(error.strerror or str(error)) from error
+            raise TaskFailed(error.strerror or str(error)) from error
         seconds, held = monotonic() - began, self._held * 1e3
         log.info("snapshot %s: %d bytes in %.2f s, clients held for %.1f ms", name, self._source.size, seconds, held)
         return json.dumps({"path": name, "seconds": round(seconds, 3), "held_ms": round(held, 1)})
@@ -60,7 +57,7 @@ class Snapshotter:
         if isinstance(image, TargetImage) and snapshot.try_clone(image.fd, output):
             with self._gate():
                 if not snapshot.try_clone(image.fd, output):
-                    raise Failed("the file system does not clone any more")
+                    raise TaskFailed("the file system does not clone any more")
             return
         with self._gate():
             self._board.begin_snapshot(os.getpid(), output, self._bitmap_fd)
