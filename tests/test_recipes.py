@@ -129,7 +129,7 @@ class Playground:
         )
         if (self.directory / "run" / "wrapper.ctl").exists():
             self._run_here(f"xnbd-wrapper-ctl --socket {self.directory}/run/wrapper.ctl --shutdown")
-        for pid_file in (self.directory / "run").glob("*.pid"):
+        for pid_file in self.directory.glob("*/*.pid"):
             stop_daemon(pid_file)
 
 
@@ -267,3 +267,16 @@ def test_wrong_command_on_a_client_is_noticed(playground: Playground) -> None:
 def test_block_that_nobody_introduces_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing says"):
         read_page("Title\n=====\n\nThen::\n\n    true\n")
+
+
+def test_proxy_in_the_readme(playground: Playground) -> None:
+    text = (ROOT / "README.rst").read_text()
+    section = text[text.index("\nA disk that lives elsewhere\n") : text.index("\nOptions that matter\n")]
+    (found,) = re.findall(r"::\n\n((?:    .*\n|\n)+)", section)
+    directory = playground.path("")
+    script = found.replace(".venv/bin/", "").replace("localhost", "127.0.0.1")
+    output = playground.run(Block(f"cd {directory}\n{script}", in_guest=False))
+    assert "cached      100 %" in output
+    assert (directory / "copy.img").read_bytes() == (directory / "far.img").read_bytes()
+    assert (directory / "cache.img").stat().st_size == 64 << 20
+    stop_daemon(directory / "proxy.pid")
