@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
 from time import sleep
 from typing import Callable, Optional
 
 from ..errors import TaskFailed
 from ..logs import log
 from .watch import Stop
+from .worker import read_pipe
+
+_LONGEST = 32 << 10
 
 
 class Child:
@@ -39,8 +41,7 @@ class Child:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)
-                with suppress(BlockingIOError):
-                    self.message = os.read(self._reading, 4096).decode()
+                self.message = read_pipe(self._reading, _LONGEST).decode("utf-8", "replace")
                 os.close(self._reading)
         return self.status is not None
 
@@ -62,9 +63,9 @@ def _do_and_exit(work: Callable[[], Optional[str]], writing: int) -> None:
     except Stop:
         status = 0
     except TaskFailed as failure:
-        os.write(writing, str(failure).encode()[:4096])
+        os.write(writing, str(failure).encode()[:_LONGEST])
     except OSError as error:
-        os.write(writing, str(error.strerror or error).encode()[:4096])
+        os.write(writing, str(error.strerror or error).encode()[:_LONGEST])
     except BaseException:
         log.exception("a child of the steward failed")
     finally:

@@ -73,6 +73,7 @@ class Copier:
         while position < self._blocks:
             first, end, local = next(self._bitmap.runs(position, min(position + _SURVEY, self._blocks)))
             if not local:
+                end = min(first + _SURVEY, self._blocks)  # what is local within is passed over later
                 survey = self._survey(first, end)
                 if survey is not None and survey.until > first:
                     end = survey.until

@@ -38,7 +38,7 @@ class Report:
         answer: Message = {
             "mode": "target" if self._board.mode == TARGET else source.mode,
             "name": source.name,
-            "description": source.description,
+            "description": self._description(),
             "pid": os.getppid(),
             "version": __version__,
             "uptime_seconds": time() - self._began,
@@ -57,6 +57,14 @@ class Report:
             if cells is not None:
                 answer["map"] = progress.shares(cells)
         return answer
+
+    def _description(self) -> str:
+        source = self._source
+        if not isinstance(source, ProxySource):
+            return source.description
+        if self._board.mode == TARGET:
+            return f"disk image {source.name}, a proxy's cache until the switch"
+        return source.describe(self._board.address or str(source.address))
 
     def _queue(self, lines: List[Line]) -> Message:
         limits = self._service.limits

@@ -194,7 +194,8 @@ class _Stewardship:
                 if answer is None:
                     return
         except (CommandError, ConfigurationError) as error:
-            log.warning("%s: %s", signal_name, error)
+            if signal_name != "SIGUSR1":  # of a snapshot the log tells anyway
+                log.warning("%s: %s", signal_name, error)
         self._pending.remove((signal_name, reply))
 
     def _on_snapshot_signal(self, _number: int, _frame: object) -> None:
@@ -367,11 +368,14 @@ class _Stewardship:
             child.stop()
             child.wait()
             self._board.end_snapshot()
+            self._wake_all()
             self._snapshot = None
             bitmap.octets.close()
             os.close(bitmap_fd)
-        if child.status:
-            raise CommandError(f"no snapshot: {child.message or f'its process ended with status {child.status}'}")
+        if child.status or not child.message:
+            failure = f"no snapshot: {child.message or 'its process was stopped'}"
+            log.warning("%s", failure)
+            raise CommandError(failure)
         yield {"done": True, **json.loads(child.message)}
 
     def _make_snapshot(self, bitmap_fd: int) -> str:
