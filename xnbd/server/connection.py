@@ -79,12 +79,32 @@ class Connection:
         except BlockingIOError:
             return None
 
-    def wait_beside(self, wanted: bool, timeout: Optional[float]) -> None:
-        """Sleep until more requests come, if they are *wanted*, or the background has results.
+    def soon(self) -> bool:
+        """Poll for more requests as long as that has paid; whether some are there."""
+        until = monotonic() + self._spin.seconds
+        while monotonic() < until:
+            if self._ready(0):
+                self._spin.hit()
+                return True
+        return False
 
-        Raises `Stop` as soon as the worker is to leave.
+    def wait_beside(self, events: int, timeout: Optional[float]) -> bool:
+        """Sleep until the client shows *events*, or the background has results; tells whether it was the client.
+
+        Raises `Stop` as soon as the worker is to leave, `Disconnected` if the client
+        is gone altogether.
         """
-        self.watch.wait(self._fds if wanted else (), select.POLLIN, timeout, results=True)
+        began = monotonic()
+        if not self.watch.wait(self._fds, events, timeout, results=True):
+            return False
+        if events & select.POLLIN:
+            self._spin.missed(monotonic() - began)
+            return True
+        poll = select.poll()
+        poll.register(self._fds[0], events)
+        if any(mask & (select.POLLHUP | select.POLLERR) for _, mask in poll.poll(0)):
+            raise Disconnected("client left with requests waiting")
+        return True
 
     def receive_rest(self, view: memoryview) -> int:
         """Receive more of a message that has begun: at least one byte.

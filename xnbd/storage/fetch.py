@@ -27,7 +27,7 @@ from ..origin.connection import OriginConnection, OriginLost
 from ..protocol.constants import STATE_ZERO
 from . import space
 from .blocks import BLOCK, block_start, block_stop, bytes_of, covered, touched
-from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, UNREACHABLE, Board, Counts
+from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, TARGET, UNREACHABLE, Board, Counts
 from .checkpoint import ProcessState
 from .image import Background, Ticket
 from .locks import RangeLocks
@@ -43,6 +43,7 @@ _AHEAD_IN_FLIGHT = 2 << 20
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.01
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
 _PARTING = 1.0
+_QUIET = 0.005
 
 
 class Whereabouts(NamedTuple):
@@ -123,7 +124,6 @@ class Fetcher(Background):
     def __init__(self, cache: TargetImage, state: ProcessState, whereabouts: Whereabouts, patience: Patience) -> None:
         self.finished: List[Ticket] = []
         self.counts: List[int] = [0] * len(Counts())
-        self.trouble = ""
         self._cache = cache
         self._fd = cache.fd
         self._size = cache.size
@@ -144,6 +144,7 @@ class Fetcher(Background):
         self._pauses: List[Tuple[float, Ticket]] = []
         self._surveys = 0
         self._approach = False
+        self._closing = False
 
     # For those who need blocks
 
@@ -155,20 +156,33 @@ class Fetcher(Background):
                 self._need_run(ticket, run_first, run_end)
         return ticket if ticket.pending else None
 
+    def need_block(self, block: int) -> Ticket:
+        """What `need` does, for one block that is not local."""
+        ticket = Ticket()
+        ticket.pending = 1
+        fetch = self._by_block.get(block)
+        if fetch is None:
+            fetch = self._add(self._wanted, block, block + 1, ahead=False)
+        elif fetch.ahead:
+            self._prefer(fetch)
+        fetch.tickets.append(ticket)
+        return ticket
+
+    def _prefer(self, fetch: Fetch) -> None:
+        """Somebody waits for what was to be fetched ahead."""
+        fetch.ahead = False
+        if fetch in self._ahead:
+            self._ahead.remove(fetch)
+            self._wanted.append(fetch)
+
     def _need_run(self, ticket: Ticket, first: int, end: int) -> None:
         by_block = self._by_block
         while first < end:
             fetch = by_block.get(first)
             if fetch is None:
-                stop = first + 1
-                while stop < end and stop not in by_block and stop % PIECE:
-                    stop += 1
-                fetch = self._add(self._wanted, first, stop, ahead=False)
+                fetch = self._add(self._wanted, first, self._free_until(first, end), ahead=False)
             elif fetch.ahead:
-                fetch.ahead = False
-                if fetch in self._ahead:
-                    self._ahead.remove(fetch)
-                    self._wanted.append(fetch)
+                self._prefer(fetch)
             if not fetch.tickets or fetch.tickets[-1] is not ticket:
                 fetch.tickets.append(ticket)
                 ticket.pending += 1
@@ -181,10 +195,17 @@ class Fetcher(Background):
             while not local and run_first < run_end:
                 stop = run_first + 1
                 if run_first not in by_block:
-                    while stop < run_end and stop not in by_block and stop % PIECE:
-                        stop += 1
+                    stop = self._free_until(run_first, run_end)
                     self._add(self._ahead, run_first, stop, ahead=True)
                 run_first = stop
+
+    def _free_until(self, first: int, end: int) -> int:
+        """Where a fetch from *first* on has to end: at *end*, at a piece's end, or where another one begins."""
+        by_block = self._by_block
+        stop = min(end, (first // PIECE + 1) * PIECE)
+        if stop - first == 1 or by_block.keys().isdisjoint(range(first + 1, stop)):
+            return stop
+        return next(block for block in range(first + 1, stop) if block in by_block)
 
     def _add(self, queue: Deque[Fetch], first: int, end: int, *, ahead: bool) -> Fetch:
         last = queue[-1] if queue else None
@@ -193,7 +214,8 @@ class Fetcher(Background):
             fetch = last
         else:
             fetch = Fetch(first, end, ahead=ahead)
-            fetch.since = monotonic()
+            if self._patience.origin is not None:
+                fetch.since = monotonic()
             queue.append(fetch)
         if end - first == 1:
             self._by_block[first] = fetch
@@ -269,6 +291,11 @@ class Fetcher(Background):
     @property
     def busy(self) -> bool:
         return bool(self._by_block or self._pauses or self.finished or self._surveys or self._approach)
+
+    @property
+    def quiet(self) -> bool:
+        connection = self._connection
+        return connection is None or monotonic() > connection.heard_at + _QUIET
 
     @property
     def health(self) -> int:
@@ -398,8 +425,13 @@ class Fetcher(Background):
             connection.close()
 
     def close(self) -> None:
-        """Take leave of the origin, when what it was asked for has come or has taken too long."""
-        until = monotonic() + _PARTING
+        """Take leave of the origin, as soon as what it was asked for has come; none of that is kept.
+
+        Not kept, because the disk may be a plain target by now. In that case nobody
+        waits here either.
+        """
+        until = monotonic() + (0.0 if self._whereabouts.board.mode == TARGET else _PARTING)
+        self._closing = True
         self._wanted.clear()
         self._ahead.clear()
         connection = self._connection
@@ -425,7 +457,8 @@ class Fetcher(Background):
 
     def _ask_for(self, connection: OriginConnection, fetch: Fetch) -> None:
         first, end = fetch.first, fetch.end
-        if not self._hold(*bytes_of(first, end)):
+        start = first >> 3
+        if not self._hold(start, ((end + 7) >> 3) - start):
             if self._bitmap.all_set(first, end):
                 self._finish(fetch, 0)
                 return
@@ -444,15 +477,25 @@ class Fetcher(Background):
         connection.read(fetch, offset, length)
 
     def _hold(self, start: int, count: int) -> bool:
+        held = self._held
+        if count == 1 and start in held:
+            held[start] += 1
+            return True
         if not self._locks.try_acquire(start, count):
             return False
-        held = self._held
+        if count == 1:
+            held[start] = 1
+            return True
         for byte in range(start, start + count):
             held[byte] = held.get(byte, 0) + 1
         return True
 
     def _let_go(self, start: int, count: int) -> None:
         held, free = self._held, 0
+        if count == 1 and held[start] == 1:
+            del held[start]
+            self._locks.release(start, 1)
+            return
         for byte in range(start, start + count):
             if held[byte] == 1:
                 del held[byte]
@@ -470,7 +513,7 @@ class Fetcher(Background):
 
     def on_data(self, token: Any, offset: int, data: memoryview) -> None:
         self.counts[BYTES_FETCHED] += len(data)
-        if token.error:
+        if token.error or self._closing:
             return
         try:
             if token.mixed:
@@ -484,7 +527,7 @@ class Fetcher(Background):
             self._on_cache_failure(token, error)
 
     def on_hole(self, token: Any, offset: int, length: int) -> None:
-        if token.error:
+        if token.error or self._closing:
             return
         try:
             self._zero(offset, length)
@@ -521,9 +564,10 @@ class Fetcher(Background):
             self._delay, self.trouble = 0.0, ""
             log.info("origin %s: answers again", self._whereabouts.address)
         error = token.error or error
-        if not error:
+        if not error and not self._closing:
             self._bitmap.set(first, end)
-        self._let_go(*bytes_of(first, end))
+        start = first >> 3
+        self._let_go(start, ((end + 7) >> 3) - start)
         self._finish(token, error)
 
     def _finish(self, fetch: Fetch, error: int) -> None:
@@ -535,6 +579,8 @@ class Fetcher(Background):
                 self.finished.append(ticket)
 
     def _forget(self, fetch: Fetch) -> None:
-        by_block = self._by_block
-        for block in range(fetch.first, fetch.end):
-            del by_block[block]
+        by_block, first = self._by_block, fetch.first
+        del by_block[first]
+        if fetch.end - first > 1:
+            for block in range(first + 1, fetch.end):
+                del by_block[block]

@@ -44,8 +44,10 @@ class NotLocal(Exception):
     """
 
     def __init__(self, ticket: Ticket) -> None:
-        super().__init__("blocks are not local")
         self.ticket = ticket
+
+    def __str__(self) -> str:
+        return "blocks are not local"
 
 
 class Background(ABC):
@@ -54,10 +56,18 @@ class Background(ABC):
     finished: List[Ticket]
     """Tickets that are done; whoever does their requests again takes them off."""
 
+    trouble = ""
+    """Why the origin cannot be reached, while that is so."""
+
     @property
     @abstractmethod
     def busy(self) -> bool:
         """Whether anything is under way or might come; if not, `progress` has nothing to do."""
+
+    @property
+    @abstractmethod
+    def quiet(self) -> bool:
+        """Whether nothing has come for a while, so that nothing is likely to come in the next moment."""
 
     @property
     @abstractmethod
@@ -104,6 +114,10 @@ class Image(ABC):
     @abstractmethod
     def read(self, offset: int, length: int) -> List[memoryview]:
         """The pieces of mapped memory that hold *length* bytes at *offset*, in order."""
+
+    def read_fresh(self, offset: int, length: int) -> List[memoryview]:
+        """What `read` does, for bytes that have just come and nobody has mapped yet."""
+        return self.read(offset, length)
 
     @abstractmethod
     def write(self, offset: int, data: Buffer) -> None:

@@ -9,6 +9,7 @@ are here. What is written, trimmed or zeroed counts as local.
 from __future__ import annotations
 
 import errno
+import os
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..origin.address import OriginAddress
@@ -16,7 +17,7 @@ from .blocks import BLOCK_SHIFT, block_count, block_start, block_stop, covered, 
 from .board import MISSES, TARGET, Board, Counts
 from .checkpoint import ProcessState
 from .fetch import Fetcher, Patience, Whereabouts
-from .image import Buffer, Extent, Image, NotLocal, Source
+from .image import Buffer, Extent, Image, NotLocal, Source, Ticket
 from .state import SharedState
 from .state_format import Steering
 from .streams import Streams
@@ -26,6 +27,8 @@ DEFAULT_READAHEAD = 8 << 20
 
 _STEP = 1 << 14
 """Blocks that are zeroed under one lock."""
+
+_SHORT = 32 << 10
 
 _CACHE_STEP = 16 << 20
 """Bytes that one CMD_CACHE asks for at once."""
@@ -82,15 +85,31 @@ class ProxyImage(Image):
             self._demand(*touched(offset, length))
         return [self._view[offset:stop]]
 
+    def read_fresh(self, offset: int, length: int) -> List[memoryview]:
+        """A copy, if it is short: cheaper than a page fault."""
+        if length > _SHORT:
+            return self.read(offset, length)
+        first, end = touched(offset, length)
+        if not (self._octets[first >> 3] >> (first & 7) & 1 if end - first == 1 else self.bitmap.all_set(first, end)):
+            return self.read(offset, length)
+        data = os.pread(self._cache.fd, length, offset)
+        return [memoryview(data)] if len(data) == length else self.read(offset, length)
+
     def _bring_ahead(self, blocks: Optional[Tuple[int, int]]) -> None:
         if blocks is not None:
             self.fetcher.bring_ahead(*blocks)
 
     def _demand(self, first: int, end: int) -> None:
         """Raises `NotLocal` unless these blocks are all local; then they are on their way."""
-        if self.bitmap.all_set(first, end):
+        ticket: Optional[Ticket]
+        if end - first == 1:
+            if self._octets[first >> 3] >> (first & 7) & 1:
+                return
+            ticket = self.fetcher.need_block(first)
+        elif self.bitmap.all_set(first, end):
             return
-        ticket = self.fetcher.need(first, end)
+        else:
+            ticket = self.fetcher.need(first, end)
         self._bring_ahead(self._streams.on_read(first, end))
         if ticket is not None:
             self._counts[MISSES] += 1
