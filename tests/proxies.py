@@ -33,6 +33,7 @@ class Proxy:
         self.cache, self.bitmap = directory / f"{name}.img", directory / f"{name}.bitmap"
         self.control = directory / f"{name}{random.randrange(1 << 30)}.ctl"
         self.server: Server = start("--proxy", *options, *where, self.cache, self.bitmap, self.control)
+        self.server.wait_for_log("INFO: serving ")  # the control socket is the last one to be there
 
     @property
     def uri(self) -> str:
@@ -55,12 +56,17 @@ class Proxy:
     def counter(self, name: str) -> int:
         return int(self.query()["counters"][name])
 
+    def wait_for_counter(self, name: str, value: int) -> None:
+        """A worker tells its figures a moment after its replies."""
+        wait_until(lambda: self.counter(name) >= value, f"{value} {name}")
+        assert self.counter(name) == value
+
     def cached(self) -> int:
         """Blocks."""
         return int(self.query()["blocks"]["cached"])
 
-    def wait_for_cached(self, blocks: int) -> None:
-        wait_until(lambda: self.cached() == blocks, f"{blocks} cached blocks")
+    def wait_for_queue(self, requests: int) -> None:
+        wait_until(lambda: self.query()["queue"]["requests"] == requests, f"{requests} waiting requests")
 
     def bgctl(self, *arguments: object) -> str:
         return bgctl(*arguments, self.control)

@@ -73,10 +73,6 @@ def behind_relay(start: Start, tmp_path: Path, relay: Relay) -> Connected:
     return start_one
 
 
-def wait_for_queue(proxy: Proxy, requests: int) -> None:
-    wait_until(lambda: proxy.query()["queue"]["requests"] == requests, f"{requests} waiting requests")
-
-
 # What clients see
 
 
@@ -84,11 +80,10 @@ def test_nbdcopy_reads_the_origin_s_disk_and_asks_for_each_byte_once(proxy: Prox
     copy = tmp_path / "copy.img"
     run("nbdcopy", proxy.uri, copy)
     assert copy.read_bytes() == disk.read_bytes()
-    fetched = proxy.counter("bytes_fetched")
-    assert DISK <= fetched <= 1.01 * DISK
+    proxy.wait_for_counter("bytes_fetched", DISK)
     run("nbdcopy", proxy.uri, copy)
     assert copy.read_bytes() == disk.read_bytes()
-    assert proxy.counter("bytes_fetched") == fetched
+    proxy.wait_for_counter("bytes_fetched", DISK)
 
 
 def test_nbdcopy_writes_to_the_proxy_only(proxy: Proxy, disk: Path, tmp_path: Path) -> None:
@@ -114,7 +109,7 @@ def test_nbdinfo_shows_a_disk_of_the_origin_s_size(proxy: Proxy) -> None:
 def test_qemu_io_reads_and_writes(proxy: Proxy, origin: Server) -> None:
     run("qemu-io", "-f", "raw", "-c", "write -P 7 1M 64k", "-c", "read -P 7 1M 64k", "-c", "flush", proxy.uri)
     run("qemu-io", "-f", "raw", "-c", "discard 2M 64k", "-c", "write -z 3M 3000", "-c", "read -P 0 3M 3000", proxy.uri)
-    assert run("qemu-io", "-f", "raw", "-c", "read -P 7 1M 64k", origin.uri)[1].count("Pattern verification failed") == 1
+    assert run("qemu-io", "-f", "raw", "-c", "read -P 7 1M 64k", origin.uri, check=False)[0] == 1
 
 
 def test_qemu_img_finds_proxy_and_origin_equal(proxy: Proxy, origin: Server) -> None:
@@ -148,19 +143,18 @@ def test_whole_blocks_that_are_written_are_not_fetched(proxy: Proxy) -> None:
         assert client.simple_reply()[0] == 0
         assert client.read(MIB, MIB + 0) == bytes(MIB)
         assert client.read(3 * MIB, 64 * BLOCK) == bytes(64 * BLOCK)
-    assert proxy.counter("bytes_fetched") == 0
+    proxy.wait_for_counter("bytes_fetched", 0)
     assert proxy.cached() == 4 + 1 + 256 + 64
 
 
 @pytest.mark.parametrize("what", [TRIM, WRITE_ZEROES])
-@pytest.mark.parametrize("span", [(100, 200), (4000, 200), (5000, 9000), (0, 20000), (DISK - 5000, 5000), (70_000, 99_999)])
-def test_zeroes_are_exact_at_both_ends(proxy: Proxy, disk: Path, what: int, span: Tuple[int, int]) -> None:
+def test_zeroes_are_exact_at_both_ends(proxy: Proxy, disk: Path, what: int) -> None:
     expected = bytearray(disk.read_bytes())
-    at, length = span
-    expected[at : at + length] = bytes(length)
     with proxy.raw() as client:
-        client.request(what, at, length)
-        assert client.simple_reply()[0] == 0
+        for at, length in [(100, 200), (8000, 200), (50_000, 9000), (DISK - 5000, 5000), (MIB, 20_000), (170_000, 99_999)]:
+            expected[at : at + length] = bytes(length)
+            client.request(what, at, length)
+            assert client.simple_reply()[0] == 0
         assert client.read(0, DISK) == expected
 
 
@@ -178,7 +172,7 @@ def test_cache_of_the_whole_disk_with_one_command(proxy: Proxy) -> None:
         client.request(CACHE, 0, DISK)
         assert client.simple_reply()[0] == 0
     assert proxy.cached() == BLOCKS
-    assert proxy.counter("bytes_fetched") == DISK
+    proxy.wait_for_counter("bytes_fetched", DISK)
 
 
 def test_block_status_tells_holes_of_the_cache_and_data_elsewhere(proxy: Proxy) -> None:
@@ -195,7 +189,7 @@ def test_block_status_fetches_nothing(proxy: Proxy) -> None:
         client.request(BLOCK_STATUS, 0, DISK)
         (chunk,) = client.chunks()
         assert struct.unpack(">III", chunk.payload)[1:] == (DISK, 0)
-    assert proxy.counter("bytes_fetched") == 0
+    proxy.wait_for_counter("bytes_fetched", 0)
 
 
 def test_structured_read_skips_holes_and_df_does_not(proxy: Proxy, disk: Path) -> None:
@@ -223,7 +217,7 @@ def test_requests_beyond_the_end_are_refused_and_the_session_goes_on(proxy: Prox
             assert client.simple_reply()[0] == error
         assert client.write(DISK - 1, b"xx") == 28
         assert client.works()
-    assert proxy.counter("bytes_fetched") == 0
+    proxy.wait_for_counter("bytes_fetched", 0)
 
 
 def test_clients_see_at_once_what_others_have_written(proxy: Proxy) -> None:
@@ -363,7 +357,7 @@ def test_readahead_0_fetches_nothing_ahead(start: Start, tmp_path: Path, origin:
     with proxy.raw() as client:
         for at in range(0, MIB, 64 * KIB):
             client.read(at, 64 * KIB)
-        assert proxy.counter("bytes_fetched") == MIB
+        proxy.wait_for_counter("bytes_fetched", MIB)
 
 
 @pytest.mark.parametrize(("size", "most"), [("256K", 256 * KIB), (None, 8 * MIB)])
@@ -384,7 +378,7 @@ def test_random_reader_is_not_read_ahead_of(proxy: Proxy) -> None:
     with proxy.raw() as client:
         for block in places:
             client.read(block * BLOCK, BLOCK)
-    assert proxy.counter("bytes_fetched") == 40 * BLOCK
+    proxy.wait_for_counter("bytes_fetched", 40 * BLOCK)
 
 
 # Waiting for the origin
@@ -399,10 +393,10 @@ def test_hits_are_answered_while_misses_wait(behind_relay: Connected, relay: Rel
         assert replies(client, 10, 10) == [(2, content[:10]), (4, content[20:30])]
         assert client.write(50, b"hit") == 0
         assert silent(client)
-        wait_for_queue(proxy, 2)
+        proxy.wait_for_queue(2)
         relay.resume()
         assert sorted(replies(client, 10, 10)) == [(1, content[MIB : MIB + 10]), (3, content[2 * MIB : 2 * MIB + 10])]
-        wait_for_queue(proxy, 0)
+        proxy.wait_for_queue(0)
 
 
 def test_whole_block_written_over_a_waiting_fetch_stays(behind_relay: Connected, relay: Relay, disk: Path) -> None:
@@ -411,7 +405,7 @@ def test_whole_block_written_over_a_waiting_fetch_stays(behind_relay: Connected,
         client.read(0, BLOCK)
         relay.stall()
         client.send(reads((MIB, 4 * BLOCK)))
-        wait_for_queue(proxy, 1)
+        proxy.wait_for_queue(1)
         assert client.write(MIB + BLOCK, b"w" * BLOCK) == 0
         relay.resume()
         ((_, data),) = replies(client, 4 * BLOCK)
@@ -453,7 +447,7 @@ def test_full_queue_stops_receiving_and_all_is_answered_later(
         relay.stall()
         places = [(MIB + n * 16 * BLOCK, 10) for n in range(10)]
         client.send(reads(*places, (0, 10)))
-        wait_for_queue(proxy, 4)
+        proxy.wait_for_queue(4)
         assert proxy.query()["queue"]["requests_limit"] == 4
         assert silent(client)
         relay.resume()
@@ -484,7 +478,7 @@ def test_full_buffer_stops_receiving_and_all_is_written_later(
             at, data = MIB + n * 16 * BLOCK + 7, os.urandom(3000)
             expected[at : at + 3000] = data
             client.request(WRITE, at, 3000, data=data, cookie=n)
-        wait_for_queue(proxy, 7)
+        proxy.wait_for_queue(7)
         assert proxy.query()["queue"]["bytes"] == 21000
         assert proxy.query()["queue"]["bytes_limit"] == 20 * KIB
         assert silent(client)
@@ -499,7 +493,7 @@ def test_no_limits_take_everything(behind_relay: Connected, relay: Relay) -> Non
         client.read(0, BLOCK)
         relay.stall()
         client.send(reads(*((BLOCK + n % (DISK - BLOCK - 1), 1) for n in range(0, 5000 * 500, 500))))
-        wait_for_queue(proxy, 5000)
+        proxy.wait_for_queue(5000)
         relay.resume()
         assert sorted(n for n, _ in replies(client, *[1] * 5000)) == list(range(1, 5001))
 
@@ -511,7 +505,7 @@ def test_a_large_write_over_a_stalled_origin_is_bounded_in_memory(behind_relay: 
         relay.stall()
         client.request(WRITE, 100, 3 * MIB, data=b"d" * 3 * MIB)
         client.request(FLUSH, cookie=2)
-        wait_for_queue(proxy, 1)
+        proxy.wait_for_queue(1)
         (worker,) = proxy.query()["workers"]
         assert worker["queued_bytes"] <= 2 * MIB
         relay.resume()
@@ -520,13 +514,6 @@ def test_a_large_write_over_a_stalled_origin_is_bounded_in_memory(behind_relay: 
 
 
 # Order of replies
-
-
-def oldstyle(server: Server) -> RawClient:
-    client = RawClient(server.connect())
-    greeting = client.receive(152)
-    assert greeting[:16] == b"NBDMAGIC" + bytes.fromhex("00420281861253")
-    return client
 
 
 def test_oldstyle_client_is_answered_in_order(behind_relay: Connected, relay: Relay, disk: Path) -> None:
@@ -599,7 +586,7 @@ def test_client_handed_over_without_any_limit_of_order_has_structured_replies(tm
     with wrapped(tmp_path, relay.uri, "--negotiated", "structured,allocation") as client:
         client.request(READ, 0, 100)
         assert [chunk.kind for chunk in client.chunks()] == [1]
-        assert query(tmp_path / "cache.ctl")["counters"]["bytes_read"] == 100
+        wait_until(lambda: query(tmp_path / "cache.ctl")["counters"]["bytes_read"] == 100, "the figures")
 
 
 # Clients that come and go
@@ -613,7 +600,7 @@ def test_half_closed_client_gets_its_late_replies(behind_relay: Connected, relay
         client.send(reads((MIB, 10), (2 * MIB, 10)))
         client.request(WRITE, 3 * MIB + 1, 4, data=b"late", cookie=3)
         client.finish_sending()
-        wait_for_queue(proxy, 3)
+        proxy.wait_for_queue(3)
         relay.resume()
         answers = {}
         for _ in range(3):
@@ -656,7 +643,7 @@ def test_worker_whose_client_left_with_requests_waiting_serves_the_next_one(
         relay.stall()
         client.send(reads((MIB, BLOCK), (2 * MIB, BLOCK)))
         client.request(WRITE, 3 * MIB + 1, 4, data=b"lost", cookie=3)
-        wait_for_queue(proxy, 3)
+        proxy.wait_for_queue(3)
     relay.resume()
     wait_until(lambda: not proxy.server.busy_workers(), "the spare worker")
     assert is_alive(worker)
@@ -675,7 +662,7 @@ def test_disc_with_requests_waiting_ends_the_session(behind_relay: Connected, re
         client.read(0, BLOCK)
         relay.stall()
         client.send(reads((MIB, 10)))
-        wait_for_queue(proxy, 1)
+        proxy.wait_for_queue(1)
         client.request(DISC)
         client.sock.settimeout(40)
         relay.resume()
@@ -695,7 +682,7 @@ def test_client_that_leaves_while_its_queue_is_full_gives_its_worker_back(
         client.read(0, BLOCK)
         relay.stall()
         client.send(reads((MIB, 10), (2 * MIB, 10)))
-        wait_for_queue(proxy, 2)
+        proxy.wait_for_queue(2)
         if how == "reset":
             client.send(reads((3 * MIB, 10)))
             client.reset()
@@ -708,7 +695,7 @@ def test_server_with_requests_waiting_stops_in_time(behind_relay: Connected, rel
         client.read(0, BLOCK)
         relay.stall()
         client.send(reads((MIB, 10)))
-        wait_for_queue(proxy, 1)
+        proxy.wait_for_queue(1)
         assert proxy.server.stop() == 0
         assert client.closed()
 
@@ -728,16 +715,15 @@ def test_server_with_requests_waiting_stops_in_time(behind_relay: Connected, rel
         ["--origin-timeout", "5"],
     ],
 )
-@pytest.mark.parametrize("mode", ["--target", "--cow-target"])
-def test_options_of_a_proxy_are_refused_elsewhere(disk: Path, mode: str, option: List[str]) -> None:
-    status, error = fails(mode, *option, disk)
+def test_options_of_a_proxy_are_refused_elsewhere(disk: Path, option: List[str]) -> None:
+    status, error = fails("--target", *option, disk)
     assert (status, error) == (2, f"xnbd-server: {option[0]} is for --proxy only\n")
 
 
 def proxy_fails(directory: Path, *arguments: object, status: int = 1) -> str:
     """What a proxy that cannot start says."""
     files = [directory / name for name in ("cache.img", "cache.bitmap", "control")]
-    found, error = fails("--proxy", "--unix", directory / "none.sock", *arguments, *files)
+    found, error = fails("--proxy", "--quiet", "--unix", directory / "none.sock", *arguments, *files)
     assert found == status, error
     return error[len("xnbd-server: ") : -1]
 
@@ -834,7 +820,7 @@ def test_control_socket_path_that_is_taken(start: Start, tmp_path: Path, origin:
         (tmp_path / "precious").write_text("precious")
         path.symlink_to(tmp_path / "precious")
     else:
-        start("--proxy", origin.uri, tmp_path / "b.img", tmp_path / "b.bitmap", path)
+        start("--proxy", origin.uri, tmp_path / "b.img", tmp_path / "b.bitmap", path).wait_for_log("serving")
     assert str(path) in proxy_fails(tmp_path, origin.uri)
     if what == "live":
         assert query(path)["mode"] == "proxy"
@@ -848,6 +834,7 @@ def test_control_socket_is_the_owner_s_and_replaces_a_stale_one(start: Start, tm
     stale.bind(str(path))
     stale.close()
     server = start("--proxy", origin.uri, tmp_path / "cache.img", tmp_path / "cache.bitmap", path)
+    server.wait_for_log("INFO: serving ")
     assert path.stat().st_mode & 0o777 == 0o600
     assert query(path)["mode"] == "proxy"
     server.stop()
@@ -855,18 +842,13 @@ def test_control_socket_is_the_owner_s_and_replaces_a_stale_one(start: Start, tm
 
 
 def test_origin_timeout_ends_requests_with_an_error(behind_relay: Connected, relay: Relay) -> None:
-    proxy = behind_relay("--origin-timeout", "0.5", "--readahead", "0")
+    proxy = behind_relay("--origin-timeout", "0.5", "--connect-timeout", "3600", "--readahead", "0")
     with proxy.raw() as client:
         client.read(0, BLOCK)
         relay.stall()
-        client.request(READ, MIB, 10)
-        assert client.simple_reply()[0] == 5
-        assert client.write(2 * MIB + 5, b"part") == 5
+        for request in (pack_request(READ, MIB, 10), pack_request(WRITE, 2 * MIB + 5, 4) + b"part"):
+            client.send(request)
+            assert client.simple_reply()[0] == 5
         client.read(0, BLOCK)
         relay.resume()
-        began = time.monotonic()
-        while time.monotonic() < began + 20:
-            client.request(READ, MIB, 10)
-            if client.simple_reply(10)[0] == 0:
-                return
-    raise AssertionError("the origin was not reached again")
+        wait_until(lambda: client.request(READ, MIB, 10) or client.simple_reply(10)[0] == 0, "the origin", 30)
