@@ -235,8 +235,8 @@ class Fetcher(Background):
 
     def approach(self) -> bool:
         """Connect, if that is not done; whether the origin is there."""
-        self._approach = self._connection is None
-        return self._connection is not None and self._connection.ready
+        self._approach = self._connection is None or not self._connection.ready
+        return not self._approach
 
     def make_zero(self, first: int, end: int) -> bool:
         """Note that these blocks are zeros at the origin; False if another process has some of them in hand."""
@@ -376,7 +376,6 @@ class Fetcher(Background):
             reply_timeout=self._patience.origin,
         )
         self._connection.start()
-        self._approach = False
 
     def _on_lost(self, reason: str) -> None:
         connection, self._connection = self._connection, None
