@@ -179,6 +179,23 @@ def test_query_tells_what_waits_and_why_the_origin_is_away(start: Start, tmp_pat
         assert proxy.query()["origin"]["error"] is None
 
 
+def test_query_tells_of_an_origin_that_is_lost_while_requests_wait(
+    start: Start, tmp_path: Path, relay: Relay
+) -> None:
+    proxy = Proxy(start, tmp_path, relay.uri, "--readahead", "0")
+    with proxy.raw() as client:
+        client.read(0, BLOCK)
+        relay.stall()
+        client.send(reads((MIB, 10)))
+        proxy.wait_for_queue(1)
+        assert proxy.query()["origin"]["state"] == "connected"
+        relay.refuse()
+        relay.cut()
+        wait_until(lambda: proxy.query()["origin"]["state"] == "unreachable", "unreachable")
+        relay.resume()
+        relay.accept()
+
+
 def test_checkpoints_are_made_and_told(proxy: Proxy) -> None:
     with proxy.raw() as client:
         client.read(0, BLOCK)
