@@ -41,6 +41,9 @@ from .watch import Stop, Watch
 _CHECKPOINT_EVERY = 1.0
 _TAKE_OVER_EVERY = 1.0
 _GATE_TIMEOUT = 10.0
+COPYING_PEER = "(copying all blocks)"
+"""Stands on the board in place of a client."""
+
 _FOLLOW_TIMEOUT = 5.0
 _PROGRESS_EVERY = 0.2
 _MAXIMUM_CELLS = 1 << 16
@@ -158,6 +161,15 @@ def _do_and_exit(work: Callable[[], Optional[str]], writing: int) -> None:
         os._exit(status)
 
 
+def _lock_copying(board: Board) -> bool:
+    """Be the only one to copy; stewards hold the lock in passing, to see whether somebody does."""
+    for _ in range(10):
+        if board.try_lock(COPYING):
+            return True
+        sleep(0.05)
+    return False
+
+
 class _Stewardship:
     """The steward's own process at work."""
 
@@ -179,6 +191,7 @@ class _Stewardship:
         self._next_checkpoint = monotonic()
         self._next_try = monotonic()
         self._failing = ""
+        self._counted, self._count_again = 0, 0.0
         self._pending: List[Tuple[str, Reply]] = []
         self._snapshot: Optional[_Child] = None
         self._snapshot_wanted = False
@@ -226,6 +239,8 @@ class _Stewardship:
             self._go_on(signal_name, reply)
         if self._copy is not None and self._copy.is_done():
             self._on_copied(self._copy)
+        elif self._copy is None and self._board.copy_wanted and not self._is_copying():
+            self._start_copy(CopyOptions())  # a server that has ended has left it unfinished
         if self._state is not None:
             self._keep_durable()
 
@@ -265,7 +280,7 @@ class _Stewardship:
         if monotonic() < self._next_checkpoint:
             return
         self._next_checkpoint = monotonic() + _CHECKPOINT_EVERY
-        if self._board.mode == PROXY and self._missing() == 0:
+        if self._board.mode == PROXY and self._state.bitmap.all_set(0, self._blocks):
             self._board.mode = COMPLETE
             log.info("every block is cached")
         if self._state.changed:
@@ -304,7 +319,12 @@ class _Stewardship:
         bitmap = self._state.bitmap
         if bitmap.all_set(0, self._blocks):
             return 0
-        return max(1, self._blocks - bitmap.count())
+        now = monotonic()
+        if now >= self._count_again:
+            self._counted = bitmap.count()
+            took = monotonic() - now
+            self._count_again = now + max(0.1, 20 * took)
+        return max(1, self._blocks - self._counted)
 
     # Copying
 
@@ -314,24 +334,33 @@ class _Stewardship:
         wait = flag_argument(request, "wait")
         if self._board.mode == TARGET:
             raise CommandError("this is no proxy any more: nothing is missing")
-        if self._copy is not None and not self._copy.is_done():
+        if self._is_copying():
             raise CommandError("a copy is under way already (xnbd-bgctl --query shows it)")
         self._start_copy(CopyOptions(min(piece or 64, 64), rate or 0))
         assert self._copy is not None
         if not wait:
+            self._board.copy_wanted = True
             yield {"done": True, "pid": self._copy.pid}
             return
         yield from self._watch_copy(self._copy)
+
+    def _is_copying(self) -> bool:
+        if self._copy is not None:
+            return not self._copy.is_done()
+        if self._board.try_lock(COPYING):
+            self._board.unlock(COPYING)
+            return False
+        return True
 
     def _start_copy(self, options: CopyOptions) -> None:
         def work() -> None:
             set_title("copying", self._source.name)
             watch = Watch(self._watch.lifeline)
             disk = watch.disk = self._service.open_disk()
-            if not disk.board.try_lock(COPYING):
+            if not _lock_copying(disk.board):
                 raise Failed("another server on this cache is copying already")
             if isinstance(disk.image, ProxyImage):
-                disk.place.welcome("(copying all blocks)")
+                disk.place.welcome(COPYING_PEER)
                 try:
                     Copier(disk, disk.image, watch, options).run()
                 finally:
@@ -378,6 +407,7 @@ class _Stewardship:
         if child is not self._copy:
             return
         self._copy = None
+        self._board.copy_wanted = False
         if child.status:
             log.warning("the copy has ended: %s", child.message or f"status {child.status}")
         else:
@@ -423,6 +453,7 @@ class _Stewardship:
             raise CommandError("this is a plain target already")
         if not force:
             self._refuse_if_missing()
+        self._board.copy_wanted = False
         self._stop_copy()
         self._make_durable()  # a bit that is forgotten would be fetched over what the target has written
         self._proxy.steer(Steering(switched=True, address=self._board.address))
@@ -443,6 +474,7 @@ class _Stewardship:
         yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
 
     def _refuse_if_missing(self) -> None:
+        self._count_again = 0.0
         missing = self._missing()
         if missing:
             raise CommandError(
@@ -519,7 +551,7 @@ class _Stewardship:
             "block_size": BLOCK,
             "counters": {**_counters(totals), "hits": max(0, totals.requests - totals.misses)},
             "queue": self._queue(lines),
-            "workers": [_worker(line, usage.get(line.pid)) for line in lines if line.peer],
+            "workers": [_worker(line, usage.get(line.pid)) for line in lines if line.peer not in ("", COPYING_PEER)],
         }
         if self._proxy is not None:
             answer.update(self._about_proxy(self._proxy, lines, cells))
@@ -549,7 +581,7 @@ class _Stewardship:
                 "completed": count,
                 "seconds_since_last": None if last is None else max(0.0, time() - last),
             },
-            "cache_all": self._about_copy(),
+            "cache_all": self._about_copy(lines),
         }
         if cells is not None:
             answer["map"] = self._state.bitmap.shares(min(cells, self._blocks))
@@ -565,12 +597,13 @@ class _Stewardship:
             "connections": connected,
         }
 
-    def _about_copy(self) -> Optional[Message]:
-        if self._copy is None:
+    def _about_copy(self, lines: List[Line]) -> Optional[Message]:
+        pid = next((line.pid for line in lines if line.peer == COPYING_PEER), None)
+        if pid is None:
             return None
         cached = self._cached_bytes()
         return {
-            "pid": self._copy.pid,
+            "pid": pid,
             "copied_bytes": cached,
             "total_bytes": self._source.size,
             "rate": self._copy_rate.of(cached),

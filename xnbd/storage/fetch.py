@@ -26,7 +26,7 @@ from ..origin.address import OriginAddress, parse_origin
 from ..origin.connection import OriginConnection, OriginLost
 from ..protocol.constants import STATE_ZERO
 from . import space
-from .blocks import BLOCK, block_start, block_stop, bytes_of, covered, touched
+from .blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop, bytes_of, covered, touched
 from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, TARGET, UNREACHABLE, Board, Counts
 from .checkpoint import ProcessState
 from .image import Background, Ticket
@@ -97,6 +97,7 @@ class Survey:
         self.first = first
         self.end = end
         self.done = False
+        self.ticket = Ticket()
         self.zeros: List[Tuple[int, int]] = []
         self.until = first
         self._size = size
@@ -260,7 +261,7 @@ class Fetcher(Background):
 
     def claim(self, first: int, end: int) -> bool:
         """Lock these blocks to write them; False if another process has some. `settle` lets go of them."""
-        return self._hold(*bytes_of(first, end))
+        return self._locks.try_acquire(*bytes_of(first, end))
 
     def settle(self, first: int, end: int, *, written: bool) -> None:
         """Let go of blocks that were claimed, and mark them as local if they were *written*."""
@@ -277,7 +278,21 @@ class Fetcher(Background):
                         if block in by_block:
                             by_block[block].mixed = True
         finally:
-            self._let_go(*bytes_of(first, end))
+            self._unlock(*bytes_of(first, end))
+
+    def _unlock(self, start: int, count: int) -> None:
+        """Release the locks of these bytes, but for those that fetches hold too."""
+        held = [byte for byte in self._held if start <= byte < start + count]
+        if not held:
+            self._locks.release(start, count)
+            return
+        for byte in sorted(held):
+            if byte > start:
+                self._locks.release(start, byte - start)
+            count -= byte + 1 - start
+            start = byte + 1
+        if count:
+            self._locks.release(start, count)
 
     def pause(self) -> Ticket:
         """A ticket that is done in a moment, for whoever found blocks locked."""
@@ -313,11 +328,15 @@ class Fetcher(Background):
         if self._connection is None:
             if self._wanted or self._ahead or self._approach:
                 times.append(self._connect_at)
-                if self._patience.origin is not None:
-                    times += [fetch.since + self._patience.origin for fetch in self._wanted]
         elif self._connection.deadline is not None:
             times.append(self._connection.deadline)
+        if self._patience.origin is not None and self._wanted and not self._reached:
+            times.append(min(fetch.since for fetch in self._wanted) + self._patience.origin)
         return min(times) if times else None
+
+    @property
+    def _reached(self) -> bool:
+        return self._connection is not None and self._connection.ready
 
     def progress(self) -> None:
         now = monotonic() if self._pauses or self._locked_out else 0.0
@@ -327,6 +346,8 @@ class Fetcher(Background):
             self._retry_locked(now)
         if self._generation != self._whereabouts.generation:
             self._move()
+        if self._patience.origin is not None and self._wanted and not self._reached:
+            self._give_up(monotonic(), self._patience.origin)
         try:
             if self._connection is None and (self._wanted or self._ahead or self._approach):
                 self._connect()
@@ -364,9 +385,7 @@ class Fetcher(Background):
     # The connection
 
     def _connect(self) -> None:
-        now = monotonic()
-        self._give_up(now)
-        if now < self._connect_at or not (self._wanted or self._ahead or self._approach):
+        if monotonic() < self._connect_at:
             return
         self._connection = OriginConnection(
             self._whereabouts.address,
@@ -387,13 +406,13 @@ class Fetcher(Background):
         self._connect_at = monotonic() + self._delay
         self._delay = min(_LONGEST_DELAY, max(_FIRST_DELAY, 2 * self._delay))
         self._ask_again(unfinished)
-        self._give_up(monotonic())
 
     def _ask_again(self, unfinished: List[Any]) -> None:
         self._in_flight = self._surveys = 0
         for fetch in reversed(unfinished):
             if isinstance(fetch, Survey):
                 fetch.finish(errno.EIO)
+                self.finished.append(fetch.ticket)
                 continue
             self._let_go(*bytes_of(fetch.first, fetch.end))
             fetch.error = 0
@@ -405,11 +424,8 @@ class Fetcher(Background):
             self._forget(fetch)
         self._ahead.clear()
 
-    def _give_up(self, now: float) -> None:
-        """End what has waited for too long, as far as there is a limit."""
-        limit = self._patience.origin
-        if limit is None or not self.trouble:
-            return
+    def _give_up(self, now: float, limit: float) -> None:
+        """End what has waited for more than *limit* seconds."""
         for fetch in [fetch for fetch in self._wanted if fetch.since + limit <= now]:
             self._wanted.remove(fetch)
             self._finish(fetch, errno.EIO)
@@ -456,6 +472,10 @@ class Fetcher(Background):
 
     def _ask_for(self, connection: OriginConnection, fetch: Fetch) -> None:
         first, end = fetch.first, fetch.end
+        most = connection.maximum_read >> BLOCK_SHIFT
+        if end - first > most:
+            self._split(fetch, first + max(1, most))
+            end = fetch.end
         start = first >> 3
         if not self._hold(start, ((end + 7) >> 3) - start):
             if self._bitmap.all_set(first, end):
@@ -474,6 +494,16 @@ class Fetcher(Background):
         length = block_stop(end - 1, self._size) - offset
         self._in_flight += length
         connection.read(fetch, offset, length)
+
+    def _split(self, fetch: Fetch, end: int) -> None:
+        """Ask for the blocks from *end* on separately, next."""
+        rest = Fetch(end, fetch.end, ahead=fetch.ahead)
+        rest.since, rest.mixed, rest.tickets = fetch.since, fetch.mixed, list(fetch.tickets)
+        for ticket in rest.tickets:
+            ticket.pending += 1
+        self._by_block.update(dict.fromkeys(range(end, fetch.end), rest))
+        fetch.end = end
+        (self._ahead if fetch.ahead else self._wanted).appendleft(rest)
 
     def _hold(self, start: int, count: int) -> bool:
         held = self._held
@@ -554,6 +584,7 @@ class Fetcher(Background):
         if isinstance(token, Survey):
             self._surveys -= 1
             token.finish(error)
+            self.finished.append(token.ticket)
             return
         first, end = token.first, token.end
         self._in_flight -= block_stop(end - 1, self._size) - block_start(first)
