@@ -65,6 +65,10 @@ class Proxy:
         """Blocks."""
         return int(self.query()["blocks"]["cached"])
 
+    def wait_for_cached(self, blocks: int) -> None:
+        """The server does not count them anew for every answer."""
+        wait_until(lambda: self.cached() == blocks, f"{blocks} cached blocks")
+
     def wait_for_queue(self, requests: int) -> None:
         wait_until(lambda: self.query()["queue"]["requests"] == requests, f"{requests} waiting requests")
 

@@ -169,8 +169,8 @@ def serve_somebody(board: Board) -> None:
     place.counts[BYTES_READ] += 700
     place.tell()
     place.tell_mode(PROXY)
-    place.tell_queue(UNREACHABLE, 3, 4096)
-    place.tell_trouble("origin x: Connection refused")
+    place.tell_queue(3, 4096)
+    place.tell_origin(UNREACHABLE, "origin x: Connection refused")
 
 
 def test_line_tells_of_its_process(family: Family) -> None:
@@ -241,7 +241,7 @@ def test_texts_that_are_too_long_are_cut(family: Family) -> None:
     def talk(board: Board) -> None:
         place = board.take_place()
         place.welcome("\u00e9" * 100)
-        place.tell_trouble("y" * 500)
+        place.tell_origin(UNREACHABLE, "y" * 500)
 
     with process(family, talk):
         (line,) = family.board.lines()

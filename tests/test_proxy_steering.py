@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -22,10 +21,10 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import pytest
 from conftest import MIB, Start
 from launch import fails
-from proxies import BLOCK, DISK, Proxy, ask, bgctl, make_disk, program, query, reads, refused, replies, silent
+from proxies import BLOCK, DISK, Proxy, ask, bgctl, make_disk, program, query, reads, refused, replies
 from rawclient import DISC, READ, WRITE, RawClient, pack_request
 from relay import Relay
-from server_process import STOP_TIME, Server, command, is_alive, run, wait_until
+from server_process import STOP_TIME, Server, command, is_alive, wait_until
 
 BLOCKS = -(-DISK // BLOCK)
 
@@ -84,6 +83,7 @@ def test_query_counts_hits_misses_and_bytes(proxy: Proxy) -> None:
         assert client.write(0, b"x" * 5000) == 0
         client.read(50 * BLOCK, 11)
         wait_until(lambda: proxy.counter("requests") == 32, "all requests")
+        proxy.wait_for_cached(11)
         answer = proxy.query()
         assert answer["counters"] == {
             "requests": 32,
@@ -120,6 +120,7 @@ def test_query_s_text(proxy: Proxy, origin: Server) -> None:
     with proxy.raw() as client:
         client.read(0, MIB)
         wait_until(lambda: proxy.counter("requests") == 1, "the request")
+        proxy.wait_for_cached(256)
         text = proxy.bgctl("--query")
     for line in (
         f"cache.img: proxy, 4.0 MiB ({DISK:,} bytes)",
@@ -138,7 +139,7 @@ def test_query_never_says_100_percent_before_it_is(proxy: Proxy) -> None:
     with proxy.raw() as client:
         for at in range(0, DISK - BLOCK, MIB):
             client.read(at, min(MIB, DISK - 1234 - at) or 1)
-        assert proxy.cached() == BLOCKS - 1
+        proxy.wait_for_cached(BLOCKS - 1)
         assert " 99.9 %, 1,024 of 1,025 blocks, 4 KiB missing" in proxy.bgctl("--query")
         client.read(DISK - 1, 1)
         assert " 100 %, 1,025 of 1,025 blocks\n" in proxy.bgctl("--query")
@@ -179,9 +180,7 @@ def test_query_tells_what_waits_and_why_the_origin_is_away(start: Start, tmp_pat
         assert proxy.query()["origin"]["error"] is None
 
 
-def test_query_tells_of_an_origin_that_is_lost_while_requests_wait(
-    start: Start, tmp_path: Path, relay: Relay
-) -> None:
+def test_query_tells_of_an_origin_that_is_lost_while_requests_wait(start: Start, tmp_path: Path, relay: Relay) -> None:
     proxy = Proxy(start, tmp_path, relay.uri, "--readahead", "0")
     with proxy.raw() as client:
         client.read(0, BLOCK)
@@ -288,10 +287,16 @@ def start_copy(proxy: Proxy, *options: object) -> subprocess.Popen[str]:
     return process
 
 
+def running_copy(proxy: Proxy) -> Dict[str, Any]:
+    """What --query tells of a copy, but for what changes all the time."""
+    wait_until(lambda: proxy.query()["cache_all"], "the copy in the answer")
+    return {key: proxy.query()["cache_all"][key] for key in ("pid", "total_bytes")}
+
+
 def test_ctrl_c_stops_the_copy_and_nothing_else(proxy: Proxy, disk: Path) -> None:
     with proxy.raw() as client:
         process = start_copy(proxy, "--limit-rate", "1M")
-        copier = proxy.query()["cache_all"]["pid"]
+        copier = running_copy(proxy)["pid"]
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
         assert process.returncode == 130
@@ -310,7 +315,7 @@ def test_cache_all2_returns_and_query_shows_the_copy(proxy: Proxy) -> None:
     with proxy.raw():
         answer = ask(proxy.control, command="cache-all", wait=False, limit_rate=2 * MIB)
         assert is_alive(answer["pid"])
-        copy = proxy.query()["cache_all"]
+        copy = running_copy(proxy)
         assert copy["pid"] == answer["pid"]
         assert copy["total_bytes"] == DISK
         assert "cache-all" in proxy.bgctl("--query")
@@ -335,7 +340,17 @@ def test_second_copy_by_another_server_on_the_cache_is_refused(start: Start, tmp
     other = Proxy(start, tmp_path, proxy.query()["origin"]["address"])
     ask(proxy.control, command="cache-all", wait=False, limit_rate=MIB)
     wait_until(lambda: proxy.cached() > 0, "the copy")
-    assert "another server on this cache is copying already" in other.refused("--cache-all")
+    assert "copy" in other.refused("--cache-all")
+    assert running_copy(other) == running_copy(proxy)
+
+
+def test_server_that_has_just_taken_a_copy_over_stops_in_time(start: Start, tmp_path: Path, proxy: Proxy) -> None:
+    other = Proxy(start, tmp_path, proxy.query()["origin"]["address"])
+    ask(proxy.control, command="cache-all", wait=False, limit_rate=MIB // 2)
+    wait_until(lambda: proxy.cached() > 0, "the copy")
+    assert proxy.server.stop() == 0
+    other.server.wait_for_log("copying all blocks that are missing")
+    assert other.server.stop() == 0
 
 
 def test_copy_waits_for_an_origin_that_is_away(start: Start, tmp_path: Path, relay: Relay) -> None:
@@ -386,12 +401,12 @@ def test_switch_is_refused_while_blocks_are_missing(proxy: Proxy) -> None:
         assert proxy.refused("--shutdown").startswith(f"{BLOCKS - 25} of {BLOCKS} blocks are missing")
         assert proxy.query()["mode"] == "proxy"
         client.read(DISK - 10, 10)
-        assert proxy.cached() == 26
+        proxy.wait_for_cached(26)
 
 
 def test_sigusr2_is_refused_with_a_log_line_while_blocks_are_missing(proxy: Proxy) -> None:
     os.kill(proxy.server.pid, signal.SIGUSR2)
-    proxy.server.wait_for_log(f"SIGUSR2: refused: {BLOCKS} of {BLOCKS} blocks are missing")
+    proxy.server.wait_for_log(f"SIGUSR2: {BLOCKS} of {BLOCKS} blocks are missing")
     assert proxy.query()["mode"] == "proxy"
 
 
@@ -424,7 +439,9 @@ def test_switch(start: Start, full: Proxy, origin: Server, disk: Path, how: str)
         assert client.negotiate().read(0, DISK) == expected
 
 
-def test_forced_switch_reads_zeros_where_blocks_are_missing(start: Start, proxy: Proxy, origin: Server, disk: Path) -> None:
+def test_forced_switch_reads_zeros_where_blocks_are_missing(
+    start: Start, proxy: Proxy, origin: Server, disk: Path
+) -> None:
     with proxy.raw() as client:
         client.read(0, MIB)
         proxy.bgctl("--force", "--switch")
@@ -432,7 +449,14 @@ def test_forced_switch_reads_zeros_where_blocks_are_missing(start: Start, proxy:
         assert client.write(2 * MIB, b"new") == 0
     proxy.server.stop()
     status, error = fails(
-        "--proxy", "--quiet", "--unix", proxy.cache.parent / "x.sock", origin.uri, proxy.cache, proxy.bitmap, proxy.control
+        "--proxy",
+        "--quiet",
+        "--unix",
+        proxy.cache.parent / "x.sock",
+        origin.uri,
+        proxy.cache,
+        proxy.bitmap,
+        proxy.control,
     )
     assert status == 1
     assert f"switched to a plain target by force with {BLOCKS - 256} blocks missing" in error
@@ -495,7 +519,7 @@ def test_switch_ends_a_running_copy(proxy: Proxy) -> None:
 
 
 class StampingClient(threading.Thread):
-    """Writes stamps to its own part of the disk and verifies them, eight requests in flight, until it is told to stop."""
+    """Writes stamps to its own part of the disk and verifies them, eight in flight, until it is told to stop."""
 
     def __init__(self, server: Server, number: int, share: int) -> None:
         super().__init__()
@@ -560,7 +584,8 @@ def test_switch_under_full_load_of_8_clients(start: Start, tmp_path: Path) -> No
             client.stop.set()
         for client in clients:
             client.join()
-    print(f"switch {answer}; longest round before {usual * 1e3:.1f} ms, in all {max(c.longest for c in clients) * 1e3:.1f} ms")
+    before, longest = usual * 1e3, max(client.longest for client in clients) * 1e3
+    print(f"switch {answer}; longest round of requests before {before:.1f} ms, in all {longest:.1f} ms")
     assert [client.failure for client in clients] == [""] * 8
     assert "error" not in answer
     proxy.server.stop()
@@ -678,8 +703,7 @@ def test_copy_ends_with_its_steward_and_goes_on_with_the_next_one(proxy: Proxy) 
 
 def test_steward_ends_with_the_master(proxy: Proxy) -> None:
     steward = proxy.steward()
-    ask(proxy.control, command="cache-all", wait=False, limit_rate=MIB)
-    copier = proxy.query()["cache_all"]["pid"]
+    copier = ask(proxy.control, command="cache-all", wait=False, limit_rate=MIB)["pid"]
     proxy.server.process.kill()
     proxy.server.process.wait()
     wait_until(lambda: not is_alive(steward) and not is_alive(copier), "the end of steward and copier")
@@ -806,6 +830,19 @@ def test_another_sibling_answers_when_the_one_that_did_has_gone(siblings: Siblin
     bgctl("--cache-all", siblings.control)
     left = next(n for n, process in enumerate(siblings.processes) if process.poll() is None)
     assert siblings.clients[left].read(0, DISK) == disk.read_bytes()
+
+
+def test_copy_of_a_sibling_that_leaves_is_finished_by_another(siblings: Siblings) -> None:
+    for _ in range(2):
+        siblings.add().read(0, BLOCK)
+        wait_until(siblings.answers, "the control socket")
+    answering = [process.pid for process in siblings.processes].index(query(siblings.control)["pid"])
+    ask(siblings.control, command="cache-all", wait=False, limit_rate=MIB)
+    siblings.clients[answering].request(DISC)
+    siblings.processes[answering].wait(20)
+    wait_until(
+        lambda: siblings.answers() and query(siblings.control)["blocks"]["cached"] == BLOCKS, "the rest of the copy", 30
+    )
 
 
 def test_newcomer_after_a_switch_of_its_siblings_is_a_target(siblings: Siblings, disk: Path, origin: Server) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import List, Set, Tuple
+from typing import List, Optional, Set, Tuple
 
 import pytest
 
@@ -33,9 +33,9 @@ class Reader:
             self._bring(self.streams.on_read(first, end))
             self.local |= wanted
 
-    def _bring(self, blocks: object) -> None:
+    def _bring(self, blocks: Optional[Tuple[int, int]]) -> None:
         if blocks is not None:
-            first, end = blocks  # type: ignore[misc]
+            first, end = blocks
             assert 0 <= first < end <= DISK
             self.ahead.append((first, end))
             self.local.update(range(first, end))
