@@ -69,7 +69,8 @@ class Field:
 
     def _start(self, number: int) -> Server:
         control = self._directory / f"control{number}"
-        arguments = self._files.arguments(self._relay.uri, "--connect-timeout", "0.3", control=control)
+        timeout = 0.5 if self._files.state.exists() else 10  # the size is known, and the origin may be stalled
+        arguments = self._files.arguments(self._relay.uri, "--connect-timeout", timeout, control=control)
         server = Server(self._directory, f"proxy{number}", arguments)
         self._started.append(server)
         return server
@@ -79,7 +80,7 @@ class Field:
         rng, servers = self._rng, [server for server in self._servers if server is not None]
         crowd = Crowd([server.uri for server in servers], CLIENTS, self._ledger, rng)
         if rng.random() < 0.3:
-            self._copy_all(rng.randrange(2))
+            self._copy_all(rng.randrange(2), rng.choice((2, 20)) * MIB)
         time.sleep(rng.random() * 0.2)
         stalled = rng.random() < 0.5
         if stalled:
@@ -99,10 +100,10 @@ class Field:
             self._relay.resume()
         self._compare_some()
 
-    def _copy_all(self, number: int) -> None:
+    def _copy_all(self, number: int, rate: int) -> None:
         """Begin a slow copy of everything; one that goes on already is as good."""
         try:
-            ask(self._directory / f"control{number}", "cache-all", limit_rate=rng_rate(self._rng))
+            ask(self._directory / f"control{number}", "cache-all", limit_rate=rate)
         except OSError:
             pass  # its steward was killed a moment ago
 
@@ -167,10 +168,6 @@ class Field:
             for line in path.read_text().splitlines():
                 if re.search(r" ERROR: |Traceback|Warning:", line):
                     assert any(re.search(pattern, line) for pattern in EXPECTED), line
-
-
-def rng_rate(rng: random.Random) -> int:
-    return rng.choice((2, 20)) * MIB
 
 
 def test_nothing_answered_is_lost_whoever_is_killed(start: Start, tmp_path: Path, seed: int) -> None:
