@@ -79,12 +79,19 @@ class Connection:
         except BlockingIOError:
             return None
 
-    def wait_beside(self, wanted: bool, timeout: Optional[float]) -> None:
-        """Sleep until more requests come, if they are *wanted*, or the background has results.
+    def wait_beside(self, events: int, timeout: Optional[float]) -> bool:
+        """Sleep until the client shows *events*, or the background has results; tells whether it was the client.
 
-        Raises `Stop` as soon as the worker is to leave.
+        Raises `Stop` as soon as the worker is to leave, `Disconnected` if the client
+        is gone altogether.
         """
-        self.watch.wait(self._fds if wanted else (), select.POLLIN, timeout, results=True)
+        if not self.watch.wait(self._fds, events, timeout, results=True):
+            return False
+        poll = select.poll()
+        poll.register(self._fds[0], events)
+        if any(mask & (select.POLLHUP | select.POLLERR) for _, mask in poll.poll(0)) and not events & select.POLLIN:
+            raise Disconnected("client left with requests waiting")
+        return True
 
     def receive_rest(self, view: memoryview) -> int:
         """Receive more of a message that has begun: at least one byte.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import select
 from functools import partial
 from time import monotonic
 from typing import Callable, Iterator, List, Optional, Tuple
@@ -103,6 +104,8 @@ class Session:
         self._start = self._end = 0  # the received bytes that are still to be worked on
         self._left = False
         self._leaves_at: Optional[float] = None
+        self._hung_up_at: Optional[float] = None
+        self._told = ""
         self._data_from = self._data_until = 0  # where no hole was found the last time
         disk.image.on_wait = self._on_wait
         self._commands = {
@@ -178,14 +181,32 @@ class Session:
             elif not background.busy:
                 return 0
             else:
-                self._connection.wait_beside(wanted, None if self._leaves_at is None else 1.0)
+                self._wait_beside(wanted)
                 if disk.outdated:
                     return 0
         self._go_on(background)
         return 0
 
+    def _wait_beside(self, wanted: bool) -> None:
+        """Sleep; a client that has to wait before it may send more is watched for its leaving.
+
+        Over TCP one that has gone looks like one that only has no more to say, so its
+        last requests get `_PATIENCE` to come to their turn.
+        """
+        if wanted:
+            self._connection.wait_beside(select.POLLIN, None)
+        elif self._leaves_at is not None or self._hung_up_at is not None:
+            self._connection.wait_beside(0, 1.0)
+            if self._hung_up_at is not None and monotonic() > self._hung_up_at + _PATIENCE:
+                raise Disconnected("client left with requests waiting")
+        elif self._connection.wait_beside(select.POLLRDHUP, None):
+            self._hung_up_at = monotonic()
+
     def _tell_queue(self, background: Background) -> None:
         self._place.tell_queue(background.health, len(self._room), self._room.buffered)
+        if background.trouble != self._told:
+            self._told = background.trouble
+            self._place.tell_trouble(self._told)
 
     def _renew(self) -> None:
         """Go on with the disk that has changed; what had waited for blocks is done there."""
@@ -306,7 +327,7 @@ class Session:
                 try:
                     data = read(offset, length)
                 except NotLocal as missing:
-                    again = partial(self._read, 0, cookie, offset, length)
+                    again = partial(self._read_again, cookie, offset, length)
                     room.enter(missing.ticket, Waiting(c.CMD_READ, cookie, again))
                     if room.full:
                         break
@@ -419,6 +440,13 @@ class Session:
         self._counts[BYTES_READ] += length
         if len(self._replies.pieces) > _MAXIMUM_PIECES:
             self._replies.send()
+
+    def _read_again(self, cookie: bytes, offset: int, length: int) -> None:
+        """A READ of the fast path whose blocks have come."""
+        data = self._image.read_fresh(offset, length)
+        self._out.append(wire.pack_data_chunk(cookie, offset, length) if self._structured else wire.OK_PREFIX + cookie)
+        self._out.extend(data)
+        self._counts[BYTES_READ] += length
 
     def _read_around_holes(self, cookie: bytes, offset: int, length: int) -> None:
         """A structured answer in which long holes are chunks without data."""

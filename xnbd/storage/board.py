@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import random
 import struct
 import time
 import zlib
@@ -61,6 +60,9 @@ _TROUBLE = struct.Struct("=80s")
 GATE, CONTROL, COPYING = 0, 1, 2
 _LINES = 1 << 16
 """Locks on bytes of the file: `CONTROL` has who answers the control socket, `COPYING` who copies all blocks."""
+
+_UNUSED = 64
+"""Lines without a process in a row after which there are no more: the first free one is always taken."""
 
 _SETTLE = 1e-3
 """Seconds after which a store of one processor is seen by all others, many times over."""
@@ -160,8 +162,7 @@ class Board:
 
     def take_place(self) -> Place:
         """A line for this process. Raises `OSError` if all are taken."""
-        start = random.randrange(self._count)
-        for number in (*range(start, self._count), *range(start)):
+        for number in range(self._count):
             if self._locks.try_acquire(_LINES + number, 1):
                 return Place(self._map, _LINES_AT + number * LINE, self._locks)
         raise OSError(f"more than {self._count} processes use this disk")
@@ -178,10 +179,14 @@ class Board:
         return total
 
     def _used_lines(self) -> Iterator[tuple[int, int]]:
+        unused = 0
         for number in range(self._count):
             at = _LINES_AT + number * LINE
             if self._map[at : at + 4] != b"\0\0\0\0":
+                unused = 0
                 yield number, at
+            elif (unused := unused + 1) == _UNUSED:
+                return
 
     def _is_alive(self, number: int) -> bool:
         return self._locks.held_elsewhere(_LINES + number, 1)

@@ -27,7 +27,7 @@ from ..origin.connection import OriginConnection, OriginLost
 from ..protocol.constants import STATE_ZERO
 from . import space
 from .blocks import BLOCK, block_start, block_stop, bytes_of, covered, touched
-from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, UNREACHABLE, Board, Counts
+from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, TARGET, UNREACHABLE, Board, Counts
 from .checkpoint import ProcessState
 from .image import Background, Ticket
 from .locks import RangeLocks
@@ -123,7 +123,6 @@ class Fetcher(Background):
     def __init__(self, cache: TargetImage, state: ProcessState, whereabouts: Whereabouts, patience: Patience) -> None:
         self.finished: List[Ticket] = []
         self.counts: List[int] = [0] * len(Counts())
-        self.trouble = ""
         self._cache = cache
         self._fd = cache.fd
         self._size = cache.size
@@ -144,6 +143,7 @@ class Fetcher(Background):
         self._pauses: List[Tuple[float, Ticket]] = []
         self._surveys = 0
         self._approach = False
+        self._closing = False
 
     # For those who need blocks
 
@@ -160,10 +160,7 @@ class Fetcher(Background):
         while first < end:
             fetch = by_block.get(first)
             if fetch is None:
-                stop = first + 1
-                while stop < end and stop not in by_block and stop % PIECE:
-                    stop += 1
-                fetch = self._add(self._wanted, first, stop, ahead=False)
+                fetch = self._add(self._wanted, first, self._free_until(first, end), ahead=False)
             elif fetch.ahead:
                 fetch.ahead = False
                 if fetch in self._ahead:
@@ -181,10 +178,17 @@ class Fetcher(Background):
             while not local and run_first < run_end:
                 stop = run_first + 1
                 if run_first not in by_block:
-                    while stop < run_end and stop not in by_block and stop % PIECE:
-                        stop += 1
+                    stop = self._free_until(run_first, run_end)
                     self._add(self._ahead, run_first, stop, ahead=True)
                 run_first = stop
+
+    def _free_until(self, first: int, end: int) -> int:
+        """Where a fetch from *first* on has to end: at *end*, at a piece's end, or where another one begins."""
+        by_block = self._by_block
+        stop = min(end, (first // PIECE + 1) * PIECE)
+        if stop - first == 1 or by_block.keys().isdisjoint(range(first + 1, stop)):
+            return stop
+        return next(block for block in range(first + 1, stop) if block in by_block)
 
     def _add(self, queue: Deque[Fetch], first: int, end: int, *, ahead: bool) -> Fetch:
         last = queue[-1] if queue else None
@@ -398,8 +402,13 @@ class Fetcher(Background):
             connection.close()
 
     def close(self) -> None:
-        """Take leave of the origin, when what it was asked for has come or has taken too long."""
-        until = monotonic() + _PARTING
+        """Take leave of the origin, as soon as what it was asked for has come; none of that is kept.
+
+        Not kept, because the disk may be a plain target by now. In that case nobody
+        waits here either.
+        """
+        until = monotonic() + (0.0 if self._whereabouts.board.mode == TARGET else _PARTING)
+        self._closing = True
         self._wanted.clear()
         self._ahead.clear()
         connection = self._connection
@@ -470,7 +479,7 @@ class Fetcher(Background):
 
     def on_data(self, token: Any, offset: int, data: memoryview) -> None:
         self.counts[BYTES_FETCHED] += len(data)
-        if token.error:
+        if token.error or self._closing:
             return
         try:
             if token.mixed:
@@ -484,7 +493,7 @@ class Fetcher(Background):
             self._on_cache_failure(token, error)
 
     def on_hole(self, token: Any, offset: int, length: int) -> None:
-        if token.error:
+        if token.error or self._closing:
             return
         try:
             self._zero(offset, length)
@@ -521,7 +530,7 @@ class Fetcher(Background):
             self._delay, self.trouble = 0.0, ""
             log.info("origin %s: answers again", self._whereabouts.address)
         error = token.error or error
-        if not error:
+        if not error and not self._closing:
             self._bitmap.set(first, end)
         self._let_go(*bytes_of(first, end))
         self._finish(token, error)

@@ -54,6 +54,9 @@ class Background(ABC):
     finished: List[Ticket]
     """Tickets that are done; whoever does their requests again takes them off."""
 
+    trouble = ""
+    """Why the origin cannot be reached, while that is so."""
+
     @property
     @abstractmethod
     def busy(self) -> bool:
@@ -104,6 +107,10 @@ class Image(ABC):
     @abstractmethod
     def read(self, offset: int, length: int) -> List[memoryview]:
         """The pieces of mapped memory that hold *length* bytes at *offset*, in order."""
+
+    def read_fresh(self, offset: int, length: int) -> List[memoryview]:
+        """What `read` does, for bytes that have just come and nobody has mapped yet."""
+        return self.read(offset, length)
 
     @abstractmethod
     def write(self, offset: int, data: Buffer) -> None:

@@ -9,6 +9,7 @@ are here. What is written, trimmed or zeroed counts as local.
 from __future__ import annotations
 
 import errno
+import os
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..origin.address import OriginAddress
@@ -26,6 +27,8 @@ DEFAULT_READAHEAD = 8 << 20
 
 _STEP = 1 << 14
 """Blocks that are zeroed under one lock."""
+
+_SHORT = 32 << 10
 
 _CACHE_STEP = 16 << 20
 """Bytes that one CMD_CACHE asks for at once."""
@@ -81,6 +84,13 @@ class ProxyImage(Image):
         if length:
             self._demand(*touched(offset, length))
         return [self._view[offset:stop]]
+
+    def read_fresh(self, offset: int, length: int) -> List[memoryview]:
+        """A copy, if it is short: cheaper than a page fault."""
+        if length > _SHORT or not self.bitmap.all_set(*touched(offset, length)):
+            return self.read(offset, length)
+        data = os.pread(self._cache.fd, length, offset)
+        return [memoryview(data)] if len(data) == length else self.read(offset, length)
 
     def _bring_ahead(self, blocks: Optional[Tuple[int, int]]) -> None:
         if blocks is not None:

@@ -18,10 +18,10 @@ _FIRST_WINDOW = 32
 class Stream:
     """A reader whose next block is *next*; blocks up to *reach* are asked for already."""
 
-    __slots__ = ("next", "reach", "window")
+    __slots__ = ("begin", "next", "reach", "window")
 
     def __init__(self, end: int, window: int) -> None:
-        self.next = self.reach = end
+        self.begin = self.next = self.reach = end
         self.window = window
 
 
@@ -70,8 +70,10 @@ class Streams:
         return self._go_on(stream, end) if stream in self._streams else None
 
     def _forget(self, stream: Stream) -> None:
+        """Take its marks away; only a window that has not been read to its end has left some."""
         marks = self.marks
-        last = -(-stream.reach // BLOCKS_PER_BYTE)
-        for byte in range(max(0, last - 2 * self._longest // BLOCKS_PER_BYTE), last):
-            if marks.get(byte) is stream:
-                del marks[byte]
+        first = max(stream.begin, stream.reach - 2 * self._longest)
+        if first < stream.reach:
+            for byte in range(first // BLOCKS_PER_BYTE, -(-stream.reach // BLOCKS_PER_BYTE)):
+                if marks.get(byte) is stream:
+                    del marks[byte]
