@@ -1,0 +1,252 @@
+"""The model test through proxies: several clients and servers on one cache, with a copy of everything under way."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Callable, Iterator, List
+
+import nbd
+import pytest
+from caching import BLOCK, CacheFiles, ask, bgctl, connect, query
+from conftest import MIB, Start
+from model import Model, read_all
+from server_process import Server, run, wait_until
+
+Content = Callable[[random.Random, int], bytes]
+
+SIZES = [(1, 40), (511, 60), (4097, 60), (12 * MIB + 777, 80)]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> CacheFiles:
+    return CacheFiles(tmp_path)
+
+
+@pytest.fixture
+def rng(seed: int) -> random.Random:
+    return random.Random(seed)
+
+
+def noise(rng: random.Random, size: int) -> bytes:
+    return rng.randbytes(size)
+
+
+def sparse(rng: random.Random, size: int) -> bytes:
+    """Noise with long zeros, which a server may tell as holes."""
+    content = bytearray(rng.randbytes(size))
+    for _ in range(8):
+        start = rng.randrange(size)
+        end = min(size, start + rng.choice((100, 5000, 70_000, 2 * MIB)))
+        content[start:end] = bytes(end - start)
+    return bytes(content)
+
+
+def make_image(path: Path, content: bytes) -> None:
+    """A file in which whole blocks of zeros are holes."""
+    with path.open("wb") as file:
+        file.truncate(len(content))
+        for at in range(0, len(content), BLOCK):
+            block = content[at : at + BLOCK]
+            if any(block):
+                os.pwrite(file.fileno(), block, at)
+
+
+def clients_of(servers: List[Server], count: int) -> List[nbd.NBD]:
+    return [connect(servers[number % len(servers)].uri, structured=number != 0) for number in range(count)]
+
+
+def disconnect(clients: List[nbd.NBD]) -> None:
+    for client in clients:
+        client.shutdown()
+
+
+def copy_all(control: Path) -> None:
+    """Begin a copy in the background, or see it begun."""
+    answer = ask(control, "cache-all", wait=False)
+    assert answer.get("done"), answer
+
+
+def check_at_rest(start: Start, origin: str, files: CacheFiles, content: bytes) -> None:
+    """With no server: the files are closed cleanly; with a new one everything is there."""
+    assert files.is_clean()
+    server = start(*files.arguments(origin))
+    client = connect(server.uri)
+    assert read_all(client) == content
+    client.shutdown()
+    server.stop()
+    assert files.is_clean()
+
+
+def check_switched(start: Start, origin: str, files: CacheFiles, content: bytes) -> None:
+    """The cache image is the disk, once all of it is cached."""
+    server = start(*files.arguments(origin))
+    client = connect(server.uri)
+    bgctl("--cache-all", files.control)
+    bgctl("--switch", files.control)
+    assert read_all(client) == content
+    client.pwrite(content[:1], 0)
+    client.shutdown()
+    server.stop()
+    target = start("--target", files.image)
+    client = connect(target.uri)
+    assert read_all(client)[: len(content)] == content
+    client.shutdown()
+    target.stop()
+
+
+@pytest.mark.parametrize("make", [noise, sparse])
+@pytest.mark.parametrize("size, rounds", SIZES)
+def test_two_servers_on_one_cache_agree_with_the_copy(
+    start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random, size: int, rounds: int, make: Content
+) -> None:
+    content, image = make(rng, size), tmp_path / "origin.img"
+    make_image(image, content)
+    origin = start("--target", "--readonly", image)
+    second = tmp_path / "control2"
+    proxies = [start(*files.arguments(origin.uri)), start(*files.arguments(origin.uri, control=second))]
+    clients = clients_of(proxies, 5)
+    model = Model(clients, content, rng)
+    model.play(rounds // 2)
+    copy_all(second)
+    model.run(rounds // 2)
+    disconnect(clients)
+    for proxy in proxies:
+        proxy.stop()
+    assert image.read_bytes() == content
+    check_at_rest(start, origin.uri, files, bytes(model.content))
+    check_switched(start, origin.uri, files, bytes(model.content))
+
+
+@pytest.mark.parametrize("size", [4097, 8 * MIB + 1])
+def test_a_proxy_of_a_proxy_agrees_with_the_copy(
+    start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random, size: int
+) -> None:
+    content, image, near = sparse(rng, size), tmp_path / "origin.img", CacheFiles(tmp_path, "near")
+    make_image(image, content)
+    origin = start("--target", "--readonly", image)
+    middle = start(*files.arguments(origin.uri))
+    proxy = start(*near.arguments(middle.uri))
+    clients = clients_of([proxy], 3)
+    model = Model(clients, content, rng)
+    model.play(30)
+    copy_all(near.control)
+    model.run(30)
+    client = connect(middle.uri)
+    assert read_all(client) == content
+    disconnect([*clients, client])
+    for server in (proxy, middle):
+        server.stop()
+    assert image.read_bytes() == content
+    check_at_rest(start, middle_of(start, origin.uri, files), near, bytes(model.content))
+
+
+def middle_of(start: Start, origin: str, files: CacheFiles) -> str:
+    """The proxy in the middle is started again at the same address as before."""
+    server = start(*files.arguments(origin))
+    link = files.image.parent / "server1.sock"
+    os.link(server.socket, link)
+    return f"nbd+unix:///?socket={link}"
+
+
+def test_an_oldstyle_proxy_in_the_middle_agrees_with_the_copy(
+    start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random
+) -> None:
+    size = 6 * MIB
+    content, image, near = sparse(rng, size), tmp_path / "origin.img", CacheFiles(tmp_path, "near")
+    make_image(image, content)
+    origin = start("--target", "--readonly", "--oldstyle", image)
+    middle = start(*files.arguments(origin.uri, "--oldstyle"))
+    proxy = start(*near.arguments(middle.uri))
+    clients = clients_of([proxy], 3)
+    model = Model(clients, content, rng)
+    model.run(60)
+    disconnect(clients)
+    assert image.read_bytes() == content
+
+
+def test_readonly_clients_fill_the_cache_and_see_what_others_write(
+    start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random
+) -> None:
+    content, image = noise(rng, 4 * MIB + 5), tmp_path / "origin.img"
+    image.write_bytes(content)
+    origin = start("--target", "--readonly", image)
+    writable = start(*files.arguments(origin.uri))
+    readonly = start(*files.arguments(origin.uri, "--readonly", control=tmp_path / "control2"))
+    clients, reader = clients_of([writable], 2), connect(readonly.uri)
+    assert reader.is_read_only()
+    model = Model(clients, content, rng)
+    for _ in range(10):
+        model.play(4)
+        assert read_all(reader) == model.content
+    with pytest.raises(nbd.Error):
+        reader.set_strict_mode(0)
+        reader.pwrite(b"x" * 512, 0)
+    assert read_all(clients[0]) == model.content
+    assert len(files.cached()) == 1025
+
+
+def test_a_larger_cache_full_of_garbage_is_no_harm(
+    start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random
+) -> None:
+    content, image = sparse(rng, 3 * MIB + 1000), tmp_path / "origin.img"
+    make_image(image, content)
+    garbage = rng.randbytes(5 * MIB)
+    files.image.write_bytes(garbage)
+    origin = start("--target", "--readonly", image)
+    proxy = start(*files.arguments(origin.uri))
+    clients = clients_of([proxy], 3)
+    model = Model(clients, content, rng)
+    model.play(40)
+    copy_all(files.control)
+    model.run(40)
+    disconnect(clients)
+    proxy.stop()
+    assert files.image.read_bytes()[len(content) :] == garbage[len(content) :]
+    check_at_rest(start, origin.uri, files, bytes(model.content))
+    check_switched(start, origin.uri, files, bytes(model.content))
+
+
+@pytest.fixture
+def device(tmp_path: Path, rng: random.Random) -> Iterator[Path]:
+    """A loop device full of garbage."""
+    backing = tmp_path / "backing.img"
+    backing.write_bytes(rng.randbytes(4 * MIB + 512))
+    path = run("losetup", "--show", "-f", backing)[1].strip()
+    yield Path(path)
+    run("losetup", "-d", path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="loop devices are made by root only")
+def test_a_block_device_can_be_the_cache(
+    start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random, device: Path
+) -> None:
+    content, image = sparse(rng, 4 * MIB), tmp_path / "origin.img"
+    make_image(image, content)
+    origin = start("--target", "--readonly", image)
+    files.image = device
+    proxy = start(*files.arguments(origin.uri))
+    clients = clients_of([proxy], 3)
+    model = Model(clients, content, rng, exact_trim=False)
+    model.play(40)
+    copy_all(files.control)
+    model.run(40)
+    disconnect(clients)
+    proxy.stop()
+    assert image.read_bytes() == content
+    check_at_rest(start, origin.uri, files, bytes(model.content))
+    check_switched(start, origin.uri, files, bytes(model.content))
+
+
+def test_the_report_counts_what_is_there(start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random) -> None:
+    content, image = noise(rng, 2 * MIB + 1), tmp_path / "origin.img"
+    image.write_bytes(content)
+    proxy = start(*files.arguments(start("--target", "--readonly", image).uri, "--readahead", "0"))
+    client = connect(proxy.uri)
+    client.pread(1, 5 * BLOCK)
+    client.pwrite(bytes(BLOCK), 9 * BLOCK)
+    wait_until(lambda: query(files.control)["blocks"] == {"total": 513, "cached": 2}, "two blocks cached")
+    assert files.cached() == [5, 9]
+    read_all(client)
+    wait_until(lambda: query(files.control)["blocks"] == {"total": 513, "cached": 513}, "all blocks cached")
