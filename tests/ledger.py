@@ -28,12 +28,16 @@ _LONGEST = 160
 
 
 class Ledger:
-    """Of a disk whose origin holds *content*, a number of whole sectors."""
+    """Of a disk whose origin holds *content*, a number of whole sectors.
+
+    ``hot`` is the part that clients work on: its first sector, and how many there are.
+    """
 
     def __init__(self, content: bytes) -> None:
         self.origin = content
         self.sectors = len(content) // SECTOR
         self.base = bytearray(content)
+        self.hot = (0, self.sectors)
         self._lock = threading.Lock()
         self._contents: Dict[int, List[bytes]] = {}
         self._answered: Dict[int, int] = {}
@@ -192,12 +196,12 @@ class Writer(threading.Thread):
             check()
 
     def _range(self) -> Tuple[int, int]:
-        rng, sectors = self._rng, self._ledger.sectors
-        length = int(_LONGEST ** rng.random())
-        first = rng.randrange(sectors - length + 1)
+        rng, (start, sectors) = self._rng, self._ledger.hot
+        length = min(sectors, int(_LONGEST ** rng.random()))
+        first = start + rng.randrange(sectors - length + 1)
         if rng.random() < 0.4:
             first = first // _IN_BLOCK * _IN_BLOCK
-            length = min(max(1, length // _IN_BLOCK) * _IN_BLOCK, sectors - first)
+            length = min(max(1, length // _IN_BLOCK) * _IN_BLOCK, self._ledger.sectors - first)
         return first, first + length
 
     def _completion(self, on_success: Callable[[], None], error: Any) -> int:
@@ -284,6 +288,10 @@ class Crowd:
     @property
     def batches(self) -> int:
         return sum(writer.batches for writer in self._writers)
+
+    @property
+    def failed(self) -> bool:
+        return any(writer.failure is not None or not writer.is_alive() for writer in self._writers)
 
     def finish(self) -> None:
         """Have all of them come to an end. Raises what they met that must not happen."""

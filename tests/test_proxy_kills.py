@@ -65,7 +65,7 @@ class Field:
                 self._servers[number] = self._start(number)
         for server in self._servers:
             assert server is not None
-            server.wait_until_ready()
+            server.wait_for_log(f"[{server.pid}] INFO: serving ")  # a worker of its dead predecessor may still accept
 
     def _start(self, number: int) -> Server:
         control = self._directory / f"control{number}"

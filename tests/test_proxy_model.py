@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from pathlib import Path
 from typing import Callable, Iterator, List
 
@@ -11,10 +12,14 @@ import nbd
 import pytest
 from caching import BLOCK, CacheFiles, ask, bgctl, connect, query
 from conftest import MIB, Start
+from ledger import Crowd, Ledger
 from model import Model, read_all
+from relay import Relay
 from server_process import Server, run, wait_until
 
 Content = Callable[[random.Random, int], bytes]
+
+MEETING = 6.0
 
 SIZES = [(1, 40), (511, 60), (4097, 60), (12 * MIB + 777, 80)]
 
@@ -237,6 +242,32 @@ def test_a_block_device_can_be_the_cache(
     assert image.read_bytes() == content
     check_at_rest(start, origin.uri, files, bytes(model.content))
     check_switched(start, origin.uri, files, bytes(model.content))
+
+
+def test_clients_who_meet_at_missing_blocks_agree(
+    start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random
+) -> None:
+    """All work on the same few blocks, which are new to everybody, over a link that is slow and breaks."""
+    content, image, second = sparse(rng, 24 * MIB), tmp_path / "origin.img", tmp_path / "control2"
+    make_image(image, content)
+    origin, ledger = start("--target", "--readonly", image, tcp=True), Ledger(content)
+    until = time.monotonic() + MEETING
+    with Relay(origin.port, delay=0.002) as relay:
+        proxies = [start(*files.arguments(relay.uri)), start(*files.arguments(relay.uri, control=second))]
+        crowd = Crowd([proxy.uri for proxy in proxies], 6, ledger, rng)
+        while time.monotonic() < until:
+            ledger.hot = rng.randrange(ledger.sectors - 256), rng.choice((8, 64, 256))
+            batches = crowd.batches
+            wait_until(lambda: crowd.batches >= batches + 4 or crowd.failed, "answers")
+            if rng.random() < 0.1:
+                relay.cut()
+        crowd.finish()
+        ledger.check_files(files.image, files.bitmap)
+        assert read_all(connect(proxies[0].uri)) == ledger.base
+        for proxy in proxies:
+            proxy.stop()
+    assert image.read_bytes() == content
+    assert files.image.read_bytes() == ledger.base
 
 
 def test_the_report_counts_what_is_there(start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random) -> None:
