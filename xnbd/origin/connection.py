@@ -71,7 +71,7 @@ class OriginConnection:
         self._candidates: List[Tuple[int, Any]] = []
         self._until = 0.0  # when connecting to this host, or the handshake, has taken too long
         self._give_up_at = 0.0
-        self._heard_at = 0.0
+        self.heard_at = 0.0
         self._dialogue = Dialogue(address.export_name)
         self._greetings = bytearray()
         self._requests = bytearray()
@@ -103,7 +103,7 @@ class OriginConnection:
             return self._until
         if self._reply_timeout is None or not self._replies.pending:
             return None
-        return self._heard_at + self._reply_timeout
+        return self.heard_at + self._reply_timeout
 
     @property
     def ready(self) -> bool:
@@ -260,14 +260,14 @@ class OriginConnection:
             raise self._lost(f"its disk has {export.size} bytes, not {self._expected_size} as before")
         self.export = export
         self._replies.agree(export.structured, export.allocation_context)
-        self._heard_at = monotonic()
+        self.heard_at = monotonic()
         self._step = self._transmit
 
     # Transmission
 
     def _note_waiting(self) -> None:
         if not self._replies.pending:
-            self._heard_at = monotonic()
+            self.heard_at = monotonic()
 
     def _transmit(self, mask: int) -> None:
         if self._requests:
@@ -281,7 +281,7 @@ class OriginConnection:
             if not received:
                 raise self._lost(f"it closed the connection with {self.outstanding} requests waiting")
             more = self._end + received == BUFFER_SIZE
-            self._heard_at = monotonic()
+            self.heard_at = monotonic()
             self._work(self._end + received)
             if self._requests:
                 self._send(self._requests)

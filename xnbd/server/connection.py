@@ -79,17 +79,30 @@ class Connection:
         except BlockingIOError:
             return None
 
+    def soon(self) -> bool:
+        """Poll for more requests as long as that has paid; whether some are there."""
+        until = monotonic() + self._spin.seconds
+        while monotonic() < until:
+            if self._ready(0):
+                self._spin.hit()
+                return True
+        return False
+
     def wait_beside(self, events: int, timeout: Optional[float]) -> bool:
         """Sleep until the client shows *events*, or the background has results; tells whether it was the client.
 
         Raises `Stop` as soon as the worker is to leave, `Disconnected` if the client
         is gone altogether.
         """
+        began = monotonic()
         if not self.watch.wait(self._fds, events, timeout, results=True):
             return False
+        if events & select.POLLIN:
+            self._spin.missed(monotonic() - began)
+            return True
         poll = select.poll()
         poll.register(self._fds[0], events)
-        if any(mask & (select.POLLHUP | select.POLLERR) for _, mask in poll.poll(0)) and not events & select.POLLIN:
+        if any(mask & (select.POLLHUP | select.POLLERR) for _, mask in poll.poll(0)):
             raise Disconnected("client left with requests waiting")
         return True
 

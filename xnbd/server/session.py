@@ -181,20 +181,21 @@ class Session:
             elif not background.busy:
                 return 0
             else:
-                self._wait_beside(wanted)
+                self._wait_beside(background, wanted)
                 if disk.outdated:
                     return 0
         self._go_on(background)
         return 0
 
-    def _wait_beside(self, wanted: bool) -> None:
+    def _wait_beside(self, background: Background, wanted: bool) -> None:
         """Sleep; a client that has to wait before it may send more is watched for its leaving.
 
         Over TCP one that has gone looks like one that only has no more to say, so its
         last requests get `_PATIENCE` to come to their turn.
         """
         if wanted:
-            self._connection.wait_beside(select.POLLIN, None)
+            if not (background.quiet and self._connection.soon()):
+                self._connection.wait_beside(select.POLLIN, None)
         elif self._leaves_at is not None or self._hung_up_at is not None:
             self._connection.wait_beside(0, 1.0)
             if self._hung_up_at is not None and monotonic() > self._hung_up_at + _PATIENCE:

@@ -13,6 +13,7 @@ import signal
 from time import monotonic
 from typing import Callable, Container, Iterator, Optional, Sequence, Tuple
 
+from ..storage.image import Background
 from .disk import Disk
 
 GRACE = 2.0
@@ -34,6 +35,8 @@ class Watch:
         self.disk: Optional[Disk] = None
         """The disk whose background goes on while the process sleeps, and whose gate is left for that."""
         self._woken = False
+        self._key: object = None
+        self._side_poll = select.poll()
         self._deadline = float("inf")
         self._parent = os.getppid() if lifeline is not None else None
         wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -152,9 +155,7 @@ class Watch:
             disk.place.leave()
             if results and background.finished:
                 return False
-            poll = select.poll()
-            for fd, wanted in (*self._own_interests(), *((fd, events) for fd in fds), *background.interests()):
-                poll.register(fd, wanted)
+            poll = self._poll_for((*fds, -1, events, *background.interests()), fds, events, background)
             times = [time for time in (until, background.deadline()) if time is not None]
             ready = {fd for fd, _ in poll.poll(self._milliseconds(min(times) if times else None))}
             self._attend(ready)
@@ -162,6 +163,15 @@ class Watch:
                 return True
             if until is not None and monotonic() >= until:
                 return False
+
+    def _poll_for(self, key: object, fds: Sequence[int], events: int, background: Background) -> select.poll:
+        """What to poll for; the same as the last time more often than not."""
+        if key != self._key:
+            self._key = key
+            self._side_poll = select.poll()
+            for fd, wanted in (*self._own_interests(), *((fd, events) for fd in fds), *background.interests()):
+                self._side_poll.register(fd, wanted)
+        return self._side_poll
 
     def _own_interests(self) -> Iterator[Tuple[int, int]]:
         yield self._wake, select.POLLIN

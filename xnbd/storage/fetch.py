@@ -43,6 +43,7 @@ _AHEAD_IN_FLIGHT = 2 << 20
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.01
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
 _PARTING = 1.0
+_QUIET = 0.005
 
 
 class Whereabouts(NamedTuple):
@@ -155,6 +156,25 @@ class Fetcher(Background):
                 self._need_run(ticket, run_first, run_end)
         return ticket if ticket.pending else None
 
+    def need_block(self, block: int) -> Ticket:
+        """What `need` does, for one block that is not local."""
+        ticket = Ticket()
+        ticket.pending = 1
+        fetch = self._by_block.get(block)
+        if fetch is None:
+            fetch = self._add(self._wanted, block, block + 1, ahead=False)
+        elif fetch.ahead:
+            self._prefer(fetch)
+        fetch.tickets.append(ticket)
+        return ticket
+
+    def _prefer(self, fetch: Fetch) -> None:
+        """Somebody waits for what was to be fetched ahead."""
+        fetch.ahead = False
+        if fetch in self._ahead:
+            self._ahead.remove(fetch)
+            self._wanted.append(fetch)
+
     def _need_run(self, ticket: Ticket, first: int, end: int) -> None:
         by_block = self._by_block
         while first < end:
@@ -162,10 +182,7 @@ class Fetcher(Background):
             if fetch is None:
                 fetch = self._add(self._wanted, first, self._free_until(first, end), ahead=False)
             elif fetch.ahead:
-                fetch.ahead = False
-                if fetch in self._ahead:
-                    self._ahead.remove(fetch)
-                    self._wanted.append(fetch)
+                self._prefer(fetch)
             if not fetch.tickets or fetch.tickets[-1] is not ticket:
                 fetch.tickets.append(ticket)
                 ticket.pending += 1
@@ -197,7 +214,8 @@ class Fetcher(Background):
             fetch = last
         else:
             fetch = Fetch(first, end, ahead=ahead)
-            fetch.since = monotonic()
+            if self._patience.origin is not None:
+                fetch.since = monotonic()
             queue.append(fetch)
         if end - first == 1:
             self._by_block[first] = fetch
@@ -273,6 +291,11 @@ class Fetcher(Background):
     @property
     def busy(self) -> bool:
         return bool(self._by_block or self._pauses or self.finished or self._surveys or self._approach)
+
+    @property
+    def quiet(self) -> bool:
+        connection = self._connection
+        return connection is None or monotonic() > connection.heard_at + _QUIET
 
     @property
     def health(self) -> int:
@@ -434,7 +457,8 @@ class Fetcher(Background):
 
     def _ask_for(self, connection: OriginConnection, fetch: Fetch) -> None:
         first, end = fetch.first, fetch.end
-        if not self._hold(*bytes_of(first, end)):
+        start = first >> 3
+        if not self._hold(start, ((end + 7) >> 3) - start):
             if self._bitmap.all_set(first, end):
                 self._finish(fetch, 0)
                 return
@@ -453,15 +477,25 @@ class Fetcher(Background):
         connection.read(fetch, offset, length)
 
     def _hold(self, start: int, count: int) -> bool:
+        held = self._held
+        if count == 1 and start in held:
+            held[start] += 1
+            return True
         if not self._locks.try_acquire(start, count):
             return False
-        held = self._held
+        if count == 1:
+            held[start] = 1
+            return True
         for byte in range(start, start + count):
             held[byte] = held.get(byte, 0) + 1
         return True
 
     def _let_go(self, start: int, count: int) -> None:
         held, free = self._held, 0
+        if count == 1 and held[start] == 1:
+            del held[start]
+            self._locks.release(start, 1)
+            return
         for byte in range(start, start + count):
             if held[byte] == 1:
                 del held[byte]
@@ -532,7 +566,8 @@ class Fetcher(Background):
         error = token.error or error
         if not error and not self._closing:
             self._bitmap.set(first, end)
-        self._let_go(*bytes_of(first, end))
+        start = first >> 3
+        self._let_go(start, ((end + 7) >> 3) - start)
         self._finish(token, error)
 
     def _finish(self, fetch: Fetch, error: int) -> None:
@@ -544,6 +579,8 @@ class Fetcher(Background):
                 self.finished.append(ticket)
 
     def _forget(self, fetch: Fetch) -> None:
-        by_block = self._by_block
-        for block in range(fetch.first, fetch.end):
-            del by_block[block]
+        by_block, first = self._by_block, fetch.first
+        del by_block[first]
+        if fetch.end - first > 1:
+            for block in range(first + 1, fetch.end):
+                del by_block[block]

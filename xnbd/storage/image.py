@@ -44,8 +44,10 @@ class NotLocal(Exception):
     """
 
     def __init__(self, ticket: Ticket) -> None:
-        super().__init__("blocks are not local")
         self.ticket = ticket
+
+    def __str__(self) -> str:
+        return "blocks are not local"
 
 
 class Background(ABC):
@@ -61,6 +63,11 @@ class Background(ABC):
     @abstractmethod
     def busy(self) -> bool:
         """Whether anything is under way or might come; if not, `progress` has nothing to do."""
+
+    @property
+    @abstractmethod
+    def quiet(self) -> bool:
+        """Whether nothing has come for a while, so that nothing is likely to come in the next moment."""
 
     @property
     @abstractmethod

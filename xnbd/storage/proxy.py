@@ -17,7 +17,7 @@ from .blocks import BLOCK_SHIFT, block_count, block_start, block_stop, covered, 
 from .board import MISSES, TARGET, Board, Counts
 from .checkpoint import ProcessState
 from .fetch import Fetcher, Patience, Whereabouts
-from .image import Buffer, Extent, Image, NotLocal, Source
+from .image import Buffer, Extent, Image, NotLocal, Source, Ticket
 from .state import SharedState
 from .state_format import Steering
 from .streams import Streams
@@ -87,7 +87,10 @@ class ProxyImage(Image):
 
     def read_fresh(self, offset: int, length: int) -> List[memoryview]:
         """A copy, if it is short: cheaper than a page fault."""
-        if length > _SHORT or not self.bitmap.all_set(*touched(offset, length)):
+        if length > _SHORT:
+            return self.read(offset, length)
+        first, end = touched(offset, length)
+        if not (self._octets[first >> 3] >> (first & 7) & 1 if end - first == 1 else self.bitmap.all_set(first, end)):
             return self.read(offset, length)
         data = os.pread(self._cache.fd, length, offset)
         return [memoryview(data)] if len(data) == length else self.read(offset, length)
@@ -98,9 +101,15 @@ class ProxyImage(Image):
 
     def _demand(self, first: int, end: int) -> None:
         """Raises `NotLocal` unless these blocks are all local; then they are on their way."""
-        if self.bitmap.all_set(first, end):
+        ticket: Optional[Ticket]
+        if end - first == 1:
+            if self._octets[first >> 3] >> (first & 7) & 1:
+                return
+            ticket = self.fetcher.need_block(first)
+        elif self.bitmap.all_set(first, end):
             return
-        ticket = self.fetcher.need(first, end)
+        else:
+            ticket = self.fetcher.need(first, end)
         self._bring_ahead(self._streams.on_read(first, end))
         if ticket is not None:
             self._counts[MISSES] += 1

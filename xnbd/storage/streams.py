@@ -7,11 +7,13 @@ marked: a read of local blocks costs one look into that table.
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Tuple
+from collections import deque
+from typing import Deque, Dict, List, Optional, Tuple
 
 from .blocks import BLOCKS_PER_BYTE
 
 _READERS = 8
+_NEWCOMERS = 32
 _FIRST_WINDOW = 32
 
 
@@ -20,15 +22,15 @@ class Stream:
 
     __slots__ = ("begin", "next", "reach", "window")
 
-    def __init__(self, end: int, window: int) -> None:
-        self.begin = self.next = self.reach = end
+    def __init__(self, first: int, window: int) -> None:
+        self.begin = self.next = self.reach = first
         self.window = window
 
 
 class Streams:
     """The sequential readers of a disk of *blocks* blocks; no window is larger than *longest* blocks, 0 for none.
 
-    ``marks`` has the bytes of the bitmap whose reading `on_read` wants to hear of.
+    ``marks`` has the bytes of the bitmap whose reading `on_marked` wants to hear of.
     """
 
     def __init__(self, blocks: int, longest: int) -> None:
@@ -36,20 +38,27 @@ class Streams:
         self._blocks = blocks
         self._longest = longest
         self._streams: List[Stream] = []
+        self._newcomers: Deque[int] = deque(maxlen=_NEWCOMERS)
 
     def on_read(self, first: int, end: int) -> Optional[Tuple[int, int]]:
-        """The blocks from *first* up to *end* are read: the blocks to fetch ahead now, if any."""
-        streams = self._streams
-        for index, stream in enumerate(streams):
+        """The blocks from *first* up to *end* are missing: the blocks to fetch ahead now, if any."""
+        for index, stream in enumerate(self._streams):
             if stream.next <= first <= stream.reach or stream.next < end <= stream.reach:
                 if index:
-                    streams.insert(0, streams.pop(index))
+                    self._streams.insert(0, self._streams.pop(index))
                 return self._go_on(stream, end)
-        if self._longest:
-            if len(streams) == _READERS:
-                self._forget(streams.pop())
-            streams.insert(0, Stream(end, min(self._longest, max(_FIRST_WINDOW, 2 * (end - first)))))
+        if first in self._newcomers and self._longest:
+            return self._begin(end, end - first)
+        self._newcomers.append(end)
         return None
+
+    def _begin(self, end: int, length: int) -> Optional[Tuple[int, int]]:
+        """Somebody goes on from where a read has ended a moment ago."""
+        if len(self._streams) == _READERS:
+            self._forget(self._streams.pop())
+        stream = Stream(end, min(self._longest, max(_FIRST_WINDOW, 2 * length)))
+        self._streams.insert(0, stream)
+        return self._go_on(stream, end)
 
     def _go_on(self, stream: Stream, end: int) -> Optional[Tuple[int, int]]:
         stream.next = max(stream.next, end)
@@ -70,10 +79,9 @@ class Streams:
         return self._go_on(stream, end) if stream in self._streams else None
 
     def _forget(self, stream: Stream) -> None:
-        """Take its marks away; only a window that has not been read to its end has left some."""
+        """Take its marks away; those of a window that was not read to its end are left."""
         marks = self.marks
         first = max(stream.begin, stream.reach - 2 * self._longest)
-        if first < stream.reach:
-            for byte in range(first // BLOCKS_PER_BYTE, -(-stream.reach // BLOCKS_PER_BYTE)):
-                if marks.get(byte) is stream:
-                    del marks[byte]
+        for byte in range(first // BLOCKS_PER_BYTE, -(-stream.reach // BLOCKS_PER_BYTE)):
+            if marks.get(byte) is stream:
+                del marks[byte]
