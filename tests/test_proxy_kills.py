@@ -93,6 +93,8 @@ class Field:
         crowd.finish()
         if rng.random() < 0.5:
             self._wait_for_old_processes()
+        if None in self._servers and rng.random() < 0.2:
+            self._kill_at_start(self._servers.index(None))
         self._start_missing()
         self._wait_for_old_processes()
         self._ledger.check_files(self._files.image, self._files.bitmap)
@@ -111,8 +113,12 @@ class Field:
         rng = self._rng
         victim = rng.choice(servers)
         kinds = by_kind(victim)
-        kind = rng.choice([*kinds, "worker for", "a server", "everything"])
+        kind = rng.choice([*kinds, "worker for", "a server", "everything", "SIGTERM"])
         self.kills.append(kind)
+        if kind == "SIGTERM":
+            victim.stop()
+            self._servers[self._servers.index(victim)] = None
+            return
         if kind == "everything":
             victims = servers
             pids = [pid for server in servers for pid in [server.pid, *descendants(server.pid)]]
@@ -125,6 +131,15 @@ class Field:
         kill([pid for pid in pids if pid])
         for server in victims:
             server.process.wait()
+
+    def _kill_at_start(self, number: int) -> None:
+        """One that does not live to see its clients."""
+        server = self._start(number)
+        time.sleep(self._rng.random() * 0.7)
+        pids = descendants(server.pid)
+        self._left += pids
+        kill([server.pid, *pids])
+        server.process.wait()
 
     def _wait_for_old_processes(self) -> None:
         """Nobody outlives a master for long."""

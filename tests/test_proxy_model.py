@@ -6,20 +6,29 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import Callable, Iterator, List
+from typing import Any, Callable, Iterator, List
 
 import nbd
 import pytest
 from caching import BLOCK, CacheFiles, ask, bgctl, connect, query
 from conftest import MIB, Start
 from ledger import Crowd, Ledger
-from model import Model, read_all
+from model import Model, read_all, wait_for_all
 from relay import Relay
-from server_process import Server, run, wait_until
+from server_process import Server, command, run, wait_until
 
 Content = Callable[[random.Random, int], bytes]
 
 MEETING = 6.0
+
+OPTIONS = [
+    [],
+    ["--oldstyle"],
+    ["--readahead", "0"],
+    ["--readahead", "64M", "--max-queue-size", "3"],
+    ["--max-queue-size", "1", "--max-buf-size", "1"],
+    ["--max-queue-size", "0", "--max-buf-size", "0"],
+]
 
 SIZES = [(1, 40), (511, 60), (4097, 60), (12 * MIB + 777, 80)]
 
@@ -253,7 +262,8 @@ def test_clients_who_meet_at_missing_blocks_agree(
     origin, ledger = start("--target", "--readonly", image, tcp=True), Ledger(content)
     until = time.monotonic() + MEETING
     with Relay(origin.port, delay=0.002) as relay:
-        proxies = [start(*files.arguments(relay.uri)), start(*files.arguments(relay.uri, control=second))]
+        one, other = rng.sample(OPTIONS, 2)
+        proxies = [start(*files.arguments(relay.uri, *one)), start(*files.arguments(relay.uri, *other, control=second))]
         crowd = Crowd([proxy.uri for proxy in proxies], 6, ledger, rng)
         while time.monotonic() < until:
             ledger.hot = rng.randrange(ledger.sectors - 256), rng.choice((8, 64, 256))
@@ -268,6 +278,96 @@ def test_clients_who_meet_at_missing_blocks_agree(
             proxy.stop()
     assert image.read_bytes() == content
     assert files.image.read_bytes() == ledger.base
+
+
+def test_servers_of_one_client_each_share_a_cache(
+    start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random
+) -> None:
+    """As a super-server starts them, each with a steward of its own."""
+    content, image, log = sparse(rng, 5 * MIB + 9), tmp_path / "origin.img", tmp_path / "inetd.log"
+    make_image(image, content)
+    origin = start("--target", "--readonly", image)
+    clients = []
+    for _ in range(3):
+        clients.append(nbd.NBD())
+        clients[-1].connect_command(command(*files.arguments(origin.uri, "--inetd", "--logpath", log)))
+    model = Model(clients, content, rng)
+    model.play(40)
+    copy_all(files.control)
+    model.run(40)
+    disconnect(clients)
+    wait_until(files.is_clean, "the end of all servers")
+    assert "Traceback" not in log.read_text()
+    assert " ERROR: " not in log.read_text()
+    check_at_rest(start, origin.uri, files, bytes(model.content))
+
+
+def test_zeroing_more_than_one_lock_takes_meets_readers_and_writers(
+    start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random
+) -> None:
+    size, image = 300 * MIB + 100, tmp_path / "origin.img"
+    spots = [rng.randrange(size - MIB) for _ in range(20)]
+    with image.open("wb") as file:
+        file.truncate(size)
+        for spot in spots:
+            os.pwrite(file.fileno(), rng.randbytes(MIB), spot)
+    content = image.read_bytes()
+    proxy = start(*files.arguments(start("--target", "--readonly", image).uri))
+    clients = clients_of([proxy], 4)
+    errors: List[int] = []
+
+    def on_completion(error: Any) -> int:
+        errors.append(error.value)
+        return 1
+
+    first, end = 70 * MIB + 5, 280 * MIB - 5
+    buffers = [nbd.Buffer(MIB) for _ in spots]
+    for number, (spot, buffer) in enumerate(zip(spots, buffers)):
+        clients[number % 3].aio_pread(buffer, spot, on_completion)
+    clients[3].aio_zero(end - first, first, on_completion)
+    clients[0].aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"w" * MIB)), 10 * MIB + 1, on_completion)
+    wait_for_all(clients)
+    assert errors == [0] * 22
+    expected = bytearray(content)
+    expected[first:end] = bytes(end - first)
+    expected[10 * MIB + 1 : 11 * MIB + 1] = b"w" * MIB
+    for client in clients[:2]:
+        assert read_all(client) == expected
+    disconnect(clients)
+    proxy.stop()
+    assert files.image.read_bytes() == expected
+    assert image.read_bytes() == content
+
+
+def test_holes_of_a_large_origin_become_local_without_a_byte(
+    start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random
+) -> None:
+    """More than one question about holes has room for; what was in the cache there is gone."""
+    size, image = 5 << 30, tmp_path / "origin.img"
+    spots = {offset: rng.randbytes(3 * BLOCK) for offset in (0, (2 << 30) - BLOCK, (4 << 30) + 777, size - 3 * BLOCK)}
+    for path in (image, files.image):
+        with path.open("wb") as file:
+            file.truncate(size)
+    with image.open("rb+") as file:
+        for offset, data in spots.items():
+            os.pwrite(file.fileno(), data, offset)
+    garbage = 3 << 30
+    with files.image.open("rb+") as file:
+        os.pwrite(file.fileno(), rng.randbytes(MIB), garbage)
+    proxy = start(*files.arguments(start("--target", "--readonly", image).uri))
+    client = connect(proxy.uri)
+    client.pwrite(b"w" * 100, (1 << 30) + 50)
+    bgctl("--cache-all", files.control)
+    bgctl("--switch", files.control)
+    assert query(files.control)["counters"]["bytes_fetched"] < MIB
+    spots[(1 << 30) + 50] = b"w" * 100
+    for offset, data in spots.items():
+        assert bytes(client.pread(len(data), offset)) == data
+    assert not any(client.pread(MIB, garbage))
+    assert not any(client.pread(50, 1 << 30))
+    client.shutdown()
+    proxy.stop()
+    assert files.image.stat().st_blocks * 512 < 4 * MIB
 
 
 def test_the_report_counts_what_is_there(start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random) -> None:

@@ -1,0 +1,139 @@
+"""From a proxy to a plain target under its clients: no error, no wrong byte, whatever was in flight."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import List
+
+import nbd
+import pytest
+from caching import BLOCK, CacheFiles, bgctl, connect, descendants, kill, query, wait_until_gone
+from conftest import MIB, Start
+from launch import fails
+from ledger import Crowd, Ledger
+from model import ignore_chunk, read_all
+from relay import Relay
+from server_process import Server, wait_until
+
+SIZE = 24 * MIB + 512
+CLIENTS = 8
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> CacheFiles:
+    return CacheFiles(tmp_path)
+
+
+@pytest.fixture
+def content() -> bytes:
+    return random.Random(4).randbytes(SIZE)
+
+
+@pytest.fixture
+def far(start: Start, tmp_path: Path, content: bytes) -> Server:
+    """The origin."""
+    path = tmp_path / "origin.img"
+    path.write_bytes(content)
+    return start("--target", "--readonly", path, tcp=True)
+
+
+def test_a_switch_under_load_is_seen_by_nobody(
+    start: Start, tmp_path: Path, files: CacheFiles, far: Server, content: bytes, seed: int
+) -> None:
+    """Clients of two servers; the origin is stopped after the switch."""
+    second = tmp_path / "control2"
+    proxies = [start(*files.arguments(far.uri)), start(*files.arguments(far.uri, control=second))]
+    ledger, rng = Ledger(content), random.Random(seed)
+    crowd = Crowd([proxy.uri for proxy in proxies], CLIENTS, ledger, rng)
+    wait_until(lambda: crowd.batches > 50, "load")
+    status, _, complaint = bgctl("--switch", files.control, check=False)
+    assert status == 1
+    assert "blocks are missing" in complaint
+    bgctl("--cache-all", files.control)
+    bgctl("--switch", second)
+    far.stop()
+    batches = crowd.batches
+    wait_until(lambda: crowd.batches > batches + 200 or crowd.failed, "more load")
+    assert query(files.control)["mode"] == "target"
+    crowd.finish()
+    ledger.check_files(files.image, files.bitmap)
+    for proxy in proxies:
+        assert read_all(connect(proxy.uri)) == ledger.base
+        proxy.stop()
+    assert files.image.read_bytes() == ledger.base
+
+
+def test_what_was_written_after_a_switch_is_there_when_all_are_killed(
+    start: Start, files: CacheFiles, far: Server, content: bytes, seed: int
+) -> None:
+    proxy = start(*files.arguments(far.uri))
+    bgctl("--cache-all", files.control)
+    bgctl("--switch", files.control)
+    ledger = Ledger(content)
+    crowd = Crowd([proxy.uri], CLIENTS, ledger, random.Random(seed))
+    wait_until(lambda: crowd.batches > 100 or crowd.failed, "load")
+    pids = [*descendants(proxy.pid), proxy.pid]
+    kill(pids)
+    proxy.process.wait()
+    wait_until_gone(pids)
+    crowd.finish()
+    ledger.check_files(files.image, files.bitmap)
+    again = start(*files.arguments(far.uri))
+    assert query(files.control)["mode"] == "proxy"
+    assert read_all(connect(again.uri)) == ledger.base
+
+
+def test_a_forced_switch_lets_nothing_from_the_origin_come_over_what_is_written(
+    start: Start, files: CacheFiles, far: Server, content: bytes
+) -> None:
+    """Replies that come after the switch are for blocks which others may write freely now."""
+    with Relay(far.port, delay=0.3) as relay:
+        proxy = start(*files.arguments(relay.uri, "--readahead", "0"))
+        readers = [connect(proxy.uri) for _ in range(4)]
+        for number, reader in enumerate(readers):
+            reader.pread(1, 5000 * BLOCK + number)
+        errors: List[int] = []
+        for number, reader in enumerate(readers):
+            start_reading(reader, number * 64 * BLOCK, 64 * BLOCK, errors)
+        bgctl("--force", "--switch", files.control)
+        writer = connect(proxy.uri)
+        for block in range(0, 256, 3):
+            writer.pwrite(b"w" * BLOCK, block * BLOCK)
+        wait_until(lambda: all_done(readers), "the replies")
+        assert errors == [0] * 4
+        for client in [*readers, writer]:
+            data = bytes(client.pread(256 * BLOCK, 0))
+            for block in range(0, 256, 3):
+                assert data[block * BLOCK : (block + 1) * BLOCK] == b"w" * BLOCK
+            client.shutdown()
+        proxy.stop()
+    now = files.image.read_bytes()
+    assert all(now[block * BLOCK : (block + 1) * BLOCK] == b"w" * BLOCK for block in range(0, 256, 3))
+
+
+def start_reading(client: nbd.NBD, offset: int, length: int, errors: List[int]) -> None:
+    def on_completion(error: object) -> int:
+        errors.append(error.value)  # type: ignore[attr-defined]
+        return 1
+
+    client.aio_pread_structured(nbd.Buffer(length), offset, ignore_chunk, on_completion)
+
+
+def all_done(clients: List[nbd.NBD]) -> bool:
+    for client in clients:
+        client.poll(0)
+    return not any(client.aio_in_flight() for client in clients)
+
+
+def test_a_forced_switch_is_not_undone_by_a_restart(start: Start, tmp_path: Path, files: CacheFiles, far: Server) -> None:
+    """Blocks that are missing read as zeros in the target: a proxy would show the origin's again."""
+    proxy = start(*files.arguments(far.uri))
+    client = connect(proxy.uri)
+    client.pwrite(b"w" * BLOCK, 0)
+    client.shutdown()
+    bgctl("--force", "--switch", files.control)
+    proxy.stop()
+    assert "switched to a plain target by force" in fails(*files.arguments(far.uri), "--unix", tmp_path / "s")[1]
+    target = start("--target", files.image)
+    assert bytes(connect(target.uri).pread(2 * BLOCK, 0)) == b"w" * BLOCK + bytes(BLOCK)
