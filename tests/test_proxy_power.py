@@ -15,14 +15,17 @@ import ctypes
 import fcntl
 import os
 import random
+import signal
 import struct
 import time
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Callable, Dict, Iterator, List, Optional
 
+import nbd
 import pytest
-from caching import CacheFiles, connect, descendants, kill, wait_until_gone
+from caching import BLOCK, CacheFiles, bgctl, connect, descendants, kill, wait_until_gone
 from conftest import MIB, Start
 from ledger import SECTOR, Crowd, Ledger
 from model import read_all
@@ -31,10 +34,12 @@ from server_process import Server, run, wait_until
 SECONDS = 14.0
 SIZE = 16 * MIB + 3 * SECTOR
 CLIENTS = 4
-FAILURES_PER_CACHE = 6
+FAILURES_PER_CACHE = 5
 
 _EXT4_IOC_SHUTDOWN = 0x8004587D
 _NO_LOG_FLUSH = 2
+_FIFREEZE = 0xC0045877
+_FITHAW = 0xC0045878
 _WRITE_AND_WAIT = 7
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
@@ -68,6 +73,17 @@ class Disk:
         try:
             fcntl.ioctl(fd, _EXT4_IOC_SHUTDOWN, struct.pack("I", _NO_LOG_FLUSH))
         finally:
+            os.close(fd)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Whoever writes to a file there sleeps."""
+        fd = os.open(self.path, os.O_RDONLY)
+        fcntl.ioctl(fd, _FIFREEZE, 0)
+        try:
+            yield
+        finally:
+            fcntl.ioctl(fd, _FITHAW, 0)
             os.close(fd)
 
     def remove(self) -> None:
@@ -117,6 +133,7 @@ class Machine:
         self._content = content
         self._rng = rng
         self._files = CacheFiles(disk.path)
+        self._control = directory / "control"
 
     def begin(self) -> None:
         self._files.remove()
@@ -124,7 +141,7 @@ class Machine:
         self._start()
 
     def _start(self) -> None:
-        arguments = self._files.arguments(self._origin.uri, control=self._directory / "control")
+        arguments = self._files.arguments(self._origin.uri, control=self._control)
         self.boot = Boot(self._directory, arguments)
 
     def play(self) -> None:
@@ -168,6 +185,12 @@ class Machine:
             os.close(fd)
         time.sleep(rng.random() * 0.05)
 
+    def play_switched(self) -> None:
+        """As `play`, once everything is cached and the proxy has become a plain target."""
+        bgctl("--cache-all", self._control)
+        bgctl("--switch", self._control)
+        self.play()
+
     def end(self) -> None:
         """The whole disk is as it should be."""
         assert self.boot is not None
@@ -199,8 +222,10 @@ def test_nothing_flushed_is_lost_when_the_power_fails(start: Start, tmp_path: Pa
         while machine.failures < rounds if rounds else time.monotonic() < until:
             machine.play()
             if machine.failures % FAILURES_PER_CACHE == 0:
+                machine.play_switched()
                 machine.end()
                 machine.begin()
+        machine.play_switched()
         machine.end()
     finally:
         if machine.boot is not None:
@@ -208,3 +233,45 @@ def test_nothing_flushed_is_lost_when_the_power_fails(start: Start, tmp_path: Pa
         print(f"{machine.failures} power failures")
     assert "Traceback" not in machine.boot.server.log()
     assert image.read_bytes() == content
+
+
+REQUESTS: Dict[str, Callable[[nbd.NBD], int]] = {
+    "write": lambda client: client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"w" * 8 * BLOCK)), 8 * BLOCK),
+    "zero": lambda client: client.aio_zero(8 * BLOCK, 8 * BLOCK, flags=nbd.CMD_FLAG_NO_HOLE),
+    "trim": lambda client: client.aio_trim(8 * BLOCK, 8 * BLOCK),
+    "read": lambda client: client.aio_pread(nbd.Buffer(8 * BLOCK), 8 * BLOCK),
+    "write in a block": lambda client: client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"w")), 8 * BLOCK + 1),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_worker_that_dies_before_the_data_is_there_has_set_no_bit(
+    start: Start, tmp_path: Path, disk: Disk, name: str
+) -> None:
+    """The cache is on a file system that is frozen: the worker is killed in the middle of writing to it."""
+    content, image, files = random.Random(1).randbytes(MIB), tmp_path / "origin.img", CacheFiles(tmp_path)
+    image.write_bytes(content)
+    files.image = disk.path / "cache.img"
+    files.image.write_bytes(b"garbage!" * (MIB // 8))
+    proxy = start(*files.arguments(start("--target", "--readonly", image).uri, "--readahead", "0"))
+    proxy.expected_errors.append("died: killed by SIGKILL")
+    client = connect(proxy.uri)
+    assert client.pread(BLOCK, 0) == content[:BLOCK]
+    with disk.frozen():
+        REQUESTS[name](client)
+        (worker,) = proxy.busy_workers()
+        wait_until(lambda: state_of(worker) == "D", "the worker to sleep in the file system")
+        assert files.cached() == [0]
+        os.kill(worker, signal.SIGKILL)
+    wait_until_gone([worker])
+    assert files.cached() == [0]
+    again = connect(proxy.uri)
+    assert read_all(again) == content
+    again.shutdown()
+    proxy.stop()
+    assert files.image.read_bytes() == content
+
+
+def state_of(pid: int) -> str:
+    """As ``ps`` shows it: D for uninterruptible sleep."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
