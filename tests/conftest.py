@@ -9,10 +9,21 @@ from typing import Callable, Iterator, List
 
 import pytest
 from server_process import Server
+from wrapper_process import Wrapper
 
 MIB = 1 << 20
 
 Start = Callable[..., Server]
+
+
+def unexpected_lines(log: str, expected_errors: List[str]) -> List[str]:
+    """Lines of a log that tell of an error that no test has announced."""
+    return [
+        line
+        for line in log.splitlines()
+        if re.search(r" ERROR: |Traceback|^\w*Error\b|Warning:", line)
+        and not any(re.search(pattern, line) for pattern in expected_errors)
+    ]
 
 
 @pytest.fixture
@@ -44,12 +55,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         for server in servers:
             server.stop()
     for server in servers:
-        unexpected = [
-            line
-            for line in server.log().splitlines()
-            if re.search(r" ERROR: |Traceback|^\w*Error\b|Warning:", line)
-            and not any(re.search(pattern, line) for pattern in server.expected_errors)
-        ]
+        unexpected = unexpected_lines(server.log(), server.expected_errors)
         assert not unexpected, "\n".join(unexpected)
 
 
@@ -67,3 +73,27 @@ def seed(request: pytest.FixtureRequest) -> int:
     value = int(os.environ.get("XNBD_SEED", random.SystemRandom().randrange(1 << 32)))
     print(f"XNBD_SEED={value}")
     return value
+
+
+StartWrapper = Callable[..., Wrapper]
+
+
+@pytest.fixture
+def start_wrapper(tmp_path: Path) -> Iterator[StartWrapper]:
+    """Starts wrappers, all with the same database and control socket, so one after the other; checks their logs."""
+    wrappers: List[Wrapper] = []
+
+    def start_one(*arguments: object, **options: object) -> Wrapper:
+        wrapper = Wrapper(tmp_path, arguments, **options)  # type: ignore[arg-type]
+        wrappers.append(wrapper)
+        wrapper.wait_until_ready()
+        return wrapper
+
+    try:
+        yield start_one
+    finally:
+        for wrapper in wrappers:
+            wrapper.stop()
+    expected = [pattern for wrapper in wrappers for pattern in wrapper.expected_errors]
+    for wrapper in wrappers:
+        assert not unexpected_lines(wrapper.log(), expected), wrapper.log()

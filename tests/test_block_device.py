@@ -12,7 +12,7 @@ from typing import Iterator
 
 import nbd
 import pytest
-from conftest import MIB, Start
+from conftest import MIB, Start, StartWrapper
 from launch import fails
 from model import Model
 from server_process import run
@@ -162,3 +162,11 @@ def test_fast_zeroing_is_refused_by_a_device_that_cannot_zero(start: Start, devi
     client.zero(64 << 10, 0, nbd.CMD_FLAG_NO_HOLE)
     client.zero(64 << 10, 64 << 10)
     assert client.pread(MIB, 0) == bytes(128 << 10) + b"\xdd" * (MIB - (128 << 10))
+
+
+def test_a_wrapper_s_export_may_be_a_device(start_wrapper: StartWrapper, device: str, backing: Path) -> None:
+    wrapper = start_wrapper()
+    wrapper.ctl("--add-target", "device", device)
+    client = connect(wrapper.uri("device"))
+    assert client.get_size() == SIZE
+    assert bytes(client.pread(SIZE, 0)) == backing.read_bytes()

@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rawclient import context_data, go_data, string
 
-from xnbd.errors import ProtocolError
+from xnbd.errors import ProtocolError, RequestError
 from xnbd.protocol.negotiation import (
     Agreement,
     Export,
     Exports,
     Negotiation,
+    export_flags,
     pack_greeting,
     pack_oldstyle,
     parse_option_header,
@@ -414,3 +415,47 @@ def test_whatever_a_client_sends_gets_one_final_reply_or_ends_the_connection(sen
         assert final == [False] * (len(final) - 1) + [True]
         if machine.agreement or machine.aborted:
             return
+
+
+# What a wrapper needs more
+
+
+def unavailable(name: str) -> Optional[Export]:
+    raise RequestError(5, "not now")
+
+
+def test_list_asks_for_descriptions_only_where_finding_takes_long() -> None:
+    machine = Negotiation(Exports(lambda: ["far"], unavailable, describe=lambda name: f"about {name}"))
+    machine.on_client_flags(3)
+    assert ask(machine, raw.LIST) == [(raw.REP_SERVER, string("far") + b"about far"), OK]
+
+
+@pytest.mark.parametrize("option", [raw.INFO, raw.GO])
+def test_a_disk_that_cannot_be_had_now_is_refused_with_the_reason(option: int) -> None:
+    machine = Negotiation(Exports(lambda: ["far"], unavailable))
+    machine.on_client_flags(3)
+    assert ask(machine, option, go_data("far")) == [(raw.ERR_UNKNOWN, b"not now")]
+    assert machine.agreement is None
+
+
+def test_export_name_of_a_disk_that_cannot_be_had_now_ends_the_connection() -> None:
+    machine = Negotiation(Exports(lambda: ["far"], unavailable))
+    machine.on_client_flags(3)
+    with pytest.raises(ProtocolError, match="not now"):
+        machine.on_option(raw.EXPORT_NAME, b"far")
+
+
+def test_without_structured_replies_their_options_are_unknown() -> None:
+    machine = Negotiation(Exports(lambda: ["disk"], find, structured=False))
+    machine.on_client_flags(3)
+    for option in (raw.STRUCTURED_REPLY, raw.LIST_META_CONTEXT, raw.SET_META_CONTEXT):
+        assert error_of(ask(machine, option)) == raw.ERR_UNSUP
+    ask(machine, raw.GO, go_data("disk"))
+    assert machine.agreement == Agreement(DISK, structured=False, allocation=False, ordered=False)
+
+
+@pytest.mark.parametrize(
+    ("readonly", "multi_conn", "flags"), [(False, True, 0xD6D), (True, True, 0x50F), (False, False, 0xC6D)]
+)
+def test_flags_of_a_disk(readonly: bool, multi_conn: bool, flags: int) -> None:
+    assert export_flags(readonly=readonly, multi_conn=multi_conn) == flags

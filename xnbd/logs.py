@@ -47,7 +47,7 @@ def _file_handler(path: str) -> logging.Handler:
 
     class LogFile(WatchedFileHandler):
         def _open(self) -> IO[str]:  # type: ignore[override]
-            return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=_open_log)
+            return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=open_log)
 
         def emit(self, record: logging.LogRecord) -> None:
             try:
@@ -65,7 +65,8 @@ def _file_handler(path: str) -> logging.Handler:
         raise ConfigurationError(message) from error
 
 
-def _open_log(path: str, flags: int) -> int:
+def open_log(path: str, flags: int) -> int:
+    """A descriptor of a log file, which is no symbolic link."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
 
 

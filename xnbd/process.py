@@ -46,6 +46,16 @@ def is_super_servers_child() -> bool:
     return stat.S_ISSOCK(status.st_mode) and os.path.samestat(status, errors)
 
 
+def keep_standard_streams() -> None:
+    """Let no file or socket get the number of a standard stream that this program was started without."""
+    while True:
+        null = os.open(os.devnull, os.O_RDWR)
+        if null > 2:
+            os.close(null)
+            return
+        os.set_inheritable(null, True)
+
+
 def _is_open(fd: int) -> bool:
     try:
         os.fstat(fd)
@@ -54,11 +64,11 @@ def _is_open(fd: int) -> bool:
     return True
 
 
-def set_title(role: str, *details: str) -> None:
+def set_title(role: str, *details: str, program: str = "xnbd-server") -> None:
     """What ``ps`` shows for this process."""
     from setproctitle import setproctitle
 
-    title = " ".join(("xnbd-server:", role, *details))
+    title = " ".join((f"{program}:", role, *details))
     setproctitle(title.encode("utf-8", "backslashreplace").decode())
 
 

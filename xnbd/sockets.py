@@ -1,4 +1,4 @@
-"""What every TCP connection of this program is set to, clients' and origins' alike."""
+"""What every TCP connection of this program is set to, clients' and origins' alike; and who listens."""
 
 from __future__ import annotations
 
@@ -15,3 +15,15 @@ def set_socket_options(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def is_listening(path: str) -> bool:
+    """Whether somebody listens on the Unix socket at *path*."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            return True  # somebody busy
+        except (OSError, ValueError):
+            return False
+    return True

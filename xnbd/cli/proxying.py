@@ -42,7 +42,7 @@ def open_proxy(arguments: Arguments, *, alone: bool) -> ProxySource:
     cache_fd = _open_cache(cache_path, size, must_exist=not arguments["--clear-bitmap"] and _has_bits(bitmap_path))
     state = open_state(bitmap_path, cache_fd, disk_size=size, origin=str(address), clear=arguments["--clear-bitmap"])
     settings = ProxySettings(
-        name=os.path.basename(cache_path),
+        path=cache_path,
         size=size,
         readonly=arguments["--readonly"],
         address=address,

@@ -66,6 +66,8 @@ Process options:
   --spare-workers N     Keep N processes ready for new clients [default: 4].
   --handshake-timeout SECONDS
                         Drop a client that has not negotiated by then [default: 10].
+  --control PATH        Listen there for xnbd-bgctl: --query and --snapshot. A proxy has its own
+                        argument for that.
   --spin MICROSECONDS   Poll for the next request for so long before sleeping; adapts by
                         itself to a slower client, 0 never polls [default: 150].
 
@@ -81,6 +83,7 @@ Other options:
   --version             Show the version.
 
 Signals, to the master: TERM or INT stops it in good order, a second one at once.
+USR1 makes a snapshot, DISK_IMAGE.snapshot.SECONDS, while clients go on.
 USR2 makes a proxy a plain target, if every block is cached.
 """
 

@@ -27,7 +27,7 @@ from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refus
 Arguments = Dict[str, Any]
 
 _FILES = ("DISK_IMAGE", "BASE_DISK_IMAGE", "CACHE_DISK_IMAGE", "CACHE_BITMAP_IMAGE", "CONTROL_SOCKET_PATH")
-_PATHS = (*_FILES, "--cow-dir", "--unix", "--pidfile", "--logpath")
+_PATHS = (*_FILES, "--cow-dir", "--control", "--unix", "--pidfile", "--logpath")
 PROXY_OPTIONS = (
     "--target-exportname",
     "--clear-bitmap",
@@ -48,6 +48,7 @@ def serve(program: str, arguments: Arguments, client: Optional[int]) -> int:
     refuse_together(arguments, "--inetd", ["--connected-fd", "--daemonize", "--pidfile", *_LISTENING])
     refuse_together(arguments, "--connected-fd", ["--daemonize", "--pidfile", *_LISTENING])
     refuse_together(arguments, "--verbose", ["--quiet"])
+    refuse_together(arguments, "--control", ["--proxy", "--inetd", "--connected-fd"])
     if arguments["--negotiated"] and not arguments["--connected-fd"]:
         raise ConfigurationError("--negotiated is for --connected-fd only", USAGE_ERROR)
     if arguments["--cow-dir"] and not arguments["--cow-target"]:
@@ -79,6 +80,7 @@ def _open_service(arguments: Arguments, processes: int) -> Service:
     """The disk of the chosen mode, for at most so many *processes*, and how it is offered."""
     timeout = parse_seconds(arguments["--handshake-timeout"], "--handshake-timeout")
     spin = parse_integer(arguments["--spin"], "--spin", 0, 1_000_000)
+    limits = _limits(arguments)
     source = _open_source(arguments, alone=processes > 1)
     name = arguments["--exportname"] or source.name
     if len(os.fsencode(name)) > MAXIMUM_STRING:
@@ -90,8 +92,8 @@ def _open_service(arguments: Arguments, processes: int) -> Service:
         oldstyle=arguments["--oldstyle"],
         handshake_timeout=timeout,
         spin=spin / 1e6,
-        limits=_limits(arguments),
-        control_path=arguments["CONTROL_SOCKET_PATH"],
+        limits=limits,
+        control_path=arguments["CONTROL_SOCKET_PATH"] or arguments["--control"],
     )
 
 
@@ -124,7 +126,7 @@ def _serve_one(arguments: Arguments, client: Optional[int]) -> int:
     agreement = _parse_agreement(arguments["--negotiated"] or "") if arguments["--connected-fd"] else None
     sock = _client_socket(arguments["--connected-fd"], client)
     service = _open_service(arguments, processes=1)
-    with _steward_for_one(service):
+    with _steward_for_one(service, sock):
         watch = Watch()
         disk = watch.disk = service.open_disk()
         connection = Connection(sock, watch, service.spin)
@@ -135,7 +137,7 @@ def _serve_one(arguments: Arguments, client: Optional[int]) -> int:
 
 
 @contextmanager
-def _steward_for_one(service: Service) -> Iterator[None]:
+def _steward_for_one(service: Service, client: socket.socket) -> Iterator[None]:
     """A steward beside the one process that serves, if the disk needs one."""
     if not service.needs_steward:
         yield
@@ -143,7 +145,12 @@ def _steward_for_one(service: Service) -> Iterator[None]:
     from ..server.steward import Steward
 
     lifeline, holder = os.pipe()
-    pid = Steward(service, service.control_path, must_listen=False).spawn(lifeline, lambda: os.close(holder))
+
+    def close_first() -> None:
+        os.close(holder)
+        client.close()
+
+    pid = Steward(service, service.control_path, must_listen=False).spawn(lifeline, close_first)
     os.close(lifeline)
     try:
         yield
@@ -218,7 +225,8 @@ def _listen(arguments: Arguments, listeners: Listeners) -> None:
 
 def _run_master(service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon]) -> int:
     master = Master(service, listeners.sockets, limits)
-    master.start_steward()
+    if service.needs_steward:
+        master.start_steward()
     log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, listeners)
     if daemon:
         daemon.ready()

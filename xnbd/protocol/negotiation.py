@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
-from ..errors import ProtocolError
+from ..errors import ProtocolError, RequestError
 from . import constants as c
 
 OPTION_HEADER = struct.Struct(">QII")
@@ -56,10 +56,26 @@ class Agreement(NamedTuple):
 
 
 class Exports(NamedTuple):
-    """Where a negotiation finds disks: *names* for LIST, *find* for all the rest."""
+    """Where a negotiation finds disks: *names* and *describe* for LIST, *find* for all the rest.
+
+    *find* may raise `RequestError` for a disk that is there but cannot be had now.
+    Without *structured* clients are offered simple replies only.
+    """
 
     names: Callable[[], Sequence[str]]
     find: Callable[[str], Optional[Export]]
+    describe: Optional[Callable[[str], str]] = None
+    structured: bool = True
+
+
+def export_flags(*, readonly: bool, multi_conn: bool = True) -> int:
+    """The transmission flags of a disk that xnbd-server serves; *multi_conn*: its clients all see the same disk."""
+    flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_SEND_CACHE
+    if multi_conn:
+        flags |= c.FLAG_CAN_MULTI_CONN
+    if readonly:
+        return flags | c.FLAG_READ_ONLY
+    return flags | c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_FAST_ZERO
 
 
 class _Refused(Exception):
@@ -115,10 +131,11 @@ class Negotiation:
             c.OPT_LIST: self._on_list,
             c.OPT_INFO: self._on_info,
             c.OPT_GO: self._on_go,
-            c.OPT_STRUCTURED_REPLY: self._on_structured_reply,
-            c.OPT_LIST_META_CONTEXT: self._on_list_meta_context,
-            c.OPT_SET_META_CONTEXT: self._on_set_meta_context,
         }
+        if exports.structured:
+            self._handlers[c.OPT_STRUCTURED_REPLY] = self._on_structured_reply
+            self._handlers[c.OPT_LIST_META_CONTEXT] = self._on_list_meta_context
+            self._handlers[c.OPT_SET_META_CONTEXT] = self._on_set_meta_context
 
     def on_client_flags(self, flags: int) -> None:
         """Raises `ProtocolError` for flags that the server does not know."""
@@ -145,7 +162,10 @@ class Negotiation:
 
     def _on_export_name(self, data: bytes) -> bytes:
         name = _decode(data)
-        export = self._exports.find(name)
+        try:
+            export = self._exports.find(name)
+        except RequestError as error:
+            raise ProtocolError(f"export {name!r}: {error}") from error
         if export is None:
             raise ProtocolError(f"unknown export {name!r}")
         self._agree(name, export)
@@ -159,10 +179,16 @@ class Negotiation:
         _refuse_data(data)
         servers = []
         for name in self._exports.names():
-            encoded, export = _encode(name), self._exports.find(name)
-            description = _encode(export.description) if export else b""
+            encoded = _encode(name)
+            description = _encode(self._describe_for_list(name))
             servers.append(_pack_reply(option, c.REP_SERVER, _U32.pack(len(encoded)) + encoded + description))
         return b"".join(servers) + _pack_reply(option, c.REP_ACK)
+
+    def _describe_for_list(self, name: str) -> str:
+        if self._exports.describe:
+            return self._exports.describe(name)
+        export = self._exports.find(name)
+        return export.description if export else ""
 
     def _on_info(self, option: int, data: bytes) -> bytes:
         return self._describe(option, data)[2]
@@ -224,7 +250,10 @@ class Negotiation:
     # What they share
 
     def _find(self, name: str) -> Export:
-        export = self._exports.find(name)
+        try:
+            export = self._exports.find(name)
+        except RequestError as error:
+            raise _Refused(c.REP_ERR_UNKNOWN, str(error)) from error
         if export is None:
             raise _Refused(c.REP_ERR_UNKNOWN, "no such export")
         return export

@@ -155,17 +155,19 @@ class Connection:
         if remaining <= 0 or not self.watch.wait(self._fds, events, remaining):
             raise ProtocolError("handshake took too long")
 
-    def send_some(self, buffers: Sequence[Union[bytes, memoryview]]) -> int:
+    def send_some(self, buffers: Sequence[Union[bytes, memoryview]], *, wait: bool = True) -> int:
         """Send the beginning of *buffers*, at most IOV_MAX of them: the number of bytes.
 
         Raises `OSError` (EFAULT) if the next byte lies in memory that cannot be
-        read, and `Stop` if the client does not take it in time once the worker is
-        to leave.
+        read, or without *wait* (`BlockingIOError`) if the client takes nothing now,
+        and `Stop` if it does not take it in time once the worker is to leave.
         """
         while True:
             try:
                 return self._sendmsg(buffers, (), _SEND_FLAGS)
             except BlockingIOError:
+                if not wait:
+                    raise
                 self.waits += 1
                 self.watch.wait(self._fds, select.POLLOUT, mid_message=True)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..storage.board import TARGET, Board
-from ..storage.image import Source
+from ..storage.image import Image, Source
 from ..storage.locks import do_nothing
+from ..storage.snapshot import Keeper, KeepingImage, open_files
 from ..storage.target import reopen
 
 
@@ -22,22 +23,36 @@ class Disk:
         self._open()
 
     def _open(self) -> None:
+        self._changes = self.place.changes
         self._mode = self.board.mode
-        self.image = self._source.open(self.board)
+        self.image: Image = self._source.open(self.board)
         self.image.count_in(self.place.counts)
         self.place.tell_mode(self._mode)
+        self._keep_for_snapshot()
 
     @property
     def outdated(self) -> bool:
-        """Whether the disk has become a plain target since the image was opened."""
-        return self.place.mode == TARGET != self._mode
+        """Whether the disk has become a plain target, or a snapshot of it begun or ended, since `renew`."""
+        return self.place.changes != self._changes
 
     def renew(self) -> None:
-        """Go on with the disk as it is now."""
+        """Go on with the disk as it is now. Called inside the gate."""
         on_wait = self.image.on_wait
-        self.image.close()
-        self._open()
-        self.image.on_wait = on_wait
+        if self.board.mode == TARGET != self._mode:
+            self.image.close()
+            self._open()
+        else:
+            self._changes = self.place.changes
+            if isinstance(self.image, KeepingImage):
+                self.image = self.image.release()
+            self._keep_for_snapshot()
+        self.image.wait_with(on_wait)
+
+    def _keep_for_snapshot(self) -> None:
+        snapshot = self.board.snapshot
+        files = open_files(*snapshot) if snapshot is not None else None
+        if files is not None:
+            self.image = KeepingImage(self.image, Keeper(self.image, files))
 
     def go_inside(self) -> None:
         """Pass the gate, for work on requests; whoever holds it makes this wait."""
@@ -48,7 +63,7 @@ class Disk:
         self.place.leave()
         self.place.tell()
         self.place.welcome("")
-        self.image.on_wait = do_nothing
+        self.image.wait_with(do_nothing)
 
     def close(self) -> None:
         """Let go of everything, the origin's connection included, which may take a moment."""

@@ -72,8 +72,17 @@ class Listeners:
             os.set_inheritable(fd, False)
             self.add(sock)
 
+    def close(self) -> None:
+        """Listen no more."""
+        for sock in self.sockets:
+            sock.close()
+        self.sockets.clear()
+        self.tidy_up()
+
     def tidy_up(self) -> None:
-        """Remove the Unix sockets, in the process that made them."""
+        """Close all; remove the Unix sockets, in the process that made them."""
+        for sock in self.sockets:
+            sock.close()
         for listener in self._unix_sockets:
             listener.remove()
 

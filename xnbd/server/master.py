@@ -83,9 +83,9 @@ class Master:
             if signal.SIGHUP in signals:
                 log.info("SIGHUP: nothing to do, a log file that was moved away is opened again by itself")
             if signal.SIGUSR1 in signals:
-                log.warning("SIGUSR1 does nothing in this mode")
+                self._ask_for_snapshot()
             if signal.SIGUSR2 in signals:
-                self._switch()
+                self._ask_for_switch()
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signals.add(number)
@@ -106,11 +106,10 @@ class Master:
 
     def start_steward(self) -> None:
         """Raises `ConfigurationError` if it cannot listen where it should."""
-        if self._service.needs_steward:
-            from .steward import Steward
+        from .steward import Steward
 
-            steward = Steward(self._service, self._service.control_path, must_listen=True)
-            self._steward = steward.spawn(self._pipes.lifeline, self._close_in_steward)
+        steward = Steward(self._service, self._service.control_path, must_listen=True)
+        self._steward = steward.spawn(self._pipes.lifeline, self._close_in_steward)
 
     def _close_in_steward(self) -> None:
         for fd in (self._pipes.lifeline_master, self._pipes.reports_master, self._pipes.retirements_master):
@@ -126,11 +125,20 @@ class Master:
             log.error("%s; trying again in a second", error)
             self._steward_at = monotonic() + _RETRY
 
-    def _switch(self) -> None:
+    def _ask_for_snapshot(self) -> None:
+        if self._service.source.mode == "proxy":
+            log.warning("SIGUSR1: a proxy has no snapshots: its disk is not whole here")
+            return
+        if self._steward is None:
+            self._start_steward_again()
+        if self._steward is not None:
+            os.kill(self._steward, signal.SIGUSR1)
+
+    def _ask_for_switch(self) -> None:
         if self._steward is not None and self._service.source.mode == "proxy":
             os.kill(self._steward, signal.SIGUSR2)
         else:
-            log.warning("SIGUSR2 does nothing in this mode")
+            log.warning("SIGUSR2 does nothing here: it switches a proxy")
 
     # Workers
 

@@ -30,8 +30,8 @@ class Replies:
         self.pieces: List[Piece] = []
         self._send_some = connection.send_some
 
-    def send(self) -> int:
-        """Send everything: the number of bytes.
+    def send(self, *, wait: bool = True) -> int:
+        """Send everything, or what leaves without a *wait*: the number of bytes.
 
         Raises `Disconnected` if the client is gone, `ProtocolError` if a reply that
         has begun cannot be finished.
@@ -40,7 +40,9 @@ class Replies:
         while pieces:
             group = pieces if len(pieces) <= _IOV_MAX else pieces[:_IOV_MAX]
             try:
-                sent = self._send_some(group)
+                sent = self._send_some(group, wait=wait)
+            except BlockingIOError:
+                break
             except OSError as error:
                 if error.errno != errno.EFAULT:
                     raise Disconnected(error.strerror) from error

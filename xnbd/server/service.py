@@ -6,8 +6,7 @@ from typing import NamedTuple, Optional
 
 from ..errors import Disconnected, ProtocolError
 from ..logs import log
-from ..protocol import constants as c
-from ..protocol.negotiation import Agreement, Export, Exports
+from ..protocol.negotiation import Agreement, Export, Exports, export_flags
 from ..storage.image import Source
 from .connection import Connection
 from .disk import Disk
@@ -39,12 +38,7 @@ class Service(NamedTuple):
 
     def export(self) -> Export:
         source = self.source
-        flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_CAN_MULTI_CONN | c.FLAG_SEND_CACHE
-        if source.readonly:
-            flags |= c.FLAG_READ_ONLY
-        else:
-            flags |= c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_FAST_ZERO
-        return Export(self.export_name, source.size, flags, source.description)
+        return Export(self.export_name, source.size, export_flags(readonly=source.readonly), source.description)
 
     def exports(self) -> Exports:
         """One disk, under its own name and the empty one."""

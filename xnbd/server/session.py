@@ -107,7 +107,7 @@ class Session:
         self._hung_up_at: Optional[float] = None
         self._told = ""
         self._data_from = self._data_until = 0  # where no hole was found the last time
-        disk.image.on_wait = self._on_wait
+        disk.image.wait_with(self._on_wait)
         self._commands = {
             c.CMD_READ: self._read,
             c.CMD_FLUSH: self._flush,
@@ -230,7 +230,7 @@ class Session:
 
     def _answer(self, request: Waiting, work: Callable[[], None]) -> None:
         """Do *work* for *request*, which then is answered, or waits for another ticket."""
-        self._out = request.answer
+        before, self._out = self._out, request.answer
         try:
             work()
         except NotLocal as missing:
@@ -241,7 +241,7 @@ class Session:
             request.answer.clear()
             self._refuse(request.command, request.cookie, error)
         finally:
-            self._out = self._replies.pieces
+            self._out = before
         self._room.answered(request)
 
     def _do(self, command: int, cookie: bytes, work: Callable[[], None], buffered: int = 0) -> None:
@@ -276,9 +276,15 @@ class Session:
                 return
 
     def _on_wait(self) -> None:
-        """The image waits for another process: nobody else has to."""
-        self._replies.send()
+        """The image waits for another process: nobody else has to. The gate must not be left meanwhile."""
+        self._replies.send(wait=False)
         self._connection.watch.check(mid_message=True)
+
+    def _send_first(self) -> None:
+        """For what may take long: replies before it leave. Meanwhile the disk may have changed."""
+        self._replies.send()
+        if self._disk.outdated:
+            self._renew()
 
     def _move_to_front(self) -> None:
         rest = self._end - self._start
@@ -360,7 +366,7 @@ class Session:
                     counts[REQUESTS] += done - 1
                     return False
                 position, end = self._start, self._end
-                if room.full:
+                if room.full or image is not self._image:
                     break
         counts[REQUESTS] += done
         self._start = position
@@ -497,7 +503,7 @@ class Session:
         if payload + length > self._end:
             if length < _STREAM_FROM:
                 return False
-            self._replies.send()
+            self._send_first()
         self._start = payload
         left: List[Tuple[int, bytes]] = []
         failure = self._write_pieces(offset, length, refusal, left)
@@ -515,6 +521,8 @@ class Session:
         held = 0
         for at, piece in self._payload(offset, length):
             while failure is None:
+                if self._disk.outdated:
+                    self._renew()
                 try:
                     self._image.write(at, piece)
                     self._counts[BYTES_WRITTEN] += len(piece)
@@ -564,11 +572,11 @@ class Session:
     # The other commands
 
     def _flush(self, _flags: int, cookie: bytes, _offset: int, _length: int) -> None:
-        self._replies.send()
+        self._send_first()
         self._acknowledge(cookie, c.CMD_FLAG_FUA)
 
     def _trim(self, flags: int, cookie: bytes, offset: int, length: int) -> None:
-        self._replies.send()
+        self._send_first()
         if length:
             self._image.trim(offset, length)
             self._data_until = 0
@@ -580,7 +588,7 @@ class Session:
         self._acknowledge(cookie)
 
     def _write_zeroes(self, flags: int, cookie: bytes, offset: int, length: int) -> None:
-        self._replies.send()
+        self._send_first()
         if length:
             may_trim, fast = not flags & c.CMD_FLAG_NO_HOLE, bool(flags & c.CMD_FLAG_FAST_ZERO)
             self._image.write_zeroes(offset, length, may_trim=may_trim, fast=fast)
@@ -592,7 +600,7 @@ class Session:
             raise RequestError(errno.EINVAL, "no meta context was negotiated")
         if not length:
             raise RequestError(errno.EINVAL, "block status of nothing")
-        self._replies.send()
+        self._send_first()
         limit = 1 if flags & c.CMD_FLAG_REQ_ONE else _MAXIMUM_EXTENTS
         extents = self._status(offset, length, limit)
         self._out.append(wire.pack_block_status(cookie, ALLOCATION_CONTEXT, extents))

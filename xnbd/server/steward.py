@@ -8,11 +8,13 @@ each, and any of them acts for all.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from contextlib import suppress
-from time import monotonic, time
-from typing import Any, Callable, Dict, Generator, Iterator, List, Optional
+from functools import partial
+from time import monotonic, sleep, time
+from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Tuple
 
 from .. import __version__
 from ..errors import CommandError, ConfigurationError
@@ -21,20 +23,27 @@ from ..origin.address import parse_origin
 from ..origin.connection import OriginLost
 from ..origin.probe import probe
 from ..process import set_title
+from ..storage.bitmap import Bitmap
 from ..storage.blocks import BLOCK, block_count
 from ..storage.board import COMPLETE, CONTROL, COPYING, PROXY, TARGET, UNREACHABLE, Board, Counts, Line
 from ..storage.proxy import ProxyImage, ProxySource
+from ..storage.snapshot import create_bitmap
 from ..storage.state_format import Steering
 from ..storage.target import reopen
 from .control import ControlSocket, Message, Reply, flag_argument, integer_argument, text_argument
 from .copier import Copier, CopyOptions, Failed
 from .processes import UsageMeter
 from .service import Service
+from .snapshotter import Failed as SnapshotFailed
+from .snapshotter import Snapshotter
 from .watch import Stop, Watch
 
 _CHECKPOINT_EVERY = 1.0
 _TAKE_OVER_EVERY = 1.0
 _GATE_TIMEOUT = 10.0
+COPYING_PEER = "(copying all blocks)"
+"""Stands on the board in place of a client."""
+
 _FOLLOW_TIMEOUT = 5.0
 _PROGRESS_EVERY = 0.2
 _MAXIMUM_CELLS = 1 << 16
@@ -100,9 +109,9 @@ class Steward:
 
 
 class _Child:
-    """A process that does one thing and may say why it failed."""
+    """A process that does one thing; ``message`` is what it came to, or why it failed."""
 
-    def __init__(self, close_first: Callable[[], None], work: Callable[[], None]) -> None:
+    def __init__(self, close_first: Callable[[], None], work: Callable[[], Optional[str]]) -> None:
         reading, writing = os.pipe()
         self.pid = os.fork()
         if not self.pid:
@@ -113,7 +122,7 @@ class _Child:
         os.set_blocking(reading, False)
         self._reading = reading
         self.status: Optional[int] = None
-        self.complaint = ""
+        self.message = ""
 
     def is_done(self) -> bool:
         if self.status is None:
@@ -121,7 +130,7 @@ class _Child:
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)
                 with suppress(BlockingIOError):
-                    self.complaint = os.read(self._reading, 4096).decode()
+                    self.message = os.read(self._reading, 4096).decode()
                 os.close(self._reading)
         return self.status is not None
 
@@ -129,15 +138,20 @@ class _Child:
         if self.status is None:
             os.kill(self.pid, signal.SIGTERM)
 
+    def wait(self) -> None:
+        """Until it has ended, which takes no long time after `stop`."""
+        while not self.is_done():
+            sleep(0.005)
 
-def _do_and_exit(work: Callable[[], None], writing: int) -> None:
+
+def _do_and_exit(work: Callable[[], Optional[str]], writing: int) -> None:
     status = 1
     try:
-        work()
+        os.write(writing, (work() or "").encode())
         status = 0
     except Stop:
         status = 0
-    except Failed as failure:
+    except (Failed, SnapshotFailed) as failure:
         os.write(writing, str(failure).encode()[:4096])
     except OSError as error:
         os.write(writing, str(error.strerror or error).encode()[:4096])
@@ -168,14 +182,18 @@ class _Stewardship:
         self._next_checkpoint = monotonic()
         self._next_try = monotonic()
         self._failing = ""
-        self._pending: List[Reply] = []
+        self._pending: List[Tuple[str, Reply]] = []
+        self._snapshot: Optional[_Child] = None
+        self._snapshot_wanted = False
+        self._board.end_snapshot()  # of a process that is no more: its parent was this one's predecessor
+        signal.signal(signal.SIGUSR1, self._on_snapshot_signal)
         self._meter = UsageMeter()
         if must_listen and path is not None:
             self._listen()
 
     def _listen(self) -> None:
         assert self._path is not None
-        commands: Dict[str, Callable[[Message], Reply]] = {"query": self._query}
+        commands: Dict[str, Callable[[Message], Reply]] = {"query": self._query, "snapshot": self._take_snapshot}
         if self._proxy is not None:
             commands.update({"cache-all": self._cache_all, "switch": self._switch, "reconnect": self._reconnect})
         self._control = ControlSocket(self._path, commands)
@@ -202,24 +220,32 @@ class _Stewardship:
             self._control.progress()
         elif self._path is not None and monotonic() >= self._next_try:
             self._take_over()
-        if self._watch.woken():
-            self._pending.append(self._switch({}))
-        for reply in list(self._pending):
-            self._go_on(reply)
+        if self._watch.woken() and self._proxy is not None:
+            self._pending.append(("SIGUSR2", self._switch({})))
+        if self._snapshot_wanted:
+            self._snapshot_wanted = False
+            self._pending.append(("SIGUSR1", self._take_snapshot({})))
+        for signal_name, reply in list(self._pending):
+            self._go_on(signal_name, reply)
         if self._copy is not None and self._copy.is_done():
             self._on_copied(self._copy)
+        elif self._copy is None and self._board.copy_wanted and not self._is_copying():
+            self._start_copy(CopyOptions())  # a server that has ended has left it unfinished
         if self._state is not None:
             self._keep_durable()
 
-    def _go_on(self, reply: Reply) -> None:
+    def _go_on(self, signal_name: str, reply: Reply) -> None:
         """A command that came as a signal: its outcome is for the log."""
         try:
             for answer in reply:
                 if answer is None:
                     return
         except (CommandError, ConfigurationError) as error:
-            log.warning("SIGUSR2: refused: %s", error)
-        self._pending.remove(reply)
+            log.warning("%s: %s", signal_name, error)
+        self._pending.remove((signal_name, reply))
+
+    def _on_snapshot_signal(self, _number: int, _frame: object) -> None:
+        self._snapshot_wanted = True
 
     def _take_over(self) -> None:
         """Answer the control socket if its former owner is gone; a sibling on the same cache has it otherwise."""
@@ -258,11 +284,11 @@ class _Stewardship:
         if child.status == 0:
             self._board.note_checkpoint()
             self._failing = ""
-        elif child.complaint != self._failing:
-            log.error("cannot make the cache durable: %s", child.complaint or f"status {child.status}")
-            self._failing = child.complaint
+        elif child.message != self._failing:
+            log.error("cannot make the cache durable: %s", child.message or f"status {child.status}")
+            self._failing = child.message
 
-    def _start(self, work: Callable[[], None]) -> _Child:
+    def _start(self, work: Callable[[], Optional[str]]) -> _Child:
         return _Child(self._close_control, work)
 
     def _close_control(self) -> None:
@@ -271,11 +297,10 @@ class _Stewardship:
             self._control.close()
 
     def _end(self) -> None:
-        for child in (self._copy, self._checkpoint):
-            if child is not None and not child.is_done():
+        for child in (self._copy, self._checkpoint, self._snapshot):
+            if child is not None:
                 child.stop()
-                with suppress(ChildProcessError):
-                    os.waitpid(child.pid, 0)
+                child.wait()
         if self._control is not None:
             self._control.close()
 
@@ -294,24 +319,33 @@ class _Stewardship:
         wait = flag_argument(request, "wait")
         if self._board.mode == TARGET:
             raise CommandError("this is no proxy any more: nothing is missing")
-        if self._copy is not None and not self._copy.is_done():
+        if self._is_copying():
             raise CommandError("a copy is under way already (xnbd-bgctl --query shows it)")
         self._start_copy(CopyOptions(min(piece or 64, 64), rate or 0))
         assert self._copy is not None
         if not wait:
+            self._board.copy_wanted = True
             yield {"done": True, "pid": self._copy.pid}
             return
         yield from self._watch_copy(self._copy)
+
+    def _is_copying(self) -> bool:
+        if self._copy is not None:
+            return not self._copy.is_done()
+        if self._board.try_lock(COPYING):
+            self._board.unlock(COPYING)
+            return False
+        return True
 
     def _start_copy(self, options: CopyOptions) -> None:
         def work() -> None:
             set_title("copying", self._source.name)
             watch = Watch(self._watch.lifeline)
             disk = watch.disk = self._service.open_disk()
-            if not disk.board.try_lock(COPYING):
+            if not any(disk.board.try_lock(COPYING) or sleep(0.05) for _ in range(10)):  # stewards try it in passing
                 raise Failed("another server on this cache is copying already")
             if isinstance(disk.image, ProxyImage):
-                disk.place.welcome("(copying all blocks)")
+                disk.place.welcome(COPYING_PEER)
                 try:
                     Copier(disk, disk.image, watch, options).run()
                 finally:
@@ -337,7 +371,7 @@ class _Stewardship:
             child.stop()
         self._on_copied(child)
         if child.status or self._missing():
-            raise CommandError(child.complaint or "the copy was stopped before its end")
+            raise CommandError(child.message or "the copy was stopped before its end")
         yield {"done": True, **self._progress(fetched_before)}
 
     def _progress(self, fetched_before: int) -> Message:
@@ -358,10 +392,42 @@ class _Stewardship:
         if child is not self._copy:
             return
         self._copy = None
+        self._board.copy_wanted = False
         if child.status:
-            log.warning("the copy has ended: %s", child.complaint or f"status {child.status}")
+            log.warning("the copy has ended: %s", child.message or f"status {child.status}")
         else:
             log.info("the copy has ended, %d blocks are missing", self._missing())
+
+    # Snapshots
+
+    def _take_snapshot(self, _request: Message) -> Reply:
+        if self._proxy is not None:
+            raise CommandError("a proxy has no snapshots: its disk is not whole here")
+        while self._snapshot is not None:
+            yield None
+        bitmap_fd = create_bitmap(self._source.size)
+        bitmap = Bitmap(bitmap_fd, self._blocks)
+        child = self._snapshot = self._start(partial(self._make_snapshot, bitmap_fd))
+        try:
+            while not child.is_done():
+                yield {"progress": {"copied_bytes": bitmap.count() * BLOCK, "total_bytes": self._blocks * BLOCK}}
+                yield None
+        finally:
+            child.stop()
+            child.wait()
+            self._board.end_snapshot()
+            self._snapshot = None
+            bitmap.octets.close()
+            os.close(bitmap_fd)
+        if child.status:
+            raise CommandError(f"no snapshot: {child.message or f'its process ended with status {child.status}'}")
+        yield {"done": True, **json.loads(child.message)}
+
+    def _make_snapshot(self, bitmap_fd: int) -> str:
+        set_title("making a snapshot of", self._source.name)
+        watch = Watch(self._watch.lifeline)
+        board = Board(reopen(self._service.board_fd, readonly=False))
+        return Snapshotter(self._source, board, bitmap_fd, watch).run()
 
     # Switching
 
@@ -372,6 +438,7 @@ class _Stewardship:
             raise CommandError("this is a plain target already")
         if not force:
             self._refuse_if_missing()
+        self._board.copy_wanted = False
         self._stop_copy()
         self._make_durable()  # a bit that is forgotten would be fetched over what the target has written
         self._proxy.steer(Steering(switched=True, address=self._board.address))
@@ -402,8 +469,7 @@ class _Stewardship:
     def _stop_copy(self) -> None:
         if self._copy is not None:
             self._copy.stop()
-            os.waitpid(self._copy.pid, 0)
-            self._copy.status = 0
+            self._copy.wait()
             self._copy = None
 
     def _have_followed(self) -> Generator[Optional[Message], None, int]:
@@ -469,7 +535,7 @@ class _Stewardship:
             "block_size": BLOCK,
             "counters": {**_counters(totals), "hits": max(0, totals.requests - totals.misses)},
             "queue": self._queue(lines),
-            "workers": [_worker(line, usage.get(line.pid)) for line in lines if line.peer],
+            "workers": [_worker(line, usage.get(line.pid)) for line in lines if line.peer not in ("", COPYING_PEER)],
         }
         if self._proxy is not None:
             answer.update(self._about_proxy(self._proxy, lines, cells))
@@ -499,7 +565,7 @@ class _Stewardship:
                 "completed": count,
                 "seconds_since_last": None if last is None else max(0.0, time() - last),
             },
-            "cache_all": self._about_copy(),
+            "cache_all": self._about_copy(lines),
         }
         if cells is not None:
             answer["map"] = self._state.bitmap.shares(min(cells, self._blocks))
@@ -515,12 +581,13 @@ class _Stewardship:
             "connections": connected,
         }
 
-    def _about_copy(self) -> Optional[Message]:
-        if self._copy is None:
+    def _about_copy(self, lines: List[Line]) -> Optional[Message]:
+        pid = next((line.pid for line in lines if line.peer == COPYING_PEER), None)
+        if pid is None:
             return None
         cached = self._cached_bytes()
         return {
-            "pid": self._copy.pid,
+            "pid": pid,
             "copied_bytes": cached,
             "total_bytes": self._source.size,
             "rate": self._copy_rate.of(cached),

@@ -32,12 +32,12 @@ class Bitmap:
     """The bitmap of *blocks* blocks in the file behind *fd*, which has to have `bitmap_size` bytes.
 
     ``octets`` is the mapping itself, for those to whom a whole byte tells enough.
-    The mapping duplicates *fd*, which stays the caller's.
+    The mapping duplicates *fd*, which stays the caller's; it has *spare* bytes more.
     """
 
-    def __init__(self, fd: int, blocks: int) -> None:
+    def __init__(self, fd: int, blocks: int, spare: int = 0) -> None:
         self.blocks = blocks
-        self.octets = mmap.mmap(fd, bitmap_size(blocks))
+        self.octets = mmap.mmap(fd, bitmap_size(blocks) + spare)
 
     def __contains__(self, block: int) -> bool:
         return bool(self.octets[block >> 3] >> (block & 7) & 1)
@@ -74,7 +74,7 @@ class Bitmap:
 
     def count(self) -> int:
         """How many blocks are set."""
-        octets = self.octets[:]
+        octets = self.octets[: bitmap_size(self.blocks)]
         return 8 * octets.count(b"\xff") + sum(octets.translate(_POPULATION, b"\xff\x00"))
 
     def shares(self, cells: int) -> List[float]:

@@ -16,9 +16,12 @@ offset  content, of the machine's own endianness
 ======  ========================================================================
 0       the gate's flag (1 byte)
 1       mode (1 byte): `PROXY`, `COMPLETE`, `TARGET`
+2       changes of mode and snapshot, counted modulo 256 (1 byte)
+3       whether a copy of all blocks is wanted that no operator waits for (1 byte)
 4       generation of the origin's address (4 bytes)
 8       time of the last checkpoint, in seconds since the epoch (double)
 16      checkpoints (8 bytes)
+24      process that makes a snapshot, its descriptors of snapshot and bitmap (4 bytes each)
 64      CRC-32, length (4 bytes each) and text of the origin's address
 16384   lines of `LINE` bytes, see `_LINE`
 ======  ========================================================================
@@ -32,7 +35,7 @@ import struct
 import time
 import zlib
 from contextlib import contextmanager
-from typing import Callable, Iterator, List, NamedTuple, Optional
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from .locks import RangeLocks, do_nothing
 
@@ -42,7 +45,8 @@ PROXY, COMPLETE, TARGET = 0, 1, 2
 LINE = 256
 _LINES_AT = 16384
 
-_FLAG, _MODE, _GENERATION, _CHECKPOINTS, _ADDRESS = 0, 1, 4, 8, 64
+_FLAG, _MODE, _CHANGES, _COPY_WANTED, _GENERATION, _CHECKPOINTS, _SNAPSHOT_AT, _ADDRESS = 0, 1, 2, 3, 4, 8, 24, 64
+_SNAPSHOT = struct.Struct("=III")
 _U32 = struct.Struct("=I")
 _CHECKPOINT = struct.Struct("=dQ")
 _TEXT = struct.Struct("=II")
@@ -123,6 +127,34 @@ class Board:
     @mode.setter
     def mode(self, mode: int) -> None:
         self._map[_MODE] = mode
+        self._note_change()
+
+    def _note_change(self) -> None:
+        self._map[_CHANGES] = (self._map[_CHANGES] + 1) & 0xFF
+
+    @property
+    def snapshot(self) -> Optional[Tuple[int, int, int]]:
+        """The process that makes a snapshot, and its descriptors of snapshot and bitmap."""
+        pid, output, bitmap = _SNAPSHOT.unpack_from(self._map, _SNAPSHOT_AT)
+        return (pid, output, bitmap) if pid else None
+
+    @property
+    def copy_wanted(self) -> bool:
+        return bool(self._map[_COPY_WANTED])
+
+    @copy_wanted.setter
+    def copy_wanted(self, wanted: bool) -> None:
+        self._map[_COPY_WANTED] = wanted
+
+    def begin_snapshot(self, pid: int, output: int, bitmap: int) -> None:
+        """From now on old blocks are kept; the gate is closed."""
+        _SNAPSHOT.pack_into(self._map, _SNAPSHOT_AT, pid, output, bitmap)
+        self._note_change()
+
+    def end_snapshot(self) -> None:
+        if self.snapshot:
+            _SNAPSHOT.pack_into(self._map, _SNAPSHOT_AT, 0, 0, 0)
+            self._note_change()
 
     @property
     def generation(self) -> int:
@@ -246,7 +278,6 @@ class Place:
     def __init__(self, memory: mmap.mmap, at: int, locks: RangeLocks) -> None:
         self._map = memory
         self._flag = _FLAG
-        self._mode = _MODE
         self._inside = at + _INSIDE
         self._at = at
         self._locks = locks
@@ -258,8 +289,9 @@ class Place:
         _U32.pack_into(memory, at, os.getpid())
 
     @property
-    def mode(self) -> int:
-        return self._map[self._mode]
+    def changes(self) -> int:
+        """Another number whenever mode or snapshot are others."""
+        return self._map[_CHANGES]
 
     def tell_mode(self, mode: int) -> None:
         """This process works in *mode* now."""

@@ -45,6 +45,7 @@ class CowSource(Source):
 
     def __init__(self, path: str, *, readonly: bool, directory: Optional[str] = None) -> None:
         self._base = open_disk(path, readonly=True)
+        self.path = path
         self.name = os.path.basename(path)
         self.description = f"copy-on-write disk over {self.name}"
         self.size = space.device_size(self._base)
@@ -102,6 +103,13 @@ class CowImage(Image):
         if len(self._base_view) == self.size:
             self.readable = partial(os.lseek, self._base, 0, os.SEEK_END)
         return len(self._base_view)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        pieces = [os.pread(fd, count, at) for fd, at, count in self._parts(offset, length)]
+        data = b"".join(pieces)
+        if len(data) != length:
+            raise OSError(errno.EIO, "the base image has shrunk")
+        return data
 
     # A byte of the bitmap speaks for 32 KiB (1 << 15). Most requests lie within one, and most such
     # bytes are all set or all clear: reads and writes look there first.

@@ -235,8 +235,8 @@ class Fetcher(Background):
 
     def approach(self) -> bool:
         """Connect, if that is not done; whether the origin is there."""
-        self._approach = self._connection is None
-        return self._connection is not None and self._connection.ready
+        self._approach = self._connection is None or not self._connection.ready
+        return not self._approach
 
     def make_zero(self, first: int, end: int) -> bool:
         """Note that these blocks are zeros at the origin; False if another process has some of them in hand."""
@@ -313,11 +313,15 @@ class Fetcher(Background):
         if self._connection is None:
             if self._wanted or self._ahead or self._approach:
                 times.append(self._connect_at)
-                if self._patience.origin is not None:
-                    times += [fetch.since + self._patience.origin for fetch in self._wanted]
         elif self._connection.deadline is not None:
             times.append(self._connection.deadline)
+        if self._patience.origin is not None and self._wanted and not self._reached:
+            times.append(min(fetch.since for fetch in self._wanted) + self._patience.origin)
         return min(times) if times else None
+
+    @property
+    def _reached(self) -> bool:
+        return self._connection is not None and self._connection.ready
 
     def progress(self) -> None:
         now = monotonic() if self._pauses or self._locked_out else 0.0
@@ -327,6 +331,8 @@ class Fetcher(Background):
             self._retry_locked(now)
         if self._generation != self._whereabouts.generation:
             self._move()
+        if self._patience.origin is not None and self._wanted and not self._reached:
+            self._give_up(monotonic(), self._patience.origin)
         try:
             if self._connection is None and (self._wanted or self._ahead or self._approach):
                 self._connect()
@@ -364,9 +370,7 @@ class Fetcher(Background):
     # The connection
 
     def _connect(self) -> None:
-        now = monotonic()
-        self._give_up(now)
-        if now < self._connect_at or not (self._wanted or self._ahead or self._approach):
+        if monotonic() < self._connect_at:
             return
         self._connection = OriginConnection(
             self._whereabouts.address,
@@ -376,7 +380,6 @@ class Fetcher(Background):
             reply_timeout=self._patience.origin,
         )
         self._connection.start()
-        self._approach = False
 
     def _on_lost(self, reason: str) -> None:
         connection, self._connection = self._connection, None
@@ -388,7 +391,6 @@ class Fetcher(Background):
         self._connect_at = monotonic() + self._delay
         self._delay = min(_LONGEST_DELAY, max(_FIRST_DELAY, 2 * self._delay))
         self._ask_again(unfinished)
-        self._give_up(monotonic())
 
     def _ask_again(self, unfinished: List[Any]) -> None:
         self._in_flight = self._surveys = 0
@@ -406,11 +408,8 @@ class Fetcher(Background):
             self._forget(fetch)
         self._ahead.clear()
 
-    def _give_up(self, now: float) -> None:
-        """End what has waited for too long, as far as there is a limit."""
-        limit = self._patience.origin
-        if limit is None or not self.trouble:
-            return
+    def _give_up(self, now: float, limit: float) -> None:
+        """End what has waited for more than *limit* seconds."""
         for fetch in [fetch for fetch in self._wanted if fetch.since + limit <= now]:
             self._wanted.remove(fetch)
             self._finish(fetch, errno.EIO)

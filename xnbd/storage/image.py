@@ -115,6 +115,14 @@ class Image(ABC):
     def read(self, offset: int, length: int) -> List[memoryview]:
         """The pieces of mapped memory that hold *length* bytes at *offset*, in order."""
 
+    def wait_with(self, on_wait: Callable[[], None]) -> None:
+        """Have *on_wait* called while a method waits."""
+        self.on_wait = on_wait
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """A copy of *length* bytes at *offset*; raises `OSError` (EIO) if the file has shrunk."""
+        raise NotImplementedError
+
     def read_fresh(self, offset: int, length: int) -> List[memoryview]:
         """What `read` does, for bytes that have just come and nobody has mapped yet."""
         return self.read(offset, length)
@@ -172,6 +180,7 @@ class Source(ABC):
     """
 
     mode: str
+    path: str
     name: str
     description: str
     size: int

@@ -242,10 +242,11 @@ class ProxySource(Source):
         self._settings = settings
         self.address = settings.address
         self.patience = settings.patience
-        self.name = settings.name
+        self.path = settings.path
+        self.name = os.path.basename(settings.path)
         self.size = settings.size
         self.readonly = settings.readonly
-        self.description = f"proxy of {settings.address}, cached in {settings.name}"
+        self.description = f"proxy of {settings.address}, cached in {self.name}"
 
     def open(self, board: Board) -> Image:
         if board.mode == TARGET:
@@ -284,7 +285,7 @@ class ProxySource(Source):
 class ProxySettings(NamedTuple):
     """What does not change while the server runs; *size* and *readahead* in bytes."""
 
-    name: str
+    path: str
     size: int
     readonly: bool
     address: OriginAddress

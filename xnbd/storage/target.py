@@ -99,6 +99,7 @@ class TargetSource(Source):
 
     def __init__(self, path: str, *, readonly: bool) -> None:
         self._fd = open_disk(path, readonly=readonly)
+        self.path = path
         self.name = os.path.basename(path)
         self.description = f"disk image {self.name}"
         self.size = space.device_size(self._fd)
@@ -138,6 +139,12 @@ class TargetImage(Image):
     def read(self, offset: int, length: int) -> List[memoryview]:
         assert self.flat is not None
         return [self.flat[offset : offset + length]]
+
+    def pread(self, offset: int, length: int) -> bytes:
+        data = os.pread(self.fd, length, offset)
+        if len(data) != length:
+            raise OSError(errno.EIO, "the disk image has shrunk")
+        return data
 
     def write(self, offset: int, data: Buffer) -> None:
         written = os.pwrite(self.fd, data, offset)

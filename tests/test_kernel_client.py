@@ -1,0 +1,167 @@
+"""The Linux kernel's own client, in a virtual machine: file systems, swap space, a server that is started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+from conftest import MIB, Start
+from exported import MODES, Exported, check_ext4
+from server_process import Server, is_alive, wait_until
+from xnbdguest.initramfs import add_python, basic_system
+from xnbdguest.machine import HOST, Guest
+from xnbdguest.packages import Packages, fetch_packages
+
+DATA = 32
+"""MiB of noise in the guest's /data/noise."""
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def packages() -> Packages:
+    return fetch_packages()
+
+
+@pytest.fixture(scope="module")
+def initramfs(packages: Packages, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("guest") / "initramfs"
+    archive = basic_system(packages)
+    archive.write(path)
+    add_python(archive)
+    archive.add_file(Path(__file__).with_name("kernel_nbd.py"), "/kernel_nbd.py")
+    archive.write(path.with_name("initramfs-with-python"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def guest(packages: Packages, initramfs: Path) -> Iterator[Guest]:
+    """With two processors: on one, the kernel would use one of four connections only."""
+    with_python = initramfs.with_name("initramfs-with-python")
+    with Guest(initramfs.parent, "client", packages, with_python, memory=384, processors=2) as guest:
+        guest.run(f"mkdir /data && dd if=/dev/urandom of=/data/noise bs=1M count={DATA}")
+        yield guest
+
+
+@pytest.fixture(scope="module")
+def small_guest(packages: Packages, initramfs: Path) -> Iterator[Guest]:
+    """With 16 MB of free memory."""
+    with Guest(initramfs.parent, "small", packages, initramfs, memory=96) as guest:
+        yield guest
+
+
+@pytest.fixture(scope="module")
+def noise(guest: Guest) -> str:
+    """The MD5 of the guest's /data/noise."""
+    return guest.output("md5sum </data/noise").split()[0]
+
+
+def connect(guest: Guest, port: int, connections: int = 1, options: str = "") -> None:
+    guest.run(f"nbd-client {options} -C {connections} {HOST} {port} /dev/nbd0 && blockdev --getsize64 /dev/nbd0")
+
+
+def disconnect(guest: Guest) -> None:
+    guest.run("nbd-client -d /dev/nbd0; until ! nbd-client -c /dev/nbd0; do sleep 0.02; done")
+
+
+def drop_caches(guest: Guest) -> None:
+    guest.run("sync; echo 3 >/proc/sys/vm/drop_caches")
+
+
+@pytest.mark.parametrize("connections", [1, 4])
+@pytest.mark.parametrize("mode", MODES)
+def test_file_system(start: Start, tmp_path: Path, guest: Guest, noise: str, mode: str, connections: int) -> None:
+    disk = Exported(start, tmp_path, mode, 256 * MIB)
+    connect(guest, disk.port, connections)
+    assert len(disk.server.busy_workers()) == connections
+    guest.run("mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt")
+    guest.run("cp /data/noise /mnt/removed & dd if=/data/noise of=/mnt/data bs=1M conv=fsync; wait")
+    guest.run("rm /mnt/removed && sync && fstrim /mnt")
+    drop_caches(guest)
+    assert guest.output("md5sum </mnt/data").split()[0] == noise
+    guest.run("umount /mnt && e2fsck -fn /dev/nbd0")
+    disconnect(guest)
+    wait_until(lambda: not disk.server.busy_workers(), "the workers to be free")
+    content = disk.content_in(tmp_path / "content")
+    assert check_ext4(content, "data", tmp_path) == noise
+    disk.check_what_is_behind(content)
+
+
+def test_fstrim_gives_space_back(start: Start, tmp_path: Path, guest: Guest) -> None:
+    disk = Exported(start, tmp_path, "target", 256 * MIB)
+    connect(guest, disk.port)
+    guest.run("mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt && cp /data/noise /mnt/data && sync")
+    full = disk.image.stat().st_blocks * 512
+    guest.run("rm /mnt/data && sync && fstrim /mnt")
+    assert disk.image.stat().st_blocks * 512 <= full - DATA * MIB * 9 // 10
+    guest.run("umount /mnt")
+    disconnect(guest)
+
+
+SWAPPING_PROCESS = """
+BEGIN {
+    for (i = 0; i < 8000; i++) page[i] = sprintf("%04000d", i)
+    while ((getline line <"/proc/self/status") > 0) if (line ~ /VmSwap/) print line
+    for (i = 0; i < 8000; i++) if (page[i] != sprintf("%04000d", i)) { print "wrong", i; exit 1 }
+    print "all right"
+}
+"""
+"""Fills 32 MB of memory and looks at them again; for awk."""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_process_that_swaps(start: Start, tmp_path: Path, small_guest: Guest, mode: str) -> None:
+    disk = Exported(start, tmp_path, mode, 256 * MIB)
+    connect(small_guest, disk.port, options="-swap")
+    small_guest.run("mkswap /dev/nbd0 && swapon /dev/nbd0")
+    said = small_guest.output(f"awk '{SWAPPING_PROCESS}'", timeout=120).split()
+    assert said[-2:] == ["all", "right"]
+    assert int(said[said.index("VmSwap:") + 1]) > 12 << 10
+    small_guest.run("swapoff /dev/nbd0")
+    disconnect(small_guest)
+
+
+def kill_server(server: Server) -> None:
+    """All of its processes, at once."""
+    pids = [server.pid, *server.workers()]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    server.process.wait()
+    wait_until(lambda: not any(map(is_alive, pids)), "the server's end")
+
+
+def start_again(start: Start, disk: Exported) -> None:
+    start("--target", "--laddr", "127.0.0.1", "--lport", disk.port, disk.image)
+
+
+def test_synced_data_is_there_after_the_server_was_killed(
+    start: Start, tmp_path: Path, guest: Guest, noise: str
+) -> None:
+    disk = Exported(start, tmp_path, "target", 256 * MIB)
+    connect(guest, disk.port, 4)
+    guest.run("dd if=/data/noise of=/dev/nbd0 bs=1M conv=fsync")
+    kill_server(disk.server)
+    disconnect(guest)
+    start_again(start, disk)
+    connect(guest, disk.port, 4)
+    drop_caches(guest)
+    assert guest.output(f"head -c {DATA}m /dev/nbd0 | md5sum").split()[0] == noise
+    disconnect(guest)
+
+
+def test_writes_wait_for_a_server_that_was_killed(start: Start, tmp_path: Path, guest: Guest, noise: str) -> None:
+    disk = Exported(start, tmp_path, "target", 256 * MIB)
+    guest.run(f"python3 /kernel_nbd.py connect {HOST} {disk.port}")
+    guest.run("(dd if=/data/noise of=/dev/nbd0 bs=256k oflag=direct conv=fsync 2>/run/dd; echo $? >/run/status) &")
+    wait_until(lambda: disk.image.stat().st_blocks * 512 > 4 * MIB, "the first writes")
+    kill_server(disk.server)
+    start_again(start, disk)
+    assert guest.run("test -e /run/status", check=False).status != 0
+    guest.run(f"python3 /kernel_nbd.py reconnect {HOST} {disk.port}")
+    guest.run("until [ -e /run/status ]; do sleep 0.1; done; cat /run/dd; exit $(cat /run/status)")
+    drop_caches(guest)
+    assert guest.output(f"head -c {DATA}m /dev/nbd0 | md5sum").split()[0] == noise
+    disconnect(guest)

@@ -1,0 +1,307 @@
+"""The wrapper's database: what is understood, what is refused and left alone, and how it is replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator
+
+import pytest
+from server_process import ROOT
+
+from xnbd.errors import ConfigurationError
+from xnbd.wrapper.database import Database, pack_database, parse_database
+from xnbd.wrapper.exports import Export, ProxyExport, TargetExport, check_name, check_room
+
+PROXY = ProxyExport("/c/cache.img", "/c/cache.bitmap", "/run/p.ctl", "origin.example", "8520", "disk one")
+EXPORTS: Dict[str, Export] = {
+    "disk.img": TargetExport("/srv/disk.img"),
+    "ünï/cödé 磁盘 \n\t\"'": TargetExport("/srv/\udcff not UTF-8"),
+    "p": PROXY,
+}
+TARGET_FIELDS = {"mode": "target", "image_path": "/a"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "xnbd.state"
+
+
+@pytest.fixture
+def database(path: Path) -> Iterator[Database]:
+    database = Database(str(path))
+    yield database
+    database.close()
+
+
+def refusal(data: bytes) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_database(data)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def with_entry(entry: object, name: str = "x") -> bytes:
+    return json.dumps({"version": 2, "images": {name: entry}}).encode()
+
+
+# The format
+
+
+def test_content_survives_packing() -> None:
+    assert parse_database(pack_database(EXPORTS)) == EXPORTS
+
+
+def test_format_is_that_of_version_2() -> None:
+    assert json.loads(pack_database({"a": TargetExport("/a"), "p": PROXY})) == {
+        "version": 2,
+        "images": {
+            "a": {"mode": "target", "image_path": "/a"},
+            "p": {
+                "mode": "proxy",
+                "image_path": "/c/cache.img",
+                "bitmap_path": "/c/cache.bitmap",
+                "control_socket_path": "/run/p.ctl",
+                "remote_host": "origin.example",
+                "remote_port": "8520",
+                "remote_export_name": "disk one",
+            },
+        },
+    }
+
+
+def test_every_truncation_is_refused() -> None:
+    data = pack_database(EXPORTS)
+    for length in range(len(data) - 1):  # the last byte is a newline, without which nothing is missing
+        refusal(data[:length])
+    assert parse_database(data[:-1]) == EXPORTS
+
+
+def test_a_flipped_bit_is_refused_or_gives_a_valid_database(seed: int) -> None:
+    data = pack_database(EXPORTS)
+    chance = random.Random(seed)
+    for _ in range(2000):
+        broken = bytearray(data)
+        broken[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        try:
+            found = parse_database(bytes(broken))
+        except ConfigurationError:
+            continue
+        assert parse_database(pack_database(found)) == found
+
+
+def test_port_as_a_number_and_no_export_name_are_understood() -> None:
+    fields = {**PROXY._asdict(), "mode": "proxy", "remote_port": 8520, "remote_export_name": None}
+    assert parse_database(with_entry(fields)) == {"x": PROXY._replace(remote_export_name="")}
+    del fields["remote_export_name"]
+    assert parse_database(with_entry(fields)) == {"x": PROXY._replace(remote_export_name="")}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "no complete JSON"),
+        (b"disk.img\t/srv/disk.img\n", "no complete JSON"),
+        (b"\xff\xfe", "no complete JSON"),
+        (b"[" * 100_000, "no complete JSON"),
+        (b"[]", "no version"),
+        (b'{"images": {}}', "no version"),
+        (b'{"version": true, "images": {}}', "no version"),
+        (b'{"version": "2", "images": {}}', "no version"),
+        (b'{"version": 1, "images": {}}', "version 1"),
+        (b'{"version": 3, "images": {}}', "version 3"),
+        (b'{"version": 2}', "images"),
+        (b'{"version": 2, "images": []}', "images"),
+        (b'{"version": 2, "images": {}, "more": 1}', "nothing else"),
+        (b'{"version": 2, "images": {"a": {}, "a": {}}}', "twice"),
+        (with_entry([]), "'x'"),
+        (with_entry({}), "mode"),
+        (with_entry({"mode": ["target"], "image_path": "/a"}), "mode"),
+        (with_entry({"mode": "cow", "image_path": "/a"}), "mode"),
+        (with_entry({"mode": "target"}), "'image_path' is missing"),
+        (with_entry({"mode": "target", "image_path": 5}), "no text"),
+        (with_entry({"mode": "target", "image_path": "a"}), "no absolute path"),
+        (with_entry({"mode": "target", "image_path": "/a\0b"}), "no text"),
+        (with_entry({**TARGET_FIELDS, "remote_host": "h"}), "'remote_host'"),
+        (with_entry({**PROXY._asdict(), "mode": "proxy", "remote_port": "70000"}), "70000"),
+        (with_entry({**PROXY._asdict(), "mode": "proxy", "remote_port": True}), "no text"),
+        (with_entry({**PROXY._asdict(), "mode": "proxy", "remote_host": "nbd://h"}), "not a URI"),
+        (with_entry({**PROXY._asdict(), "mode": "proxy", "bitmap_path": "/c/cache.img"}), "three different"),
+        (with_entry(TARGET_FIELDS, name=""), "name"),
+        (with_entry(TARGET_FIELDS, name="a\0b"), "NUL"),
+        (with_entry(TARGET_FIELDS, name="\udcff"), "UTF-8"),
+        (with_entry(TARGET_FIELDS, name="ü" * 2049), "4096"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(data: bytes, reason: str) -> None:
+    assert reason in refusal(data)
+
+
+# Names and files
+
+
+def test_names_up_to_the_protocol_s_limit_are_fine() -> None:
+    assert check_name("ü" * 2048) == "ü" * 2048
+
+
+def test_targets_may_share_an_image() -> None:
+    check_room({"a": TargetExport("/i")}, "b", TargetExport("/i"))
+
+
+@pytest.mark.parametrize("other", [TargetExport("/c/cache.img"), PROXY, PROXY._replace(image_path="/other")])
+def test_a_proxy_shares_its_files_with_nobody(other: Export) -> None:
+    with pytest.raises(ConfigurationError, match="in use by the export 'a'"):
+        check_room({"a": other}, "b", PROXY)
+
+
+def test_a_target_on_a_proxy_s_cache_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="in use"):
+        check_room({"a": PROXY}, "b", TargetExport(PROXY.image_path))
+
+
+# The file
+
+
+def test_missing_file_is_made_and_empty(path: Path, database: Database) -> None:
+    assert database.exports == {}
+    assert parse_database(path.read_bytes()) == {}
+
+
+def test_missing_directory_is_made(tmp_path: Path) -> None:
+    Database(str(tmp_path / "new" / "xnbd.state")).close()
+    assert (tmp_path / "new" / "xnbd.state").exists()
+
+
+def test_changes_are_found_by_the_next_one(path: Path) -> None:
+    first = Database(str(path))
+    first.change(EXPORTS)
+    first.close()
+    second = Database(str(path))
+    assert second.exports == EXPORTS
+    second.close()
+
+
+def test_nothing_but_the_file_is_left(path: Path, database: Database) -> None:
+    database.change(EXPORTS)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_mode_of_the_file_is_kept(path: Path, database: Database) -> None:
+    path.chmod(0o600)
+    database.change(EXPORTS)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"version": 1, "images": {}}'])
+def test_what_is_refused_is_left_alone(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    before = path.stat()
+    with pytest.raises(ConfigurationError, match="left alone"):
+        Database(str(path))
+    assert path.read_bytes() == content
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_symbolic_links_are_not_followed(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").write_bytes(pack_database({}))
+    path.symlink_to(tmp_path / "real")
+    with pytest.raises(ConfigurationError, match="symbolic link"):
+        Database(str(path))
+
+
+def test_fifos_and_directories_are_refused_without_waiting(path: Path, tmp_path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.raises(ConfigurationError, match="regular file"):
+        Database(str(path))
+    with pytest.raises(ConfigurationError):
+        Database(str(tmp_path))
+
+
+def test_somebody_else_s_change_is_not_written_over(path: Path, database: Database) -> None:
+    database.change(EXPORTS)
+    theirs = pack_database({"theirs": TargetExport("/t")})
+    path.write_bytes(theirs)
+    with pytest.raises(ConfigurationError, match="somebody else"):
+        database.change({})
+    assert path.read_bytes() == theirs
+    assert database.exports == EXPORTS
+
+
+def test_a_removed_file_is_written_again(path: Path, database: Database) -> None:
+    path.unlink()
+    database.change(EXPORTS)
+    assert parse_database(path.read_bytes()) == EXPORTS
+
+
+def test_a_failed_change_changes_nothing(path: Path, database: Database) -> None:
+    (path.parent / (path.name + ".new")).mkdir()
+    before = path.read_bytes()
+    with pytest.raises(ConfigurationError, match="cannot write database"):
+        database.change(EXPORTS)
+    assert (path.read_bytes(), database.exports) == (before, {})
+
+
+HOLDER = """
+import sys
+from xnbd.errors import ConfigurationError
+from xnbd.wrapper.database import Database
+try:
+    database = Database(sys.argv[1])
+except ConfigurationError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_one_wrapper_at_a_time_also_after_changes(path: Path, database: Database) -> None:
+    for exports in ({}, EXPORTS):
+        database.change(exports)
+        other = subprocess.run(
+            [sys.executable, "-c", HOLDER, path], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        )
+        assert other.returncode == 1
+        assert "another wrapper uses it" in other.stderr
+
+
+def test_a_forked_process_sees_later_changes(database: Database) -> None:
+    told, tell = os.pipe()
+    answer, answered = os.pipe()
+    pid = os.fork()
+    if not pid:
+        before = database.current()
+        os.read(told, 1)
+        os.write(answered, b"1" if before == {} and database.current() == EXPORTS else b"0")
+        os._exit(0)
+    database.change(EXPORTS)
+    os.write(tell, b"x")
+    assert os.read(answer, 1) == b"1"
+    os.waitpid(pid, 0)
+    for fd in (told, tell, answer, answered):
+        os.close(fd)
+
+
+def test_random_changes_keep_file_and_memory_alike(path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    shadow: Dict[str, Any] = {}
+    database = Database(str(path))
+    for step in range(150):
+        exports = dict(database.exports)
+        name = f"export {chance.randrange(8)}"
+        action = chance.random()
+        if action < 0.5:
+            target: Export = TargetExport(f"/t/{step}")
+            exports[name] = chance.choice([target, PROXY._replace(remote_port=str(step + 1))])
+        else:
+            exports.pop(name, None)
+        database.change(exports)
+        shadow = dict(exports)
+        assert parse_database(path.read_bytes()) == shadow == database.exports
+        if chance.random() < 0.1:
+            database.close()
+            database = Database(str(path))
+    database.close()

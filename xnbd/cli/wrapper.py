@@ -1,0 +1,75 @@
+"""xnbd-wrapper: serve many disks behind one port; clients choose one by its export name.
+
+Usage:
+  xnbd-wrapper [--imgfile IMAGE]... [--laddr ADDRESS]... [options]
+  xnbd-wrapper --help
+  xnbd-wrapper --version
+
+Disk options:
+  --imgfile IMAGE       Add IMAGE to the database as a target; its export name is the file's
+                        name without directories. May be given several times.
+  --dbpath PATH         Database of the exports, made if it does not exist
+                        [default: /var/lib/xnbd/xnbd.state].
+  --cow                 Every client of a target gets a copy-on-write disk of its own, which
+                        is gone when the client leaves.
+  --readonly            Disconnect a client that writes.
+
+Listening options:
+  --lport PORT          TCP port [default: 8520]; 0 picks a free one.
+  --laddr ADDRESS       Address to listen on, may be given several times
+                        (default: all addresses, IPv4 and IPv6).
+  --socket PATH         Socket for xnbd-wrapper-ctl [default: /var/run/xnbd-wrapper.ctl].
+  --handshake-timeout SECONDS
+                        Drop a client that has not negotiated by then [default: 10].
+
+Server options:
+  --xnbd-server COMMAND
+                        Run COMMAND for each client. Without it the wrapper's own process
+                        goes on as xnbd-server, which is quicker.
+  --xnbd-bgctl COMMAND  Steer proxies with COMMAND instead of the xnbd-bgctl that comes with
+                        this program.
+  --max-queue-size N    Passed on to the servers of proxies, see xnbd-server(8).
+  --max-buf-size BYTES  Likewise.
+
+Process options:
+  --daemonize           Go into the background once the wrapper listens.
+  --max-clients N       Serve N clients at once, let others wait [default: 4096].
+  --logpath FILE        Append the log to FILE, the servers' too. Without it: standard error,
+                        or syslog with --daemonize.
+  --syslog              Log to syslog, the servers too; also to FILE if --logpath is given.
+
+Other options:
+  -h, --help            Show this text.
+  --version             Show the version.
+
+COMMAND is split into words as a shell does.
+
+Signals: TERM or INT stops the wrapper and its servers, a second one at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import List, NoReturn, Optional
+
+from .. import __version__
+from ..errors import ConfigurationError
+from .values import parse_command_line
+
+PROGRAM = "xnbd-wrapper"
+
+
+def main(argv: Optional[List[str]] = None) -> NoReturn:
+    """The program: leaves with status 0, 1 (it failed) or 2 (its command line makes no sense)."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        arguments = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
+        from .wrapping import wrap
+
+        status = wrap(PROGRAM, arguments)
+    except ConfigurationError as error:
+        from ..logs import complain
+
+        complain(PROGRAM, str(error), super_server=False)
+        status = error.exit_status
+    sys.exit(status)

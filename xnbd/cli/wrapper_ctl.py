@@ -1,0 +1,72 @@
+"""xnbd-wrapper-ctl: steer a running xnbd-wrapper.
+
+Usage:
+  xnbd-wrapper-ctl [--socket PATH] --list [--json]
+  xnbd-wrapper-ctl [--socket PATH] --add-target NAME FILE
+  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --add-proxy NAME REMOTE_HOST REMOTE_PORT
+                   CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
+  xnbd-wrapper-ctl [--socket PATH] --remove-by-exportname NAME
+  xnbd-wrapper-ctl [--socket PATH] --remove-by-file FILE
+  xnbd-wrapper-ctl [--socket PATH] --bgctl-query NAME
+  xnbd-wrapper-ctl [--socket PATH] --bgctl-cache-all NAME
+  xnbd-wrapper-ctl [--socket PATH] --bgctl-switch NAME
+  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --bgctl-reconnect NAME REMOTE_HOST REMOTE_PORT
+  xnbd-wrapper-ctl [--socket PATH] (--save | --orphan | --shutdown)
+  xnbd-wrapper-ctl --help
+  xnbd-wrapper-ctl --version
+
+Commands:
+  --list                Show the exports and how many clients each has.
+  --add-target          Serve FILE, a disk image or a block device, under NAME.
+  --add-proxy           Serve the disk of another server under NAME, and cache it here.
+  --remove-by-exportname
+                        Refuse new clients of NAME; those that are connected stay.
+  --remove-by-file      The same for all exports whose disk or cache image is FILE.
+  --bgctl-query         Show how much of a proxy is cached.
+  --bgctl-cache-all     Copy what is not cached yet, and wait for it.
+  --bgctl-switch        Make a proxy, all of which is cached, a target; its clients stay.
+  --bgctl-reconnect     Use the disk at REMOTE_HOST REMOTE_PORT as a proxy's origin.
+  --save                Write the database, which the wrapper does at every change anyway.
+  --orphan              End the wrapper and leave the servers to their clients.
+  --shutdown            End the wrapper and all servers.
+
+Options:
+  --socket PATH         Control socket of the wrapper [default: /var/run/xnbd-wrapper.ctl].
+  --json                Print the list as JSON, for programs.
+  --target-exportname NAME
+                        The export to ask the origin for (default: its default one).
+  -h, --help            Show this text.
+  --version             Show the version.
+
+Exit status: 0, 1 if the wrapper says no or cannot be reached, 2 if the command line makes
+no sense, 130 after Ctrl-C; with --bgctl-... that of xnbd-bgctl.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import List, NoReturn, Optional
+
+from .. import __version__
+from ..errors import ConfigurationError
+from .values import parse_command_line
+
+PROGRAM = "xnbd-wrapper-ctl"
+_INTERRUPTED = 130
+
+
+def main(argv: Optional[List[str]] = None) -> NoReturn:
+    """The program: leaves with one of the statuses that the usage text lists."""
+    try:
+        arguments = parse_command_line(
+            PROGRAM, __doc__, sys.argv[1:] if argv is None else argv, f"{PROGRAM} {__version__}"
+        )
+        from .wrapper_steering import steer
+
+        status = steer(arguments)
+    except ConfigurationError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        status = error.exit_status
+    except KeyboardInterrupt:
+        status = _INTERRUPTED
+    sys.exit(status)

@@ -1,0 +1,240 @@
+"""A disk as it was at one instant, while clients go on writing.
+
+Where the file system can, the snapshot is a clone (``ioctl_ficlone(2)``). Elsewhere
+it is copied in the background, and until that is done every process that is about to
+change a block copies the old one first. Whoever copies a block holds the lock of its
+byte of the snapshot's bitmap, from before it looks at the bit until after it has set
+it; a block whose bit is set is left alone. The bitmap lies in memory: it ends with
+the snapshot.
+
+The file has no name until it is whole and on stable storage.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from typing import Callable, Iterator, List, NamedTuple, Optional
+
+from . import space
+from .bitmap import Bitmap, bitmap_size
+from .blocks import BLOCK, BLOCKS_PER_BYTE, block_count, block_start, block_stop, bytes_of, steps, touched
+from .image import Buffer, Extent, Image
+from .locks import RangeLocks, do_nothing
+from .target import reopen
+
+_FICLONE = 0x40049409
+_STEP = 64 * BLOCK
+_NO_CLONE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.EPERM, errno.ENOSYS)
+_NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT)
+_MAXIMUM_NAMES = 1000
+
+
+class SnapshotFiles(NamedTuple):
+    """Descriptors of the snapshot and of its bitmap."""
+
+    output: int
+    bitmap: int
+
+
+class Keeper:
+    """Copies blocks of *image* to the snapshot in *files*, for this process, which has opened both."""
+
+    def __init__(self, image: Image, files: SnapshotFiles) -> None:
+        self._image = image
+        self._output = files.output
+        self._bitmap_fd = files.bitmap
+        self._failed = bitmap_size(block_count(image.size))
+        self.bitmap = Bitmap(files.bitmap, block_count(image.size), spare=1)
+        self._locks = RangeLocks(files.bitmap)
+
+    @property
+    def failed(self) -> int:
+        """The errno because of which the snapshot is void, 0 as long as it is not."""
+        return self.bitmap.octets[self._failed]
+
+    def keep(self, offset: int, length: int, on_wait: Callable[[], None] = do_nothing) -> None:
+        """Return when the old blocks in which *length* bytes at *offset* lie are in the snapshot, or it has failed."""
+        first, end = touched(offset, length)
+        if self.bitmap.all_set(first, end) or self.failed:
+            return
+        for start in range(first - first % BLOCKS_PER_BYTE, end, _STEP // BLOCK):
+            self._keep_blocks(max(first, start), min(end, start + _STEP // BLOCK), on_wait)
+
+    def keep_at_once(self, offset: int, length: int) -> None:
+        """What `keep` does, under one lock: for what takes no long time."""
+        self._keep_blocks(*touched(offset, length), do_nothing)
+
+    def _keep_blocks(self, first: int, end: int, on_wait: Callable[[], None]) -> None:
+        start, count = bytes_of(first, end)
+        self._locks.acquire(start, count, on_wait)
+        try:
+            for run_first, run_end, kept in self.bitmap.runs(first, end):
+                if not kept:
+                    self._copy(block_start(run_first), block_stop(run_end - 1, self._image.size))
+                    self.bitmap.set(run_first, run_end)
+        except OSError as error:
+            number = error.errno or 0
+            self.bitmap.octets[self._failed] = number if 0 < number < 256 else errno.EIO
+        finally:
+            self._locks.release(start, count)
+
+    def _copy(self, offset: int, stop: int) -> None:
+        for extent in self._image.extents(offset, stop - offset):
+            if not extent.hole:
+                for at, count in steps(offset, extent.length, _STEP):
+                    space.write_all(self._output, memoryview(self._image.pread(at, count)), at)
+            offset += extent.length
+
+    def close(self) -> None:
+        self.bitmap.octets.close()
+        os.close(self._output)
+        os.close(self._bitmap_fd)
+
+
+class KeepingImage(Image):
+    """*image* while a snapshot of it is made: what is changed goes to *keeper* first."""
+
+    def __init__(self, image: Image, keeper: Keeper) -> None:
+        self.image = image
+        self.size = image.size
+        self.readonly = image.readonly
+        self._keeper = keeper
+        self.readable: Callable[[], int] = self._readable
+        self._readable()
+        self.on_wait = image.on_wait
+
+    def _readable(self) -> int:
+        length = self.image.readable()
+        self.flat = self.image.flat
+        return length
+
+    def wait_with(self, on_wait: Callable[[], None]) -> None:
+        self.on_wait = on_wait
+        self.image.wait_with(on_wait)
+
+    def read(self, offset: int, length: int) -> List[memoryview]:
+        return self.image.read(offset, length)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        return self.image.pread(offset, length)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        self._keeper.keep(offset, len(data), self.on_wait)
+        self.image.write(offset, data)
+
+    def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
+        if fast:
+            raise OSError(errno.EOPNOTSUPP, "a snapshot is being made")
+        self._keeper.keep(offset, length, self.on_wait)
+        self.image.write_zeroes(offset, length, may_trim=may_trim, fast=fast)
+
+    def trim(self, offset: int, length: int) -> None:
+        self._keeper.keep(offset, length, self.on_wait)
+        self.image.trim(offset, length)
+
+    def flush(self) -> None:
+        self.image.flush()
+
+    def prefetch(self, offset: int, length: int) -> None:
+        self.image.prefetch(offset, length)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        return self.image.extents(offset, length)
+
+    def data_until(self, offset: int) -> int:
+        return self.image.data_until(offset)
+
+    def close(self) -> None:
+        self.image.close()
+        self._keeper.close()
+
+    def release(self) -> Image:
+        """The image without the snapshot."""
+        self._keeper.close()
+        return self.image
+
+
+def open_output(path: str, size: int) -> int:
+    """A file of *size* bytes that has no name, beside *path*. Raises `OSError`."""
+    directory = os.path.dirname(path)
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        fd = os.open(directory, flags | os.O_TMPFILE, 0o600)
+    except OSError as error:
+        if error.errno in _NO_TMPFILE:
+            raise OSError(error.errno, "the file system has no nameless files (O_TMPFILE)") from error
+        raise
+    try:
+        os.fchmod(fd, os.stat(path).st_mode & 0o666)
+        os.ftruncate(fd, size)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def create_bitmap(size: int) -> int:
+    """The bitmap of a snapshot of *size* bytes, and one byte that tells whether it has failed."""
+    fd = os.memfd_create("xnbd-snapshot")
+    os.ftruncate(fd, bitmap_size(block_count(size)) + 1)
+    return fd
+
+
+def try_clone(source_fd: int, output: int) -> bool:
+    """Make *output* a clone of the file behind *source_fd*; False if the file system has no clones."""
+    try:
+        fcntl.ioctl(output, _FICLONE, source_fd)
+    except OSError as error:
+        if error.errno in _NO_CLONE:
+            return False
+        raise
+    return True
+
+
+def publish(output: int, path: str) -> str:
+    """Sync the nameless file and give it the first free name of *path* and *path*.1, .2, ...: durable on return."""
+    os.fsync(output)
+    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        name = _link(output, path, directory)
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return name
+
+
+def _link(output: int, path: str, directory: int) -> str:
+    """Python follows the link in ``/proc`` only if it is given a directory (``linkat(2)``)."""
+    for number in range(_MAXIMUM_NAMES):
+        name = f"{path}.{number}" if number else path
+        try:
+            os.link(f"/proc/self/fd/{output}", name, src_dir_fd=directory, follow_symlinks=True)
+        except FileExistsError:
+            continue
+        return name
+    raise FileExistsError(errno.EEXIST, "too many snapshots in one second")
+
+
+def snapshot_name(path: str) -> str:
+    return f"{path}.snapshot.{int(time.time())}"
+
+
+def open_files(pid: int, output: int, bitmap: int) -> Optional[SnapshotFiles]:
+    """The files of a snapshot that process *pid* makes, by its descriptors; None if it is gone."""
+    opened: List[int] = []
+    try:
+        for number in (output, bitmap):
+            opened.append(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        for fd in opened:
+            os.close(fd)
+        return None
+    return SnapshotFiles(*opened)
+
+
+def duplicate(files: SnapshotFiles) -> SnapshotFiles:
+    """The same files, opened once more: locks belong to a descriptor."""
+    return SnapshotFiles(reopen(files.output, readonly=False), reopen(files.bitmap, readonly=False))

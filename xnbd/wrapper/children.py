@@ -1,0 +1,97 @@
+"""The wrapper's child processes: forked, remembered, buried.
+
+A child runs one function, or another program in its place, and leaves through one
+``os._exit``. Signals are blocked across the fork, so that none is taken for the
+wrapper's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Callable, Dict, Iterable, List, NoReturn
+
+from ..logs import log
+
+Body = Callable[[], int]
+OnEnd = Callable[[int], None]
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+"""What the wrapper has handlers for."""
+
+_CANNOT_EXECUTE = 127
+
+
+class Children:
+    """All children; *after_fork* closes what none of them may keep."""
+
+    def __init__(self, after_fork: Callable[[], None]) -> None:
+        self._after_fork = after_fork
+        self._on_end: Dict[int, OnEnd] = {}
+
+    def __len__(self) -> int:
+        return len(self._on_end)
+
+    def start(self, body: Body, on_end: OnEnd) -> int:
+        """Fork a child that runs *body* and leaves with its result; *on_end* gets the exit code (negative: a signal).
+
+        Raises `OSError` if there can be no more processes.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            pid = os.fork()
+            if not pid:
+                self._live(body)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        self._on_end[pid] = on_end
+        return pid
+
+    def _live(self, body: Body) -> NoReturn:
+        status = 1
+        try:
+            self._after_fork()
+            reset_signals()
+            status = body()
+        except BaseException:
+            log.exception("child process failed")
+        finally:
+            os._exit(status)
+
+    def reap(self) -> None:
+        """Bury all that have ended."""
+        while self._on_end:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            on_end = self._on_end.pop(pid, None)
+            if on_end:
+                on_end(os.waitstatus_to_exitcode(status))
+
+    def signal(self, number: int, pids: Iterable[int]) -> None:
+        for pid in pids:
+            if pid in self._on_end:
+                os.kill(pid, number)
+
+    def pids(self) -> List[int]:
+        return list(self._on_end)
+
+
+def reset_signals() -> None:
+    """Signals as a program finds them at its start."""
+    signal.set_wakeup_fd(-1)
+    for number in (*SIGNALS, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def execute(words: List[str]) -> int:
+    """Run the program *words* in place of this process; returns, with a status, only if that is not possible."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ignored by Python, and would stay so
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    reset_signals()
+    try:
+        os.execvp(words[0], words)
+    except OSError as error:
+        log.error("cannot run %s: %s", words[0], error.strerror)
+    return _CANNOT_EXECUTE

@@ -1,0 +1,176 @@
+"""One client from its connection on: a process that negotiates, and then becomes the client's server.
+
+Runs after the fork. Until the client has chosen a disk SIGTERM ends the process on
+the spot; from then on the server has its own ways.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+from typing import Dict, NamedTuple, Optional, Tuple
+
+from ..errors import ConfigurationError, Disconnected, ProtocolError, RequestError
+from ..logs import log
+from ..origin.connection import OriginLost
+from ..origin.probe import probe
+from ..process import set_title
+from ..protocol.negotiation import Agreement, Exports
+from ..protocol.negotiation import Export as Offer
+from ..server.connection import Connection
+from ..server.handshake import negotiate
+from ..server.watch import Watch
+from ..storage import space
+from ..storage.state import known_size
+from ..storage.target import open_disk
+from .database import Database
+from .exports import Export, ProxyExport
+from .servers import Servers
+
+PROGRAM = "xnbd-wrapper"
+
+_PROBE_TIME = 5.0
+_REPORT_TIME = 2.0
+_LARGEST_REPORT = 64 << 10
+
+
+class Report(NamedTuple):
+    """What the process of a client tells the wrapper: the client's address, and the export it has chosen."""
+
+    pid: int
+    peer: str
+    export: str
+
+
+def receive_report(reports: socket.socket) -> Optional[Report]:
+    """The next report, if there is one."""
+    try:
+        return Report(*json.loads(reports.recv(_LARGEST_REPORT)))
+    except BlockingIOError:
+        return None
+
+
+def _send_report(reports: socket.socket, report: Report) -> None:
+    reports.settimeout(_REPORT_TIME)
+    try:
+        reports.send(json.dumps(report).encode())
+    except OSError as error:  # the wrapper is gone or hangs: this client has a server all the same
+        log.info("the wrapper does not listen: %s", error)
+
+
+class Catalogue:
+    """What one client can choose from; what was found out about a disk holds for this handshake."""
+
+    def __init__(self, database: Database, servers: Servers) -> None:
+        self._database = database
+        self._servers = servers
+        self._sizes: Dict[Export, int] = {}
+        self.offered: Dict[str, Export] = {}
+        """What stood behind the names when the client last heard of them."""
+
+    def exports(self) -> Exports:
+        return Exports(
+            names=lambda: list(self._entries()),
+            find=self.offer,
+            describe=self._describe,
+            structured=self._servers.extended,
+        )
+
+    def offer(self, name: str) -> Optional[Offer]:
+        """The disk *name*. Raises `RequestError` if it is there, but cannot be had now."""
+        found = self._find(name)
+        if found is None:
+            return None
+        real_name, export = found
+        self.offered[real_name] = export
+        size = self._size(real_name, export)
+        return Offer(real_name, size, self._servers.flags(export), self._servers.describe(export))
+
+    def _find(self, name: str) -> Optional[Tuple[str, Export]]:
+        """The export *name*; the empty name stands for the only one there is."""
+        entries = self._entries()
+        if not name and len(entries) == 1:
+            return next(iter(entries.items()))
+        export = entries.get(name)
+        return None if export is None else (name, export)
+
+    def _entries(self) -> Dict[str, Export]:
+        try:
+            return self._database.current()
+        except ConfigurationError as error:
+            log.error("%s", error)
+            return {}
+
+    def _describe(self, name: str) -> str:
+        export = self._entries().get(name)
+        return "" if export is None else self._servers.describe(export)
+
+    def _size(self, name: str, export: Export) -> int:
+        if export not in self._sizes:
+            try:
+                self._sizes[export] = self._find_size(export)
+            except (ConfigurationError, OriginLost, OSError) as error:
+                log.warning("export %r cannot be served: %s", name, error)
+                raise RequestError(errno.EIO, "this disk is not available at the moment") from error
+        return self._sizes[export]
+
+    def _find_size(self, export: Export) -> int:
+        if isinstance(export, ProxyExport):
+            size = known_size(export.bitmap_path)
+            return probe(export.origin, timeout=_PROBE_TIME).size if size is None else size
+        fd = open_disk(export.image_path, readonly=self._servers.readonly or self._servers.cow)
+        try:
+            return space.device_size(fd)
+        finally:
+            os.close(fd)
+
+
+class Client(NamedTuple):
+    """A client that was accepted on *sock*, and what its process needs."""
+
+    sock: socket.socket
+    database: Database
+    servers: Servers
+    reports: socket.socket
+    handshake_timeout: float
+
+    def serve(self) -> int:
+        """Life of the process: negotiate, then be the server of the chosen disk. The exit status."""
+        connection = Connection(self.sock, _watch_handshake())
+        set_title("negotiating with", connection.peer, program=PROGRAM)
+        catalogue = Catalogue(self.database, self.servers)
+        agreement = self._negotiate(connection, catalogue)
+        if agreement is None or agreement.export is None:
+            connection.close()
+            return 0
+        name = agreement.export.name
+        log.info("%s: export %r, served by process %d", connection.peer, name, os.getpid())
+        _send_report(self.reports, Report(os.getpid(), connection.peer, name))
+        self.reports.close()
+        self.database.close()
+        return self.servers.become(self.sock, catalogue.offered[name], agreement)
+
+    def _negotiate(self, connection: Connection, catalogue: Catalogue) -> Optional[Agreement]:
+        peer = connection.peer
+        try:
+            agreement = negotiate(connection, catalogue.exports(), self.handshake_timeout)
+            if agreement is None:
+                log.info("%s: left during the handshake", peer)
+            return agreement
+        except Disconnected as error:
+            log.info("%s: connection lost: %s", peer, error)
+        except ProtocolError as error:
+            log.warning("%s: disconnected: %s", peer, error)
+        except OSError as error:
+            log.info("%s: connection lost: %s", peer, error.strerror)
+        return None
+
+
+def _watch_handshake() -> Watch:
+    watch = Watch()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    return watch

@@ -1,0 +1,140 @@
+"""The clients as the wrapper sees them: accepted, given a process, mourned."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+from collections import Counter
+from time import monotonic
+from typing import Callable, Dict, List, Mapping, Optional, Set
+
+from ..logs import log
+from ..server.listen import Listeners
+from .children import Body, Children
+from .client import Report, receive_report
+
+_ACCEPTS = 64
+"""Clients accepted at one listener before anything else gets its turn."""
+
+_RETRY = 1.0
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Clients:
+    """Accepts clients on *listeners* and forks a process for each, which runs what *serve* makes of the socket."""
+
+    def __init__(
+        self, listeners: Listeners, children: Children, serve: Callable[[socket.socket], Body], limit: int
+    ) -> None:
+        """At most *limit* clients are connected at once; others wait in the kernel's queue."""
+        self._limit = limit
+        self._full = False
+        self._listeners = listeners
+        self._children = children
+        self._serve = serve
+        self._reports: Dict[int, Optional[Report]] = {}
+        self._short_of = ""
+        self.accept_at: Optional[float] = None
+        """When to accept clients again, if there is something short (monotonic seconds)."""
+        self.inbox, self.outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.inbox.setblocking(False)
+
+    def __len__(self) -> int:
+        return len(self._reports)
+
+    def pids(self) -> List[int]:
+        return list(self._reports)
+
+    def count(self) -> Mapping[str, int]:
+        """How many clients use each export that has any."""
+        return Counter(report.export for report in self._reports.values() if report)
+
+    def after_fork(self) -> None:
+        self.inbox.close()
+        self.stop_listening()
+
+    def stop_listening(self) -> None:
+        self._listeners.close()
+
+    def interests(self) -> List[int]:
+        """Descriptors to be polled for input."""
+        accepts = self.accept_at is None and not self._is_full()
+        listeners = [sock.fileno() for sock in self._listeners.sockets] if accepts else []
+        return [self.inbox.fileno(), *listeners]
+
+    def _is_full(self) -> bool:
+        full = len(self._reports) >= self._limit
+        if full and not self._full:
+            log.warning("%d clients are connected, which is the limit; others wait", len(self._reports))
+        self._full = full
+        return full
+
+    def progress(self, ready: Set[int]) -> None:
+        """Hear the reports, and accept where *ready* says so."""
+        self.read_reports()
+        if self.accept_at is not None and monotonic() >= self.accept_at:
+            self.accept_at = None
+        for listener in self._listeners.sockets:
+            if listener.fileno() in ready:
+                self._accept_some(listener)
+
+    def read_reports(self) -> None:
+        while True:
+            report = receive_report(self.inbox)
+            if report is None:
+                return
+            if report.pid in self._reports:
+                self._reports[report.pid] = report
+
+    def _accept_some(self, listener: socket.socket) -> None:
+        for _ in range(_ACCEPTS):
+            if self.accept_at is not None or self._is_full():
+                return
+            try:
+                sock = listener.accept()[0]
+            except OSError as error:
+                if error.errno in _SHORTAGES:
+                    self._wait_for_better_times("accept a client", error)
+                    continue
+                if isinstance(error, BlockingIOError):
+                    return
+                continue  # the client has changed its mind (``accept(2)``)
+            self._admit(sock)
+
+    def _admit(self, sock: socket.socket) -> None:
+        pids: List[int] = []
+        try:
+            pid = self._children.start(self._serve(sock), lambda status: self._on_end(pids[0], status))
+        except OSError as error:
+            self._wait_for_better_times("start a process for a client, who is turned away", error)
+            return
+        finally:
+            sock.close()
+        pids.append(pid)
+        self._reports[pid] = None
+        self._short_of = ""
+
+    def _wait_for_better_times(self, what: str, error: OSError) -> None:
+        if self._short_of != what:
+            log.error("cannot %s, trying again every second: %s", what, error.strerror)
+        self._short_of = what
+        self.accept_at = monotonic() + _RETRY
+
+    def _on_end(self, pid: int, status: int) -> None:
+        report = self._reports.pop(pid, None)
+        if not status or not self._listeners.sockets:  # without them the wrapper is ending
+            return
+        reason = f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
+        if report is None:
+            log.error("process %d died while it negotiated: %s", pid, reason)
+        else:
+            log.error("server %d of export %r for client %s died: %s", pid, report.export, report.peer, reason)
+
+
+def _signal_name(number: int) -> str:
+    """The name of a signal; those of real time have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

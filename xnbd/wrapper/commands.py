@@ -1,0 +1,276 @@
+"""What the operator can ask of a running wrapper, by its control socket (``xnbd-wrapper-ctl``).
+
+A command yields lines for the operator, or None where it has to wait: the wrapper
+goes on meanwhile. Requests and replies are described in ``xnbd-wrapper-ctl(8)``.
+"""
+
+from __future__ import annotations
+
+import os
+from time import monotonic
+from typing import Any, Callable, Dict, Generator, Iterator, List, Mapping, NamedTuple, Optional
+
+from ..errors import CommandError
+from ..logs import log
+from ..sockets import is_listening
+from ..storage.state import known_size
+from ..storage.target import open_disk
+from .attendant import Attendant
+from .children import Body, Children
+from .database import Database
+from .exports import (
+    Export,
+    ProxyExport,
+    TargetExport,
+    check_name,
+    check_room,
+    export_from_fields,
+    fields_of,
+    names_by_file,
+)
+from .jobs import Job, check
+from .servers import Servers
+
+Message = Dict[str, Any]
+Reply = Iterator[Optional[Message]]
+Bgctl = Callable[[List[str]], Body]
+
+_START_TIME = 10.0
+
+
+class Steering(NamedTuple):
+    """What the wrapper lets commands do: *end* it (and leave the servers alive if told so), see that it *has_ended*."""
+
+    end: Callable[[bool], None]
+    has_ended: Callable[[], bool]
+    count_clients: Callable[[], Mapping[str, int]]
+
+
+class Commands:
+    """The commands over *database*; *bgctl* makes of its arguments the body of a process that runs ``xnbd-bgctl``."""
+
+    def __init__(
+        self, database: Database, children: Children, servers: Servers, bgctl: Bgctl, steering: Steering
+    ) -> None:
+        self._database = database
+        self._children = children
+        self._servers = servers
+        self._bgctl = bgctl
+        self._steering = steering
+        self._attendants: List[Attendant] = []
+        self._interruptible: List[Job] = []
+
+    def table(self) -> Mapping[str, Callable[[Message], Reply]]:
+        return {
+            "list": self._list,
+            "add-target": self._add,
+            "add-proxy": self._add,
+            "remove-by-exportname": self._remove_by_name,
+            "remove-by-file": self._remove_by_file,
+            "bgctl-query": self._query,
+            "bgctl-cache-all": self._cache_all,
+            "bgctl-switch": self._switch,
+            "bgctl-reconnect": self._reconnect,
+            "save": self._save,
+            "orphan": self._orphan,
+            "shutdown": self._shutdown,
+        }
+
+    def after_fork(self) -> None:
+        """In a child: nothing that a server waits for may be held by another process."""
+        for attendant in self._attendants:
+            attendant.close()
+
+    # The exports
+
+    def _list(self, request: Message) -> Reply:
+        clients = self._steering.count_clients()
+        for name, export in list(self._database.exports.items()):
+            yield {"export": {"name": name, **fields_of(export), "clients": clients.get(name, 0)}}
+
+    def _add(self, request: Message) -> Reply:
+        name = check_name(request.get("name"))
+        fields = {key: value for key, value in request.items() if key not in ("command", "name")}
+        export = export_from_fields({**fields, "mode": request["command"].rpartition("-")[2]})
+        check_room(self._database.exports, name, export)
+        if isinstance(export, TargetExport):
+            yield from self._check_disk(export.image_path)
+            check_room(self._database.exports, name, export)  # somebody may have been quicker
+        self._database.change({**self._database.exports, name: export})
+        log.info("export %r added: %s", name, " ".join(fields_of(export).values()))
+
+    def _check_disk(self, path: str) -> Reply:
+        """Look whether *path* is a disk, in a process of its own: the file may hang."""
+        readonly = self._servers.readonly or self._servers.cow
+
+        def open_it() -> None:
+            try:
+                os.stat(path)
+            except OSError as error:
+                raise CommandError(f"cannot use {path}: {error.strerror}") from error
+            os.close(open_disk(path, readonly=readonly))
+
+        job = Job(self._children, check(open_it))
+        try:
+            while job.status is None:
+                yield None
+            if job.status:
+                raise CommandError(job.errors() or f"cannot use {path}")
+        finally:
+            job.forget()
+
+    def _remove_by_name(self, request: Message) -> Reply:
+        name = str(request.get("name"))
+        if name not in self._database.exports:
+            raise CommandError(f"there is no export {name!r}")
+        return self._remove([name])
+
+    def _remove_by_file(self, request: Message) -> Reply:
+        path = request.get("image_path")
+        if not isinstance(path, str):
+            raise CommandError("image_path: expected the path of a disk or cache image")
+        names = names_by_file(self._database.exports, path)
+        if not names:
+            raise CommandError(f"there is no export of {path}")
+        return self._remove(names)
+
+    def _remove(self, names: List[str]) -> Reply:
+        exports = {name: export for name, export in self._database.exports.items() if name not in names}
+        self._database.change(exports)
+        clients = self._steering.count_clients()
+        for name in names:
+            log.info("export %r removed; its %d clients stay", name, clients.get(name, 0))
+            yield {"removed": name}
+
+    def _save(self, request: Message) -> Reply:
+        self._database.change(self._database.exports)
+        yield {"saved": self._database.path}
+
+    # Proxies
+
+    def _proxy(self, request: Message) -> ProxyExport:
+        export = self._database.exports.get(str(request.get("name")))
+        if export is None:
+            raise CommandError(f"there is no export {request.get('name')!r}")
+        if not isinstance(export, ProxyExport):
+            raise CommandError(f"the export {request['name']!r} is a target: there is nothing to copy or to switch")
+        return export
+
+    def _query(self, request: Message) -> Reply:
+        return self._steer(self._proxy(request), ["--query"], stop_early=True)
+
+    def _cache_all(self, request: Message) -> Reply:
+        return self._steer(self._proxy(request), ["--cache-all"], stop_early=True)
+
+    def _switch(self, request: Message) -> Reply:
+        name, export = request.get("name", ""), self._proxy(request)
+        target = TargetExport(export.image_path)
+        return self._steer(export, ["--switch"], then=lambda: self._replace(name, export, target))
+
+    def _reconnect(self, request: Message) -> Reply:
+        name, export = request.get("name", ""), self._proxy(request)
+        origin = {key: request.get(key) for key in ("remote_host", "remote_port", "remote_export_name")}
+        new = export_from_fields({**fields_of(export), **origin})
+        assert isinstance(new, ProxyExport)
+        if known_size(export.bitmap_path) is None and not is_listening(export.control_socket_path):
+            # Nobody has served it yet; else its files know the former address, and have to hear of the new one.
+            self._replace(name, export, new)
+            yield {"output": f"{name} has never been used: its first server will use the new address\n"}
+            return
+        words = ["--exportname", new.remote_export_name] if new.remote_export_name else []
+        address = [new.remote_host, new.remote_port]
+        yield from self._steer(export, [*words, "--reconnect"], address, then=lambda: self._replace(name, export, new))
+
+    def _replace(self, name: str, old: Export, new: Export) -> None:
+        """Change an entry that is still what it was."""
+        exports = self._database.exports
+        if exports.get(name) != old:
+            log.warning("export %r was changed or removed meanwhile and stays as it is", name)
+            return
+        self._database.change({key: new if key == name else export for key, export in exports.items()})
+        log.info("export %r is now: %s", name, " ".join(fields_of(new).values()))
+
+    def _steer(
+        self,
+        export: ProxyExport,
+        options: List[str],
+        arguments: Optional[List[str]] = None,
+        *,
+        then: Callable[[], None] = lambda: None,
+        stop_early: bool = False,
+    ) -> Reply:
+        """Run ``xnbd-bgctl`` for *export*; *then* is done when it has succeeded, also if nobody waits any more.
+
+        With *stop_early* it ends with the operator who asked for it.
+        """
+        attendant = yield from self._attend(export)
+        failure: List[Exception] = []
+
+        def on_end(status: int) -> None:
+            if attendant:
+                self._dismiss(attendant)
+            try:
+                if not status:
+                    then()
+            except Exception as error:
+                log.error("xnbd-bgctl has done its work, but: %s", error)
+                failure.append(error)
+
+        words = [*options, export.control_socket_path, *(arguments or [])]
+        yield from self._follow(Job(self._children, self._bgctl(words), on_end), stop_early)
+        if failure:
+            raise failure[0]
+
+    def _attend(self, export: ProxyExport) -> Generator[None, None, Optional[Attendant]]:
+        """See to it that somebody serves *export*; the attendant that was started if nobody did."""
+        if is_listening(export.control_socket_path):
+            return None
+        attendant = Attendant(self._children, self._servers, export)
+        self._attendants.append(attendant)
+        deadline = monotonic() + _START_TIME
+        try:
+            while not is_listening(export.control_socket_path):
+                if attendant.status is not None or monotonic() > deadline:
+                    raise CommandError("a server for this proxy was started and does not work: see the log")
+                yield None
+        except BaseException:
+            self._dismiss(attendant)
+            raise
+        return attendant
+
+    def _dismiss(self, attendant: Attendant) -> None:
+        self._attendants.remove(attendant)
+        attendant.close()
+
+    def _follow(self, job: Job, stop_early: bool) -> Reply:
+        """What *job* says, line by line, and its exit status."""
+        if stop_early:
+            self._interruptible.append(job)
+        try:
+            while job.status is None:
+                output = job.output()
+                yield {"output": output} if output else None
+            yield {"output": job.output(), "errors": job.errors(), "status": job.status}
+        finally:
+            if stop_early:
+                self._interruptible.remove(job)
+                job.stop()
+            job.forget()
+
+    def interrupt(self) -> None:
+        """Stop what may be stopped at any time, because the wrapper is to end."""
+        for job in self._interruptible:
+            job.stop()
+
+    # The end
+
+    def _orphan(self, request: Message) -> Reply:
+        return self._end(orphan=True)
+
+    def _shutdown(self, request: Message) -> Reply:
+        return self._end(orphan=False)
+
+    def _end(self, *, orphan: bool) -> Reply:
+        self._steering.end(orphan)
+        while not self._steering.has_ended():
+            yield None

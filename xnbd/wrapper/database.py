@@ -1,0 +1,224 @@
+"""The exports on disk: a JSON file, locked while a wrapper runs, replaced at every change.
+
+What cannot be understood is refused, whole, and never written over. The file is
+``{"version": 2, "images": {NAME: {"mode": ..., ...}}}``.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import mmap
+import os
+import stat
+from typing import Any, Dict, List, Tuple
+
+from ..errors import ConfigurationError
+from ..logs import log
+from .exports import Export, check_name, export_from_fields, fields_of
+
+VERSION = 2
+_LARGEST = 64 << 20
+_READ = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def pack_database(exports: Dict[str, Export]) -> bytes:
+    images = {name: fields_of(export) for name, export in exports.items()}
+    return json.dumps({"version": VERSION, "images": images}, indent=2).encode() + b"\n"
+
+
+def parse_database(data: bytes) -> Dict[str, Export]:
+    """The exports in *data*; raises `ConfigurationError` unless all of it makes sense."""
+    try:
+        content = json.loads(data.decode(), object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"it is no complete JSON ({_one_line(error)})") from None
+    if not isinstance(content, dict) or type(content.get("version")) is not int:
+        raise ConfigurationError("it has no version")
+    if content["version"] != VERSION:
+        raise ConfigurationError(f"it is of version {content['version']}, and this program knows version {VERSION}")
+    images = content.get("images")
+    if not isinstance(images, dict) or set(content) != {"version", "images"}:
+        raise ConfigurationError('it has to have "version" and "images", and nothing else')
+    return {check_name(name): _parse_entry(name, fields) for name, fields in images.items()}
+
+
+def _parse_entry(name: str, fields: object) -> Export:
+    if not isinstance(fields, dict):
+        raise ConfigurationError(f"the entry of {name!r} is no JSON object")
+    try:
+        return export_from_fields(fields)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"the entry of {name!r}: {error}") from error
+
+
+def _without_repetition(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class Database:
+    """The exports of the wrapper that holds the file at *path*.
+
+    ``exports`` is what the file says; it is changed by `change` only.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Open or make the file and lock it. Raises `ConfigurationError`."""
+        self.path = path
+        self._generation = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the processes forked later
+        try:
+            self._fd = self._open()
+            self.exports = parse_database(_read_all(self._fd))
+        except OSError as error:
+            raise ConfigurationError(f"cannot use database {path}: {_reason(error)}") from error
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"database {path} is left alone: {error}; repair it, move it away, or choose another --dbpath"
+            ) from error
+        self._known = os.fstat(self._fd)
+        self._seen = self._read_generation()
+
+    def change(self, exports: Dict[str, Export]) -> None:
+        """Make *exports* the content, on disk first. Raises `ConfigurationError`, then nothing has changed."""
+        try:
+            self._refuse_foreign_changes()
+            fd = self._write_new(pack_database(exports))
+        except OSError as error:
+            raise ConfigurationError(f"cannot write database {self.path}: {_reason(error)}") from error
+        os.close(self._fd)
+        self._fd, self._known, self.exports = fd, os.fstat(fd), exports
+        self._seen += 1
+        self._generation[:8] = self._seen.to_bytes(8, "little")
+
+    def current(self) -> Dict[str, Export]:
+        """The exports as they are now, for a process that was forked from the wrapper some time ago.
+
+        Raises `ConfigurationError` if they cannot be read.
+        """
+        generation = self._read_generation()
+        if generation != self._seen:
+            try:
+                with open(self.path, "rb") as file:
+                    self.exports = parse_database(file.read())
+            except OSError as error:
+                raise ConfigurationError(f"cannot read database {self.path}: {error.strerror}") from error
+            self._seen = generation
+        return self.exports
+
+    def close(self) -> None:
+        """Let the next wrapper have it."""
+        os.close(self._fd)
+
+    def _read_generation(self) -> int:
+        return int.from_bytes(self._generation[:8], "little")
+
+    def _open(self) -> int:
+        """A descriptor of the file, locked and for sure the one that stands at the path."""
+        while True:
+            try:
+                fd = os.open(self.path, _READ)
+            except FileNotFoundError:
+                self._create()
+                continue
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise OSError(errno.EINVAL, "it is no regular file")
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(fd), os.stat(self.path, follow_symlinks=False)):
+                    return fd
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+    def _create(self) -> None:
+        """An empty database, unless somebody else is quicker."""
+        directory = os.path.dirname(self.path)
+        if not os.path.isdir(directory):
+            os.mkdir(directory)
+        temporary = f"{self.path}.{os.getpid()}.new"
+        fd = os.open(temporary, _CREATE, 0o644)
+        try:
+            _write_all(fd, pack_database({}))
+            os.fsync(fd)
+            os.link(temporary, self.path)
+        except FileExistsError:
+            pass
+        finally:
+            os.close(fd)
+            os.unlink(temporary)
+        _sync_directory(directory)
+
+    def _refuse_foreign_changes(self) -> None:
+        try:
+            found = os.stat(self.path, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if _identity(found) != _identity(self._known):
+            raise ConfigurationError(
+                f"database {self.path} was changed by somebody else and is left alone: restart the wrapper to read it"
+            )
+
+    def _write_new(self, data: bytes) -> int:
+        """Replace the file; a descriptor of the new one, which is locked before anybody can see it."""
+        temporary = f"{self.path}.new"
+        fd = os.open(temporary, _CREATE, 0o644)
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.fchmod(fd, stat.S_IMODE(os.fstat(self._fd).st_mode))
+            _write_all(fd, data)
+            os.fsync(fd)
+            os.rename(temporary, self.path)
+        except BaseException:
+            os.close(fd)
+            os.unlink(temporary)
+            raise
+        _sync_directory(os.path.dirname(self.path))
+        return fd
+
+
+def _identity(status: os.stat_result) -> Tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_all(fd: int) -> bytes:
+    if os.fstat(fd).st_size > _LARGEST:
+        raise ConfigurationError(f"it has more than {_LARGEST} bytes")
+    return os.pread(fd, _LARGEST, 0)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _sync_directory(path: str) -> None:
+    """Make a new name durable; where that fails the file is there all the same, so it is no failure of the change."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        log.warning("cannot sync directory %s: %s", path, error.strerror)
+    finally:
+        os.close(fd)
+
+
+def _reason(error: OSError) -> str:
+    if error.errno in (errno.EAGAIN, errno.EACCES) and error.filename is None:
+        return "another wrapper uses it: stop that one, or choose another --dbpath"
+    if error.errno == errno.ELOOP:
+        return "it is a symbolic link, which is not followed: name the file itself"
+    if error.errno == errno.ENOENT:
+        return f"{error.strerror}: make its directory, or choose another --dbpath"
+    return error.strerror or str(error)

@@ -1,0 +1,124 @@
+"""What the wrapper can serve: names, and what stands behind them.
+
+Pure: nothing here opens a file or asks an origin.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Dict, List, NamedTuple, Type, Union
+
+from ..errors import ConfigurationError
+from ..origin.address import OriginAddress, parse_origin
+from ..protocol.constants import MAXIMUM_STRING
+
+
+class TargetExport(NamedTuple):
+    """A disk image on this computer."""
+
+    image_path: str
+
+    @property
+    def mode(self) -> str:
+        return "target"
+
+
+class ProxyExport(NamedTuple):
+    """The disk of another server, cached here; *remote_export_name* is empty for that server's default."""
+
+    image_path: str
+    bitmap_path: str
+    control_socket_path: str
+    remote_host: str
+    remote_port: str
+    remote_export_name: str = ""
+
+    @property
+    def mode(self) -> str:
+        return "proxy"
+
+    @property
+    def origin(self) -> OriginAddress:
+        return parse_origin(self.remote_host, self.remote_port, self.remote_export_name or None)
+
+
+Export = Union[TargetExport, ProxyExport]
+_KINDS: Dict[str, Type[Export]] = {"target": TargetExport, "proxy": ProxyExport}
+_PATHS = ("image_path", "bitmap_path", "control_socket_path")
+
+
+def export_from_fields(fields: Dict[str, Any]) -> Export:
+    """The export that *fields*, an entry of the database, describes; raises `ConfigurationError`."""
+    kind = _KINDS.get(fields["mode"]) if isinstance(fields.get("mode"), str) else None
+    if kind is None:
+        raise ConfigurationError('"mode" is neither "target" nor "proxy"')
+    values = {name: value for name, value in fields.items() if name != "mode"}
+    if isinstance(values.get("remote_port"), int) and not isinstance(values["remote_port"], bool):
+        values["remote_port"] = str(values["remote_port"])
+    if "remote_export_name" in values and values["remote_export_name"] is None:
+        values["remote_export_name"] = ""
+    for name, value in values.items():
+        if name not in kind._fields:
+            raise ConfigurationError(f"there is no field {name!r} in the mode {fields['mode']}")
+        if not isinstance(value, str) or "\0" in value:
+            raise ConfigurationError(f"{name!r} is no text")
+    for name in kind._fields:
+        if name not in values and name not in kind._field_defaults:
+            raise ConfigurationError(f"{name!r} is missing")
+    return _checked(kind(**values))
+
+
+def _checked(export: Export) -> Export:
+    for name, path in paths_of(export).items():
+        if not os.path.isabs(path):
+            raise ConfigurationError(f"{name} {path!r} is no absolute path")
+    if isinstance(export, ProxyExport):
+        if len(set(paths_of(export).values())) != len(_PATHS):
+            raise ConfigurationError("cache, bitmap and control socket have to be three different files")
+        if "://" in export.remote_host:
+            raise ConfigurationError(f"{export.remote_host}: a host's name or address is wanted here, not a URI")
+        str(export.origin)
+    return export
+
+
+def fields_of(export: Export) -> Dict[str, str]:
+    """The entry of the database for *export*."""
+    return {"mode": export.mode, **export._asdict()}
+
+
+def paths_of(export: Export) -> Dict[str, str]:
+    return {name: path for name, path in export._asdict().items() if name in _PATHS}
+
+
+def check_name(name: object) -> str:
+    """*name*, if clients can ask for it. Raises `ConfigurationError`."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ConfigurationError(f"an export's name has at least one character and no NUL: {name!r}")
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"export name {name!r} is not UTF-8") from None
+    if len(encoded) > MAXIMUM_STRING:
+        raise ConfigurationError(f"an export's name has at most {MAXIMUM_STRING} bytes, this one {len(encoded)}")
+    return name
+
+
+def check_room(exports: Dict[str, Export], name: str, new: Export) -> None:
+    """Raises `ConfigurationError` if *new* cannot be added to *exports* as *name*.
+
+    Targets may share an image; nothing else shares a file, because a proxy's three
+    belong together.
+    """
+    if name in exports:
+        raise ConfigurationError(f"there is an export {name!r} already: remove it first, or choose another name")
+    wanted = set(paths_of(new).values())
+    for other, export in exports.items():
+        if export.mode == new.mode == "target":
+            continue
+        for path in wanted.intersection(paths_of(export).values()):
+            raise ConfigurationError(f"{path} is in use by the export {other!r}")
+
+
+def names_by_file(exports: Dict[str, Export], path: str) -> List[str]:
+    """The exports whose disk or cache image is the file *path*."""
+    return [name for name, export in exports.items() if export.image_path == path]

@@ -1,0 +1,120 @@
+"""The server that a client is handed over to: its command line, and how a process becomes it.
+
+Our own xnbd-server runs in the process that has negotiated, which saves the start
+of an interpreter. A command of the user's is executed, and may be a C xNBD, which
+knows less.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Callable, List, NamedTuple, Optional
+
+from ..errors import ConfigurationError
+from ..logs import open_log
+from ..protocol import constants as c
+from ..protocol.negotiation import Agreement, export_flags
+from .children import execute
+from .exports import Export, ProxyExport
+
+_ASKING_TIME = 20.0
+_OWN_OPTION = "--negotiated"
+RunServer = Callable[[List[str]], int]
+
+
+class Servers(NamedTuple):
+    """How disks are served.
+
+    *command* is the program to execute, or empty for *run_here*, which runs our own
+    server in this process. *extended* servers know ``--negotiated``, all others get
+    clients that expect simple replies.
+    """
+
+    run_here: RunServer
+    command: List[str]
+    extended: bool = True
+    cow: bool = False
+    readonly: bool = False
+    syslog: bool = False
+    log_path: Optional[str] = None
+    max_queue_size: Optional[str] = None
+    max_buf_size: Optional[str] = None
+
+    def arguments(self, export: Export, fd: int, agreement: Agreement) -> List[str]:
+        """The arguments with which the server takes over the client on *fd*."""
+        proxy = isinstance(export, ProxyExport)
+        words = ["--proxy" if proxy else "--cow-target" if self.cow else "--target"]
+        words += ["--logpath", self.log_path] if self.log_path and not self.command else []
+        words += ["--readonly"] if self.readonly else []
+        words += ["--syslog"] if self.syslog else []
+        words += ["--connected-fd", str(fd)]
+        words += [_OWN_OPTION, _features(agreement)] if self.extended else []
+        return words + (self._of_proxy(export) if isinstance(export, ProxyExport) else [export.image_path])
+
+    def _of_proxy(self, export: ProxyExport) -> List[str]:
+        words: List[str] = []
+        for option, value in (
+            ("--max-queue-size", self.max_queue_size),
+            ("--max-buf-size", self.max_buf_size),
+            ("--target-exportname", export.remote_export_name),
+        ):
+            words += [option, value] if value else []
+        return [
+            *words,
+            export.remote_host,
+            export.remote_port,
+            export.image_path,
+            export.bitmap_path,
+            export.control_socket_path,
+        ]
+
+    def flags(self, export: Export) -> int:
+        """The transmission flags of what the server does; DF not among them."""
+        if not self.extended:
+            return c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | (c.FLAG_READ_ONLY if self.readonly else 0)
+        own_overlay = self.cow and not isinstance(export, ProxyExport)
+        return export_flags(readonly=self.readonly, multi_conn=not own_overlay)
+
+    def describe(self, export: Export) -> str:
+        """A few words for clients that list the exports."""
+        file = os.path.basename(export.image_path)
+        if isinstance(export, ProxyExport):
+            return f"disk cached in {file}"
+        return f"copy-on-write disk over {file}" if self.cow else f"disk image {file}"
+
+    def become(self, sock: socket.socket, export: Export, agreement: Agreement) -> int:
+        """Serve the client of *sock*, in this process; the exit status."""
+        fd = sock.detach()
+        words = self.arguments(export, fd, agreement)
+        if not self.command:
+            return self.run_here(words)
+        os.set_blocking(fd, True)
+        os.set_inheritable(fd, True)
+        if self.log_path is not None:
+            os.dup2(open_log(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+        return execute([*self.command, *words])
+
+
+def _features(agreement: Agreement) -> str:
+    features = [("newstyle", True), ("structured", agreement.structured), ("allocation", agreement.allocation)]
+    return ",".join(name for name, agreed in features if agreed)
+
+
+def is_extended(command: List[str]) -> bool:
+    """Whether the server *command* knows ``--negotiated``; its ``--help`` tells. Raises `ConfigurationError`."""
+    import subprocess
+
+    try:
+        answer = subprocess.run(
+            [*command, "--help"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_ASKING_TIME,
+        )
+    except OSError as error:
+        raise ConfigurationError(f"--xnbd-server: cannot run {command[0]}: {error.strerror}") from error
+    except subprocess.TimeoutExpired:
+        raise ConfigurationError(f"--xnbd-server: {command[0]} --help does not come to an end") from None
+    return _OWN_OPTION.encode() in answer.stdout

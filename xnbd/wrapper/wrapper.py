@@ -1,0 +1,192 @@
+"""The wrapper's one loop: clients, the operator, signals and the ends of children.
+
+It never touches a client's bytes. Signal handlers only wake the loop.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import signal
+import socket
+from time import monotonic
+from typing import List, NamedTuple, Optional, Set
+
+from ..errors import ConfigurationError
+from ..logs import log
+from ..process import set_title
+from ..server.control import ControlSocket
+from ..server.listen import Listeners
+from ..server.watch import GRACE
+from .children import SIGNALS, Body, Children
+from .client import PROGRAM, Client
+from .clients import Clients
+from .commands import Bgctl, Commands, Steering
+from .database import Database
+from .servers import Servers
+
+_STOP_TIME = GRACE + 1.5
+_KILL_TIME = 3.0
+_ANSWER_TIME = 1.0
+_PIPE_SIZE = 64 << 10
+
+
+class Settings(NamedTuple):
+    """*bgctl* is as for `Commands`; the timeout is in seconds."""
+
+    servers: Servers
+    bgctl: Bgctl
+    handshake_timeout: float
+    max_clients: int
+
+
+class _Ending:
+    """The wrapper's end under way: until *deadline* in good order, then by force, at last without a hope."""
+
+    def __init__(self, *, orphan: bool) -> None:
+        self.orphan = orphan
+        self.deadline = monotonic() + _STOP_TIME
+        self.killing = False
+        self.given_up = False
+
+
+class Wrapper:
+    """Serves the exports of *database* on *listeners*, and the operator at *control_path*."""
+
+    def __init__(self, listeners: Listeners, database: Database, control_path: str, settings: Settings) -> None:
+        """Raises `ConfigurationError` if the control socket cannot be had."""
+        self._listeners = listeners
+        self._database = database
+        self._settings = settings
+        self._ending: Optional[_Ending] = None
+        self._signals: Set[int] = set()
+        self._children = Children(self._after_fork)
+        steering = Steering(self._end, self._has_ended, lambda: self._clients.count())
+        self._commands = Commands(database, self._children, settings.servers, settings.bgctl, steering)
+        self._control = ControlSocket(control_path, self._commands.table())
+        self._clients = Clients(listeners, self._children, self._serve, settings.max_clients)
+        self._wake, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)  # they mean something to servers, and would end this process
+
+    def run(self) -> int:
+        """The exit status: 0 after an orderly end, 1 if it had to be cut short."""
+        set_title(f"listening on {self._listeners}", program=PROGRAM)
+        gc.collect()
+        gc.freeze()
+        while not self._is_over():
+            ready = self._wait()
+            self._on_signals()
+            self._clients.progress(ready)
+            self._control.progress()
+            if self._ending:
+                self._press(self._ending)
+        return self._leave()
+
+    # In the children
+
+    def _after_fork(self) -> None:
+        """Close what a child must not keep: others would wait in vain for the other end's closing."""
+        self._control.close()
+        self._clients.after_fork()
+        self._commands.after_fork()
+        os.close(self._wake)
+        os.close(self._wake_writer)
+
+    def _serve(self, sock: socket.socket) -> Body:
+        settings = self._settings
+        outbox = self._clients.outbox
+        return Client(sock, self._database, settings.servers, outbox, settings.handshake_timeout).serve
+
+    # The loop
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._signals.add(number)
+
+    def _wait(self) -> Set[int]:
+        """Sleep until something happens: the descriptors that can be read."""
+        poll = select.poll()
+        for fd, events in self._control.interests():
+            poll.register(fd, events)
+        for fd in (self._wake, *self._clients.interests()):
+            poll.register(fd, select.POLLIN)
+        ending = self._ending.deadline if self._ending else None
+        deadlines = [time for time in (self._control.deadline(), self._clients.accept_at, ending) if time is not None]
+        timeout = max(0.0, (min(deadlines) - monotonic()) * 1000) if deadlines else None
+        return {fd for fd, _ in poll.poll(timeout)}
+
+    def _on_signals(self) -> None:
+        try:
+            os.read(self._wake, _PIPE_SIZE)
+        except BlockingIOError:
+            pass
+        signals, self._signals = self._signals, set()
+        if signals & {signal.SIGTERM, signal.SIGINT}:
+            self._end(orphan=False)
+        if signal.SIGHUP in signals:
+            log.info("SIGHUP: nothing to do, a log file that was moved away is opened again by itself")
+        if signal.SIGCHLD in signals:
+            self._clients.read_reports()  # what a process said before it died is known when it is buried
+            self._children.reap()
+
+    # The end
+
+    def _end(self, orphan: bool) -> None:
+        """Begin to end; asked a second time, hurry."""
+        if self._ending:
+            self._ending.deadline = monotonic()
+            return
+        fate = "they keep their servers" if orphan else "their servers stop"
+        log.info("stopping; %d clients are connected, %s", len(self._clients), fate)
+        self._ending = _Ending(orphan=orphan)
+        self._clients.stop_listening()
+        self._commands.interrupt()
+        if not orphan:
+            self._children.signal(signal.SIGTERM, self._clients.pids())
+
+    def _left(self, ending: _Ending) -> List[int]:
+        """The children whose end is waited for."""
+        kept = self._clients.pids() if ending.orphan else []
+        return [pid for pid in self._children.pids() if pid not in kept]
+
+    def _press(self, ending: _Ending) -> None:
+        """Use force once the time is over; not even that ends a process whose disk hangs."""
+        left = self._left(ending)
+        if monotonic() < ending.deadline or not left:
+            return
+        if ending.killing:
+            ending.given_up = True
+            return
+        log.warning("ending %d processes that are still busy", len(left))
+        ending.killing = True
+        ending.deadline = monotonic() + _KILL_TIME
+        self._children.signal(signal.SIGKILL, left)
+
+    def _has_ended(self) -> bool:
+        return self._ending is not None and (self._ending.given_up or not self._left(self._ending))
+
+    def _is_over(self) -> bool:
+        """Whether all is done, and the operator has his answer."""
+        if not self._has_ended():
+            return False
+        assert self._ending is not None
+        answered = self._control.deadline() is None
+        return answered or monotonic() > self._ending.deadline + _ANSWER_TIME
+
+    def _leave(self) -> int:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # one more would kill this process while Python finishes
+        status = int(self._ending is not None and self._ending.killing)
+        try:
+            self._database.change(self._database.exports)
+        except ConfigurationError as error:
+            log.error("%s", error)
+            status = 1
+        self._database.close()
+        self._control.close()
+        log.info("stopped")
+        return status
