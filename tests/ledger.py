@@ -20,6 +20,7 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import nbd
 from model import ignore_chunk, wait_for_all
+from server_process import wait_until
 
 SECTOR = 512
 BLOCK = 4096
@@ -152,7 +153,7 @@ class Writer(threading.Thread):
     """A client of the server at *uri* who changes and reads the disk at random, and notes it in *ledger*.
 
     It ends when *stop* is set, and when the connection breaks. ``failure`` is what
-    must not happen. Without *flushes* the disk is never asked to be durable.
+    must not happen: an error reply is, unless it *may_fail*.
     """
 
     def __init__(self, uri: str, ledger: Ledger, seed: int, stop: threading.Event, *, may_fail: bool = False) -> None:
@@ -276,7 +277,9 @@ class Writer(threading.Thread):
 class Crowd:
     """Several writers at once, on the servers at *uris* in turn."""
 
-    def __init__(self, uris: List[str], count: int, ledger: Ledger, rng: random.Random, *, may_fail: bool = False) -> None:
+    def __init__(
+        self, uris: List[str], count: int, ledger: Ledger, rng: random.Random, *, may_fail: bool = False
+    ) -> None:
         self._stop = threading.Event()
         self._writers = [
             Writer(uris[number % len(uris)], ledger, rng.getrandbits(32), self._stop, may_fail=may_fail)
@@ -288,6 +291,11 @@ class Crowd:
     @property
     def batches(self) -> int:
         return sum(writer.batches for writer in self._writers)
+
+    def wait_for(self, batches: int) -> None:
+        """Until so many more of them are done, or somebody has failed."""
+        wanted = self.batches + batches
+        wait_until(lambda: self.batches >= wanted or self.failed, "clients' answers", 30)
 
     @property
     def failed(self) -> bool:

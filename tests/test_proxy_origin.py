@@ -20,7 +20,7 @@ from model import ignore_chunk, read_all
 from mounts import small_tmpfs
 from origin_programs import OriginProgram
 from relay import Relay
-from server_process import Server, run, wait_until
+from server_process import Server, command, run, wait_until
 
 SIZE = 6 * MIB + 512
 TROUBLE = r"the origin cannot read|cannot write to the cache image"
@@ -251,6 +251,15 @@ def test_another_size_after_a_reconnect_is_refused(
     assert reading.content() == at(disk, 8)
 
 
+@pytest.mark.parametrize("size", [0, 1 << 50, (1 << 63) - 4096, 1 << 63, (1 << 64) - 1])
+def test_a_size_that_cannot_be_is_refused_at_the_start(tmp_path: Path, files: CacheFiles, size: int) -> None:
+    with LyingOrigin(tmp_path / "liar.sock", lambda visitor: visitor.negotiate(size)) as origin:
+        fails(*files.arguments(origin.uri), "--unix", tmp_path / "s")
+    assert not files.image.exists()
+    assert not files.bitmap.exists()
+    assert not files.state.exists()
+
+
 STRUCTURED_LIES = {
     "a chunk twice": lambda asked: (
         lie.data_chunk(asked.cookie, asked.offset, bytes(BLOCK), flags=0)
@@ -424,9 +433,7 @@ def test_a_new_origin_of_another_size_is_refused(
     assert read_all(connect(proxy.uri)) == disk
 
 
-def test_with_a_limit_a_stalled_origin_is_an_error(
-    start: Start, files: CacheFiles, relay: Relay, disk: bytes
-) -> None:
+def test_with_a_limit_a_stalled_origin_is_an_error(start: Start, files: CacheFiles, relay: Relay, disk: bytes) -> None:
     proxy = start(*files.arguments(relay.uri, "--readahead", "0", "--origin-timeout", "0.5"))
     client = connect(proxy.uri)
     read(client, 0)
@@ -515,6 +522,27 @@ def test_a_full_file_system_is_an_error_and_caches_nothing(
         proxy.stop()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="file systems are mounted by root only")
+@pytest.mark.parametrize("space", [0, 8, 80, 700])
+def test_no_space_for_the_bitmap_is_told_and_another_start_goes_well(
+    start: Start, tmp_path: Path, far: Server, disk: bytes, space: int
+) -> None:
+    with small_tmpfs(tmp_path / "small", "1m") as directory:
+        files, ballast = CacheFiles(directory), directory / "ballast"
+        files.image = tmp_path / "cache.img"
+        ballast.write_bytes(bytes(MIB - space * 1024))
+        arguments = files.arguments(far.uri, control=tmp_path / "c")
+        status, _, complaint = run(*command(*arguments, "--unix", tmp_path / "s"), check=False)
+        assert status == 1
+        assert "No space left on device" in complaint.splitlines()[-1]
+        ballast.unlink()
+        run("mount", "-o", "remount,size=8m", directory)
+        proxy = start(*files.arguments(far.uri))
+        assert read_all(connect(proxy.uri)) == disk
+        proxy.stop()
+        assert files.is_clean()
+
+
 def c_bitmap(size: int, blocks: List[int]) -> bytes:
     """A bitmap as the C xNBD leaves it: 64-bit words, least significant bit first."""
     words = [0] * -(-size // (64 * BLOCK))
@@ -578,9 +606,7 @@ def test_a_foreign_state_file_is_refused(used: CacheFiles, far: Server) -> None:
     assert "is not the state file of a cache bitmap" in refused(used, far)
 
 
-def test_the_state_of_another_origin_is_refused(
-    start: Start, used: CacheFiles, far: Server, image: Path
-) -> None:
+def test_the_state_of_another_origin_is_refused(start: Start, used: CacheFiles, far: Server, image: Path) -> None:
     assert "is of the origin" in refused(used, start("--target", "--readonly", image))
 
 

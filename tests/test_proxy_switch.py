@@ -46,15 +46,14 @@ def test_a_switch_under_load_is_seen_by_nobody(
     proxies = [start(*files.arguments(far.uri)), start(*files.arguments(far.uri, control=second))]
     ledger, rng = Ledger(content), random.Random(seed)
     crowd = Crowd([proxy.uri for proxy in proxies], CLIENTS, ledger, rng)
-    wait_until(lambda: crowd.batches > 50, "load")
+    crowd.wait_for(50)
     status, _, complaint = bgctl("--switch", files.control, check=False)
     assert status == 1
     assert "blocks are missing" in complaint
     bgctl("--cache-all", files.control)
     bgctl("--switch", second)
     far.stop()
-    batches = crowd.batches
-    wait_until(lambda: crowd.batches > batches + 200 or crowd.failed, "more load")
+    crowd.wait_for(200)
     assert query(files.control)["mode"] == "target"
     crowd.finish()
     ledger.check_files(files.image, files.bitmap)
@@ -72,7 +71,7 @@ def test_what_was_written_after_a_switch_is_there_when_all_are_killed(
     bgctl("--switch", files.control)
     ledger = Ledger(content)
     crowd = Crowd([proxy.uri], CLIENTS, ledger, random.Random(seed))
-    wait_until(lambda: crowd.batches > 100 or crowd.failed, "load")
+    crowd.wait_for(100)
     pids = [*descendants(proxy.pid), proxy.pid]
     kill(pids)
     proxy.process.wait()
@@ -126,7 +125,9 @@ def all_done(clients: List[nbd.NBD]) -> bool:
     return not any(client.aio_in_flight() for client in clients)
 
 
-def test_a_forced_switch_is_not_undone_by_a_restart(start: Start, tmp_path: Path, files: CacheFiles, far: Server) -> None:
+def test_a_forced_switch_is_not_undone_by_a_restart(
+    start: Start, tmp_path: Path, files: CacheFiles, far: Server
+) -> None:
     """Blocks that are missing read as zeros in the target: a proxy would show the origin's again."""
     proxy = start(*files.arguments(far.uri))
     client = connect(proxy.uri)
