@@ -69,7 +69,9 @@ def program(kind: str, image: Path, where: Path) -> List[object]:
     qemu = ["qemu-nbd", "--read-only", "--persistent", "--format=raw", "--socket", where / "origin.sock"]
     programs: Dict[str, List[object]] = {
         "nbdkit": [*nbdkit, "file", image],
+        "nbdkit memory": [*nbdkit, "memory", image.stat().st_size],
         "nbdkit without structured replies": [*nbdkit, "--no-sr", "file", image],
+        "nbdkit not fixed": [*nbdkit, "--mask-handshake=0", "file", image],
         "nbdkit oldstyle": [*nbdkit, "--oldstyle", "file", image],
         "nbdkit with 64 KiB requests": [
             *nbdkit, "--filter=blocksize-policy", "file", image,
