@@ -23,7 +23,7 @@ from model import read_all
 from relay import Relay
 from server_process import Server, wait_until
 
-SECONDS = 20.0
+SECONDS = 15.0
 SIZE = 24 * MIB + 3 * SECTOR
 CLIENTS = 5
 ROUNDS_PER_CACHE = 10

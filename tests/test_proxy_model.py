@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterator, List
 
 import nbd
 import pytest
-from caching import BLOCK, CacheFiles, ask, bgctl, connect, query
+from caching import BLOCK, CacheFiles, ask, bgctl, connect, descendants, kill, query
 from conftest import MIB, Start
 from ledger import Crowd, Ledger
 from model import Model, read_all, wait_for_all
@@ -19,7 +19,7 @@ from server_process import Server, command, run, wait_until
 
 Content = Callable[[random.Random, int], bytes]
 
-MEETING = 6.0
+MEETING = 5.0
 
 OPTIONS = [
     [],
@@ -29,8 +29,6 @@ OPTIONS = [
     ["--max-queue-size", "1", "--max-buf-size", "1"],
     ["--max-queue-size", "0", "--max-buf-size", "0"],
 ]
-
-SIZES = [(1, 40), (511, 60), (4097, 60), (12 * MIB + 777, 80)]
 
 
 @pytest.fixture
@@ -55,6 +53,9 @@ def sparse(rng: random.Random, size: int) -> bytes:
         end = min(size, start + rng.choice((100, 5000, 70_000, 2 * MIB)))
         content[start:end] = bytes(end - start)
     return bytes(content)
+
+
+SIZES = [(1, 20, noise), (511, 40, sparse), (4097, 60, noise), (12 * MIB + 777, 80, sparse)]
 
 
 def make_image(path: Path, content: bytes) -> None:
@@ -110,8 +111,7 @@ def check_switched(start: Start, origin: str, files: CacheFiles, content: bytes)
     target.stop()
 
 
-@pytest.mark.parametrize("make", [noise, sparse])
-@pytest.mark.parametrize("size, rounds", SIZES)
+@pytest.mark.parametrize("size, rounds, make", SIZES)
 def test_two_servers_on_one_cache_agree_with_the_copy(
     start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random, size: int, rounds: int, make: Content
 ) -> None:
@@ -154,6 +154,30 @@ def test_a_proxy_of_a_proxy_agrees_with_the_copy(
         server.stop()
     assert image.read_bytes() == content
     check_at_rest(start, middle_of(start, origin.uri, files), near, bytes(model.content))
+
+
+def test_a_proxy_in_the_middle_may_be_killed(
+    start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random
+) -> None:
+    content, image, near = sparse(rng, 24 * MIB), tmp_path / "origin.img", CacheFiles(tmp_path, "near")
+    make_image(image, content)
+    arguments = files.arguments(start("--target", "--readonly", image).uri)
+    middle = start(*arguments, tcp=True)
+    ledger = Ledger(content)
+    with Relay(middle.port) as relay:
+        proxy = start(*near.arguments(relay.uri))
+        crowd = Crowd([proxy.uri], 4, ledger, rng)
+        for _ in range(3):
+            crowd.wait_for(rng.randrange(30))
+            kill([*descendants(middle.pid), middle.pid])
+            middle.process.wait()
+            middle = start(*arguments, tcp=True)
+            relay.retarget(middle.port)
+        crowd.finish()
+        ledger.check_files(near.image, near.bitmap)
+        assert read_all(connect(proxy.uri)) == ledger.base
+        assert read_all(connect(middle.uri)) == content
+        proxy.stop()
 
 
 def middle_of(start: Start, origin: str, files: CacheFiles) -> str:

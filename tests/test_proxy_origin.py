@@ -207,7 +207,7 @@ def test_a_lie_caches_nothing_and_is_asked_again(
     assert "origin nbd+unix:///" in deceived.log()
 
 
-@pytest.mark.parametrize("missing", [1, 4096, 16000, 16384, 16390])
+@pytest.mark.parametrize("missing", [1, 4096, 16390])
 def test_a_short_reply_caches_nothing(
     deceived: Server, files: CacheFiles, liar: Liar, disk: bytes, missing: int
 ) -> None:
@@ -594,7 +594,7 @@ def used(start: Start, files: CacheFiles, far: Server) -> CacheFiles:
 
 
 @pytest.mark.parametrize("name", ["bitmap", "state"])
-@pytest.mark.parametrize("change", [-1, -8, 8])
+@pytest.mark.parametrize("change", [-1, 8])
 def test_a_file_of_another_length_is_refused(used: CacheFiles, far: Server, name: str, change: int) -> None:
     path = getattr(used, name)
     os.truncate(path, path.stat().st_size + change)

@@ -31,7 +31,7 @@ from ledger import SECTOR, Crowd, Ledger
 from model import read_all
 from server_process import Server, run, wait_until
 
-SECONDS = 14.0
+SECONDS = 9.0
 SIZE = 16 * MIB + 3 * SECTOR
 CLIENTS = 4
 FAILURES_PER_CACHE = 5
