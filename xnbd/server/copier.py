@@ -19,8 +19,8 @@ from ..storage.proxy import ProxyImage
 from .disk import Disk
 from .watch import Watch
 
-_DEEP, _SHALLOW = 8 << 20, 512 << 10
-"""Bytes asked for at once, if nobody else wants anything, and if somebody does."""
+_DEEP, _LEAST, _SHALLOW = 8 << 20, 2 << 20, 512 << 10
+"""Bytes asked for at once, at most and at least, if nobody else wants anything, and if somebody does."""
 
 _QUEUEING = 0.05
 """Seconds that a block may take longer than the quickest one before less is asked for at once."""
@@ -73,9 +73,8 @@ class Copier:
         """Runs of blocks to be fetched, after the origin's holes in them were noted."""
         position = 0
         while position < self._blocks:
-            first, end, local = next(self._bitmap.runs(position, self._blocks))
+            first, end, local = next(self._bitmap.runs(position, min(position + _SURVEY, self._blocks)))
             if not local:
-                end = min(end, first + _SURVEY)
                 survey = self._survey(first, end)
                 if survey is not None and survey.until > first:
                     end = survey.until
@@ -156,13 +155,15 @@ class Copier:
             self._finish(ticket, now)
 
     def _finish(self, ticket: Ticket, now: float) -> None:
-        asked_at, length = self._outstanding.pop(ticket)
+        asked_at, length = self._outstanding.pop(ticket, (now, 0))
+        if not length:
+            return  # a survey's
         self._bytes -= length
         if ticket.error:
             raise Failed(f"a block could not be copied: {os.strerror(ticket.error)}")
         took = now - asked_at
         self._quickest = min(self._quickest, took)
         if took > self._quickest + _QUEUEING:
-            self._window = max(_SHALLOW, self._window - length)
+            self._window = max(_LEAST, self._window - length)
         else:
             self._window = min(_DEEP, self._window + length)

@@ -18,6 +18,7 @@ class Disk:
 
     def __init__(self, source: Source, board_fd: int) -> None:
         self._source = source
+        self._told = (0, "")
         self.board = Board(reopen(board_fd, readonly=False))
         self.place = self.board.take_place()
         self._open()
@@ -57,6 +58,13 @@ class Disk:
     def go_inside(self) -> None:
         """Pass the gate, for work on requests; whoever holds it makes this wait."""
         self.place.enter(self.image.on_wait)
+
+    def tell_health(self) -> None:
+        """Tell of the origin, if there is news."""
+        background = self.image.background
+        if background is not None and (background.health, background.trouble) != self._told:
+            self._told = background.health, background.trouble
+            self.place.tell_origin(*self._told)
 
     def part(self) -> None:
         """The client has left."""

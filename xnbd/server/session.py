@@ -105,7 +105,6 @@ class Session:
         self._left = False
         self._leaves_at: Optional[float] = None
         self._hung_up_at: Optional[float] = None
-        self._told = ""
         self._data_from = self._data_until = 0  # where no hole was found the last time
         disk.image.wait_with(self._on_wait)
         self._commands = {
@@ -167,7 +166,7 @@ class Session:
         if disk.outdated:
             return 0
         background.progress()
-        self._tell_queue(background)
+        self._tell_queue()
         while not background.finished:
             wanted = self._leaves_at is None and not self._room.full
             received = self._connection.receive_now(self._view[self._end :]) if wanted else None
@@ -203,17 +202,16 @@ class Session:
         elif self._connection.wait_beside(select.POLLRDHUP, None):
             self._hung_up_at = monotonic()
 
-    def _tell_queue(self, background: Background) -> None:
-        self._place.tell_queue(background.health, len(self._room), self._room.buffered)
-        if background.trouble != self._told:
-            self._told = background.trouble
-            self._place.tell_trouble(self._told)
+    def _tell_queue(self) -> None:
+        self._place.tell_queue(len(self._room), self._room.buffered)
+        self._disk.tell_health()
 
     def _renew(self) -> None:
         """Go on with the disk that has changed; what had waited for blocks is done there."""
         self._disk.renew()
         self._image = self._disk.image
         self._read_ahead = ReadAhead(self._image)
+        self._data_until = 0
         for ticket in self._room.tickets():
             request = self._room.leave(ticket)
             if request is not None:
@@ -226,7 +224,7 @@ class Session:
             request = self._room.leave(ticket)
             if request is not None:
                 self._answer(request, partial(_fail, ticket.error) if ticket.error else request.again)
-        self._tell_queue(background)
+        self._tell_queue()
 
     def _answer(self, request: Waiting, work: Callable[[], None]) -> None:
         """Do *work* for *request*, which then is answered, or waits for another ticket."""
@@ -423,8 +421,18 @@ class Session:
     def _acknowledge(self, cookie: bytes, flags: int = 0) -> None:
         """Success of a command that returns nothing, durable if *flags* ask for it."""
         if flags & c.CMD_FLAG_FUA:
-            self._image.flush()
+            self._flush_image()
         self._out.append(wire.OK_PREFIX + cookie)
+
+    def _flush_image(self) -> None:
+        """Outside the gate: it changes nothing, and may take long."""
+        self._place.leave()
+        try:
+            self._image.flush()
+        finally:
+            self._disk.go_inside()
+        if self._disk.outdated:
+            self._renew()
 
     # READ
 

@@ -161,6 +161,15 @@ def _do_and_exit(work: Callable[[], Optional[str]], writing: int) -> None:
         os._exit(status)
 
 
+def _lock_copying(board: Board) -> bool:
+    """Be the only one to copy; stewards hold the lock in passing, to see whether somebody does."""
+    for _ in range(10):
+        if board.try_lock(COPYING):
+            return True
+        sleep(0.05)
+    return False
+
+
 class _Stewardship:
     """The steward's own process at work."""
 
@@ -182,6 +191,7 @@ class _Stewardship:
         self._next_checkpoint = monotonic()
         self._next_try = monotonic()
         self._failing = ""
+        self._counted, self._count_again = 0, 0.0
         self._pending: List[Tuple[str, Reply]] = []
         self._snapshot: Optional[_Child] = None
         self._snapshot_wanted = False
@@ -270,7 +280,7 @@ class _Stewardship:
         if monotonic() < self._next_checkpoint:
             return
         self._next_checkpoint = monotonic() + _CHECKPOINT_EVERY
-        if self._board.mode == PROXY and self._missing() == 0:
+        if self._board.mode == PROXY and self._state.bitmap.all_set(0, self._blocks):
             self._board.mode = COMPLETE
             log.info("every block is cached")
         if self._state.changed:
@@ -309,7 +319,12 @@ class _Stewardship:
         bitmap = self._state.bitmap
         if bitmap.all_set(0, self._blocks):
             return 0
-        return max(1, self._blocks - bitmap.count())
+        now = monotonic()
+        if now >= self._count_again:
+            self._counted = bitmap.count()
+            took = monotonic() - now
+            self._count_again = now + max(0.1, 20 * took)
+        return max(1, self._blocks - self._counted)
 
     # Copying
 
@@ -342,7 +357,7 @@ class _Stewardship:
             set_title("copying", self._source.name)
             watch = Watch(self._watch.lifeline)
             disk = watch.disk = self._service.open_disk()
-            if not any(disk.board.try_lock(COPYING) or sleep(0.05) for _ in range(10)):  # stewards try it in passing
+            if not _lock_copying(disk.board):
                 raise Failed("another server on this cache is copying already")
             if isinstance(disk.image, ProxyImage):
                 disk.place.welcome(COPYING_PEER)
@@ -459,6 +474,7 @@ class _Stewardship:
         yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
 
     def _refuse_if_missing(self) -> None:
+        self._count_again = 0.0
         missing = self._missing()
         if missing:
             raise CommandError(

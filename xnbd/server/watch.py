@@ -152,6 +152,7 @@ class Watch:
                 disk.place.leave()
                 return self._sleep(fds, events, until, mid_message, results)
             background.progress()
+            disk.tell_health()
             disk.place.leave()
             if results and background.finished:
                 return False

@@ -55,8 +55,8 @@ _LONGEST_ADDRESS = _LINES_AT - _ADDRESS - _TEXT.size
 _LINE = struct.Struct("=IxB2xd5Q5QIIQ64s")
 _INSIDE, _OWN_MODE = 4, 5
 _COUNTERS = struct.Struct("=5Q")
-_QUEUE = struct.Struct("=IIQ")
-_COUNTERS_AT, _BASE_AT, _QUEUE_AT, _PEER_AT = 16, 56, 96, 112
+_QUEUE = struct.Struct("=IQ")
+_COUNTERS_AT, _BASE_AT, _ORIGIN_AT, _QUEUE_AT, _PEER_AT = 16, 56, 96, 100, 112
 _PEER = struct.Struct("=64s")
 _TROUBLE_AT = 176
 _TROUBLE = struct.Struct("=80s")
@@ -285,6 +285,7 @@ class Place:
         self.counts: List[int] = list(_COUNTERS.unpack_from(memory, at + _COUNTERS_AT))
         """What `tell` publishes; goes on from what an earlier process in this line has counted."""
         memory[self._inside] = 0
+        self.tell_origin(NOT_NEEDED, "")
         self.welcome("")
         _U32.pack_into(memory, at, os.getpid())
 
@@ -324,18 +325,18 @@ class Place:
         memory, at = self._map, self._at
         struct.pack_into("=d", memory, at + 8, time.time())
         _COUNTERS.pack_into(memory, at + _BASE_AT, *self.counts)
-        _QUEUE.pack_into(memory, at + _QUEUE_AT, 0, 0, 0)
+        _QUEUE.pack_into(memory, at + _QUEUE_AT, 0, 0)
         _PEER.pack_into(memory, at + _PEER_AT, peer.encode()[: _PEER.size])
-        _TROUBLE.pack_into(memory, at + _TROUBLE_AT, b"")
 
     def tell(self) -> None:
         _COUNTERS.pack_into(self._map, self._at + _COUNTERS_AT, *self.counts)
 
-    def tell_queue(self, origin: int, requests: int, buffered: int) -> None:
-        _QUEUE.pack_into(self._map, self._at + _QUEUE_AT, origin, requests, buffered)
+    def tell_queue(self, requests: int, buffered: int) -> None:
+        _QUEUE.pack_into(self._map, self._at + _QUEUE_AT, requests, buffered)
 
-    def tell_trouble(self, text: str) -> None:
-        _TROUBLE.pack_into(self._map, self._at + _TROUBLE_AT, text.encode()[: _TROUBLE.size])
+    def tell_origin(self, health: int, trouble: str) -> None:
+        _U32.pack_into(self._map, self._at + _ORIGIN_AT, health)
+        _TROUBLE.pack_into(self._map, self._at + _TROUBLE_AT, trouble.encode()[: _TROUBLE.size])
 
 
 def board_size(processes: int) -> int:

@@ -26,7 +26,7 @@ from ..origin.address import OriginAddress, parse_origin
 from ..origin.connection import OriginConnection, OriginLost
 from ..protocol.constants import STATE_ZERO
 from . import space
-from .blocks import BLOCK, block_start, block_stop, bytes_of, covered, touched
+from .blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop, bytes_of, covered, touched
 from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, TARGET, UNREACHABLE, Board, Counts
 from .checkpoint import ProcessState
 from .image import Background, Ticket
@@ -97,6 +97,7 @@ class Survey:
         self.first = first
         self.end = end
         self.done = False
+        self.ticket = Ticket()
         self.zeros: List[Tuple[int, int]] = []
         self.until = first
         self._size = size
@@ -260,7 +261,7 @@ class Fetcher(Background):
 
     def claim(self, first: int, end: int) -> bool:
         """Lock these blocks to write them; False if another process has some. `settle` lets go of them."""
-        return self._hold(*bytes_of(first, end))
+        return self._locks.try_acquire(*bytes_of(first, end))
 
     def settle(self, first: int, end: int, *, written: bool) -> None:
         """Let go of blocks that were claimed, and mark them as local if they were *written*."""
@@ -277,7 +278,21 @@ class Fetcher(Background):
                         if block in by_block:
                             by_block[block].mixed = True
         finally:
-            self._let_go(*bytes_of(first, end))
+            self._unlock(*bytes_of(first, end))
+
+    def _unlock(self, start: int, count: int) -> None:
+        """Release the locks of these bytes, but for those that fetches hold too."""
+        held = [byte for byte in self._held if start <= byte < start + count]
+        if not held:
+            self._locks.release(start, count)
+            return
+        for byte in sorted(held):
+            if byte > start:
+                self._locks.release(start, byte - start)
+            count -= byte + 1 - start
+            start = byte + 1
+        if count:
+            self._locks.release(start, count)
 
     def pause(self) -> Ticket:
         """A ticket that is done in a moment, for whoever found blocks locked."""
@@ -397,6 +412,7 @@ class Fetcher(Background):
         for fetch in reversed(unfinished):
             if isinstance(fetch, Survey):
                 fetch.finish(errno.EIO)
+                self.finished.append(fetch.ticket)
                 continue
             self._let_go(*bytes_of(fetch.first, fetch.end))
             fetch.error = 0
@@ -456,6 +472,10 @@ class Fetcher(Background):
 
     def _ask_for(self, connection: OriginConnection, fetch: Fetch) -> None:
         first, end = fetch.first, fetch.end
+        most = connection.maximum_read >> BLOCK_SHIFT
+        if end - first > most:
+            self._split(fetch, first + max(1, most))
+            end = fetch.end
         start = first >> 3
         if not self._hold(start, ((end + 7) >> 3) - start):
             if self._bitmap.all_set(first, end):
@@ -474,6 +494,16 @@ class Fetcher(Background):
         length = block_stop(end - 1, self._size) - offset
         self._in_flight += length
         connection.read(fetch, offset, length)
+
+    def _split(self, fetch: Fetch, end: int) -> None:
+        """Ask for the blocks from *end* on separately, next."""
+        rest = Fetch(end, fetch.end, ahead=fetch.ahead)
+        rest.since, rest.mixed, rest.tickets = fetch.since, fetch.mixed, list(fetch.tickets)
+        for ticket in rest.tickets:
+            ticket.pending += 1
+        self._by_block.update(dict.fromkeys(range(end, fetch.end), rest))
+        fetch.end = end
+        (self._ahead if fetch.ahead else self._wanted).appendleft(rest)
 
     def _hold(self, start: int, count: int) -> bool:
         held = self._held
@@ -554,6 +584,7 @@ class Fetcher(Background):
         if isinstance(token, Survey):
             self._surveys -= 1
             token.finish(error)
+            self.finished.append(token.ticket)
             return
         first, end = token.first, token.end
         self._in_flight -= block_stop(end - 1, self._size) - block_start(first)

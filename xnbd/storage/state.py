@@ -206,13 +206,13 @@ class _Opening:
     def _share(self, state_fd: int) -> SharedState:
         bitmap_fd = self._open_bitmap()
         with closed_on_error(bitmap_fd):
-            board_fd = self._open_board(bitmap_fd, state_fd)
+            board_fd = self._open_board(state_fd)
             with closed_on_error(board_fd):
                 shared = SharedState(self._path, (bitmap_fd, state_fd, board_fd), self._layout, self._header)
         RangeLocks(state_fd).release(OPENING, 1)
         return shared
 
-    def _open_board(self, bitmap_fd: int, state_fd: int) -> int:
+    def _open_board(self, state_fd: int) -> int:
         """A descriptor of the board, made anew if nobody uses the files."""
         alone, path = files.is_alone(state_fd), self._path + BOARD_SUFFIX
         if not alone:
@@ -222,7 +222,7 @@ class _Opening:
             return fd
         steering = files.read_steering(state_fd)
         if steering.switched:
-            self._return_to_proxy(bitmap_fd, state_fd, steering)
+            files.write_steering(state_fd, steering._replace(switched=False))
         fd = files.open_regular(path, os.O_CREAT | os.O_TRUNC)
         with closed_on_error(fd):
             files.allocate(fd, board_size(MAXIMUM_PROCESSES))
@@ -230,17 +230,20 @@ class _Opening:
                 board.address = steering.address
         return fd
 
-    def _return_to_proxy(self, bitmap_fd: int, state_fd: int, steering: Steering) -> None:
+    def _refuse_if_incomplete(self) -> None:
         """A plain target has written to the image since it was a proxy's: fine if no block was missing then."""
-        bitmap = Bitmap(bitmap_fd, self._layout.blocks)
-        missing = self._layout.blocks - bitmap.count()
-        bitmap.octets.close()
+        bitmap_fd = self._open_bitmap()
+        try:
+            bitmap = Bitmap(bitmap_fd, self._layout.blocks)
+            missing = self._layout.blocks - bitmap.count()
+            bitmap.octets.close()
+        finally:
+            os.close(bitmap_fd)
         if missing:
             raise ConfigurationError(
                 f"{self._path}: the proxy was switched to a plain target by force with {missing} blocks missing: "
                 "serve the cache image with --target, or start afresh with --clear-bitmap"
             )
-        files.write_steering(state_fd, steering._replace(switched=False))
 
     def _create(self, state_fd: int, clear: bool) -> None:
         """Make the new file behind *state_fd* the state file; there is none yet, or it may go."""
@@ -299,6 +302,8 @@ class _Opening:
     def _resume(self, state_fd: int) -> None:
         found = self._check_state(state_fd)
         alone, same_boot = files.is_alone(state_fd), found.boot_id == self._header.boot_id
+        if alone and files.read_steering(state_fd).switched:
+            self._refuse_if_incomplete()
         if not alone and not same_boot:
             raise ConfigurationError(f"cache bitmap {self._path} is in use on another machine: stop that server first")
         if found.boot_id == NO_BOOT:
