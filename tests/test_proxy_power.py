@@ -87,7 +87,7 @@ class Disk:
             os.close(fd)
 
     def remove(self) -> None:
-        run("umount", self.path, check=False)
+        run("umount", "-l", self.path, check=False)  # a server that a failed test has left may use it
         run("losetup", "-d", self._device)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import List
+from typing import Any, List
 
 import nbd
 import pytest
-from caching import BLOCK, CacheFiles, bgctl, connect, descendants, kill, query, wait_until_gone
+from caching import BLOCK, CacheFiles, ask, bgctl, connect, descendants, kill, query, wait_until_gone
 from conftest import MIB, Start
 from launch import fails
 from ledger import Crowd, Ledger
-from model import ignore_chunk, read_all
+from model import ignore_chunk, read_all, wait_for_all
 from relay import Relay
 from server_process import Server, wait_until
 
@@ -84,45 +84,39 @@ def test_what_was_written_after_a_switch_is_there_when_all_are_killed(
 
 
 def test_a_forced_switch_lets_nothing_from_the_origin_come_over_what_is_written(
-    start: Start, files: CacheFiles, far: Server, content: bytes
+    start: Start, files: CacheFiles, far: Server
 ) -> None:
-    """Replies that come after the switch are for blocks which others may write freely now."""
+    """Writes that wait because another client's blocks are on their way go on at the switch, before those come."""
+    blocks, errors = range(0, 256, 3), Errors()
     with Relay(far.port, delay=0.3) as relay:
         proxy = start(*files.arguments(relay.uri, "--readahead", "0"))
-        readers = [connect(proxy.uri) for _ in range(4)]
+        writer, *readers = clients = [connect(proxy.uri) for _ in range(5)]
         for number, reader in enumerate(readers):
-            reader.pread(1, 5000 * BLOCK + number)
-        errors: List[int] = []
+            reader.pread(1, (5000 + 100 * number) * BLOCK)
         for number, reader in enumerate(readers):
-            start_reading(reader, number * 64 * BLOCK, 64 * BLOCK, errors)
-        bgctl("--force", "--switch", files.control)
-        writer = connect(proxy.uri)
-        for block in range(0, 256, 3):
-            writer.pwrite(b"w" * BLOCK, block * BLOCK)
-        wait_until(lambda: all_done(readers), "the replies")
-        assert errors == [0] * 4
-        for client in [*readers, writer]:
+            reader.aio_pread_structured(nbd.Buffer(64 * BLOCK), number * 64 * BLOCK, ignore_chunk, errors.on_completion)
+        wait_until(lambda: query(files.control)["queue"]["requests"] == 4, "the readers to wait")
+        for block in blocks:
+            writer.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"w" * BLOCK)), block * BLOCK, errors.on_completion)
+        assert ask(files.control, "switch", force=True).get("done")
+        wait_for_all(clients)
+        assert errors.found == [0] * (4 + len(blocks))
+        for client in clients:
             data = bytes(client.pread(256 * BLOCK, 0))
-            for block in range(0, 256, 3):
-                assert data[block * BLOCK : (block + 1) * BLOCK] == b"w" * BLOCK
+            assert [block for block in blocks if data[block * BLOCK : (block + 1) * BLOCK] != b"w" * BLOCK] == []
             client.shutdown()
         proxy.stop()
-    now = files.image.read_bytes()
-    assert all(now[block * BLOCK : (block + 1) * BLOCK] == b"w" * BLOCK for block in range(0, 256, 3))
 
 
-def start_reading(client: nbd.NBD, offset: int, length: int, errors: List[int]) -> None:
-    def on_completion(error: object) -> int:
-        errors.append(error.value)  # type: ignore[attr-defined]
+class Errors:
+    """How requests have ended."""
+
+    def __init__(self) -> None:
+        self.found: List[int] = []
+
+    def on_completion(self, error: Any) -> int:
+        self.found.append(error.value)
         return 1
-
-    client.aio_pread_structured(nbd.Buffer(length), offset, ignore_chunk, on_completion)
-
-
-def all_done(clients: List[nbd.NBD]) -> bool:
-    for client in clients:
-        client.poll(0)
-    return not any(client.aio_in_flight() for client in clients)
 
 
 def test_a_forced_switch_is_not_undone_by_a_restart(
