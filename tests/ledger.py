@@ -14,6 +14,7 @@ import os
 import random
 import struct
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
@@ -160,6 +161,7 @@ class Writer(threading.Thread):
         super().__init__(daemon=True)
         self.failure: Optional[BaseException] = None
         self.batches = 0
+        self.longest = 0.0
         self._uri = uri
         self._ledger = ledger
         self._rng = random.Random(seed)
@@ -177,8 +179,10 @@ class Writer(threading.Thread):
             return  # the server is dead already
         try:
             while not self._stop_event.is_set() and not self._broken:
+                began = time.monotonic()
                 self._play(client)
                 self.batches += 1
+                self.longest = max(self.longest, time.monotonic() - began)
             client.shutdown()
         except nbd.Error:
             if client.aio_is_ready():
@@ -291,6 +295,13 @@ class Crowd:
     @property
     def batches(self) -> int:
         return sum(writer.batches for writer in self._writers)
+
+    def take_longest(self) -> float:
+        """Seconds that the slowest of all batches has taken since this was asked last."""
+        longest = max(writer.longest for writer in self._writers)
+        for writer in self._writers:
+            writer.longest = 0.0
+        return longest
 
     def wait_for(self, batches: int) -> None:
         """Until so many more of them are done, or somebody has failed."""

@@ -51,9 +51,15 @@ def test_a_switch_under_load_is_seen_by_nobody(
     assert status == 1
     assert "blocks are missing" in complaint
     bgctl("--cache-all", files.control)
-    bgctl("--switch", second)
+    crowd.take_longest()
+    crowd.wait_for(100)
+    before = crowd.take_longest()
+    pause = ask(second, "switch")["longest_pause_ms"]
+    crowd.wait_for(100)
+    print(f"slowest requests before the switch {before * 1e3:.0f} ms, around it {crowd.take_longest() * 1e3:.0f} ms;")
+    print(f"the gate was held for {pause} ms")
     far.stop()
-    crowd.wait_for(200)
+    crowd.wait_for(100)
     assert query(files.control)["mode"] == "target"
     crowd.finish()
     ledger.check_files(files.image, files.bitmap)
@@ -88,11 +94,12 @@ def test_a_forced_switch_lets_nothing_from_the_origin_come_over_what_is_written(
 ) -> None:
     """Writes that wait because another client's blocks are on their way go on at the switch, before those come."""
     blocks, errors = range(0, 256, 3), Errors()
-    with Relay(far.port, delay=0.3) as relay:
+    with Relay(far.port, delay=0.2) as relay:
         proxy = start(*files.arguments(relay.uri, "--readahead", "0"))
         writer, *readers = clients = [connect(proxy.uri) for _ in range(5)]
         for number, reader in enumerate(readers):
-            reader.pread(1, (5000 + 100 * number) * BLOCK)
+            reader.aio_pread(nbd.Buffer(1), (5000 + 100 * number) * BLOCK)
+        wait_for_all(readers)
         for number, reader in enumerate(readers):
             reader.aio_pread_structured(nbd.Buffer(64 * BLOCK), number * 64 * BLOCK, ignore_chunk, errors.on_completion)
         wait_until(lambda: query(files.control)["queue"]["requests"] == 4, "the readers to wait")
