@@ -169,7 +169,8 @@ def test_a_proxy_in_the_middle_may_be_killed(
         crowd = Crowd([proxy.uri], 4, ledger, rng)
         for _ in range(3):
             crowd.wait_for(rng.randrange(30))
-            kill([*descendants(middle.pid), middle.pid])
+            middle.expected_errors.append("died: killed by SIGKILL")
+            kill([middle.pid, *descendants(middle.pid)])
             middle.process.wait()
             middle = start(*arguments, tcp=True)
             relay.retarget(middle.port)

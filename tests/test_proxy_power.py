@@ -160,8 +160,10 @@ class Machine:
             assert self._files.is_clean()
         self._disk.fail()
         boot.die()
-        if not orderly:
-            crowd.finish()
+        crowd.finish()
+        self._start_again(orderly=orderly)
+
+    def _start_again(self, *, orderly: bool) -> None:
         self._disk.unmount()
         self._disk.mount()
         self.failures += 1
@@ -186,11 +188,17 @@ class Machine:
             os.close(fd)
         time.sleep(rng.random() * 0.05)
 
-    def play_switched(self) -> None:
-        """As `play`, once everything is cached and the proxy has become a plain target."""
+    def switch(self) -> None:
+        """Have everything cached, and the proxy become a plain target."""
         bgctl("--cache-all", self._control)
         bgctl("--switch", self._control)
-        self.play()
+
+    def fail(self) -> None:
+        """The power fails while nobody is there."""
+        assert self.boot is not None
+        self._disk.fail()
+        self.boot.die()
+        self._start_again(orderly=False)
 
     def end(self) -> None:
         """The whole disk is as it should be."""
@@ -223,10 +231,12 @@ def test_nothing_flushed_is_lost_when_the_power_fails(start: Start, tmp_path: Pa
         while machine.failures < rounds if rounds else time.monotonic() < until:
             machine.play()
             if machine.failures % FAILURES_PER_CACHE == 0:
-                machine.play_switched()
+                machine.switch()
+                machine.play()
                 machine.end()
                 machine.begin()
-        machine.play_switched()
+        machine.switch()
+        machine.play()
         machine.end()
     finally:
         if machine.boot is not None:
@@ -234,6 +244,24 @@ def test_nothing_flushed_is_lost_when_the_power_fails(start: Start, tmp_path: Pa
         print(f"{machine.failures} power failures")
     assert "Traceback" not in (tmp_path / "proxy.log").read_text()
     assert image.read_bytes() == content
+
+
+def test_after_a_switch_all_blocks_are_known_to_be_there(start: Start, tmp_path: Path, disk: Disk, seed: int) -> None:
+    """A power failure leaves the live bitmap as it was long before."""
+    rng, image = random.Random(seed), tmp_path / "origin.img"
+    content = rng.randbytes(SIZE)
+    image.write_bytes(content)
+    origin = start("--target", "--readonly", image)
+    machine = Machine(disk, tmp_path, origin, content, rng)
+    try:
+        machine.begin()
+        machine.switch()
+        machine.fail()
+        origin.stop()
+        machine.end()
+    finally:
+        if machine.boot is not None:
+            machine.boot.die()
 
 
 REQUESTS: Dict[str, Callable[[nbd.NBD], int]] = {
