@@ -169,7 +169,7 @@ def test_a_proxy_in_the_middle_may_be_killed(
         crowd = Crowd([proxy.uri], 4, ledger, rng)
         for _ in range(3):
             crowd.wait_for(rng.randrange(30))
-            middle.expected_errors.append("died: killed by SIGKILL")
+            middle.expected_errors += ["died: killed by SIGKILL", "the steward died, status 9"]
             kill([middle.pid, *descendants(middle.pid)])
             middle.process.wait()
             middle = start(*arguments, tcp=True)
