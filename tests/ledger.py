@@ -10,6 +10,7 @@ a server died may have been done or not.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import random
 import struct
@@ -27,6 +28,12 @@ SECTOR = 512
 BLOCK = 4096
 _IN_BLOCK = BLOCK // SECTOR
 _LONGEST = 160
+
+
+def content_of(sector: int, serial: int) -> bytes:
+    """Tells where it belongs, and has no byte in common with others but by chance."""
+    name = struct.pack("<II", sector, serial)
+    return (name + hashlib.blake2b(name).digest() * 8)[:SECTOR]
 
 
 class Ledger:
@@ -61,7 +68,7 @@ class Ledger:
             self._serial += 1
             data = []
             for sector in range(first, end):
-                content = bytes(SECTOR) if zeros else struct.pack("<II", sector, self._serial) * (SECTOR // 8)
+                content = bytes(SECTOR) if zeros else content_of(sector, self._serial)
                 self._contents.setdefault(sector, []).append(content)
                 data.append(content)
             return b"".join(data)
@@ -94,8 +101,7 @@ class Ledger:
         elif found == self.origin[sector * SECTOR : (sector + 1) * SECTOR]:
             kind = "the origin's content"
         else:
-            words = {found[at : at + 8].hex() for at in range(0, SECTOR, 8)}
-            kind = "zeros" if not any(found) else " ".join(sorted(words)[:4])
+            kind = "zeros" if not any(found) else f"{found[:16]!r}..."
         return f"sector {sector} (block {sector // _IN_BLOCK}) holds {kind}, and not {since} of {len(contents)}"
 
     def check_read(self, first: int, data: bytes, before: Dict[int, int]) -> None:
@@ -109,12 +115,11 @@ class Ledger:
                     assert not trouble or self._is_mixture(sector, since, found), f"read: {trouble}"
 
     def _is_mixture(self, sector: int, since: int, found: bytes) -> bool:
-        """Whether a READ has met a WRITE in the middle: each word is of a content that it may be of."""
+        """Whether a READ has met a WRITE in the middle: each byte is of a content that it may be of."""
         contents = self._contents.get(sector, [])[max(0, since - 1) :]
         if not since:
             contents = [*contents, bytes(self.base[sector * SECTOR : (sector + 1) * SECTOR])]
-        words = range(0, SECTOR, 8)
-        return all(found[at : at + 8] in [content[at : at + 8] for content in contents] for at in words)
+        return all(byte in allowed for byte, *allowed in zip(found, *contents))
 
     def check_files(self, cache: Path, bitmap: Path, *, power_failed: bool = False) -> int:
         """Compare with the files, and go on with what they hold. Nobody writes now. How many blocks are cached.
