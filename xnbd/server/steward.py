@@ -43,6 +43,7 @@ _TAKE_OVER_EVERY = 1.0
 _GATE_TIMEOUT = 10.0
 _FOLLOW_TIMEOUT = 5.0
 _PROGRESS_EVERY = 0.2
+_NICE = 10  # clients go before the copying of a snapshot
 _MAXIMUM_CELLS = 1 << 16
 
 
@@ -380,6 +381,7 @@ class _Stewardship:
 
     def _make_snapshot(self, bitmap_fd: int) -> str:
         set_title("making a snapshot of", self._source.name)
+        os.nice(_NICE)
         watch = Watch(self._watch.lifeline)
         board = Board(reopen(self._service.board_fd, readonly=False))
         return Snapshotter(self._source, board, bitmap_fd, watch).run()
