@@ -113,11 +113,16 @@ class _Child:
 
     def __init__(self, close_first: Callable[[], None], work: Callable[[], Optional[str]]) -> None:
         reading, writing = os.pipe()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         self.pid = os.fork()
         if not self.pid:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)  # until it has a `Watch` of its own
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             os.close(reading)
             close_first()
             _do_and_exit(work, writing)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         os.close(writing)
         os.set_blocking(reading, False)
         self._reading = reading
@@ -239,8 +244,8 @@ class _Stewardship:
             self._go_on(signal_name, reply)
         if self._copy is not None and self._copy.is_done():
             self._on_copied(self._copy)
-        elif self._copy is None and self._board.copy_wanted and not self._is_copying():
-            self._start_copy(CopyOptions())  # a server that has ended has left it unfinished
+        elif self._board.wanted_copy is not None and not self._watch.stopping and not self._is_copying():
+            self._start_copy(CopyOptions(rate=self._board.wanted_copy))  # a server that has ended has left it
         if self._state is not None:
             self._keep_durable()
 
@@ -339,7 +344,7 @@ class _Stewardship:
         self._start_copy(CopyOptions(min(piece or 64, 64), rate or 0))
         assert self._copy is not None
         if not wait:
-            self._board.copy_wanted = True
+            self._board.wanted_copy = rate or 0
             yield {"done": True, "pid": self._copy.pid}
             return
         yield from self._watch_copy(self._copy)
@@ -407,7 +412,7 @@ class _Stewardship:
         if child is not self._copy:
             return
         self._copy = None
-        self._board.copy_wanted = False
+        self._board.wanted_copy = None
         if child.status:
             log.warning("the copy has ended: %s", child.message or f"status {child.status}")
         else:
@@ -453,7 +458,7 @@ class _Stewardship:
             raise CommandError("this is a plain target already")
         if not force:
             self._refuse_if_missing()
-        self._board.copy_wanted = False
+        self._board.wanted_copy = None
         self._stop_copy()
         self._make_durable()  # a bit that is forgotten would be fetched over what the target has written
         self._proxy.steer(Steering(switched=True, address=self._board.address))

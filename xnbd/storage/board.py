@@ -22,6 +22,7 @@ offset  content, of the machine's own endianness
 8       time of the last checkpoint, in seconds since the epoch (double)
 16      checkpoints (8 bytes)
 24      process that makes a snapshot, its descriptors of snapshot and bitmap (4 bytes each)
+40      bytes per second of that copy, 0 for any number (8 bytes)
 64      CRC-32, length (4 bytes each) and text of the origin's address
 16384   lines of `LINE` bytes, see `_LINE`
 ======  ========================================================================
@@ -47,6 +48,8 @@ _LINES_AT = 16384
 
 _FLAG, _MODE, _CHANGES, _COPY_WANTED, _GENERATION, _CHECKPOINTS, _SNAPSHOT_AT, _ADDRESS = 0, 1, 2, 3, 4, 8, 24, 64
 _SNAPSHOT = struct.Struct("=III")
+_COPY_RATE = 40
+_RATE = struct.Struct("=Q")
 _U32 = struct.Struct("=I")
 _CHECKPOINT = struct.Struct("=dQ")
 _TEXT = struct.Struct("=II")
@@ -139,12 +142,16 @@ class Board:
         return (pid, output, bitmap) if pid else None
 
     @property
-    def copy_wanted(self) -> bool:
-        return bool(self._map[_COPY_WANTED])
+    def wanted_copy(self) -> Optional[int]:
+        """Bytes per second (0: as fast as it goes) of a copy of all blocks that no operator waits for; None: none."""
+        return int(_RATE.unpack_from(self._map, _COPY_RATE)[0]) if self._map[_COPY_WANTED] else None
 
-    @copy_wanted.setter
-    def copy_wanted(self, wanted: bool) -> None:
-        self._map[_COPY_WANTED] = wanted
+    @wanted_copy.setter
+    def wanted_copy(self, rate: Optional[int]) -> None:
+        self._map[_COPY_WANTED] = 0
+        if rate is not None:
+            _RATE.pack_into(self._map, _COPY_RATE, rate)
+            self._map[_COPY_WANTED] = 1
 
     def begin_snapshot(self, pid: int, output: int, bitmap: int) -> None:
         """From now on old blocks are kept; the gate is closed."""
