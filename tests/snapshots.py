@@ -12,7 +12,7 @@ from typing import Iterator, List, NamedTuple, Optional
 
 from server_process import PYTHON, ROOT, Server, children_of, run, title_of, wait_until
 
-from xnbd.storage.board import GATE
+from xnbd.storage.board import GATE, Board
 from xnbd.storage.locks import RangeLocks
 
 
@@ -45,8 +45,9 @@ def take_by_command(control: Path) -> Taken:
     return Taken(Path(out.rstrip("\n")), asked_at, time.monotonic_ns())
 
 
-def bgctl(*arguments: object, check: bool = True) -> "tuple[int, str, str]":
-    """Run xnbd-bgctl: status, output, error output."""
+def bgctl(*arguments: object, check: bool = True) -> tuple[int, str, str]:
+    """Run xnbd-bgctl, the last argument being a control socket that is about to be there: status, output, error output."""
+    wait_until(Path(str(arguments[-1])).exists, "the control socket")
     return run(*bgctl_command(*arguments), check=check)
 
 
@@ -61,29 +62,24 @@ def steward_of(server: Server) -> Optional[int]:
 class Held:
     """A snapshot in the middle: all but the last 32 KiB of the disk may be copied already."""
 
-    def __init__(self, steward: int, descriptor: Path) -> None:
+    def __init__(self, steward: int, descriptor: Path, command: Optional[subprocess.Popen[bytes]]) -> None:
         self._steward = steward
+        self._command = command
         self._bitmap = os.open(descriptor, os.O_RDWR)
         size = os.fstat(self._bitmap).st_size
         self._locks = RangeLocks(self._bitmap)
         assert self._locks.try_acquire(0, size), "copied before it could be held"
 
     @property
+    def command(self) -> subprocess.Popen[bytes]:
+        """The xnbd-bgctl that has asked for it."""
+        assert self._command is not None
+        return self._command
+
+    @property
     def snapshotter(self) -> int:
         (pid,) = (pid for pid in children_of(self._steward) if "snapshot" in title_of(pid))
         return pid
-
-    def has_begun(self) -> bool:
-        """Whether the gate is behind it: from then on workers keep old blocks."""
-        return any(self._is_waiting(pid) for pid in children_of(self._steward))
-
-    def _is_waiting(self, pid: int) -> bool:
-        """Whether the snapshotter has opened its files once more, which it does after the gate."""
-        try:
-            links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-        return sum("xnbd-snapshot" in link for link in links) > 1
 
     def let_workers_keep(self, blocks: int) -> None:
         """Free the locks of the first *blocks* blocks but for the first eight, at which the snapshotter waits."""
@@ -109,6 +105,7 @@ def held_snapshot(server: Server, *, by: Optional[Path] = None) -> Iterator[Held
     steward = steward_of(server)
     assert steward is not None
     gate = os.open(_descriptor(server.pid, "xnbd-board"), os.O_RDWR)
+    board = Board(gate)
     command: Optional[subprocess.Popen[bytes]] = None
     held: Optional[Held] = None
     try:
@@ -119,16 +116,27 @@ def held_snapshot(server: Server, *, by: Optional[Path] = None) -> Iterator[Held
         else:
             command = subprocess.Popen(bgctl_command("--snapshot", by), stdout=-1, stderr=-1)
         wait_until(lambda: _find(steward, "xnbd-snapshot") is not None, "the snapshot's bitmap")
-        held = Held(steward, _descriptor(steward, "xnbd-snapshot"))
+        held = Held(steward, _descriptor(steward, "xnbd-snapshot"), command)
         locks.release(GATE, 1)
-        wait_until(held.has_begun, "the snapshot's beginning")
+        wait_until(lambda: board.snapshot is not None, "the snapshot's beginning")
         yield held
     finally:
-        os.close(gate)
+        board.close()
         if held is not None:
             held.close()
         if command is not None:
             command.communicate(timeout=20)
+
+
+@contextmanager
+def shut_gate(server: Server) -> Iterator[None]:
+    """Nobody works on requests meanwhile."""
+    board = Board(os.open(_descriptor(server.pid, "xnbd-board"), os.O_RDWR))
+    try:
+        with board.closed(10):
+            yield
+    finally:
+        board.close()
 
 
 def _descriptor(pid: int, name: str) -> Path:

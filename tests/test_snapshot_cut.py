@@ -6,7 +6,6 @@ Real file systems: with reflinks (Btrfs, XFS) and without (ext4, tmpfs).
 from __future__ import annotations
 
 import os
-import signal
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, List
@@ -14,10 +13,9 @@ from typing import Iterator, List
 import pytest
 from conftest import Start
 from mounts import loop_mount, small_tmpfs
-from rawclient import READ, WRITE, RawClient, pack_request
-from server_process import wait_until
-from snapshots import Taken, held_snapshot, snapshots_of, take_by_command, take_by_signal
+from snapshots import Taken, take_by_command, take_by_signal
 from stamps import DISK_SIZE, UNTOUCHED, check_cut, noise_disk, writers
+
 
 @contextmanager
 def file_system(directory: Path, kind: str) -> Iterator[Path]:
