@@ -44,3 +44,7 @@ class RequestError(XnbdError):
     def __init__(self, errno: int, message: str = "") -> None:
         super().__init__(message or os.strerror(errno))
         self.errno = errno
+
+
+class TaskFailed(XnbdError):
+    """What a process was forked for cannot be done; the message says why."""

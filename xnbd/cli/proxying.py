@@ -40,7 +40,10 @@ def open_proxy(arguments: Arguments, *, alone: bool) -> ProxySource:
     known = None if arguments["--clear-bitmap"] else known_state(bitmap_path)
     size = _find_size(address, known, patience.connect, ask=alone)
     cache_fd = _open_cache(cache_path, size, must_exist=not arguments["--clear-bitmap"] and _has_bits(bitmap_path))
+    grow = space.device_size(cache_fd) < size
     state = open_state(bitmap_path, cache_fd, disk_size=size, origin=str(address), clear=arguments["--clear-bitmap"])
+    if grow:
+        _grow(cache_fd, cache_path, size)
     settings = ProxySettings(
         path=cache_path,
         size=size,
@@ -112,7 +115,7 @@ def _has_bits(bitmap_path: str) -> bool:
 
 
 def _open_cache(path: str, size: int, *, must_exist: bool) -> int:
-    """The cache image, made or enlarged to *size* bytes: a hole stays where nothing is cached."""
+    """The cache image, made with *size* bytes if there is none; one that is too short has to grow yet."""
     if not os.path.exists(path):
         if must_exist:
             raise ConfigurationError(f"{path} is gone, but its bitmap has cached blocks (--clear-bitmap starts afresh)")
@@ -129,8 +132,11 @@ def _open_cache(path: str, size: int, *, must_exist: bool) -> int:
         raise ConfigurationError(
             f"{path} has {found} bytes of {size}, but its bitmap has cached blocks (--clear-bitmap starts afresh)"
         )
+    return fd
+
+
+def _grow(fd: int, path: str, size: int) -> None:
     try:
         os.ftruncate(fd, size)
     except OSError as error:
         raise ConfigurationError(f"cannot make {path} {size} bytes long: {error.strerror}") from error
-    return fd

@@ -12,10 +12,12 @@ import os
 from time import monotonic
 from typing import Dict, Iterator, NamedTuple, Optional, Tuple
 
+from ..errors import TaskFailed
 from ..storage.blocks import BLOCK, block_count
-from ..storage.fetch import PIECE, Survey
+from ..storage.fetch import PIECE
 from ..storage.image import Ticket
 from ..storage.proxy import ProxyImage
+from ..storage.survey import Survey
 from .disk import Disk
 from .watch import Watch
 
@@ -28,10 +30,6 @@ _QUEUEING = 0.05
 _SURVEY = 1 << 19
 _ZERO_STEP = 1 << 14
 _LOOK_AROUND = 0.1
-
-
-class Failed(Exception):
-    """The copy cannot go on; the message says why."""
 
 
 class CopyOptions(NamedTuple):
@@ -60,7 +58,7 @@ class Copier:
         self._crowded = False
 
     def run(self) -> None:
-        """Return when every block is local, or the disk is no proxy any more. Raises `Failed`, and `Stop`."""
+        """Return when every block is local, or the disk is no proxy any more. Raises `TaskFailed`, and `Stop`."""
         while not self._disk.outdated and not self._bitmap.all_set(0, self._blocks):
             for first, end in self._missing():
                 self._fetch(first, end)
@@ -75,6 +73,7 @@ class Copier:
         while position < self._blocks:
             first, end, local = next(self._bitmap.runs(position, min(position + _SURVEY, self._blocks)))
             if not local:
+                end = min(first + _SURVEY, self._blocks)  # what is local within is passed over later
                 survey = self._survey(first, end)
                 if survey is not None and survey.until > first:
                     end = survey.until
@@ -112,7 +111,7 @@ class Copier:
             if not self._disk.outdated:
                 self._fetcher.make_zero(first, end)
         except OSError as error:
-            raise Failed(f"cannot write to the cache image: {error.strerror}") from error
+            raise TaskFailed(f"cannot write to the cache image: {error.strerror}") from error
         finally:
             self._disk.place.leave()
 
@@ -160,7 +159,7 @@ class Copier:
             return  # a survey's
         self._bytes -= length
         if ticket.error:
-            raise Failed(f"a block could not be copied: {os.strerror(ticket.error)}")
+            raise TaskFailed(f"a block could not be copied: {os.strerror(ticket.error)}")
         took = now - asked_at
         self._quickest = min(self._quickest, took)
         if took > self._quickest + _QUEUEING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..logs import log
 from ..storage.board import TARGET, Board
 from ..storage.image import Image, Source
 from ..storage.locks import do_nothing
@@ -51,16 +52,28 @@ class Disk:
 
     def _keep_for_snapshot(self) -> None:
         snapshot = self.board.snapshot
-        files = open_files(*snapshot) if snapshot is not None else None
-        if files is not None:
-            self.image = KeepingImage(self.image, Keeper(self.image, files))
+        if snapshot is None:
+            return
+        try:
+            files = open_files(*snapshot)
+            if files is not None:
+                self.image = KeepingImage(self.image, Keeper(self.image, files))
+        except (OSError, ValueError) as error:
+            log.error("cannot keep old blocks for the snapshot, which is given up: %s", error)
+            self.board.end_snapshot()
+
+    def let_go(self) -> None:
+        """Of a snapshot that has ended, for a process that sleeps."""
+        if isinstance(self.image, KeepingImage) and self.outdated:
+            self.image.let_go()
 
     def go_inside(self) -> None:
         """Pass the gate, for work on requests; whoever holds it makes this wait."""
         self.place.enter(self.image.on_wait)
 
     def tell_health(self) -> None:
-        """Tell of the origin, if there is news."""
+        """Tell of the origin, if there is news, and of what has come from there."""
+        self.place.tell()
         background = self.image.background
         if background is not None and (background.health, background.trouble) != self._told:
             self._told = background.health, background.trouble

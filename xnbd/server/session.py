@@ -364,7 +364,7 @@ class Session:
                     counts[REQUESTS] += done - 1
                     return False
                 position, end = self._start, self._end
-                if room.full or image is not self._image:
+                if room.full or image is not self._image or self._disk.outdated:
                     break
         counts[REQUESTS] += done
         self._start = position
@@ -454,7 +454,7 @@ class Session:
             self._read_around_holes(cookie, offset, length)
         self._counts[BYTES_READ] += length
         if len(self._replies.pieces) > _MAXIMUM_PIECES:
-            self._replies.send()
+            self._send_first()
 
     def _read_again(self, cookie: bytes, offset: int, length: int) -> None:
         """A READ of the fast path whose blocks have come."""

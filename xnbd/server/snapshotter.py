@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Iterator
 
+from ..errors import TaskFailed
 from ..logs import log
 from ..storage import snapshot
 from ..storage.blocks import BLOCK, steps
@@ -22,10 +23,6 @@ _GATE_TIMEOUT = 10.0
 _DATA_STEP, _HOLE_STEP = 256 << 10, 64 << 20
 
 
-class Failed(Exception):
-    """There is no snapshot; the message says why."""
-
-
 class Snapshotter:
     """Makes one snapshot of *source*; the bitmap behind *bitmap_fd* shows how far it is."""
 
@@ -35,44 +32,61 @@ class Snapshotter:
         self._bitmap_fd = bitmap_fd
         self._watch = watch
         self._held = 0.0
+        self._name = ""
 
     def run(self) -> str:
-        """The snapshot's name and times, as JSON. Raises `Failed`, and `Stop`."""
+        """The snapshot's name and times, as JSON. Raises `TaskFailed`, and `Stop`."""
         began = monotonic()
         path = self._source.path
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise Failed(f"{path} is no regular file: what makes the device can make snapshots of it")
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise TaskFailed(f"{path} is no regular file: what makes the device can make snapshots of it")
             image = self._source.open(self._board)
             output = snapshot.open_output(path, self._source.size)
             self._fill(image, output)
-            name = snapshot.publish(output, snapshot.snapshot_name(path))
+            name = snapshot.publish(output, self._name, status.st_mode & 0o666)
         except TimeoutError as error:
-            raise Failed(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}") from error
+            raise TaskFailed(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}") from error
         except OSError as error:
-            raise Failed(error.strerror or str(error)) from error
+            raise TaskFailed(error.strerror or str(error)) from error
         seconds, held = monotonic() - began, self._held * 1e3
         log.info("snapshot %s: %d bytes in %.2f s, clients held for %.1f ms", name, self._source.size, seconds, held)
         return json.dumps({"path": name, "seconds": round(seconds, 3), "held_ms": round(held, 1)})
 
     def _fill(self, image: Image, output: int) -> None:
         image.flush()  # or a clone would write all of that with everybody waiting
-        if isinstance(image, TargetImage) and snapshot.try_clone(image.fd, output):
+        if isinstance(image, TargetImage) and snapshot.can_clone(image.fd, output):
             with self._gate():
-                if not snapshot.try_clone(image.fd, output):
-                    raise Failed("the file system does not clone any more")
+                snapshot.clone(image.fd, output)
             return
+        self._check_space(output)
+        place = os.getpid(), output, self._bitmap_fd
         with self._gate():
-            self._board.begin_snapshot(os.getpid(), output, self._bitmap_fd)
+            self._board.begin_snapshot(*place)
         try:
             self._copy(image, snapshot.duplicate(SnapshotFiles(output, self._bitmap_fd)))
+            if self._board.snapshot != place:  # all blocks are kept by now: what ends it later does no harm
+                raise TaskFailed("somebody could not keep old blocks, or has ended it")
+        except BaseException:
+            os.ftruncate(output, 0)
+            raise
         finally:
             self._board.end_snapshot()
+
+    def _check_space(self, output: int) -> None:
+        """Refuse what would take the space from the disk's own writers."""
+        needed = min(self._source.size, self._source.allocated())
+        volume = os.fstatvfs(output)
+        free = volume.f_bavail * volume.f_frsize
+        if needed > free:
+            raise TaskFailed(f"the copy may need {needed} bytes, and {free} are free")
 
     @contextmanager
     def _gate(self) -> Iterator[None]:
         began = monotonic()
-        with self._board.closed(_GATE_TIMEOUT):
+        with self._board.closed(_GATE_TIMEOUT, self._watch.check):
+            self._name = snapshot.snapshot_name(self._source.path)
             yield
         self._held = monotonic() - began
 
@@ -82,7 +96,7 @@ class Snapshotter:
         for extent in image.extents(0, image.size):
             for at, count in steps(offset, extent.length, _HOLE_STEP if extent.hole else _DATA_STEP):
                 self._watch.check()
-                keeper.keep_at_once(at - at % BLOCK, count + at % BLOCK)
+                keeper.keep_at_once(at - at % BLOCK, count + at % BLOCK, self._watch.check)
                 if keeper.failed:
                     raise OSError(keeper.failed, os.strerror(keeper.failed))
             offset += extent.length

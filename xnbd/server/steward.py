@@ -13,11 +13,10 @@ import os
 import signal
 from contextlib import suppress
 from functools import partial
-from time import monotonic, sleep, time
-from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Tuple
+from time import monotonic, sleep
+from typing import Callable, Dict, Generator, Iterator, List, Optional, Tuple
 
-from .. import __version__
-from ..errors import CommandError, ConfigurationError
+from ..errors import CommandError, ConfigurationError, TaskFailed
 from ..logs import log
 from ..origin.address import parse_origin
 from ..origin.connection import OriginLost
@@ -25,25 +24,23 @@ from ..origin.probe import probe
 from ..process import set_title
 from ..storage.bitmap import Bitmap
 from ..storage.blocks import BLOCK, block_count
-from ..storage.board import COMPLETE, CONTROL, COPYING, PROXY, TARGET, UNREACHABLE, Board, Counts, Line
+from ..storage.board import COMPLETE, CONTROL, COPYING, PROXY, TARGET, Board
 from ..storage.proxy import ProxyImage, ProxySource
 from ..storage.snapshot import create_bitmap
 from ..storage.state_format import Steering
 from ..storage.target import reopen
+from .child import Child
 from .control import ControlSocket, Message, Reply, flag_argument, integer_argument, text_argument
-from .copier import Copier, CopyOptions, Failed
-from .processes import UsageMeter
+from .copier import Copier, CopyOptions
+from .progress import Progress, Rate
+from .report import COPYING_PEER, Report
 from .service import Service
-from .snapshotter import Failed as SnapshotFailed
 from .snapshotter import Snapshotter
 from .watch import Stop, Watch
 
 _CHECKPOINT_EVERY = 1.0
 _TAKE_OVER_EVERY = 1.0
 _GATE_TIMEOUT = 10.0
-COPYING_PEER = "(copying all blocks)"
-"""Stands on the board in place of a client."""
-
 _FOLLOW_TIMEOUT = 5.0
 _PROGRESS_EVERY = 0.2
 _MAXIMUM_CELLS = 1 << 16
@@ -108,64 +105,6 @@ class Steward:
             log.error("%s", text)
 
 
-class _Child:
-    """A process that does one thing; ``message`` is what it came to, or why it failed."""
-
-    def __init__(self, close_first: Callable[[], None], work: Callable[[], Optional[str]]) -> None:
-        reading, writing = os.pipe()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-        self.pid = os.fork()
-        if not self.pid:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)  # until it has a `Watch` of its own
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            os.close(reading)
-            close_first()
-            _do_and_exit(work, writing)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        os.close(writing)
-        os.set_blocking(reading, False)
-        self._reading = reading
-        self.status: Optional[int] = None
-        self.message = ""
-
-    def is_done(self) -> bool:
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.status = os.waitstatus_to_exitcode(status)
-                with suppress(BlockingIOError):
-                    self.message = os.read(self._reading, 4096).decode()
-                os.close(self._reading)
-        return self.status is not None
-
-    def stop(self) -> None:
-        if self.status is None:
-            os.kill(self.pid, signal.SIGTERM)
-
-    def wait(self) -> None:
-        """Until it has ended, which takes no long time after `stop`."""
-        while not self.is_done():
-            sleep(0.005)
-
-
-def _do_and_exit(work: Callable[[], Optional[str]], writing: int) -> None:
-    status = 1
-    try:
-        os.write(writing, (work() or "").encode())
-        status = 0
-    except Stop:
-        status = 0
-    except (Failed, SnapshotFailed) as failure:
-        os.write(writing, str(failure).encode()[:4096])
-    except OSError as error:
-        os.write(writing, str(error.strerror or error).encode()[:4096])
-    except BaseException:
-        log.exception("a child of the steward failed")
-    finally:
-        os._exit(status)
-
-
 def _lock_copying(board: Board) -> bool:
     """Be the only one to copy; stewards hold the lock in passing, to see whether somebody does."""
     for _ in range(10):
@@ -188,21 +127,20 @@ class _Stewardship:
         self._board = Board(reopen(service.board_fd, readonly=False))
         self._state = self._proxy.open_state() if self._proxy is not None else None
         self._blocks = block_count(source.size)
+        self._known = Progress(self._state.bitmap, source.size) if self._state is not None else None
         self._control: Optional[ControlSocket] = None
-        self._checkpoint: Optional[_Child] = None
-        self._copy: Optional[_Child] = None
-        self._copy_rate = _Rate()
-        self._began = time()
+        self._checkpoint: Optional[Child] = None
+        self._copy: Optional[Child] = None
+        self._copy_rate = Rate()
         self._next_checkpoint = monotonic()
         self._next_try = monotonic()
         self._failing = ""
-        self._counted, self._count_again = 0, 0.0
         self._pending: List[Tuple[str, Reply]] = []
-        self._snapshot: Optional[_Child] = None
+        self._snapshot: Optional[Child] = None
         self._snapshot_wanted = False
         self._board.end_snapshot()  # of a process that is no more: its parent was this one's predecessor
         signal.signal(signal.SIGUSR1, self._on_snapshot_signal)
-        self._meter = UsageMeter()
+        self._report = Report(service, self._board)
         if must_listen and path is not None:
             self._listen()
 
@@ -256,7 +194,8 @@ class _Stewardship:
                 if answer is None:
                     return
         except (CommandError, ConfigurationError) as error:
-            log.warning("%s: %s", signal_name, error)
+            if signal_name != "SIGUSR1":  # of a snapshot the log tells anyway
+                log.warning("%s: %s", signal_name, error)
         self._pending.remove((signal_name, reply))
 
     def _on_snapshot_signal(self, _number: int, _frame: object) -> None:
@@ -285,7 +224,7 @@ class _Stewardship:
         if monotonic() < self._next_checkpoint:
             return
         self._next_checkpoint = monotonic() + _CHECKPOINT_EVERY
-        if self._board.mode == PROXY and self._state.bitmap.all_set(0, self._blocks):
+        if self._board.mode == PROXY and self._progress.complete:
             self._board.mode = COMPLETE
             log.info("every block is cached")
         if self._state.changed:
@@ -295,7 +234,7 @@ class _Stewardship:
         assert self._proxy is not None and self._state is not None
         self._state.checkpoint(self._proxy.cache_fd)
 
-    def _on_checkpoint(self, child: _Child) -> None:
+    def _on_checkpoint(self, child: Child) -> None:
         if child.status == 0:
             self._board.note_checkpoint()
             self._failing = ""
@@ -303,8 +242,8 @@ class _Stewardship:
             log.error("cannot make the cache durable: %s", child.message or f"status {child.status}")
             self._failing = child.message
 
-    def _start(self, work: Callable[[], Optional[str]]) -> _Child:
-        return _Child(self._close_control, work)
+    def _start(self, work: Callable[[], Optional[str]]) -> Child:
+        return Child(self._close_control, work)
 
     def _close_control(self) -> None:
         """In a child: let go of clients, or they would not notice it when the steward disconnects them."""
@@ -319,17 +258,15 @@ class _Stewardship:
         if self._control is not None:
             self._control.close()
 
-    def _missing(self) -> int:
-        assert self._state is not None
-        bitmap = self._state.bitmap
-        if bitmap.all_set(0, self._blocks):
-            return 0
-        now = monotonic()
-        if now >= self._count_again:
-            self._counted = bitmap.count()
-            took = monotonic() - now
-            self._count_again = now + max(0.1, 20 * took)
-        return max(1, self._blocks - self._counted)
+    @property
+    def _progress(self) -> Progress:
+        """Of a proxy."""
+        assert self._known is not None
+        return self._known
+
+    def _query(self, request: Message) -> Reply:
+        cells = integer_argument(request, "map", 1, _MAXIMUM_CELLS)
+        yield {"done": True, **self._report.answer(self._state, self._known, cells)}
 
     # Copying
 
@@ -363,7 +300,7 @@ class _Stewardship:
             watch = Watch(self._watch.lifeline)
             disk = watch.disk = self._service.open_disk()
             if not _lock_copying(disk.board):
-                raise Failed("another server on this cache is copying already")
+                raise TaskFailed("another server on this cache is copying already")
             if isinstance(disk.image, ProxyImage):
                 disk.place.welcome(COPYING_PEER)
                 try:
@@ -372,11 +309,11 @@ class _Stewardship:
                     disk.part()
                     disk.close()
 
-        self._copy_rate = _Rate()
+        self._copy_rate = Rate()
         self._copy = self._start(work)
         log.info("copying all blocks that are missing: process %d", self._copy.pid)
 
-    def _watch_copy(self, child: _Child) -> Iterator[Optional[Message]]:
+    def _watch_copy(self, child: Child) -> Iterator[Optional[Message]]:
         """Progress, until the copy has ended; a client that leaves stops it."""
         fetched_before = self._board.totals().bytes_fetched
         told_at = 0.0
@@ -384,31 +321,26 @@ class _Stewardship:
             while not child.is_done():
                 if monotonic() - told_at >= _PROGRESS_EVERY:
                     told_at = monotonic()
-                    yield {"progress": self._progress(fetched_before)}
+                    yield {"progress": self._copied(fetched_before)}
                 else:
                     yield None
         finally:
             child.stop()
         self._on_copied(child)
-        if child.status or self._missing():
+        if child.status or self._progress.missing():
             raise CommandError(child.message or "the copy was stopped before its end")
-        yield {"done": True, **self._progress(fetched_before)}
+        yield {"done": True, **self._copied(fetched_before)}
 
-    def _progress(self, fetched_before: int) -> Message:
-        cached = self._cached_bytes()
+    def _copied(self, fetched_before: int) -> Message:
         fetched = self._board.totals().bytes_fetched - fetched_before
         return {
-            "cached_bytes": cached,
+            "cached_bytes": self._progress.cached_bytes(),
             "total_bytes": self._source.size,
             "fetched_bytes": fetched,
             "rate": self._copy_rate.of(fetched),
         }
 
-    def _cached_bytes(self) -> int:
-        missing = self._missing()
-        return self._source.size if not missing else max(0, self._source.size - missing * BLOCK)
-
-    def _on_copied(self, child: _Child) -> None:
+    def _on_copied(self, child: Child) -> None:
         if child is not self._copy:
             return
         self._copy = None
@@ -416,7 +348,7 @@ class _Stewardship:
         if child.status:
             log.warning("the copy has ended: %s", child.message or f"status {child.status}")
         else:
-            log.info("the copy has ended, %d blocks are missing", self._missing())
+            log.info("the copy has ended, %d blocks are missing", self._progress.missing())
 
     # Snapshots
 
@@ -436,11 +368,14 @@ class _Stewardship:
             child.stop()
             child.wait()
             self._board.end_snapshot()
+            self._wake_all()
             self._snapshot = None
             bitmap.octets.close()
             os.close(bitmap_fd)
-        if child.status:
-            raise CommandError(f"no snapshot: {child.message or f'its process ended with status {child.status}'}")
+        if child.status or not child.message:
+            failure = f"no snapshot: {child.message or 'its process was stopped'}"
+            log.warning("%s", failure)
+            raise CommandError(failure)
         yield {"done": True, **json.loads(child.message)}
 
     def _make_snapshot(self, bitmap_fd: int) -> str:
@@ -479,8 +414,7 @@ class _Stewardship:
         yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
 
     def _refuse_if_missing(self) -> None:
-        self._count_again = 0.0
-        missing = self._missing()
+        missing = self._progress.missing(exact=True)
         if missing:
             raise CommandError(
                 f"{missing} of {self._blocks} blocks are missing "
@@ -537,111 +471,3 @@ class _Stewardship:
         self._wake_all()
         log.info("the origin is %s now", address)
         yield {"done": True, "address": str(address)}
-
-    # Telling
-
-    def _query(self, request: Message) -> Reply:
-        cells = integer_argument(request, "map", 1, _MAXIMUM_CELLS)
-        lines, totals = self._board.lines(), self._board.totals()
-        usage = self._meter.usage([line.pid for line in lines])
-        answer: Message = {
-            "mode": self._mode_name(),
-            "name": self._source.name,
-            "description": self._source.description,
-            "pid": os.getppid(),
-            "version": __version__,
-            "uptime_seconds": time() - self._began,
-            "readonly": self._source.readonly,
-            "disk_size": self._source.size,
-            "block_size": BLOCK,
-            "counters": {**_counters(totals), "hits": max(0, totals.requests - totals.misses)},
-            "queue": self._queue(lines),
-            "workers": [_worker(line, usage.get(line.pid)) for line in lines if line.peer not in ("", COPYING_PEER)],
-        }
-        if self._proxy is not None:
-            answer.update(self._about_proxy(self._proxy, lines, cells))
-        yield {"done": True, **answer}
-
-    def _mode_name(self) -> str:
-        if self._proxy is not None:
-            return "target" if self._board.mode == TARGET else "proxy"
-        return self._source.mode
-
-    def _queue(self, lines: List[Line]) -> Message:
-        return {
-            "requests": sum(line.queued_requests for line in lines),
-            "requests_limit": self._service.limits.requests,
-            "bytes": sum(line.queued_bytes for line in lines),
-            "bytes_limit": self._service.limits.buffered,
-        }
-
-    def _about_proxy(self, proxy: ProxySource, lines: List[Line], cells: Optional[int]) -> Message:
-        assert self._state is not None
-        count, last = self._board.checkpoints()
-        answer: Message = {
-            "blocks": {"total": self._blocks, "cached": self._blocks - self._missing()},
-            "origin": self._about_origin(proxy, lines),
-            "checkpoint": {
-                "dirty_pages": self._state.dirty_pages(),
-                "completed": count,
-                "seconds_since_last": None if last is None else max(0.0, time() - last),
-            },
-            "cache_all": self._about_copy(lines),
-        }
-        if cells is not None:
-            answer["map"] = self._state.bitmap.shares(min(cells, self._blocks))
-        return answer
-
-    def _about_origin(self, proxy: ProxySource, lines: List[Line]) -> Message:
-        connected = sum(line.origin == 1 for line in lines)
-        unreachable = any(line.origin == UNREACHABLE for line in lines)
-        return {
-            "address": self._board.address or str(proxy.address),
-            "state": "unreachable" if unreachable else "connected" if connected else "idle",
-            "error": next((line.trouble for line in lines if line.trouble), None),
-            "connections": connected,
-        }
-
-    def _about_copy(self, lines: List[Line]) -> Optional[Message]:
-        pid = next((line.pid for line in lines if line.peer == COPYING_PEER), None)
-        if pid is None:
-            return None
-        cached = self._cached_bytes()
-        return {
-            "pid": pid,
-            "copied_bytes": cached,
-            "total_bytes": self._source.size,
-            "rate": self._copy_rate.of(cached),
-        }
-
-
-class _Rate:
-    """Bytes per second over the last moments."""
-
-    def __init__(self) -> None:
-        self._samples: List[Any] = []
-
-    def of(self, amount: int) -> float:
-        now = monotonic()
-        self._samples = [sample for sample in self._samples if now - sample[0] < 5] + [(now, amount)]
-        first_time, first_amount = self._samples[0]
-        return max(0.0, (amount - first_amount) / (now - first_time)) if now > first_time else 0.0
-
-
-def _counters(counts: Counts) -> Message:
-    return dict(counts._asdict())
-
-
-def _worker(line: Line, usage: Any) -> Message:
-    about: Message = {
-        "pid": line.pid,
-        "client": line.peer,
-        "connected_seconds": max(0.0, time() - line.since),
-        **_counters(line.counts),
-        "hits": max(0, line.counts.requests - line.counts.misses),
-        "queued_requests": line.queued_requests,
-        "queued_bytes": line.queued_bytes,
-    }
-    if usage is not None:
-        about.update(usage._asdict())
-    return about

@@ -125,6 +125,8 @@ class Watch:
         try:
             while True:
                 self.check(mid_message=mid_message)
+                if self._woken and self.disk is not None:
+                    self.disk.let_go()
                 ready = {fd for fd, _ in poll.poll(self._milliseconds(until))}
                 self._attend(ready)
                 if not ready.isdisjoint(fds):

@@ -16,13 +16,13 @@ offset  content, of the machine's own endianness
 ======  ========================================================================
 0       the gate's flag (1 byte)
 1       mode (1 byte): `PROXY`, `COMPLETE`, `TARGET`
-2       changes of mode and snapshot, counted modulo 256 (1 byte)
 3       whether a copy of all blocks is wanted that no operator waits for (1 byte)
 4       generation of the origin's address (4 bytes)
 8       time of the last checkpoint, in seconds since the epoch (double)
 16      checkpoints (8 bytes)
 24      process that makes a snapshot, its descriptors of snapshot and bitmap (4 bytes each)
 40      bytes per second of that copy, 0 for any number (8 bytes)
+48      number of changes of mode and snapshot (4 bytes)
 64      CRC-32, length (4 bytes each) and text of the origin's address
 16384   lines of `LINE` bytes, see `_LINE`
 ======  ========================================================================
@@ -46,7 +46,7 @@ PROXY, COMPLETE, TARGET = 0, 1, 2
 LINE = 256
 _LINES_AT = 16384
 
-_FLAG, _MODE, _CHANGES, _COPY_WANTED, _GENERATION, _CHECKPOINTS, _SNAPSHOT_AT, _ADDRESS = 0, 1, 2, 3, 4, 8, 24, 64
+_FLAG, _MODE, _COPY_WANTED, _GENERATION, _CHECKPOINTS, _SNAPSHOT_AT, _CHANGES, _ADDRESS = 0, 1, 3, 4, 8, 24, 48, 64
 _SNAPSHOT = struct.Struct("=III")
 _COPY_RATE = 40
 _RATE = struct.Struct("=Q")
@@ -133,7 +133,8 @@ class Board:
         self._note_change()
 
     def _note_change(self) -> None:
-        self._map[_CHANGES] = (self._map[_CHANGES] + 1) & 0xFF
+        (number,) = _U32.unpack_from(self._map, _CHANGES)
+        _U32.pack_into(self._map, _CHANGES, (number + 1) & 0xFFFFFFFF)
 
     @property
     def snapshot(self) -> Optional[Tuple[int, int, int]]:
@@ -297,9 +298,9 @@ class Place:
         _U32.pack_into(memory, at, os.getpid())
 
     @property
-    def changes(self) -> int:
+    def changes(self) -> bytes:
         """Another number whenever mode or snapshot are others."""
-        return self._map[_CHANGES]
+        return self._map[_CHANGES : _CHANGES + 4]
 
     def tell_mode(self, mode: int) -> None:
         """This process works in *mode* now."""

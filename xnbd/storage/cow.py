@@ -75,6 +75,9 @@ class CowSource(Source):
             readonly=self.readonly,
         )
 
+    def allocated(self) -> int:
+        return sum(os.fstat(fd).st_blocks * 512 for fd in (self._base, self._overlay))
+
     def flush(self) -> None:
         """Nothing: the overlay ends with the server."""
 

@@ -24,13 +24,13 @@ from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple
 from ..logs import log
 from ..origin.address import OriginAddress, parse_origin
 from ..origin.connection import OriginConnection, OriginLost
-from ..protocol.constants import STATE_ZERO
 from . import space
-from .blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop, bytes_of, covered, touched
+from .block_locks import BlockLocks
+from .blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop, touched
 from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, TARGET, UNREACHABLE, Board, Counts
 from .checkpoint import ProcessState
 from .image import Background, Ticket
-from .locks import RangeLocks
+from .survey import Survey
 from .target import TargetImage
 
 PIECE = 64
@@ -86,39 +86,6 @@ class Fetch:
         self.since = 0.0
 
 
-class Survey:
-    """A question about the blocks from *first* up to *end*: which of them the origin has as zeros.
-
-    ``zeros`` are runs of blocks that lie wholly in such extents, ``until`` is where the
-    answer ends: not at *first* unless the origin could not tell.
-    """
-
-    def __init__(self, first: int, end: int, size: int) -> None:
-        self.first = first
-        self.end = end
-        self.done = False
-        self.ticket = Ticket()
-        self.zeros: List[Tuple[int, int]] = []
-        self.until = first
-        self._size = size
-        self._position = block_start(first)
-
-    def add(self, extents: List[Tuple[int, int]]) -> None:
-        for length, flags in extents:
-            if flags & STATE_ZERO:
-                first, end = covered(self._position, length, self._size)
-                if first < end:
-                    self.zeros.append((first, end))
-            self._position += length
-
-    def finish(self, error: int) -> None:
-        self.done = True
-        if error:
-            self.zeros.clear()
-        else:
-            self.until = min(self.end, touched(0, self._position)[1] if self._position else 0)
-
-
 class Fetcher(Background):
     """Fills *cache* for this process; everything between two sleeps happens in one thread."""
 
@@ -129,8 +96,7 @@ class Fetcher(Background):
         self._fd = cache.fd
         self._size = cache.size
         self._bitmap = state.bitmap
-        self._locks = RangeLocks(state.fd)
-        self._held: Dict[int, int] = {}
+        self._locks = BlockLocks(state.fd)
         self._whereabouts = whereabouts
         self._generation = whereabouts.generation
         self._patience = patience
@@ -261,7 +227,7 @@ class Fetcher(Background):
 
     def claim(self, first: int, end: int) -> bool:
         """Lock these blocks to write them; False if another process has some. `settle` lets go of them."""
-        return self._locks.try_acquire(*bytes_of(first, end))
+        return self._locks.claim(first, end)
 
     def settle(self, first: int, end: int, *, written: bool) -> None:
         """Let go of blocks that were claimed, and mark them as local if they were *written*."""
@@ -278,21 +244,7 @@ class Fetcher(Background):
                         if block in by_block:
                             by_block[block].mixed = True
         finally:
-            self._unlock(*bytes_of(first, end))
-
-    def _unlock(self, start: int, count: int) -> None:
-        """Release the locks of these bytes, but for those that fetches hold too."""
-        held = [byte for byte in self._held if start <= byte < start + count]
-        if not held:
-            self._locks.release(start, count)
-            return
-        for byte in sorted(held):
-            if byte > start:
-                self._locks.release(start, byte - start)
-            count -= byte + 1 - start
-            start = byte + 1
-        if count:
-            self._locks.release(start, count)
+            self._locks.give_back(first, end)
 
     def pause(self) -> Ticket:
         """A ticket that is done in a moment, for whoever found blocks locked."""
@@ -414,7 +366,7 @@ class Fetcher(Background):
                 fetch.finish(errno.EIO)
                 self.finished.append(fetch.ticket)
                 continue
-            self._let_go(*bytes_of(fetch.first, fetch.end))
+            self._locks.let_go(fetch.first, fetch.end)
             fetch.error = 0
             if fetch.tickets:
                 self._wanted.appendleft(fetch)
@@ -476,8 +428,7 @@ class Fetcher(Background):
         if end - first > most:
             self._split(fetch, first + max(1, most))
             end = fetch.end
-        start = first >> 3
-        if not self._hold(start, ((end + 7) >> 3) - start):
+        if not self._locks.hold(first, end):
             if self._bitmap.all_set(first, end):
                 self._finish(fetch, 0)
                 return
@@ -487,7 +438,7 @@ class Fetcher(Background):
         if self._bitmap.any_set(first, end):
             fetch.mixed = True
             if self._bitmap.all_set(first, end):
-                self._let_go(*bytes_of(first, end))
+                self._locks.let_go(first, end)
                 self._finish(fetch, 0)
                 return
         offset = block_start(first)
@@ -504,39 +455,6 @@ class Fetcher(Background):
         self._by_block.update(dict.fromkeys(range(end, fetch.end), rest))
         fetch.end = end
         (self._ahead if fetch.ahead else self._wanted).appendleft(rest)
-
-    def _hold(self, start: int, count: int) -> bool:
-        held = self._held
-        if count == 1 and start in held:
-            held[start] += 1
-            return True
-        if not self._locks.try_acquire(start, count):
-            return False
-        if count == 1:
-            held[start] = 1
-            return True
-        for byte in range(start, start + count):
-            held[byte] = held.get(byte, 0) + 1
-        return True
-
-    def _let_go(self, start: int, count: int) -> None:
-        held, free = self._held, 0
-        if count == 1 and held[start] == 1:
-            del held[start]
-            self._locks.release(start, 1)
-            return
-        for byte in range(start, start + count):
-            if held[byte] == 1:
-                del held[byte]
-                free += 1
-            else:
-                held[byte] -= 1
-        if free == count:
-            self._locks.release(start, count)
-        elif free:
-            for byte in range(start, start + count):
-                if byte not in held:
-                    self._locks.release(byte, 1)
 
     # Replies (`origin.replies.Sink`)
 
@@ -596,8 +514,7 @@ class Fetcher(Background):
         error = token.error or error
         if not error and not self._closing:
             self._bitmap.set(first, end)
-        start = first >> 3
-        self._let_go(start, ((end + 7) >> 3) - start)
+        self._locks.let_go(first, end)
         self._finish(token, error)
 
     def _finish(self, fetch: Fetch, error: int) -> None:

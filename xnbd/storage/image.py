@@ -190,6 +190,10 @@ class Source(ABC):
     def open(self, board: Board) -> Image:
         """The disk for this process, whose *board* it is. Called after the fork; raises `OSError`."""
 
+    def allocated(self) -> int:
+        """Bytes of storage that the disk's content takes, about."""
+        return self.size
+
     def board_fd(self, processes: int) -> int:
         """The file of the board, which at most so many processes share."""
         return create_board(processes)

@@ -246,7 +246,11 @@ class ProxySource(Source):
         self.name = os.path.basename(settings.path)
         self.size = settings.size
         self.readonly = settings.readonly
-        self.description = f"proxy of {settings.address}, cached in {self.name}"
+        self.description = self.describe(state.steering.address or str(settings.address))
+
+    def describe(self, address: str) -> str:
+        """The disk while its origin is at *address*."""
+        return f"proxy of {address}, cached in {self.name}"
 
     def open(self, board: Board) -> Image:
         if board.mode == TARGET:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
 import time
 from typing import Callable, Iterator, List, NamedTuple, Optional
 
@@ -26,6 +27,8 @@ from .locks import RangeLocks, do_nothing
 from .target import reopen
 
 _FICLONE = 0x40049409
+_FICLONERANGE = 0x4020940D
+_CLONE_RANGE = struct.Struct("qQQQ")
 _STEP = 64 * BLOCK
 _NO_CLONE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.EPERM, errno.ENOSYS)
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT)
@@ -49,6 +52,8 @@ class Keeper:
         self._failed = bitmap_size(block_count(image.size))
         self.bitmap = Bitmap(files.bitmap, block_count(image.size), spare=1)
         self._locks = RangeLocks(files.bitmap)
+        self._data_from = self._data_until = 0
+        self._closed = False
 
     @property
     def failed(self) -> int:
@@ -58,14 +63,14 @@ class Keeper:
     def keep(self, offset: int, length: int, on_wait: Callable[[], None] = do_nothing) -> None:
         """Return when the old blocks in which *length* bytes at *offset* lie are in the snapshot, or it has failed."""
         first, end = touched(offset, length)
-        if self.bitmap.all_set(first, end) or self.failed:
+        if self._closed or self.bitmap.all_set(first, end) or self.failed:
             return
         for start in range(first - first % BLOCKS_PER_BYTE, end, _STEP // BLOCK):
             self._keep_blocks(max(first, start), min(end, start + _STEP // BLOCK), on_wait)
 
-    def keep_at_once(self, offset: int, length: int) -> None:
+    def keep_at_once(self, offset: int, length: int, on_wait: Callable[[], None]) -> None:
         """What `keep` does, under one lock: for what takes no long time."""
-        self._keep_blocks(*touched(offset, length), do_nothing)
+        self._keep_blocks(*touched(offset, length), on_wait)
 
     def _keep_blocks(self, first: int, end: int, on_wait: Callable[[], None]) -> None:
         start, count = bytes_of(first, end)
@@ -76,19 +81,39 @@ class Keeper:
                     self._copy(block_start(run_first), block_stop(run_end - 1, self._image.size))
                     self.bitmap.set(run_first, run_end)
         except OSError as error:
-            number = error.errno or 0
-            self.bitmap.octets[self._failed] = number if 0 < number < 256 else errno.EIO
+            self.void(error.errno or 0)
         finally:
             self._locks.release(start, count)
 
     def _copy(self, offset: int, stop: int) -> None:
+        """What has no bit is as it was, so that what was found out once stays true for it."""
+        if not self._data_from <= offset < self._data_until:
+            until = self._image.data_until(offset)
+            self._data_from, self._data_until = (
+                min(offset, self._data_from if until == self._data_until else offset),
+                until,
+            )
+        if stop <= self._data_until:
+            self._copy_data(offset, stop - offset)
+            return
         for extent in self._image.extents(offset, stop - offset):
             if not extent.hole:
-                for at, count in steps(offset, extent.length, _STEP):
-                    space.write_all(self._output, memoryview(self._image.pread(at, count)), at)
+                self._copy_data(offset, extent.length)
             offset += extent.length
 
+    def _copy_data(self, offset: int, length: int) -> None:
+        for at, count in steps(offset, length, _STEP):
+            space.write_all(self._output, memoryview(self._image.pread(at, count)), at)
+
+    def void(self, number: int) -> None:
+        """Give the snapshot up because of the errno *number*, and its space back."""
+        self.bitmap.octets[self._failed] = number if 0 < number < 256 else errno.EIO
+        os.ftruncate(self._output, 0)
+
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         self.bitmap.octets.close()
         os.close(self._output)
         os.close(self._bitmap_fd)
@@ -123,7 +148,13 @@ class KeepingImage(Image):
 
     def write(self, offset: int, data: Buffer) -> None:
         self._keeper.keep(offset, len(data), self.on_wait)
-        self.image.write(offset, data)
+        try:
+            self.image.write(offset, data)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or self._keeper.failed:
+                raise
+            self._keeper.void(errno.ENOSPC)  # the disk's space counts for more than the snapshot's
+            self.image.write(offset, data)
 
     def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
         if fast:
@@ -151,6 +182,10 @@ class KeepingImage(Image):
         self.image.close()
         self._keeper.close()
 
+    def let_go(self) -> None:
+        """The snapshot has ended: its file need not be held open, nor its space."""
+        self._keeper.close()
+
     def release(self) -> Image:
         """The image without the snapshot."""
         self._keeper.close()
@@ -168,7 +203,6 @@ def open_output(path: str, size: int) -> int:
             raise OSError(error.errno, "the file system has no nameless files (O_TMPFILE)") from error
         raise
     try:
-        os.fchmod(fd, os.stat(path).st_mode & 0o666)
         os.ftruncate(fd, size)
     except OSError:
         os.close(fd)
@@ -183,10 +217,10 @@ def create_bitmap(size: int) -> int:
     return fd
 
 
-def try_clone(source_fd: int, output: int) -> bool:
-    """Make *output* a clone of the file behind *source_fd*; False if the file system has no clones."""
+def can_clone(source_fd: int, output: int) -> bool:
+    """Whether the file system has clones; tried with one block."""
     try:
-        fcntl.ioctl(output, _FICLONE, source_fd)
+        fcntl.ioctl(output, _FICLONERANGE, _CLONE_RANGE.pack(source_fd, 0, BLOCK, 0))
     except OSError as error:
         if error.errno in _NO_CLONE:
             return False
@@ -194,8 +228,14 @@ def try_clone(source_fd: int, output: int) -> bool:
     return True
 
 
-def publish(output: int, path: str) -> str:
+def clone(source_fd: int, output: int) -> None:
+    """Make *output* a clone of the file behind *source_fd*."""
+    fcntl.ioctl(output, _FICLONE, source_fd)
+
+
+def publish(output: int, path: str, mode: int) -> str:
     """Sync the nameless file and give it the first free name of *path* and *path*.1, .2, ...: durable on return."""
+    os.fchmod(output, mode)
     os.fsync(output)
     directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -223,15 +263,17 @@ def snapshot_name(path: str) -> str:
 
 
 def open_files(pid: int, output: int, bitmap: int) -> Optional[SnapshotFiles]:
-    """The files of a snapshot that process *pid* makes, by its descriptors; None if it is gone."""
+    """The files of a snapshot that process *pid* makes, by its descriptors; None if it is gone. Raises `OSError`."""
     opened: List[int] = []
     try:
         for number in (output, bitmap):
             opened.append(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC))
-    except OSError:
+    except OSError as error:
         for fd in opened:
             os.close(fd)
-        return None
+        if error.errno in (errno.ENOENT, errno.ESRCH):
+            return None
+        raise
     return SnapshotFiles(*opened)
 
 

@@ -32,7 +32,6 @@ from typing import NamedTuple, Optional, Tuple
 from ..errors import ConfigurationError
 from ..logs import log
 from . import state_files as files
-from .bitmap import Bitmap
 from .board import Board, board_size
 from .checkpoint import ProcessState
 from .locks import RangeLocks
@@ -230,13 +229,15 @@ class _Opening:
                 board.address = steering.address
         return fd
 
-    def _refuse_if_incomplete(self) -> None:
-        """A plain target has written to the image since it was a proxy's: fine if no block was missing then."""
+    def _refuse_if_incomplete(self, state_fd: int, *, recover: bool) -> None:
+        """A plain target has written to the image since it was a proxy's: fine if no block was missing then.
+
+        That is looked up in the durable copy if that is about to *recover* the live bitmap.
+        """
         bitmap_fd = self._open_bitmap()
         try:
-            bitmap = Bitmap(bitmap_fd, self._layout.blocks)
-            missing = self._layout.blocks - bitmap.count()
-            bitmap.octets.close()
+            fd, at = (state_fd, self._layout.durable) if recover else (bitmap_fd, 0)
+            missing = self._layout.blocks - files.count_bits(fd, self._layout.bitmap_size, at)
         finally:
             os.close(bitmap_fd)
         if missing:
@@ -303,7 +304,7 @@ class _Opening:
         found = self._check_state(state_fd)
         alone, same_boot = files.is_alone(state_fd), found.boot_id == self._header.boot_id
         if alone and files.read_steering(state_fd).switched:
-            self._refuse_if_incomplete()
+            self._refuse_if_incomplete(state_fd, recover=not same_boot and not found.clean)
         if not alone and not same_boot:
             raise ConfigurationError(f"cache bitmap {self._path} is in use on another machine: stop that server first")
         if found.boot_id == NO_BOOT:

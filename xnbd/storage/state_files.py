@@ -177,6 +177,12 @@ def _read(fd: int, length: int, offset: int) -> bytes:
     return data
 
 
+def count_bits(fd: int, length: int, offset: int) -> int:
+    """How many bits are set in *length* bytes at *offset*."""
+    parts = (_read(fd, min(_CHUNK, length - at), offset + at) for at in range(0, length, _CHUNK))
+    return sum(bin(int.from_bytes(part, "little")).count("1") for part in parts)
+
+
 def save_live(state_fd: int, layout: Layout, difference: Difference) -> None:
     """Put the live page into the durable copy."""
     space.write_all(state_fd, memoryview(difference.live), layout.durable + difference.page * PAGE)

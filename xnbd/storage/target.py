@@ -118,6 +118,9 @@ class TargetSource(Source):
     def flush(self) -> None:
         os.fdatasync(self._fd)
 
+    def allocated(self) -> int:
+        return os.fstat(self._fd).st_blocks * 512
+
 
 class TargetImage(Image):
     """The disk of *size* bytes behind the descriptor *fd*, which this object owns from now on."""

@@ -1,0 +1,445 @@
+"""What processes of one disk share: their lines, and the gate under load, with real processes that are killed."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import signal
+import struct
+import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, Optional
+
+import pytest
+from server_process import is_alive, wait_until
+
+from xnbd.storage.board import (
+    BYTES_READ,
+    COMPLETE,
+    CONTROL,
+    COPYING,
+    MISSES,
+    PROXY,
+    REQUESTS,
+    TARGET,
+    UNREACHABLE,
+    Board,
+    Counts,
+    create_board,
+)
+from xnbd.storage.target import reopen
+
+Work = Callable[[Board], None]
+
+
+class Family:
+    """A board for a few processes, and children that do something with it."""
+
+    def __init__(self, directory: Path, processes: int = 16) -> None:
+        self.fd = create_board(processes)
+        self.board = Board(reopen(self.fd, readonly=False))
+        self.complaints = directory / "complaints"
+        self.complaints.touch()
+        self._children: List[int] = []
+
+    def spawn(self, work: Work) -> int:
+        pid = os.fork()
+        if not pid:
+            self._run(work)
+        self._children.append(pid)
+        return pid
+
+    def _run(self, work: Work) -> None:
+        try:
+            work(Board(reopen(self.fd, readonly=False)))
+        except BaseException:
+            with open(self.complaints, "a") as file:
+                traceback.print_exc(file=file)
+        finally:
+            os._exit(0)
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        self.wait(pid)
+
+    def wait(self, pid: int) -> None:
+        os.waitpid(pid, 0)
+        self._children.remove(pid)
+
+    def close(self) -> None:
+        for pid in list(self._children):
+            self.kill(pid)
+        self.board.close()
+        os.close(self.fd)
+        assert self.complaints.read_text() == ""
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Iterator[Family]:
+    it = Family(tmp_path)
+    yield it
+    it.close()
+
+
+def rest(_board: Optional[Board] = None) -> None:
+    """Stay until killed."""
+    while True:
+        signal.pause()
+
+
+@contextmanager
+def process(family: Family, work: Work) -> Iterator[int]:
+    """A child that does *work* and then stays; from when the work is done."""
+    done, say = os.pipe()
+
+    def work_and_stay(board: Board) -> None:
+        work(board)
+        os.write(say, b"!")
+        rest()
+
+    pid = family.spawn(work_and_stay)
+    os.close(say)
+    assert os.read(done, 1) == b"!", family.complaints.read_text()
+    os.close(done)
+    yield pid
+    if pid in family._children:
+        family.kill(pid)
+
+
+# Mode, address, checkpoints
+
+
+def test_new_board_is_a_proxy_s_without_anything(family: Family) -> None:
+    board = family.board
+    assert board.mode == PROXY
+    assert board.address == ""
+    assert board.generation == 0
+    assert board.checkpoints() == (0, None)
+    assert board.lines() == []
+    assert board.totals() == Counts()
+
+
+def test_mode_is_seen_by_others(family: Family) -> None:
+    for mode in (COMPLETE, TARGET, PROXY):
+        with process(family, lambda board, mode=mode: setattr(board, "mode", mode)):  # type: ignore[misc]
+            assert family.board.mode == mode
+
+
+def test_address_is_seen_by_others_and_has_a_new_generation(family: Family) -> None:
+    for number, address in enumerate(["nbd://a:1/", "nbd://\u00e9\udcff:2/" + "x" * 4000, "", "nbd://b:3/"], 1):
+        with process(family, lambda board, address=address: setattr(board, "address", address)):  # type: ignore[misc]
+            assert family.board.address == address
+            assert family.board.generation == number
+
+
+def test_address_that_is_too_long_is_refused(family: Family) -> None:
+    family.board.address = "nbd://a:1/"
+    with pytest.raises(ValueError, match="too long"):
+        family.board.address = "x" * 20_000
+    assert family.board.address == "nbd://a:1/"
+
+
+def test_address_that_is_half_written_is_none(family: Family) -> None:
+    family.board.address = "nbd://a:1/"
+    with mmap.mmap(family.fd, 0) as memory:
+        memory[64 + 8] ^= 1
+    assert family.board.address == ""
+
+
+def test_checkpoints_are_counted(family: Family) -> None:
+    before = time.time()
+    family.board.note_checkpoint()
+    family.board.note_checkpoint()
+    count, last = family.board.checkpoints()
+    assert count == 2
+    assert last is not None
+    assert before <= last <= time.time()
+
+
+# Lines
+
+
+def serve_somebody(board: Board) -> None:
+    place = board.take_place()
+    place.welcome("10.0.0.1:5")
+    place.counts[REQUESTS] += 7
+    place.counts[BYTES_READ] += 700
+    place.tell()
+    place.tell_mode(PROXY)
+    place.tell_queue(3, 4096)
+    place.tell_origin(UNREACHABLE, "origin x: Connection refused")
+
+
+def test_line_tells_of_its_process(family: Family) -> None:
+    before = time.time()
+    with process(family, serve_somebody) as pid:
+        (line,) = family.board.lines()
+        assert before <= line.since <= time.time()
+        assert line._replace(since=0.0) == (
+            pid,
+            PROXY,
+            0.0,
+            Counts(requests=7, bytes_read=700),
+            UNREACHABLE,
+            3,
+            4096,
+            "10.0.0.1:5",
+            "origin x: Connection refused",
+        )
+
+
+def test_counts_begin_anew_with_the_next_client_but_not_in_the_totals(family: Family) -> None:
+    def serve_two(board: Board) -> None:
+        place = board.take_place()
+        for peer, misses in (("first", 5), ("second", 3)):
+            place.welcome(peer)
+            place.counts[MISSES] += misses
+            place.tell()
+
+    with process(family, serve_two):
+        (line,) = family.board.lines()
+        assert (line.peer, line.counts) == ("second", Counts(misses=3))
+        assert (line.queued_requests, line.queued_bytes, line.trouble) == (0, 0, "")
+        assert family.board.totals() == Counts(misses=8)
+
+
+def test_dead_process_has_no_line_and_its_counts_stay_in_the_totals(family: Family) -> None:
+    with process(family, serve_somebody) as pid:
+        family.kill(pid)
+        assert family.board.lines() == []
+        assert family.board.totals() == Counts(requests=7, bytes_read=700)
+
+
+def test_successor_in_a_line_goes_on_from_its_totals(tmp_path: Path) -> None:
+    family = Family(tmp_path, processes=1)
+    for number in range(1, 4):
+        with process(family, serve_somebody):
+            (line,) = family.board.lines()
+            assert line.counts == Counts(requests=7, bytes_read=700)
+            assert family.board.totals() == Counts(requests=7 * number, bytes_read=700 * number)
+    family.close()
+
+
+def test_each_process_has_a_line_of_its_own_until_all_are_taken(tmp_path: Path) -> None:
+    family = Family(tmp_path, processes=5)
+    pids = []
+    for _ in range(5):
+        done = process(family, serve_somebody)
+        pids.append(done.__enter__())
+    assert sorted(line.pid for line in family.board.lines()) == sorted(pids)
+    with pytest.raises(OSError, match="more than 5 processes"):
+        family.board.take_place()
+    family.kill(pids[0])
+    family.board.take_place()
+    family.close()
+
+
+def test_texts_that_are_too_long_are_cut(family: Family) -> None:
+    def talk(board: Board) -> None:
+        place = board.take_place()
+        place.welcome("\u00e9" * 100)
+        place.tell_origin(UNREACHABLE, "y" * 500)
+
+    with process(family, talk):
+        (line,) = family.board.lines()
+        assert line.peer.startswith("\u00e9" * 30)
+        assert len(line.peer) <= 64
+        assert set(line.trouble) == {"y"}
+
+
+def test_reset_forgets_all_processes(family: Family) -> None:
+    with process(family, serve_somebody) as pid:
+        family.kill(pid)
+    family.board.note_checkpoint()
+    family.board.reset()
+    assert family.board.totals() == Counts()
+    assert family.board.checkpoints() == (0, None)
+
+
+@pytest.mark.parametrize("what", [CONTROL, COPYING])
+def test_lock_is_one_process_s_until_it_ends(family: Family, what: int) -> None:
+    def take(board: Board) -> None:
+        assert board.try_lock(what)
+
+    with process(family, take) as pid:
+        assert not family.board.try_lock(what)
+        family.kill(pid)
+        assert family.board.try_lock(what)
+        family.board.unlock(what)
+
+
+# The gate
+
+
+def enter(board: Board) -> None:
+    board.take_place().enter()
+
+
+def enter_and_leave(board: Board) -> None:
+    place = board.take_place()
+    place.enter()
+    place.leave()
+
+
+def test_gate_closes_at_once_when_nobody_is_inside(family: Family) -> None:
+    with process(family, enter_and_leave), family.board.closed(5):
+        pass
+
+
+def test_gate_does_not_close_while_somebody_is_inside(family: Family) -> None:
+    with process(family, enter) as pid:
+        with pytest.raises(TimeoutError, match=f"process {pid} is busy"), family.board.closed(0.2):
+            pass
+        family.kill(pid)
+        with family.board.closed(5):
+            pass
+
+
+def test_gate_that_could_not_be_closed_is_open_again(family: Family) -> None:
+    with process(family, enter):
+        with pytest.raises(TimeoutError), family.board.closed(0.2):
+            pass
+        with process(family, enter):
+            pass
+
+
+def test_gate_is_held_by_one_at_a_time(family: Family) -> None:
+    def hold(board: Board) -> None:
+        board.closed(5).__enter__()
+
+    held = []
+
+    def keep(board: Board) -> None:
+        held.append(board.closed(5))
+        held[0].__enter__()
+
+    with process(family, keep) as pid:
+        with pytest.raises(TimeoutError, match="somebody else holds the gate"), family.board.closed(0.2):
+            pass
+        family.kill(pid)
+        with family.board.closed(5):
+            pass
+
+
+def test_who_comes_to_a_closed_gate_waits_and_goes_on(family: Family) -> None:
+    with family.board.closed(5):
+        pid = family.spawn(enter_and_leave)
+        wait_until(lambda: any(line.pid == pid for line in family.board.lines()), "the visitor")
+        time.sleep(0.1)
+        assert is_alive(pid)
+    family.wait(pid)
+
+
+def test_gate_of_a_holder_that_dies_opens(family: Family) -> None:
+    held = []
+
+    def keep(board: Board) -> None:
+        held.append(board.closed(5))
+        held[0].__enter__()
+
+    with process(family, keep) as pid:
+        visitor = family.spawn(enter_and_leave)
+        family.kill(pid)
+        family.wait(visitor)
+
+
+_PAIR = struct.Struct("=QQ")
+_SLOTS = 6
+_ROUNDS = 2500
+_PATIENCE = 40.0
+
+
+class Pairs:
+    """Shared memory: a pair of counters for each worker, and how often the gate was closed."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 4096)
+
+    def work(self, slot: int, seed: int) -> Work:
+        def count(board: Board) -> None:
+            rng = random.Random(seed)
+            memory, place, at = self.memory, board.take_place(), slot * _PAIR.size
+            number = _PAIR.unpack_from(memory, at)[0] + 1
+            while True:
+                place.enter()
+                for _ in range(rng.randrange(1, 4)):
+                    struct.pack_into("=Q", memory, at, number)
+                    if rng.random() < 0.01:
+                        time.sleep(rng.random() * 0.002)
+                    struct.pack_into("=Q", memory, at + 8, number)
+                    number += 1
+                place.leave()
+                if rng.random() < 0.05:
+                    time.sleep(rng.random() * 0.002)
+
+        return count
+
+    def look(self, number: int, pids: Dict[int, int]) -> Work:
+        """Close the gate again and again: all pairs are equal then but those of dead workers, and stay as they are."""
+
+        def close(board: Board) -> None:
+            memory, at = self.memory, 2048 + 8 * number
+            rounds = struct.unpack_from("=Q", memory, at)[0]
+            while True:
+                with board.closed(10):
+                    before = memory[: _SLOTS * _PAIR.size]
+                    for slot in range(_SLOTS):
+                        one, other = _PAIR.unpack_from(before, slot * _PAIR.size)
+                        if one != other:
+                            (pid,) = struct.unpack_from("=I", memory, 3072 + 4 * slot)
+                            wait_until(lambda pid=pid: not is_alive(pid), f"the death of {pid}, who is half done", 5)
+                    after = memory[: _SLOTS * _PAIR.size]
+                    assert before == after, "somebody works while the gate is closed"
+                rounds += 1
+                struct.pack_into("=Q", memory, at, rounds)
+
+        return close
+
+    def rounds(self) -> int:
+        return sum(struct.unpack_from("=2Q", self.memory, 2048))
+
+    def note(self, slot: int, pid: int) -> None:
+        struct.pack_into("=I", self.memory, 3072 + 4 * slot, pid)
+
+    def totals(self) -> List[int]:
+        return [_PAIR.unpack_from(self.memory, slot * _PAIR.size)[0] for slot in range(_SLOTS)]
+
+
+def test_nobody_is_half_done_behind_a_closed_gate_whoever_is_killed(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    family, pairs = Family(tmp_path, processes=_SLOTS + 2), Pairs()
+    workers: Dict[int, int] = {}
+    requesters: Dict[int, int] = {}
+
+    def start_worker(slot: int) -> None:
+        gate, opener = os.pipe()
+        work = pairs.work(slot, rng.randrange(1 << 32))
+        workers[slot] = family.spawn(lambda board: (os.read(gate, 1), work(board))[1])
+        pairs.note(slot, workers[slot])  # before it may be found half done
+        os.write(opener, b"!")
+        os.close(gate)
+        os.close(opener)
+
+    for slot in range(_SLOTS):
+        start_worker(slot)
+    for number in range(2):
+        requesters[number] = family.spawn(pairs.look(number, workers))
+    until, killed = time.monotonic() + _PATIENCE, 0
+    while pairs.rounds() < _ROUNDS and family.complaints.read_text() == "":
+        assert time.monotonic() < until, f"{pairs.rounds()} rounds only, {killed} killed"
+        time.sleep(rng.random() * 0.02)
+        if rng.random() < 0.7:
+            slot = rng.randrange(_SLOTS)
+            family.kill(workers[slot])
+            start_worker(slot)
+        else:
+            number = rng.randrange(2)
+            family.kill(requesters[number])
+            requesters[number] = family.spawn(pairs.look(number, workers))
+        killed += 1
+    family.close()
+    print(f"{pairs.rounds()} rounds, {killed} killed, worked: {pairs.totals()}")
+    assert min(pairs.totals()) > 0

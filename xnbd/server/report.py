@@ -1,0 +1,124 @@
+"""What ``xnbd-bgctl --query`` is told (``xnbd-bgctl(8)``, section CONTROL SOCKET PROTOCOL)."""
+
+from __future__ import annotations
+
+import os
+from time import time
+from typing import Any, List, Optional
+
+from .. import __version__
+from ..storage.blocks import BLOCK
+from ..storage.board import REACHED, TARGET, UNREACHABLE, Board, Counts, Line
+from ..storage.checkpoint import ProcessState
+from ..storage.proxy import ProxySource
+from .control import Message
+from .processes import UsageMeter
+from .progress import Progress, Rate
+from .service import Service
+
+COPYING_PEER = "(copying all blocks)"
+"""Stands on the board in place of a client."""
+
+
+class Report:
+    """The answers of one steward."""
+
+    def __init__(self, service: Service, board: Board) -> None:
+        self._service = service
+        self._source = service.source
+        self._board = board
+        self._began = time()
+        self._meter = UsageMeter()
+        self._copy_rate = Rate()
+
+    def answer(self, state: Optional[ProcessState], progress: Optional[Progress], cells: Optional[int]) -> Message:
+        """Everything; *state* and *progress* are a proxy's, whose map gets *cells* if that is not None."""
+        source, lines, totals = self._source, self._board.lines(), self._board.totals()
+        usage = self._meter.usage([line.pid for line in lines])
+        answer: Message = {
+            "mode": "target" if self._board.mode == TARGET else source.mode,
+            "name": source.name,
+            "description": self._description(),
+            "pid": os.getppid(),
+            "version": __version__,
+            "uptime_seconds": time() - self._began,
+            "readonly": source.readonly,
+            "disk_size": source.size,
+            "block_size": BLOCK,
+            "counters": _counters(totals),
+            "queue": self._queue(lines),
+            "workers": [_worker(line, usage.get(line.pid)) for line in lines if line.peer not in ("", COPYING_PEER)],
+        }
+        if isinstance(source, ProxySource) and state is not None and progress is not None:
+            answer["blocks"] = {"total": progress.blocks, "cached": progress.blocks - progress.missing()}
+            answer["origin"] = self._origin(source, lines)
+            answer["checkpoint"] = self._checkpoint(state)
+            answer["cache_all"] = self._copy(lines, progress)
+            if cells is not None:
+                answer["map"] = progress.shares(cells)
+        return answer
+
+    def _description(self) -> str:
+        source = self._source
+        if not isinstance(source, ProxySource):
+            return source.description
+        if self._board.mode == TARGET:
+            return f"disk image {source.name}, a proxy's cache until the switch"
+        return source.describe(self._board.address or str(source.address))
+
+    def _queue(self, lines: List[Line]) -> Message:
+        limits = self._service.limits
+        return {
+            "requests": sum(line.queued_requests for line in lines),
+            "requests_limit": limits.requests,
+            "bytes": sum(line.queued_bytes for line in lines),
+            "bytes_limit": limits.buffered,
+        }
+
+    def _origin(self, proxy: ProxySource, lines: List[Line]) -> Message:
+        connected = sum(line.origin == REACHED for line in lines)
+        unreachable = any(line.origin == UNREACHABLE for line in lines)
+        return {
+            "address": self._board.address or str(proxy.address),
+            "state": "unreachable" if unreachable else "connected" if connected else "idle",
+            "error": next((line.trouble for line in lines if line.trouble), None),
+            "connections": connected,
+        }
+
+    def _checkpoint(self, state: ProcessState) -> Message:
+        count, last = self._board.checkpoints()
+        return {
+            "dirty_pages": state.dirty_pages(),
+            "completed": count,
+            "seconds_since_last": None if last is None else max(0.0, time() - last),
+        }
+
+    def _copy(self, lines: List[Line], progress: Progress) -> Optional[Message]:
+        pid = next((line.pid for line in lines if line.peer == COPYING_PEER), None)
+        if pid is None:
+            return None
+        cached = progress.cached_bytes()
+        return {
+            "pid": pid,
+            "copied_bytes": cached,
+            "total_bytes": progress.size,
+            "rate": self._copy_rate.of(cached),
+        }
+
+
+def _counters(counts: Counts) -> Message:
+    return {**counts._asdict(), "hits": max(0, counts.requests - counts.misses)}
+
+
+def _worker(line: Line, usage: Any) -> Message:
+    about: Message = {
+        "pid": line.pid,
+        "client": line.peer,
+        "connected_seconds": max(0.0, time() - line.since),
+        **_counters(line.counts),
+        "queued_requests": line.queued_requests,
+        "queued_bytes": line.queued_bytes,
+    }
+    if usage is not None:
+        about.update(usage._asdict())
+    return about
