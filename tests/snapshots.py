@@ -46,7 +46,7 @@ def take_by_command(control: Path) -> Taken:
 
 
 def bgctl(*arguments: object, check: bool = True) -> tuple[int, str, str]:
-    """Run xnbd-bgctl, the last argument being a control socket that is about to be there: status, output, error output."""
+    """Run xnbd-bgctl: status, output, error output. The last argument is a control socket, which is about to come."""
     wait_until(Path(str(arguments[-1])).exists, "the control socket")
     return run(*bgctl_command(*arguments), check=check)
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import ContextManager, Iterator, List
 
@@ -100,8 +103,9 @@ def test_the_name_tells_the_time(target: Server, disk: Path, control: Path) -> N
 
 def test_the_log_names_file_time_and_how_long_clients_were_held(target: Server, disk: Path) -> None:
     taken = take_by_signal(target, disk)
-    expected = rf"INFO: snapshot {re.escape(str(taken.path))}: {disk.stat().st_size} bytes in [\d.]+ s, clients held for [\d.]+ ms"
-    wait_until(lambda: re.search(expected, target.log()), "the line in the log")
+    name, size = re.escape(str(taken.path)), disk.stat().st_size
+    line = rf"INFO: snapshot {name}: {size} bytes in [\d.]+ s, clients held for [\d.]+ ms"
+    wait_until(lambda: re.search(line, target.log()), "the line in the log")
 
 
 def test_sparse_images_stay_sparse(start: Start, tmpfs: Path, control: Path) -> None:
@@ -301,12 +305,37 @@ def test_no_space(start: Start, tmpfs: Path, control: Path) -> None:
         for n in range(200):
             assert client.write(n * 4096, n.to_bytes(8, "little") * 512) == 0
         wait_until(lambda: "no snapshot" in server.log(), "the line in the log")
-        assert re.search(r"WARNING: SIGUSR1: no snapshot: [Nn]o space", server.log())
+        assert re.search(r"WARNING: no snapshot: the copy may need .* free", server.log())
         assert snapshots_of(image) == []
         assert client.read(199 * 4096, 8) == (199).to_bytes(8, "little")
         run("mount", "-o", "remount,size=128M", tmpfs)
         assert take_by_signal(server, image).path.read_bytes() == image.read_bytes()
     server.stop()
+
+
+def test_space_that_is_gone_in_the_middle(target: Server, disk: Path) -> None:
+    """It is a client's write that finds no room for the old block."""
+    with connect(target) as client:
+        with held_snapshot(target) as held:
+            held.let_workers_keep(2048)
+            fill(disk.parent / "other")
+            assert client.write(MIB, b"a" * MIB) == 0
+            held.go_on()
+            target.wait_for_log("WARNING: no snapshot: No space left on device")
+        assert snapshots_of(disk) == []
+        assert client.read(MIB, MIB) == b"a" * MIB
+        (disk.parent / "other").unlink()
+        assert take_by_signal(target, disk).path.read_bytes() == disk.read_bytes()
+
+
+def fill(path: Path) -> None:
+    """Leave no space on this file system."""
+    with open(path, "wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(MIB))
+    with open(path, "ab", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
 
 
 def test_a_snapshot_without_space_takes_none_from_the_clients(start: Start, tmpfs: Path, control: Path) -> None:
@@ -342,8 +371,8 @@ def test_the_end_of_the_snapshotting_process_leaves_nothing(target: Server, disk
             assert client.write(MIB, b"a" * 4096) == 0
             os.kill(held.snapshotter, number)
             held.go_on()
-            target.wait_for_log("SIGUSR1: no snapshot: ")
-        assert os.listdir(disk.parent) == [disk.name]
+            target.wait_for_log("WARNING: no snapshot: ")
+        assert list(disk.parent.iterdir()) == [disk]
         assert client.write(2 * MIB, b"b" * 4096) == 0
         assert take_by_signal(target, disk).path.read_bytes() == disk.read_bytes()
 
@@ -359,7 +388,7 @@ def test_the_death_of_the_steward_leaves_nothing(target: Server, disk: Path) -> 
             wait_until(lambda: not is_alive(snapshotter), "the end of the snapshotting process")
             wait_until(lambda: steward_of(target) not in (None, steward), "the next steward")
             assert client.write(MIB, b"a" * 4096) == 0
-        assert os.listdir(disk.parent) == [disk.name]
+        assert list(disk.parent.iterdir()) == [disk]
         assert take_by_signal(target, disk).path.read_bytes() == disk.read_bytes()
 
 
@@ -388,7 +417,7 @@ def test_the_death_of_the_master_leaves_nothing(start: Start, disk: Path, contro
         snapshotter = held.snapshotter
         server.process.kill()
         wait_until(lambda: not is_alive(snapshotter), "the end of the snapshotting process")
-    assert os.listdir(disk.parent) == [disk.name]
+    assert list(disk.parent.iterdir()) == [disk]
     server.process.wait()
     again = start("--target", disk, "--control", control)
     assert take_by_signal(again, disk).path.read_bytes() == disk.read_bytes()
@@ -399,7 +428,7 @@ def test_stopping_the_server_in_the_middle_leaves_nothing(start: Start, disk: Pa
     server = start("--target", disk, "--control", control)
     with held_snapshot(server):
         assert server.stop() == 0
-    assert os.listdir(disk.parent) == [disk.name]
+    assert list(disk.parent.iterdir()) == [disk]
 
 
 def test_an_idle_client_does_not_keep_the_space_of_a_snapshot_that_was_removed(target: Server, disk: Path) -> None:
@@ -424,14 +453,27 @@ def test_an_idle_client_does_not_keep_the_space_of_a_snapshot_that_was_removed(t
 
 def test_replies_that_wait_at_a_shut_gate_are_sent_once(target: Server, disk: Path) -> None:
     """The client begins to take them when the worker cannot go on."""
+    count, length = 200, 32768
     with RawClient(target.connect()) as client:
-        client.negotiate(structured=True)
-        client.send(b"".join(pack_request(READ, 0, 32768, cookie=n) for n in range(200)))
+        client.negotiate()
+        client.send(b"".join(pack_request(READ, n * 4096, length, cookie=n) for n in range(count)))
         wait_until(lambda: client.sock.recv(1, socket.MSG_PEEK), "the first reply")
         with shut_gate(target):
-            chunks = [client.chunk() for _ in range(4)]
-        chunks += [client.chunk() for _ in range(196)]
-    assert [chunk.cookie for chunk in chunks] == list(range(200))
+            early = take_what_comes(client)
+        data = early + client.receive(count * (16 + length) - len(early))
+        assert client.works()
+    content = disk.read_bytes()
+    for n, at in enumerate(range(0, len(data), 16 + length)):
+        assert data[at : at + 16] == struct.pack(">IIQ", 0x67446698, 0, n)
+        assert data[at + 16 : at + 16 + length] == content[n * 4096 : n * 4096 + length]
+
+
+def take_what_comes(client: RawClient) -> bytes:
+    """Everything, until nothing has come for a moment."""
+    data = bytearray()
+    while select.select([client.sock], [], [], 0.2)[0]:
+        data += client.sock.recv(1 << 20)
+    return bytes(data)
 
 
 def test_a_slow_payload_does_not_hold_the_snapshot_up(target: Server, disk: Path) -> None:
