@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +39,9 @@ class Server:
         *,
         tcp: bool = False,
         env: Optional[Dict[str, str]] = None,
+        prefix: Sequence[str] = (),
     ) -> None:
+        """*prefix* is a program that sets something up and then becomes the server."""
         self.socket = directory / f"{name}.sock"
         self.log_path = directory / f"{name}.log"
         self.port = free_port() if tcp else 0
@@ -49,7 +51,7 @@ class Server:
             where += ["--laddr", "127.0.0.1", "--lport", str(self.port)]
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
-                command(*arguments, *where),
+                [*prefix, *command(*arguments, *where)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

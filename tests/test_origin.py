@@ -6,14 +6,14 @@ import errno
 import random
 import select
 import socket
-import subprocess
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple
+from typing import Callable, Iterator, List, NamedTuple
 
 import pytest
 from conftest import MIB, Start
-from origin_owner import PATIENCE, Own, owners
-from server_process import Server, free_port, run, wait_until
+from origin_owner import Own, owners
+from origin_programs import OriginProgram
+from server_process import Server, free_port, run
 
 from xnbd.origin.address import parse_origin
 from xnbd.origin.connection import OriginLost
@@ -52,72 +52,27 @@ Origin = Callable[[str], str]
 """Starts a server of the kind named, and returns its URI."""
 
 
-def program(kind: str, image: Path, where: Path) -> List[object]:
-    nbdkit = ["nbdkit", "--foreground", "--unix", where / "origin.sock"]
-    qemu = ["qemu-nbd", "--read-only", "--persistent", "--format=raw", "--socket", where / "origin.sock"]
-    programs: Dict[str, List[object]] = {
-        "nbdkit": [*nbdkit, "file", image],
-        "nbdkit memory": [*nbdkit, "memory", SIZE],
-        "nbdkit without structured replies": [*nbdkit, "--no-sr", "file", image],
-        "nbdkit not fixed": [*nbdkit, "--mask-handshake=0", "file", image],
-        "nbdkit oldstyle": [*nbdkit, "--oldstyle", "file", image],
-        "nbdkit with 64 KiB requests": [
-            *nbdkit, "--filter=blocksize-policy", "file", image,
-            "blocksize-minimum=512", "blocksize-preferred=4K", "blocksize-maximum=64K", "blocksize-error-policy=error",
-        ],
-        "nbdkit that fails": [
-            *nbdkit, "--filter=error", "file", image,
-            "error-pread=ENOSPC", "error-pread-rate=100%", f"error-pread-file={where / 'fail'}",
-        ],
-        "qemu-nbd": [*qemu, "--export-name=disk", image],
-        "nbd-server": ["nbd-server", "-d", "-C", where / "nbd-server.conf"],
-    }  # fmt: skip
-    return programs[kind]
-
-
-CONFIGURATION = """[generic]
-port = {port}
-listenaddr = 127.0.0.1
-unixsock = {socket}
-[disk]
-exportname = {image}
-readonly = true
-"""
-
 OWN = {"xnbd-server": [], "xnbd-server oldstyle": ["--oldstyle"]}
 
 
 @pytest.fixture
 def origin(start: Start, tmp_path: Path, image: Path) -> Iterator[Origin]:
-    processes: List[subprocess.Popen[bytes]] = []
+    programs: List[OriginProgram] = []
 
     def start_one(kind: str) -> str:
         if kind in OWN:
             server = start("--target", "--readonly", "--exportname", "disk", *OWN[kind], image)
             return f"nbd+unix:///disk?socket={server.socket}"
-        path = tmp_path / "origin.sock"
-        text = CONFIGURATION.format(port=free_port(), socket=path, image=image)
-        (tmp_path / "nbd-server.conf").write_text(text)
-        command = [str(word) for word in program(kind, image, tmp_path)]
-        with (tmp_path / "origin.log").open("wb") as log:
-            processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
-        wait_until(lambda: is_listening(path), f"{kind} to listen")
+        programs.append(OriginProgram(kind, image, tmp_path))
         if kind == "nbdkit memory":
-            run("nbdcopy", image, f"nbd+unix:///?socket={path}")
-        return f"nbd+unix:///disk?socket={path}"
+            run("nbdcopy", image, programs[-1].uri)
+        return programs[-1].uri
 
     try:
         yield start_one
     finally:
-        for process in processes:
-            process.terminate()
-            process.wait(PATIENCE)
-
-
-def is_listening(path: Path) -> bool:
-    """Whether somebody listens there, found out without a visit: nbd-server -d serves the first one only."""
-    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
-    return any(fields[3] == "00010000" and fields[-1] == str(path) for fields in sockets)
+        for program in programs:
+            program.stop()
 
 
 @pytest.fixture

@@ -68,8 +68,8 @@ class Disk:
             self.image.let_go()
 
     def go_inside(self) -> None:
-        """Pass the gate, for work on requests; whoever holds it makes this wait."""
-        self.place.enter(self.image.on_wait)
+        """Pass the gate, for work on requests; whoever holds it makes this wait, for a moment only."""
+        self.place.enter()
 
     def tell_health(self) -> None:
         """Tell of the origin, if there is news, and of what has come from there."""

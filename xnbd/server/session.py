@@ -142,7 +142,7 @@ class Session:
             self._end += received or 0
             more = True
             while more:
-                place.enter(self._on_wait)
+                place.enter()
                 if disk.outdated:
                     self._renew()
                 more = self._work_or_leave()

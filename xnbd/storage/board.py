@@ -306,25 +306,27 @@ class Place:
         """This process works in *mode* now."""
         self._map[self._inside + _OWN_MODE - _INSIDE] = mode
 
-    def enter(self, on_wait: Callable[[], None] = do_nothing) -> None:
-        """From now on until `leave` the gate cannot be closed."""
+    def enter(self) -> None:
+        """From now on until `leave` the gate cannot be closed.
+
+        Waits while it is, and calls nobody meanwhile: this happens in the middle of sends.
+        """
         self._map[self._inside] = 1
         self.inside = True
         if self._map[self._flag]:
-            self._wait_outside(on_wait)
+            self._wait_outside()
 
     def leave(self) -> None:
         self._map[self._inside] = 0
         self.inside = False
 
-    def _wait_outside(self, on_wait: Callable[[], None]) -> None:
+    def _wait_outside(self) -> None:
         while self._map[self._flag]:
             self._map[self._inside] = 0
             if self._locks.try_acquire(GATE, 1):  # whoever had raised the flag is dead
                 self._map[self._flag] = 0
                 self._locks.release(GATE, 1)
             else:
-                on_wait()
                 time.sleep(_LONGEST_NAP / 10)
             self._map[self._inside] = 1
 

@@ -1,0 +1,117 @@
+"""Real proxies on one cache, for tests that start, kill and compare them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import nbd
+from server_process import PYTHON, ROOT, Server, children_of, is_alive, run, title_of, wait_until
+
+BLOCK = 4096
+
+
+class CacheFiles:
+    """Where a cache has its files in *directory*."""
+
+    def __init__(self, directory: Path, name: str = "cache") -> None:
+        self.image = directory / f"{name}.img"
+        self.bitmap = directory / f"{name}.bitmap"
+        self.state = directory / f"{name}.bitmap.state"
+        self.control = directory / f"{name}.control"
+
+    def arguments(self, origin: object, *options: object, control: object = None) -> List[str]:
+        """Of a proxy of *origin*, an URI."""
+        words = ["--proxy", *options, origin, self.image, self.bitmap, control or self.control]
+        return [str(word) for word in words]
+
+    def cached(self) -> List[int]:
+        """The blocks that are marked as local."""
+        octets = self.bitmap.read_bytes()
+        return [block for block in range(8 * len(octets)) if octets[block >> 3] >> (block & 7) & 1]
+
+    def is_clean(self) -> bool:
+        """Whether the state file says that it was closed cleanly: flag 1 at offset 16."""
+        with self.state.open("rb") as file:
+            return bool(file.read(20)[16] & 1)
+
+    def remove(self) -> None:
+        for path in self.image.parent.glob(f"{self.image.stem}.*"):
+            path.unlink()
+
+
+def connect(uri: str, *, structured: bool = True) -> nbd.NBD:
+    client = nbd.NBD()
+    client.set_request_structured_replies(structured)
+    if structured:
+        client.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+    client.connect_uri(uri)
+    return client
+
+
+def ask(control: Path, command: str, **arguments: object) -> Dict[str, Any]:
+    """Send one command to a control socket: the last line of its answer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(20)
+        sock.connect(str(control))
+        sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+        with sock.makefile("r") as lines:
+            for line in lines:
+                answer = json.loads(line)
+                if "done" in answer or "error" in answer or command == "query":
+                    return dict(answer)
+    raise AssertionError(f"{command}: no answer")
+
+
+def query(control: Path) -> Dict[str, Any]:
+    """What the steward tells, which may come a moment after the server listens."""
+    answers: List[Dict[str, Any]] = []
+
+    def try_once() -> bool:
+        try:
+            answers.append(ask(control, "query"))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        return True
+
+    wait_until(try_once, f"an answer at {control}")
+    return answers[0]
+
+
+def bgctl(*arguments: object, check: bool = True) -> Tuple[int, str, str]:
+    return run(PYTHON, ROOT / "bin" / "xnbd-bgctl", *arguments, check=check)
+
+
+def descendants(pid: int) -> List[int]:
+    """All processes below *pid*."""
+    found = []
+    for child in children_of(pid):
+        found += [child, *descendants(child)]
+    return found
+
+
+def by_kind(server: Server) -> Dict[str, List[int]]:
+    """The processes of a server by what they do."""
+    kinds: Dict[str, List[int]] = {"master": [server.pid]}
+    for pid in descendants(server.pid):
+        title = title_of(pid)
+        for kind in ("worker for", "spare worker", "steward", "copying"):
+            if kind in title:
+                kinds.setdefault(kind, []).append(pid)
+    return kinds
+
+
+def kill(pids: List[int]) -> None:
+    """SIGKILL, all at once; those that are gone already do not count."""
+    for pid in pids:
+        try:
+            os.kill(pid, 9)
+        except ProcessLookupError:
+            pass
+
+
+def wait_until_gone(pids: List[int], seconds: float = 10.0) -> None:
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), f"the end of processes {pids}", seconds)

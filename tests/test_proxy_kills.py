@@ -1,0 +1,209 @@
+"""Proxies of which processes are killed at random moments: what was answered stays, and no block is wrong.
+
+After every kill the servers are started again and the cache is compared, all of it,
+with what clients were told. Now and then the origin stalls before the kill, and
+answers again only when the comparison is done.
+
+XNBD_ROUNDS sets the number of kills; without it the test takes `SECONDS`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+from pathlib import Path
+from typing import List, Optional
+
+from caching import CacheFiles, ask, by_kind, connect, descendants, kill, query, wait_until_gone
+from conftest import MIB, Start
+from ledger import SECTOR, Crowd, Ledger
+from model import read_all
+from relay import Relay
+from server_process import Server, wait_until
+
+SECONDS = 15.0
+SIZE = 24 * MIB + 3 * SECTOR
+CLIENTS = 5
+ROUNDS_PER_CACHE = 10
+
+EXPECTED = [
+    r"worker \d+ .*died: killed by SIGKILL",
+    r"the steward died, status 9",
+    r"cannot make the cache durable: status -9",
+]
+"""What kills leave in the log, and no other error may be there."""
+
+
+class Field:
+    """Two proxies of one origin, on one cache, and their clients' *ledger*."""
+
+    def __init__(self, directory: Path, origin: Server, relay: Relay, content: bytes, rng: random.Random) -> None:
+        self.kills: List[str] = []
+        self._directory = directory
+        self._origin = origin
+        self._relay = relay
+        self._content = content
+        self._rng = rng
+        self._files = CacheFiles(directory)
+        self._servers: List[Optional[Server]] = [None, None]
+        self._started: List[Server] = []
+        self._left: List[int] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """An empty cache."""
+        self._files.remove()
+        self._ledger = Ledger(self._content)
+        self._wait_for_old_processes()
+        self._start_missing()
+
+    def _start_missing(self) -> None:
+        for number, server in enumerate(self._servers):
+            if server is None:
+                self._servers[number] = self._start(number)
+        for server in self._servers:
+            assert server is not None
+            server.wait_for_log(f"[{server.pid}] INFO: serving ")  # a worker of its dead predecessor may still accept
+
+    def _start(self, number: int) -> Server:
+        control = self._directory / f"control{number}"
+        timeout = 0.5 if self._files.state.exists() else 10  # the size is known, and the origin may be stalled
+        arguments = self._files.arguments(self._relay.uri, "--connect-timeout", timeout, control=control)
+        server = Server(self._directory, f"proxy{number}", arguments)
+        self._started.append(server)
+        return server
+
+    def round(self) -> None:
+        """Load, a kill in the middle of it, a restart and the comparison."""
+        rng, servers = self._rng, [server for server in self._servers if server is not None]
+        crowd = Crowd([server.uri for server in servers], CLIENTS, self._ledger, rng)
+        if rng.random() < 0.3:
+            self._copy_all(rng.randrange(2), rng.choice((2, 20)) * MIB)
+        time.sleep(rng.random() * 0.2)
+        stalled = rng.random() < 0.5
+        if stalled:
+            self._relay.stall()
+            time.sleep(rng.random() * 0.05)
+        self._kill_some(servers)
+        time.sleep(rng.random() * 0.05)
+        if stalled and self._servers != [None, None]:
+            self._relay.resume()  # or the clients of those who live would wait for ever
+        crowd.finish()
+        if rng.random() < 0.5:
+            self._wait_for_old_processes()
+        if None in self._servers and rng.random() < 0.2:
+            self._kill_at_start(self._servers.index(None))
+        self._start_missing()
+        self._wait_for_old_processes()
+        self._ledger.check_files(self._files.image, self._files.bitmap)
+        if stalled:
+            self._relay.resume()
+        self._compare_some()
+
+    def _copy_all(self, number: int, rate: int) -> None:
+        """Begin a slow copy of everything; one that goes on already is as good."""
+        try:
+            ask(self._directory / f"control{number}", "cache-all", limit_rate=rate)
+        except OSError:
+            pass  # its steward was killed a moment ago
+
+    def _kill_some(self, servers: List[Server]) -> None:
+        rng = self._rng
+        victim = rng.choice(servers)
+        kinds = by_kind(victim)
+        kind = rng.choice([*kinds, "worker for", "a server", "everything", "SIGTERM"])
+        self.kills.append(kind)
+        if kind == "SIGTERM":
+            victim.stop()
+            self._servers[self._servers.index(victim)] = None
+            return
+        if kind == "everything":
+            victims = servers
+            pids = [pid for server in servers for pid in [server.pid, *descendants(server.pid)]]
+        else:
+            victims = [victim] if kind in ("a server", "master") else []
+            pids = [victim.pid, *descendants(victim.pid)] if kind == "a server" else [rng.choice(kinds.get(kind, [0]))]
+        for server in victims:
+            self._left += descendants(server.pid)
+            self._servers[self._servers.index(server)] = None
+        kill([pid for pid in pids if pid])
+        for server in victims:
+            server.process.wait()
+
+    def _kill_at_start(self, number: int) -> None:
+        """One that does not live to see its clients."""
+        server = self._start(number)
+        time.sleep(self._rng.random() * 0.7)
+        pids = descendants(server.pid)
+        self._left += pids
+        kill([server.pid, *pids])
+        server.process.wait()
+
+    def _wait_for_old_processes(self) -> None:
+        """Nobody outlives a master for long."""
+        wait_until_gone(self._left)
+        self._left = []
+
+    def _compare_some(self) -> None:
+        server = self._servers[self._rng.randrange(2)]
+        assert server is not None
+        client = connect(server.uri)
+        for _ in range(10):
+            length = SECTOR * self._rng.randint(1, 64)
+            offset = SECTOR * self._rng.randint(0, (SIZE - length) // SECTOR)
+            assert bytes(client.pread(length, offset)) == self._ledger.base[offset : offset + length]
+        client.shutdown()
+
+    def end(self) -> None:
+        """The whole disk is as it should be, also after an orderly end and a new start."""
+        for server in self._servers:
+            assert server is not None
+            client = connect(server.uri)
+            assert read_all(client) == self._ledger.base
+            client.shutdown()
+            server.stop()
+        assert self._files.is_clean()
+        self._servers = [None, None]
+        server = self._servers[0] = self._start(0)
+        server.wait_until_ready()
+        wait_until(lambda: query(self._directory / "control0")["blocks"]["cached"] == -(-SIZE // 4096), "all blocks")
+        assert read_all(connect(server.uri)) == self._ledger.base
+        server.stop()
+        self._servers = [None, None]
+
+    def stop(self) -> None:
+        kill([pid for server in self._started for pid in [*descendants(server.pid), server.pid]])
+        for server in self._started:
+            server.process.wait()
+
+    def check_logs(self) -> None:
+        for path in sorted(self._directory.glob("proxy*.log")):
+            for line in path.read_text().splitlines():
+                if re.search(r" ERROR: |Traceback|Warning:", line):
+                    assert any(re.search(pattern, line) for pattern in EXPECTED), line
+
+
+def test_nothing_answered_is_lost_whoever_is_killed(start: Start, tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    image = tmp_path / "origin.img"
+    content = bytearray(rng.randbytes(SIZE))
+    content[MIB : 2 * MIB] = bytes(MIB)
+    image.write_bytes(content)
+    rounds, until = int(os.environ.get("XNBD_ROUNDS", 0)), time.monotonic() + SECONDS
+    origin = start("--target", "--readonly", image, tcp=True)
+    with Relay(origin.port) as relay:
+        field = Field(tmp_path, origin, relay, bytes(content), rng)
+        try:
+            while len(field.kills) < rounds if rounds else time.monotonic() < until:
+                field.round()
+                if len(field.kills) % ROUNDS_PER_CACHE == 0:
+                    field.end()
+                    field.begin()
+            field.end()
+        finally:
+            field.stop()
+            print(f"{len(field.kills)} kills: {', '.join(field.kills)}")
+    field.check_logs()
+    assert image.read_bytes() == content

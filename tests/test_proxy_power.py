@@ -1,0 +1,306 @@
+"""Power failures under a running proxy: what was flushed is there afterwards, and no block is wrong.
+
+The cache lies in a real file system on a loop device. ``EXT4_IOC_SHUTDOWN`` stops
+that at once, as xfstests do: what has not been written to the device by then is
+lost. Before, parts of the files are written back at random, each in its own time,
+as the kernel may do. The next start is in "another boot": a boot id is mounted over
+the kernel's in the server's mount namespace. All this takes root.
+
+XNBD_ROUNDS sets the number of failures; without it the test takes `SECONDS`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import random
+import signal
+import struct
+import time
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, Optional
+
+import nbd
+import pytest
+from caching import BLOCK, CacheFiles, bgctl, connect, descendants, kill, wait_until_gone
+from conftest import MIB, Start
+from ledger import SECTOR, Crowd, Ledger
+from model import read_all
+from server_process import Server, run, wait_until
+
+SECONDS = 9.0
+SIZE = 16 * MIB + 3 * SECTOR
+CLIENTS = 4
+FAILURES_PER_CACHE = 5
+
+_EXT4_IOC_SHUTDOWN = 0x8004587D
+_NO_LOG_FLUSH = 2
+_FIFREEZE = 0xC0045877
+_FITHAW = 0xC0045878
+_WRITE_AND_WAIT = 7
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="file systems are mounted by root only")
+
+
+class Disk:
+    """An ext4 on a loop device, at the directory *path* while it is mounted."""
+
+    def __init__(self, backing: Path, path: Path) -> None:
+        self.path = path
+        with backing.open("wb") as file:
+            file.truncate(96 * MIB)
+        run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,nodiscard", backing)
+        self._device = run("losetup", "--show", "-f", backing)[1].strip()
+        path.mkdir()
+        self.mount()
+
+    def mount(self) -> None:
+        run("mount", self._device, self.path)
+
+    def unmount(self) -> None:
+        """Returns when no namespace has it any more."""
+        run("umount", self.path)
+        in_use = Path("/proc/fs/ext4") / Path(self._device).name
+        wait_until(lambda: not in_use.exists(), "the end of the file system")
+
+    def fail(self) -> None:
+        """From now on nothing reaches the device, the journal included."""
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, _EXT4_IOC_SHUTDOWN, struct.pack("I", _NO_LOG_FLUSH))
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Whoever writes to a file there sleeps."""
+        fd = os.open(self.path, os.O_RDONLY)
+        fcntl.ioctl(fd, _FIFREEZE, 0)
+        try:
+            yield
+        finally:
+            fcntl.ioctl(fd, _FITHAW, 0)
+            os.close(fd)
+
+    def remove(self) -> None:
+        run("umount", "-l", self.path, check=False)  # a server that a failed test has left may use it
+        run("losetup", "-d", self._device)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    backing = Path("/dev/shm") / f"xnbd-power-{os.getpid()}.img"
+    disk = Disk(backing, tmp_path / "disk")
+    yield disk
+    disk.remove()
+    backing.unlink()
+
+
+class Boot:
+    """A server that lives in a boot of its own."""
+
+    def __init__(self, directory: Path, arguments: List[str]) -> None:
+        boot_id = directory / "boot_id"
+        boot_id.write_text(f"{uuid.uuid4()}\n")
+        mounting = f'mount --bind {boot_id} {BOOT_ID} && exec "$@"'
+        self.server = Server(directory, "proxy", arguments, prefix=["unshare", "--mount", "sh", "-c", mounting, "sh"])
+        self._log_start = len(self.server.log())
+        self.server.wait_until_ready()
+
+    def log(self) -> str:
+        return self.server.log()[self._log_start :]
+
+    def die(self) -> None:
+        pids = [self.server.pid, *descendants(self.server.pid)]
+        kill(pids)
+        self.server.process.wait()
+        wait_until_gone(pids)
+
+
+class Machine:
+    """A proxy whose clients write, flush and read until the power fails."""
+
+    def __init__(self, disk: Disk, directory: Path, origin: Server, content: bytes, rng: random.Random) -> None:
+        self.failures = 0
+        self.boot: Optional[Boot] = None
+        self._disk = disk
+        self._directory = directory
+        self._origin = origin
+        self._content = content
+        self._rng = rng
+        self._files = CacheFiles(disk.path)
+        self._control = directory / "control"
+
+    def begin(self) -> None:
+        self._files.remove()
+        self._ledger = Ledger(self._content)
+        self._start()
+
+    def _start(self) -> Boot:
+        arguments = self._files.arguments(self._origin.uri, control=self._control)
+        self.boot = Boot(self._directory, arguments)
+        return self.boot
+
+    def play(self) -> None:
+        """Load until the power fails, or until after an orderly end."""
+        rng, boot = self._rng, self.boot
+        assert boot is not None
+        crowd = Crowd([boot.server.uri], CLIENTS, self._ledger, rng, may_fail=True)
+        until = time.monotonic() + rng.random() * 0.4
+        while time.monotonic() < until:
+            self._write_something_back()
+        orderly = rng.random() < 0.2
+        if orderly:
+            crowd.finish()
+            boot.server.stop()
+            assert self._files.is_clean()
+        self._disk.fail()
+        boot.die()
+        crowd.finish()
+        self._start_again(orderly=orderly)
+
+    def _start_again(self, *, orderly: bool) -> None:
+        self._disk.unmount()
+        self._disk.mount()
+        self.failures += 1
+        log = self._start().log()
+        assert orderly == ("recovered after a power failure" not in log), log
+        self._ledger.check_files(self._files.image, self._files.bitmap, power_failed=not orderly)
+
+    def _write_something_back(self) -> None:
+        """One of the files, or a part of it, reaches the device before the others."""
+        rng = self._rng
+        path = rng.choice([self._files.image, self._files.image, self._files.bitmap, self._files.state])
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            if rng.random() < 0.3:
+                os.fdatasync(fd)
+            else:
+                size = os.fstat(fd).st_size
+                start = rng.randrange(size)
+                length = rng.randint(1, 1 + (size - start) // 4)
+                _sync_file_range(fd, start, length)
+        finally:
+            os.close(fd)
+        time.sleep(rng.random() * 0.05)
+
+    def switch(self) -> None:
+        """Have everything cached, and the proxy become a plain target."""
+        bgctl("--cache-all", self._control)
+        bgctl("--switch", self._control)
+
+    def fail(self) -> None:
+        """The power fails while nobody is there."""
+        assert self.boot is not None
+        self._disk.fail()
+        self.boot.die()
+        self._start_again(orderly=False)
+
+    def end(self) -> None:
+        """The whole disk is as it should be."""
+        assert self.boot is not None
+        client = connect(self.boot.server.uri)
+        assert read_all(client) == self._ledger.base
+        client.shutdown()
+        self.boot.server.stop()
+        assert self._files.is_clean()
+
+
+def _sync_file_range(fd: int, offset: int, length: int) -> None:
+    """Have this part written back, without what it needs to be found again."""
+    function = ctypes.CDLL(None, use_errno=True).sync_file_range
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    if function(fd, offset, length, _WRITE_AND_WAIT):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def test_nothing_flushed_is_lost_when_the_power_fails(start: Start, tmp_path: Path, disk: Disk, seed: int) -> None:
+    rng = random.Random(seed)
+    content = rng.randbytes(SIZE)
+    image = tmp_path / "origin.img"
+    image.write_bytes(content)
+    machine = Machine(disk, tmp_path, start("--target", "--readonly", image), content, rng)
+    rounds, until = int(os.environ.get("XNBD_ROUNDS", 0)), time.monotonic() + SECONDS
+    try:
+        machine.begin()
+        while machine.failures < rounds if rounds else time.monotonic() < until:
+            machine.play()
+            if machine.failures % FAILURES_PER_CACHE == 0:
+                machine.switch()
+                machine.play()
+                machine.end()
+                machine.begin()
+        machine.switch()
+        machine.play()
+        machine.end()
+    finally:
+        if machine.boot is not None:
+            machine.boot.die()
+        print(f"{machine.failures} power failures")
+    assert "Traceback" not in (tmp_path / "proxy.log").read_text()
+    assert image.read_bytes() == content
+
+
+def test_after_a_switch_all_blocks_are_known_to_be_there(start: Start, tmp_path: Path, disk: Disk, seed: int) -> None:
+    """A power failure leaves the live bitmap as it was long before."""
+    rng, image = random.Random(seed), tmp_path / "origin.img"
+    content = rng.randbytes(SIZE)
+    image.write_bytes(content)
+    origin = start("--target", "--readonly", image)
+    machine = Machine(disk, tmp_path, origin, content, rng)
+    try:
+        machine.begin()
+        machine.switch()
+        machine.fail()
+        origin.stop()
+        machine.end()
+    finally:
+        if machine.boot is not None:
+            machine.boot.die()
+
+
+REQUESTS: Dict[str, Callable[[nbd.NBD], int]] = {
+    "write": lambda client: client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"w" * 8 * BLOCK)), 8 * BLOCK),
+    "zero": lambda client: client.aio_zero(8 * BLOCK, 8 * BLOCK, flags=nbd.CMD_FLAG_NO_HOLE),
+    "trim": lambda client: client.aio_trim(8 * BLOCK, 8 * BLOCK),
+    "read": lambda client: client.aio_pread(nbd.Buffer(8 * BLOCK), 8 * BLOCK),
+    "write in a block": lambda client: client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"w")), 8 * BLOCK + 1),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_worker_that_dies_before_the_data_is_there_has_set_no_bit(
+    start: Start, tmp_path: Path, disk: Disk, name: str
+) -> None:
+    """The cache is on a file system that is frozen: the worker is killed in the middle of writing to it."""
+    content, image, files = random.Random(1).randbytes(MIB), tmp_path / "origin.img", CacheFiles(tmp_path)
+    image.write_bytes(content)
+    files.image = disk.path / "cache.img"
+    files.image.write_bytes(b"garbage!" * (MIB // 8))
+    proxy = start(*files.arguments(start("--target", "--readonly", image).uri, "--readahead", "0"))
+    proxy.expected_errors.append("died: killed by SIGKILL")
+    client = connect(proxy.uri)
+    assert client.pread(BLOCK, 0) == content[:BLOCK]
+    with disk.frozen():
+        REQUESTS[name](client)
+        (worker,) = proxy.busy_workers()
+        wait_until(lambda: state_of(worker) == "D", "the worker to sleep in the file system")
+        assert files.cached() == [0]
+        os.kill(worker, signal.SIGKILL)
+    wait_until_gone([worker])
+    assert files.cached() == [0]
+    again = connect(proxy.uri)
+    assert read_all(again) == content
+    again.shutdown()
+    proxy.stop()
+    assert files.image.read_bytes() == content
+
+
+def state_of(pid: int) -> str:
+    """As ``ps`` shows it: D for uninterruptible sleep."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
