@@ -18,7 +18,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 MIB = 1 << 20
 DISK_SIZE = 42 * MIB + 1235
@@ -209,10 +209,10 @@ class _Client:
         kind, at, size = self._lane.kind(stamp), self._lane.offset(stamp), self._lane.size
         self.acked.append(0)
 
-        def on_answer(error: object) -> int:
+        def on_answer(error: Any) -> int:
             self.acked[stamp - 1] = time.monotonic_ns()
             self._answered += 1
-            self._failure = self._failure or getattr(error, "value", error)  # type: ignore[assignment]
+            self._failure = self._failure or getattr(error, "value", error)
             return 1
 
         data = bytearray() if kind else bytearray(self._lane.content(stamp))
