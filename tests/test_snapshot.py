@@ -23,7 +23,7 @@ import pytest
 from conftest import MIB, Start
 from launch import Launched, launched
 from mounts import small_tmpfs
-from rawclient import READ, TRIM, WRITE, WRITE_ZEROES, RawClient, bystander, pack_request
+from rawclient import FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, RawClient, bystander, pack_request
 from server_process import Server, command, is_alive, run, wait_until
 from snapshots import (
     bgctl,
@@ -453,15 +453,16 @@ def test_an_idle_client_does_not_keep_the_space_of_a_snapshot_that_was_removed(t
 
 def test_replies_that_wait_at_a_shut_gate_are_sent_once(target: Server, disk: Path) -> None:
     """The client begins to take them when the worker cannot go on."""
-    count, length = 200, 32768
+    count, length = 700, 32768  # more pieces than one sendmsg takes
     with RawClient(target.connect()) as client:
         client.negotiate()
-        client.send(b"".join(pack_request(READ, n * 4096, length, cookie=n) for n in range(count)))
+        reads = b"".join(pack_request(READ, n * 4096, length, cookie=n) for n in range(count))
+        client.send(reads + pack_request(FLUSH, 0, 0, cookie=count))  # which sends what is before it, inside the gate
         wait_until(lambda: client.sock.recv(1, socket.MSG_PEEK), "the first reply")
         with shut_gate(target):
             early = take_what_comes(client)
         data = early + client.receive(count * (16 + length) - len(early))
-        assert client.works()
+        assert client.simple_reply()[:2] == (0, count)
     content = disk.read_bytes()
     for n, at in enumerate(range(0, len(data), 16 + length)):
         assert data[at : at + 16] == struct.pack(">IIQ", 0x67446698, 0, n)
