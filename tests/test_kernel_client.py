@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Iterator
 import pytest
 from conftest import MIB, Start
 from exported import MODES, Exported, check_ext4
-from server_process import Server, is_alive, wait_until
+from server_process import Server, is_alive, run, wait_until
+from snapshots import take_by_signal
 from xnbdguest.initramfs import add_python, basic_system
 from xnbdguest.machine import HOST, Guest
 from xnbdguest.packages import Packages, fetch_packages
@@ -99,6 +101,41 @@ def test_fstrim_gives_space_back(start: Start, tmp_path: Path, guest: Guest) -> 
     assert disk.image.stat().st_blocks * 512 <= full - DATA * MIB * 9 // 10
     guest.run("umount /mnt")
     disconnect(guest)
+
+
+def test_a_file_system_in_use_mounts_clean_from_a_snapshot(
+    start: Start, tmp_path: Path, guest: Guest, noise: str
+) -> None:
+    """Here, on the host, after its journal was replayed: to it the snapshot is a power failure."""
+    disk = Exported(start, tmp_path, "target", 256 * MIB)
+    connect(guest, disk.port, 4)
+    guest.run("mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt && cp /data/noise /mnt/data && sync")
+    guest.run(f"rm -f /run/stop; ({CHURN}) >/run/churn 2>&1 &")
+    for count in range(1, 4):
+        guest.run(f"until [ $(cat /run/turns) -ge {20 * count} ]; do sleep 0.1; done", timeout=60)
+        check_snapshot(take_by_signal(disk.server, disk.image).path, tmp_path / "mounted", noise)
+    guest.run("touch /run/stop; until umount /mnt; do sleep 0.1; done; [ ! -s /run/churn ] || cat /run/churn")
+    disconnect(guest)
+
+
+CHURN = """
+i=0; while [ ! -e /run/stop ]; do
+i=$((i+1)); d=/mnt/d$((i%7)); mkdir -p $d; dd if=/data/noise of=$d/f$((i%30)) bs=10k count=$((i%40)) 2>/dev/null
+mv $d/f$((i%30)) $d/g$((i%20)); [ $((i%5)) != 0 ] || sync; rm -rf /mnt/d$(((i+3)%7))/g1*; echo $i >/run/turns
+done
+"""
+"""Files come, go, are renamed and overwritten; /run/turns tells how often."""
+
+
+def check_snapshot(path: Path, directory: Path, noise: str) -> None:
+    directory.mkdir(exist_ok=True)
+    run("mount", "-o", "loop", path, directory)
+    try:
+        digest = hashlib.md5((directory / "data").read_bytes()).hexdigest()
+    finally:
+        run("umount", directory)
+    assert digest == noise
+    run("e2fsck", "-fn", path)
 
 
 SWAPPING_PROCESS = """

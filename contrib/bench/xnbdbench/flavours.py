@@ -56,7 +56,7 @@ class Place(NamedTuple):
 
     @property
     def control_socket(self) -> Path:
-        """Of our proxies."""
+        """Of our servers, or the monitor of qemu's."""
         return self.directory / "control"
 
 
@@ -117,6 +117,21 @@ def _nbdkit_cow(place: Place) -> List[str]:
 
 def _qemu_nbd_snapshot(place: Place) -> List[str]:
     return ["env", f"TMPDIR={place.directory}", *_qemu_nbd(place), "--snapshot"]
+
+
+def _xnbd_steered(place: Place) -> List[str]:
+    return [*_xnbd(place), "--control", str(place.control_socket)]
+
+
+def _qemu_storage_daemon(place: Place) -> List[str]:
+    disk = f"driver=file,node-name=disk,filename={place.image},cache.direct=off,aio=threads"
+    listening = f"addr.type=inet,addr.host=127.0.0.1,addr.port={place.port},max-connections=0"
+    return [
+        *["qemu-storage-daemon", "--blockdev", disk, "--nbd-server", listening],
+        *["--export", "type=nbd,id=export,node-name=disk,name=bench,writable=on"],
+        *["--chardev", f"socket,id=monitor,path={place.control_socket},server=on,wait=off"],
+        *["--monitor", "chardev=monitor"],
+    ]
 
 
 def _nbd_server(place: Place) -> List[str]:
@@ -199,6 +214,10 @@ FLAVOURS: Dict[str, Flavour] = {
     "xnbd-cow": Flavour(_xnbd_cow, _XNBD_VERSION, fresh=True),
     "nbdkit-cow": Flavour(_nbdkit_cow, _NBDKIT_VERSION, "nbdkit", fresh=True),
     "qemu-nbd -s": Flavour(_qemu_nbd_snapshot, _QEMU_NBD_VERSION, "qemu-utils", fresh=True),
+    "xnbd-steered": Flavour(_xnbd_steered, _XNBD_VERSION, fresh=True),
+    "qemu-sd": Flavour(
+        _qemu_storage_daemon, ["qemu-storage-daemon", "--version"], "qemu-system-common", export="bench", fresh=True
+    ),
     "nbd-server": Flavour(_nbd_server, ["nbd-server", "-V"], "nbd-server", export="bench", daemon=True),
     "origin": Flavour(_origin(ORIGIN_SIZE), _XNBD_VERSION),
     "xnbd-proxy": _proxy("origin"),
@@ -213,3 +232,6 @@ FLAVOURS: Dict[str, Flavour] = {
     "slow-origin": Flavour(_link("--delay", ONE_WAY_DELAY, "--rate", SLOW_RATE), [], origin="small-origin"),
     "xnbd-proxy-slow": _proxy("slow-origin"),
 }
+
+SNAPSHOT_FLAVOURS = frozenset({"xnbd-steered", "qemu-sd"})
+"""Those that are told to copy the whole image."""

@@ -12,6 +12,7 @@ from .flavours import FLAVOURS, ORIGIN_SIZE
 from .footprint import IdleCpu, WorkerMemory
 from .load import KIB, MIB, Crowded, Filled, Fio, FirstRead, Load
 from .results import Goal, Panel, Unit, at_least, at_most, ratio
+from .snapshots import Writes, take_qemu, take_xnbd
 from .startup import InetdTime, VersionTime
 from .trial import Probe
 
@@ -119,6 +120,20 @@ def proxy_alone(
     return Measurement(name, title, unit, goal, {"xnbd-proxy": Contender(flavour, probe)}, most_rounds=3)
 
 
+def snapshot(name: str, title: str, unit: Unit, goal: Goal, sample: str) -> Measurement:
+    """Random writes while the disk is copied as it was at one instant; and before and after, which is only shown."""
+    contenders = {
+        "meanwhile": Contender("xnbd-steered", Writes(take_xnbd, "during", sample)),
+        "before": Contender("xnbd-steered", Writes(take_xnbd, "before", sample)),
+        "after": Contender("xnbd-steered", Writes(take_xnbd, "after", sample)),
+        "qemu meanwhile": Contender("qemu-sd", Writes(take_qemu, "during", sample)),
+        "qemu before": Contender("qemu-sd", Writes(take_qemu, "before", sample)),
+        "qemu after": Contender("qemu-sd", Writes(take_qemu, "after", sample)),
+    }
+    references = ("before", "after", "qemu before", "qemu after")
+    return Measurement(name, title, unit, goal, contenders, most_rounds=3, references=references)
+
+
 def _far_stream(most: int) -> Cold:
     return Cold(bytes=128 * KIB, depth=1, most=most)
 
@@ -126,6 +141,11 @@ def _far_stream(most: int) -> Cold:
 _COLD_RANDOM = Cold("randread", bytes=4 * KIB, depth=32, unit="iops", most=ORIGIN_SIZE // 4)
 _SLOW_COPY = CacheAll("link_percent")
 _EMPTY_COPY = CacheAll("seconds")
+
+_SNAPSHOT_TIMES = {
+    "xnbd": Contender("xnbd-steered", Writes(take_xnbd, "takes")),
+    "qemu": Contender("qemu-sd", Writes(take_qemu, "takes")),
+}
 
 _BUSY = Load(depth=16, connections=8)
 _WRITE = Load("randwrite", depth=32)
@@ -173,6 +193,11 @@ MEASUREMENTS: List[Measurement] = [
         ratio(0.9),
         {"1,000 idle": Contender("xnbd-new", Crowded(_BUSY, 1000)), "alone": Contender("xnbd-new", _BUSY)},
         most_rounds=5,
+    ),
+    snapshot("snapshot-writes", "snapshot: random write, 16 in flight", "iops", ratio(1.0), "iops"),
+    snapshot("snapshot-p99", "snapshot: their p99", "µs", ratio(1.0), "p99_us"),
+    Measurement(
+        "snapshot-time", "snapshot: how long it takes meanwhile", "s", ratio(1.0), _SNAPSHOT_TIMES, most_rounds=3
     ),
     cold("proxy-read", "cold read 256 KiB, 8 in flight", "MB/s", ratio(1.1), Cold()),
     cold("proxy-randread", "cold random read 4 KiB, 32 in flight", "iops", ratio(1.5), _COLD_RANDOM),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Iterable, List, Optional
 
 from .errors import BenchmarkError
-from .flavours import FLAVOURS, ORIGIN_SIZE, SMALL_ORIGIN_SIZE
+from .flavours import FLAVOURS, ORIGIN_SIZE, SMALL_ORIGIN_SIZE, SNAPSHOT_FLAVOURS
 
 SOURCE = Path(__file__).resolve().parent.parent / "nbdload.c"
 
@@ -51,9 +51,10 @@ def compile_nbdload() -> Path:
     return program
 
 
-def room_besides(flavours: Iterable[str]) -> int:
-    """Bytes that servers need besides the image: the proxies' origins, and the caches that exist at one time."""
-    return _ROOM_FOR_PROXIES if any(FLAVOURS[name].origin for name in flavours) else 0
+def room_besides(flavours: List[str], size: int) -> int:
+    """Bytes that servers need besides the image of *size*: proxies' origins and caches, and a snapshot."""
+    proxies = _ROOM_FOR_PROXIES if any(FLAVOURS[name].origin for name in flavours) else 0
+    return max(proxies, size if SNAPSHOT_FLAVOURS.intersection(flavours) else 0)
 
 
 def choose_directory(wanted: Optional[str], size: int) -> Path:
