@@ -28,9 +28,10 @@ from test_bitmap import run_processes
 from xnbd.errors import ConfigurationError
 from xnbd.storage.bitmap import bitmap_size
 from xnbd.storage.blocks import BLOCK, block_count, bytes_of
+from xnbd.storage.board import board_size
 from xnbd.storage.checkpoint import ProcessState
 from xnbd.storage.locks import RangeLocks, do_nothing
-from xnbd.storage.state import SharedState, known_size, open_state
+from xnbd.storage.state import MAXIMUM_PROCESSES, SharedState, known_size, open_state
 from xnbd.storage.state_files import is_alone
 from xnbd.storage.state_format import BadHeader, Header, identity, layout_of, pack_header, parse_header
 
@@ -802,11 +803,14 @@ class Hammer:
 
 # Errors
 
+BOARD = board_size(MAXIMUM_PROCESSES) >> 10
+"""KiB of the board, which is there as long as the files are in use."""
+
 
 @pytest.mark.parametrize("start", ["new", "taken over", "cleared"])
 def test_files_for_which_there_is_no_space_are_not_made(scratch: Path, start: str) -> None:
     cache = Cache(scratch, 4096 * MIB)
-    with small_tmpfs(scratch / "small", "160k") as directory:
+    with small_tmpfs(scratch / "small", f"{160 + BOARD * (start == 'cleared')}k") as directory:
         cache.bitmap = directory / "bitmap"
         if start == "cleared":
             cache.disk_size = MIB
@@ -823,7 +827,7 @@ def test_files_for_which_there_is_no_space_are_not_made(scratch: Path, start: st
 
 def test_a_full_file_system_neither_kills_nor_stops_who_sets_bits(scratch: Path) -> None:
     cache = Cache(scratch, 4096 * MIB)
-    with small_tmpfs(scratch / "small", "500k") as directory:
+    with small_tmpfs(scratch / "small", f"{500 + BOARD}k") as directory:
         cache.bitmap = directory / "bitmap"
         shared = cache.open()
         fill_up(directory / "rest")
