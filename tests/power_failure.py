@@ -83,7 +83,8 @@ class _File:
 class Recorder:
     """What may be on disk of the files in *directory*, all of which is synced now.
 
-    Of the large sparse file ``cache`` only the blocks *watched* are looked at.
+    Of the large sparse file ``cache`` only the blocks *watched* are looked at, of the
+    board, which no start after a power failure reads, only the first.
     """
 
     def __init__(self, directory: Path, watched: List[int]) -> None:
@@ -102,7 +103,7 @@ class Recorder:
         for entry in os.scandir(self.directory):
             names[entry.name] = entry.inode()
             if entry.inode() not in self._files:
-                watched = self._watched if entry.name == "cache" else None
+                watched = self._watched if entry.name == "cache" else [0] if entry.name.endswith(".board") else None
                 self._files[entry.inode()] = _File(os.open(entry.path, os.O_RDONLY), watched)
         if self._names[-1] != names:
             self._names.append(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Optional
@@ -16,7 +17,7 @@ from ..protocol.constants import MAXIMUM_STRING
 from ..protocol.negotiation import Agreement
 from ..server.connection import Connection
 from ..server.listen import DEFAULT_PORT, Listeners
-from ..server.master import Limits, Master
+from ..server.master import ORDERS, Limits, Master
 from ..server.service import Service
 from ..server.waiting import QueueLimits
 from ..server.watch import Watch
@@ -196,6 +197,7 @@ def _serve_many(arguments: Arguments) -> int:
         max_clients=parse_integer(arguments["--max-clients"], "--max-clients", 1, 1_000_000),
         spare_workers=parse_integer(arguments["--spare-workers"], "--spare-workers", 1, 1000),
     )
+    signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)  # whoever can connect may send them
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if arguments["--daemonize"] else None

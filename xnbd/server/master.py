@@ -25,6 +25,9 @@ _RETRY = 1.0
 _PIPE_SIZE = 64 << 10
 _STOP_TIME = GRACE + 1.5
 _KILL_TIME = 3.0
+ORDERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that must not end the process when they come before there is a `Master`: blocked until then."""
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
 
 
@@ -63,6 +66,7 @@ class Master:
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ORDERS)
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         self._poll.register(self._pipes.reports_master, select.POLLIN)

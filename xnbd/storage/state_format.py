@@ -125,6 +125,8 @@ def pack_steering(steering: Steering) -> bytes:
 
 
 def parse_steering(data: bytes) -> Steering:
+    if len(data) < _STEERING.size:
+        return Steering()
     checksum, switched, length = _STEERING.unpack_from(data)
     end = _STEERING.size + min(length, LONGEST_ADDRESS)
     if zlib.crc32(data[_CHECKSUM.size : end]) != checksum:
