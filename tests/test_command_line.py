@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import List
 
@@ -97,6 +98,14 @@ def test_bytes_that_are_no_text_are_no_traceback(tmp_path: Path) -> None:
 
 def test_abbreviations_work_where_they_are_clear(start: Start, image: Path) -> None:
     assert "serving" in start("--target", "--handshake", "5", image).log()
+
+
+def test_help_that_is_not_read_to_its_end_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command("--help"), stdout=writing, stderr=subprocess.PIPE, timeout=20)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_quiet_logs_no_ordinary_events(start: Start, image: Path) -> None:

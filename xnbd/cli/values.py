@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from typing import Any, Dict, List
 
 from ..errors import ConfigurationError
@@ -22,6 +24,9 @@ def parse_command_line(program: str, usage: str, argv: List[str], version: str) 
 
     try:
         arguments = dict(docopt(usage, argv, version=version))
+    except BrokenPipeError:  # whoever reads the help has seen enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except DocoptExit as error:
         raise ConfigurationError(
             f"{_reason(error, usage, argv)} ({program} --help shows the usage)", USAGE_ERROR
