@@ -78,7 +78,7 @@ def test_what_was_written_after_a_switch_is_there_when_all_are_killed(
     ledger = Ledger(content)
     crowd = Crowd([proxy.uri], CLIENTS, ledger, random.Random(seed))
     crowd.wait_for(100)
-    pids = [*descendants(proxy.pid), proxy.pid]
+    pids = [proxy.pid, *descendants(proxy.pid)]
     kill(pids)
     proxy.process.wait()
     wait_until_gone(pids)

@@ -397,6 +397,8 @@ class _Stewardship:
             self._refuse_if_missing()
         self._board.wanted_copy = None
         self._stop_copy()
+        if self._checkpoint is not None:
+            self._checkpoint.wait()  # it holds its lock in this process's name
         self._make_durable()  # a bit that is forgotten would be fetched over what the target has written
         self._proxy.steer(Steering(switched=True, address=self._board.address))
         began = monotonic()
