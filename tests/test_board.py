@@ -250,15 +250,6 @@ def test_texts_that_are_too_long_are_cut(family: Family) -> None:
         assert set(line.trouble) == {"y"}
 
 
-def test_reset_forgets_all_processes(family: Family) -> None:
-    with process(family, serve_somebody) as pid:
-        family.kill(pid)
-    family.board.note_checkpoint()
-    family.board.reset()
-    assert family.board.totals() == Counts()
-    assert family.board.checkpoints() == (0, None)
-
-
 @pytest.mark.parametrize("what", [CONTROL, COPYING])
 def test_lock_is_one_process_s_until_it_ends(family: Family, what: int) -> None:
     def take(board: Board) -> None:

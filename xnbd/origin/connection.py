@@ -156,6 +156,16 @@ class OriginConnection:
         """Do all that can be done without waiting; with *mask* 0: send what is queued. Raises `OriginLost`."""
         self._step(mask)
 
+    def wait(self, seconds: Optional[float]) -> None:
+        """For an owner that has nothing else to wait for: poll for so long (None: for ever), and do what there is.
+
+        Raises `OriginLost`.
+        """
+        poll = select.poll()
+        poll.register(self.fileno(), self.events())
+        for _, mask in poll.poll(None if seconds is None else seconds * 1000):
+            self.on_events(mask)
+
     def on_time(self) -> None:
         """Give up what has taken too long: the `deadline` has passed. Raises `OriginLost`."""
         deadline = self.deadline

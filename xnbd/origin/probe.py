@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 from time import monotonic
 from typing import Any, List, Tuple
 
@@ -36,12 +35,8 @@ def probe(address: OriginAddress, *, timeout: float) -> RemoteExport:
     try:
         connection.start()
         while connection.export is None:
-            poll = select.poll()
-            poll.register(connection.fileno(), connection.events())
             deadline = connection.deadline
-            wait = None if deadline is None else max(0.0, deadline - monotonic()) * 1000 + 1
-            for _, mask in poll.poll(wait):
-                connection.on_events(mask)
+            connection.wait(None if deadline is None else max(0.0, deadline - monotonic()) + 0.001)
             connection.on_time()
         return connection.export
     finally:

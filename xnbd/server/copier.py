@@ -106,7 +106,7 @@ class Copier:
     def _make_zero(self, first: int, end: int) -> None:
         """What another process has in hand is left for the next round."""
         self._watch.check()
-        self._disk.go_inside()
+        self._disk.place.enter()
         try:
             if not self._disk.outdated:
                 self._fetcher.make_zero(first, end)

@@ -67,13 +67,8 @@ class Disk:
         if isinstance(self.image, KeepingImage) and self.outdated:
             self.image.let_go()
 
-    def go_inside(self) -> None:
-        """Pass the gate, for work on requests; whoever holds it makes this wait, for a moment only."""
-        self.place.enter()
-
     def tell_health(self) -> None:
-        """Tell of the origin, if there is news, and of what has come from there."""
-        self.place.tell()
+        """Tell of the origin, if there is news."""
         background = self.image.background
         if background is not None and (background.health, background.trouble) != self._told:
             self._told = background.health, background.trouble

@@ -162,7 +162,7 @@ class Session:
         nothing left to wait for, and when the client has left.
         """
         disk = self._disk
-        disk.go_inside()
+        disk.place.enter()
         if disk.outdated:
             return 0
         background.progress()
@@ -430,7 +430,7 @@ class Session:
         try:
             self._image.flush()
         finally:
-            self._disk.go_inside()
+            self._disk.place.enter()
         if self._disk.outdated:
             self._renew()
 

@@ -25,6 +25,7 @@ from ..process import set_title
 from ..storage.bitmap import Bitmap
 from ..storage.blocks import BLOCK, block_count
 from ..storage.board import COMPLETE, CONTROL, COPYING, PROXY, TARGET, Board
+from ..storage.fetch import PIECE
 from ..storage.proxy import ProxyImage, ProxySource
 from ..storage.snapshot import create_bitmap
 from ..storage.state_format import Steering
@@ -279,7 +280,7 @@ class _Stewardship:
             raise CommandError("this is no proxy any more: nothing is missing")
         if self._is_copying():
             raise CommandError("a copy is under way already (xnbd-bgctl --query shows it)")
-        self._start_copy(CopyOptions(min(piece or 64, 64), rate or 0))
+        self._start_copy(CopyOptions(min(piece or PIECE, PIECE), rate or 0))
         assert self._copy is not None
         if not wait:
             self._board.wanted_copy = rate or 0

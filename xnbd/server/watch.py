@@ -95,7 +95,7 @@ class Watch:
             return self._work_and_sleep(disk, fds, events, until, mid_message, results)
         finally:
             if inside:
-                disk.go_inside()
+                disk.place.enter()
 
     def wait_for(self, interests: Sequence[Tuple[int, int]], timeout: Optional[float]) -> None:
         """Sleep until one of *interests*, each with its events, is ready, or somebody has woken this process.
@@ -147,7 +147,7 @@ class Watch:
         assert background is not None
         while True:
             self.check(mid_message=mid_message)
-            disk.go_inside()
+            disk.place.enter()
             if disk.outdated:
                 if results:
                     return False
@@ -155,6 +155,7 @@ class Watch:
                 return self._sleep(fds, events, until, mid_message, results)
             background.progress()
             disk.tell_health()
+            disk.place.tell()
             disk.place.leave()
             if results and background.finished:
                 return False

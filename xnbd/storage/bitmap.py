@@ -15,7 +15,7 @@ import mmap
 import re
 from typing import Iterator, List, Tuple
 
-from .blocks import BLOCKS_PER_BYTE
+from .blocks import BLOCKS_PER_BYTE, block_start, touched
 
 _WORD = 8
 _NOT_EMPTY = re.compile(rb"[^\x00]")
@@ -26,6 +26,11 @@ _POPULATION = bytes(bin(value).count("1") for value in range(256))
 def bitmap_size(blocks: int) -> int:
     """Bytes of the bitmap of so many blocks."""
     return -(-blocks // (_WORD * BLOCKS_PER_BYTE)) * _WORD
+
+
+def count_bits(octets: bytes) -> int:
+    """How many bits are set; quick where most bytes are all set or all clear."""
+    return 8 * octets.count(b"\xff") + sum(octets.translate(_POPULATION, b"\xff\x00"))
 
 
 class Bitmap:
@@ -72,10 +77,16 @@ class Bitmap:
                 yield first, stop, state
             first = stop
 
+    def parts(self, offset: int, length: int) -> Iterator[Tuple[int, int, bool]]:
+        """*length* bytes at *offset* by whether the bits of their blocks are set: offset, length, whether set."""
+        stop = offset + length
+        for first, end, state in self.runs(*touched(offset, length)):
+            at = max(offset, block_start(first))
+            yield at, min(stop, block_start(end)) - at, state
+
     def count(self) -> int:
         """How many blocks are set."""
-        octets = self.octets[: bitmap_size(self.blocks)]
-        return 8 * octets.count(b"\xff") + sum(octets.translate(_POPULATION, b"\xff\x00"))
+        return count_bits(self.octets[: bitmap_size(self.blocks)])
 
     def shares(self, cells: int) -> List[float]:
         """Which share of the blocks is set, in each of *cells* parts of the disk; 1 only if all of them are."""

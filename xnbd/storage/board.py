@@ -181,8 +181,7 @@ class Board:
         text = address.encode("utf-8", "surrogateescape")
         if len(text) > _LONGEST_ADDRESS:
             raise ValueError("address too long")
-        start = _ADDRESS
-        self._map[start : start + _TEXT.size + len(text)] = _TEXT.pack(zlib.crc32(text), len(text)) + text
+        self._map[_ADDRESS : _ADDRESS + _TEXT.size + len(text)] = _TEXT.pack(zlib.crc32(text), len(text)) + text
         _U32.pack_into(self._map, _GENERATION, (self.generation + 1) & 0xFFFFFFFF)
 
     def note_checkpoint(self) -> None:
@@ -193,12 +192,6 @@ class Board:
         """How many there were, and when the last one was (seconds since the epoch)."""
         when, count = _CHECKPOINT.unpack_from(self._map, _CHECKPOINTS)
         return count, when or None
-
-    def reset(self) -> None:
-        """Forget all processes; nobody else uses the board."""
-        self._map[_FLAG] = 0
-        self._map[_CHECKPOINTS : _CHECKPOINTS + _CHECKPOINT.size] = bytes(_CHECKPOINT.size)
-        self._map[_LINES_AT:] = bytes(len(self._map) - _LINES_AT)
 
     def take_place(self) -> Place:
         """A line for this process. Raises `OSError` if all are taken."""
@@ -245,16 +238,15 @@ class Board:
         until = time.monotonic() + timeout
         while not self._locks.try_acquire(GATE, 1):
             _nap(until, on_wait, "somebody else holds the gate")
-        flag = _FLAG
         try:
-            self._map[flag] = 1
+            self._map[_FLAG] = 1
             time.sleep(_SETTLE)
             for number, at in self._used_lines():
                 while self._map[at + _INSIDE] and self._is_alive(number):
                     _nap(until, on_wait, f"process {_U32.unpack_from(self._map, at)[0]} is busy")
             yield
         finally:
-            self._map[flag] = 0
+            self._map[_FLAG] = 0
             self._locks.release(GATE, 1)
 
     def try_lock(self, what: int) -> bool:
@@ -285,7 +277,6 @@ class Place:
 
     def __init__(self, memory: mmap.mmap, at: int, locks: RangeLocks) -> None:
         self._map = memory
-        self._flag = _FLAG
         self._inside = at + _INSIDE
         self._at = at
         self._locks = locks
@@ -304,7 +295,7 @@ class Place:
 
     def tell_mode(self, mode: int) -> None:
         """This process works in *mode* now."""
-        self._map[self._inside + _OWN_MODE - _INSIDE] = mode
+        self._map[self._at + _OWN_MODE] = mode
 
     def enter(self) -> None:
         """From now on until `leave` the gate cannot be closed.
@@ -313,7 +304,7 @@ class Place:
         """
         self._map[self._inside] = 1
         self.inside = True
-        if self._map[self._flag]:
+        if self._map[_FLAG]:
             self._wait_outside()
 
     def leave(self) -> None:
@@ -321,10 +312,10 @@ class Place:
         self.inside = False
 
     def _wait_outside(self) -> None:
-        while self._map[self._flag]:
+        while self._map[_FLAG]:
             self._map[self._inside] = 0
             if self._locks.try_acquire(GATE, 1):  # whoever had raised the flag is dead
-                self._map[self._flag] = 0
+                self._map[_FLAG] = 0
                 self._locks.release(GATE, 1)
             else:
                 time.sleep(_LONGEST_NAP / 10)

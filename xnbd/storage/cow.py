@@ -108,11 +108,8 @@ class CowImage(Image):
         return len(self._base_view)
 
     def pread(self, offset: int, length: int) -> bytes:
-        pieces = [os.pread(fd, count, at) for fd, at, count in self._parts(offset, length)]
-        data = b"".join(pieces)
-        if len(data) != length:
-            raise OSError(errno.EIO, "the base image has shrunk")
-        return data
+        parts = self._parts(offset, length)
+        return b"".join(space.read_exactly(fd, count, at, "base image") for fd, at, count in parts)
 
     # A byte of the bitmap speaks for 32 KiB (1 << 15). Most requests lie within one, and most such
     # bytes are all set or all clear: reads and writes look there first.
@@ -171,10 +168,7 @@ class CowImage(Image):
             space.write_all(self._overlay, memoryview(data)[written:], offset + written)
 
     def _read_base(self, offset: int, stop: int) -> bytes:
-        data = os.pread(self._base, stop - offset, offset)
-        if len(data) != stop - offset:
-            raise OSError(errno.EIO, "the base image has shrunk")
-        return data
+        return space.read_exactly(self._base, stop - offset, offset, "base image")
 
     def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
         if not self._abilities.can(may_trim):
@@ -225,10 +219,8 @@ class CowImage(Image):
 
     def _parts(self, offset: int, length: int) -> Iterator[Tuple[int, int, int]]:
         """*length* bytes at *offset* by where they live: descriptor, offset, length."""
-        stop = offset + length
-        for first, end, local in self._bitmap.runs(*touched(offset, length)):
-            at = max(offset, block_start(first))
-            yield self._overlay if local else self._base, at, min(stop, block_start(end)) - at
+        for at, count, local in self._bitmap.parts(offset, length):
+            yield self._overlay if local else self._base, at, count
 
     def close(self) -> None:
         self._base_view.release()

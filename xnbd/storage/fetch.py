@@ -15,7 +15,6 @@ blocks holds a `Ticket`. The rules that keep the cache right:
 from __future__ import annotations
 
 import errno
-import os
 import select
 from collections import deque
 from time import monotonic
@@ -24,9 +23,8 @@ from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple
 from ..logs import log
 from ..origin.address import OriginAddress, parse_origin
 from ..origin.connection import OriginConnection, OriginLost
-from . import space
 from .block_locks import BlockLocks
-from .blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop, touched
+from .blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop
 from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, TARGET, UNREACHABLE, Board, Counts
 from .checkpoint import ProcessState
 from .image import Background, Ticket
@@ -93,7 +91,6 @@ class Fetcher(Background):
         self.finished: List[Ticket] = []
         self.counts: List[int] = [0] * len(Counts())
         self._cache = cache
-        self._fd = cache.fd
         self._size = cache.size
         self._bitmap = state.bitmap
         self._locks = BlockLocks(state.fd)
@@ -193,7 +190,7 @@ class Fetcher(Background):
     def survey(self, first: int, end: int) -> Optional[Survey]:
         """Ask about these blocks, of less than 4 GiB; None if the origin cannot tell, or is not there."""
         connection = self._connection
-        if connection is None or not connection.ready or not connection.can_block_status:
+        if connection is None or not self._reached or not connection.can_block_status:
             return None
         survey = Survey(first, end, self._size)
         connection.block_status(survey, block_start(first), block_stop(end - 1, self._size) - block_start(first))
@@ -202,19 +199,18 @@ class Fetcher(Background):
 
     def approach(self) -> bool:
         """Connect, if that is not done; whether the origin is there."""
-        self._approach = self._connection is None or not self._connection.ready
-        return not self._approach
+        self._approach = not self._reached
+        return self._reached
 
     def make_zero(self, first: int, end: int) -> bool:
         """Note that these blocks are zeros at the origin; False if another process has some of them in hand."""
         if not self.claim(first, end):
             return False
-        written = False
         try:
             self._zero(block_start(first), block_stop(end - 1, self._size) - block_start(first))
-            written = True
+            self.mark_local(first, end)
         finally:
-            self.settle(first, end, written=written)
+            self.give_back(first, end)
         return True
 
     def _zero(self, offset: int, length: int) -> None:
@@ -226,25 +222,25 @@ class Fetcher(Background):
                 at += extent.length
 
     def claim(self, first: int, end: int) -> bool:
-        """Lock these blocks to write them; False if another process has some. `settle` lets go of them."""
+        """Lock these blocks to write them; False if another process has some. Always followed by `give_back`."""
         return self._locks.claim(first, end)
 
-    def settle(self, first: int, end: int, *, written: bool) -> None:
-        """Let go of blocks that were claimed, and mark them as local if they were *written*."""
-        try:
-            if written:
-                self._bitmap.set(first, end)
-                by_block = self._by_block
-                if len(by_block) < end - first:
-                    for block, fetch in by_block.items():
-                        if first <= block < end:
-                            fetch.mixed = True
-                elif by_block:
-                    for block in range(first, end):
-                        if block in by_block:
-                            by_block[block].mixed = True
-        finally:
-            self._locks.give_back(first, end)
+    def mark_local(self, first: int, end: int) -> None:
+        """These blocks, which are claimed, were written: what is still fetched of them is not."""
+        self._bitmap.set(first, end)
+        by_block = self._by_block
+        if len(by_block) < end - first:
+            for block, fetch in by_block.items():
+                if first <= block < end:
+                    fetch.mixed = True
+        elif by_block:
+            for block in range(first, end):
+                if block in by_block:
+                    by_block[block].mixed = True
+
+    def give_back(self, first: int, end: int) -> None:
+        """Let go of blocks that were claimed."""
+        self._locks.give_back(first, end)
 
     def pause(self) -> Ticket:
         """A ticket that is done in a moment, for whoever found blocks locked."""
@@ -266,7 +262,7 @@ class Fetcher(Background):
 
     @property
     def health(self) -> int:
-        if self._connection is not None and self._connection.ready:
+        if self._reached:
             return REACHED
         return UNREACHABLE if self.trouble else NOT_NEEDED
 
@@ -313,20 +309,18 @@ class Fetcher(Background):
             self._ask(connection)
             connection.on_events(select.POLLIN)
         else:
-            poll = select.poll()
-            poll.register(connection.fileno(), connection.events())
-            for _, mask in poll.poll(0):
-                connection.on_events(mask)
+            connection.wait(0.0)
         if connection.ready and (self._wanted or self._ahead):
             self._ask(connection)
             connection.on_events(0)
         connection.on_time()
 
     def _end_pauses(self, now: float) -> None:
-        self.finished += [ticket for time, ticket in self._pauses if time <= now]
+        over = [ticket for time, ticket in self._pauses if time <= now]
         self._pauses = [entry for entry in self._pauses if entry[0] > now]
-        for ticket in self.finished:
+        for ticket in over:
             ticket.pending = 0
+        self.finished += over
 
     def _retry_locked(self, now: float) -> None:
         due = [fetch for time, fetch in self._locked_out if time <= now]
@@ -404,10 +398,7 @@ class Fetcher(Background):
         connection = self._connection
         try:
             while connection is not None and connection.ready and connection.outstanding and monotonic() < until:
-                poll = select.poll()
-                poll.register(connection.fileno(), connection.events())
-                for _, mask in poll.poll(100):
-                    connection.on_events(mask)
+                connection.wait(0.1)
         except OriginLost:
             pass  # it was quicker to leave
         if connection is not None:
@@ -467,9 +458,7 @@ class Fetcher(Background):
                 for at, count in self._missing(offset, len(data)):
                     self._cache.write(at, data[at - offset : at - offset + count])
                 return
-            written = os.pwrite(self._fd, data, offset)
-            if written != len(data):
-                space.write_all(self._fd, data[written:], offset + written)
+            self._cache.write(offset, data)
         except OSError as error:
             self._on_cache_failure(token, error)
 
@@ -483,13 +472,7 @@ class Fetcher(Background):
 
     def _missing(self, offset: int, length: int) -> List[Tuple[int, int]]:
         """The parts of *length* bytes at *offset* whose blocks are not local: offset and length."""
-        stop = offset + length
-        parts = []
-        for first, end, local in self._bitmap.runs(*touched(offset, length)):
-            if not local:
-                at = max(offset, block_start(first))
-                parts.append((at, min(stop, block_start(end)) - at))
-        return parts
+        return [(at, count) for at, count, local in self._bitmap.parts(offset, length) if not local]
 
     def _on_cache_failure(self, fetch: Fetch, error: OSError) -> None:
         fetch.error = error.errno or errno.EIO

@@ -129,12 +129,11 @@ class ProxyImage(Image):
             return
         self._demand_edges(offset, length)
         self._claim(first, end)
-        written = False
         try:
             self._cache.write(offset, data)
-            written = True
+            self.fetcher.mark_local(first, end)
         finally:
-            self.fetcher.settle(first, end, written=written)
+            self.fetcher.give_back(first, end)
 
     def _demand_edges(self, offset: int, length: int) -> None:
         """Raises `NotLocal` unless the blocks that the range covers in part only are local."""
@@ -187,13 +186,12 @@ class ProxyImage(Image):
 
     def _zero_blocks(self, first: int, end: int, may_trim: bool, fast: bool) -> None:
         self._claim(first, end)
-        written = False
         try:
             at = block_start(first)
             self._cache.write_zeroes(at, block_stop(end - 1, self.size) - at, may_trim=may_trim, fast=fast)
-            written = True
+            self.fetcher.mark_local(first, end)
         finally:
-            self.fetcher.settle(first, end, written=written)
+            self.fetcher.give_back(first, end)
 
     def flush(self) -> None:
         self._state.checkpoint(self._cache.fd, self.on_wait)
@@ -210,10 +208,7 @@ class ProxyImage(Image):
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """What is not here counts as data: only the origin knows better."""
-        stop = offset + length
-        for first, end, local in self.bitmap.runs(*touched(offset, length)):
-            at = max(offset, block_start(first))
-            count = min(stop, block_start(end)) - at
+        for at, count, local in self.bitmap.parts(offset, length):
             if local:
                 yield from self._cache.extents(at, count)
             else:

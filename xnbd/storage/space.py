@@ -68,6 +68,14 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
         offset += written
 
 
+def read_exactly(fd: int, length: int, offset: int, what: str = "file") -> bytes:
+    """``pread(2)`` of a file that has all of these bytes; raises `OSError` (EIO) if *what* it is has shrunk."""
+    data = os.pread(fd, length, offset)
+    if len(data) != length:
+        raise OSError(errno.EIO, f"the {what} has shrunk")
+    return data
+
+
 def write_zero_bytes(fd: int, offset: int, length: int) -> None:
     """Zeros the slow way, which works everywhere."""
     zeros = memoryview(_ZEROS)

@@ -237,7 +237,7 @@ class _Opening:
         bitmap_fd = self._open_bitmap()
         try:
             fd, at = (state_fd, self._layout.durable) if recover else (bitmap_fd, 0)
-            missing = self._layout.blocks - files.count_bits(fd, self._layout.bitmap_size, at)
+            missing = self._layout.blocks - files.count_set(fd, self._layout.bitmap_size, at)
         finally:
             os.close(bitmap_fd)
         if missing:

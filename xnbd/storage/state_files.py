@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Iterator, NamedTuple
 
 from ..errors import ConfigurationError
 from . import space
+from .bitmap import count_bits
 from .locks import RangeLocks, do_nothing
 from .state_format import (
     BEGUN,
@@ -160,8 +160,8 @@ def differences(bitmap_fd: int, state_fd: int, layout: Layout) -> Iterator[Diffe
     """All pages that differ, by reading both in full: some 0.1 s for a disk of 4 TiB."""
     for start in range(0, layout.bitmap_size, _CHUNK):
         length = min(_CHUNK, layout.bitmap_size - start)
-        live = _read(bitmap_fd, length, start)
-        durable = _read(state_fd, length, layout.durable + start)
+        live = space.read_exactly(bitmap_fd, length, start)
+        durable = space.read_exactly(state_fd, length, layout.durable + start)
         if live == durable:
             continue
         for at in range(0, length, PAGE):
@@ -170,17 +170,10 @@ def differences(bitmap_fd: int, state_fd: int, layout: Layout) -> Iterator[Diffe
                 yield Difference((start + at) // PAGE, *pages)
 
 
-def _read(fd: int, length: int, offset: int) -> bytes:
-    data = os.pread(fd, length, offset)
-    if len(data) != length:
-        raise OSError(errno.EIO, "the file has shrunk")
-    return data
-
-
-def count_bits(fd: int, length: int, offset: int) -> int:
+def count_set(fd: int, length: int, offset: int) -> int:
     """How many bits are set in *length* bytes at *offset*."""
-    parts = (_read(fd, min(_CHUNK, length - at), offset + at) for at in range(0, length, _CHUNK))
-    return sum(bin(int.from_bytes(part, "little")).count("1") for part in parts)
+    parts = (space.read_exactly(fd, min(_CHUNK, length - at), offset + at) for at in range(0, length, _CHUNK))
+    return sum(map(count_bits, parts))
 
 
 def save_live(state_fd: int, layout: Layout, difference: Difference) -> None:

@@ -144,10 +144,7 @@ class TargetImage(Image):
         return [self.flat[offset : offset + length]]
 
     def pread(self, offset: int, length: int) -> bytes:
-        data = os.pread(self.fd, length, offset)
-        if len(data) != length:
-            raise OSError(errno.EIO, "the disk image has shrunk")
-        return data
+        return space.read_exactly(self.fd, length, offset, "disk image")
 
     def write(self, offset: int, data: Buffer) -> None:
         written = os.pwrite(self.fd, data, offset)
