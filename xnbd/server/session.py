@@ -30,6 +30,7 @@ from ..storage.board import BYTES_READ, BYTES_WRITTEN, REQUESTS
 from ..storage.image import Background, NotLocal, Ticket
 from .connection import Connection
 from .disk import Disk
+from .holes import HOLE_MINIMUM, Holes
 from .readahead import ReadAhead
 from .replies import Piece, Replies
 from .waiting import QueueLimits, Waiting, WaitingRoom
@@ -58,9 +59,6 @@ _BUFFERED = 8 << 20
 _NO_LIMITS = QueueLimits()
 
 _BLOCK = 4096
-_HOLE_MINIMUM = 32 << 10
-"""Holes shorter than this cost less as zeros on the wire than as a chunk of their own."""
-
 _MAXIMUM_EXTENTS = 1 << 14
 
 _READ = wire.request_word(c.CMD_READ)
@@ -105,7 +103,7 @@ class Session:
         self._left = False
         self._leaves_at: Optional[float] = None
         self._hung_up_at: Optional[float] = None
-        self._data_from = self._data_until = 0  # where no hole was found the last time
+        self._holes = Holes(disk.image)
         disk.image.wait_with(self._on_wait)
         self._commands = {
             c.CMD_READ: self._read,
@@ -211,7 +209,7 @@ class Session:
         self._disk.renew()
         self._image = self._disk.image
         self._read_ahead = ReadAhead(self._image)
-        self._data_until = 0
+        self._holes = Holes(self._image)
         for ticket in self._room.tickets():
             request = self._room.leave(ticket)
             if request is not None:
@@ -311,7 +309,7 @@ class Session:
         flat, read, write = image.flat, image.read, image.write
         writable = -1 if image.readonly else readable
         announce = self._read_ahead.announce if self._read_ahead.active else None
-        longest_read = _HOLE_MINIMUM - 1 if structured else MAXIMUM_REQUEST
+        longest_read = HOLE_MINIMUM - 1 if structured else MAXIMUM_REQUEST
         position, end = self._start, self._end
         counts, done = self._counts, 0
         for done in range(1, _BATCH + 1):
@@ -448,7 +446,7 @@ class Session:
             pieces.extend(data)
         elif not length:
             pieces.append(wire.pack_done(cookie))
-        elif flags & c.CMD_FLAG_DF or length < _HOLE_MINIMUM:
+        elif flags & c.CMD_FLAG_DF or length < HOLE_MINIMUM:
             self._append_data(cookie, offset, length, c.REPLY_FLAG_DONE)
         else:
             self._read_around_holes(cookie, offset, length)
@@ -467,7 +465,7 @@ class Session:
         """A structured answer in which long holes are chunks without data."""
         if self._image.background is not None:
             self._image.read(offset, length)  # all of it is here, or nothing has been said yet
-        parts = list(self._parts(offset, length))
+        parts = list(self._holes.parts(offset, length))
         for part, (hole, at, count) in enumerate(parts, 1):
             flags = c.REPLY_FLAG_DONE if part == len(parts) else 0
             if hole:
@@ -479,24 +477,6 @@ class Session:
         data = self._image.read(offset, length)
         self._out.append(wire.pack_data_chunk(cookie, offset, length, flags))
         self._out.extend(data)
-
-    def _parts(self, offset: int, length: int) -> Iterator[Tuple[bool, int, int]]:
-        """*length* bytes at *offset* as (hole?, offset, length); short holes count as data."""
-        if not self._data_from <= offset < self._data_until:
-            self._data_from, self._data_until = offset, self._image.data_until(offset)
-        if offset + length <= self._data_until:
-            yield False, offset, length
-            return
-        data_from = position = offset
-        for extent in self._image.extents(offset, length):
-            if extent.hole and extent.length >= _HOLE_MINIMUM:
-                if position > data_from:
-                    yield False, data_from, position - data_from
-                yield True, position, extent.length
-                data_from = position + extent.length
-            position += extent.length
-        if position > data_from:
-            yield False, data_from, position - data_from
 
     # WRITE
 
@@ -587,7 +567,7 @@ class Session:
         self._send_first()
         if length:
             self._image.trim(offset, length)
-            self._data_until = 0
+            self._holes.forget()
         self._acknowledge(cookie, flags)
 
     def _cache(self, _flags: int, cookie: bytes, offset: int, length: int) -> None:
@@ -600,7 +580,7 @@ class Session:
         if length:
             may_trim, fast = not flags & c.CMD_FLAG_NO_HOLE, bool(flags & c.CMD_FLAG_FAST_ZERO)
             self._image.write_zeroes(offset, length, may_trim=may_trim, fast=fast)
-            self._data_until = 0
+            self._holes.forget()
         self._acknowledge(cookie, flags)
 
     def _block_status(self, flags: int, cookie: bytes, offset: int, length: int) -> None:
@@ -610,20 +590,8 @@ class Session:
             raise RequestError(errno.EINVAL, "block status of nothing")
         self._send_first()
         limit = 1 if flags & c.CMD_FLAG_REQ_ONE else _MAXIMUM_EXTENTS
-        extents = self._status(offset, length, limit)
+        extents = self._holes.status(offset, length, limit)
         self._out.append(wire.pack_block_status(cookie, ALLOCATION_CONTEXT, extents))
-
-    def _status(self, offset: int, length: int, limit: int) -> List[Tuple[int, int]]:
-        status: List[Tuple[int, int]] = []
-        for extent in self._image.extents(offset, length):
-            flags = c.STATE_HOLE | c.STATE_ZERO if extent.hole else 0
-            if status and status[-1][1] == flags:
-                status[-1] = (status[-1][0] + extent.length, flags)
-                continue
-            if len(status) == limit:
-                break
-            status.append((extent.length, flags))
-        return status
 
 
 def _fail(number: int) -> None:
