@@ -18,14 +18,12 @@ from ..storage.fetch import PIECE
 from ..storage.image import Ticket
 from ..storage.proxy import ProxyImage
 from ..storage.survey import Survey
+from ..storage.window import Window
 from .disk import Disk
 from .watch import Watch
 
-_DEEP, _LEAST, _SHALLOW = 8 << 20, 2 << 20, 512 << 10
-"""Bytes asked for at once, at most and at least, if nobody else wants anything, and if somebody does."""
-
-_QUEUEING = 0.05
-"""Seconds that a block may take longer than the quickest one before less is asked for at once."""
+_LEAST, _SHALLOW = 1 << 20, 512 << 10
+"""Bytes asked for at once, at least if nobody else wants anything, and at most if somebody does."""
 
 _SURVEY = 1 << 19
 _ZERO_STEP = 1 << 14
@@ -51,8 +49,7 @@ class Copier:
         self._options = options
         self._outstanding: Dict[Ticket, Tuple[float, int]] = {}
         self._bytes = 0
-        self._quickest = float("inf")
-        self._window = _DEEP
+        self._window = Window(_LEAST)
         self._allowed_at = monotonic()
         self._looked_at = 0.0
         self._crowded = False
@@ -135,7 +132,7 @@ class Copier:
             now = monotonic()
             if now - self._looked_at > _LOOK_AROUND:
                 self._look_around(now)
-            window = _SHALLOW if self._crowded else self._window
+            window = _SHALLOW if self._crowded else self._window.size
             if self._bytes < window and now >= self._allowed_at:
                 return
             self._wait(None if self._bytes >= window else self._allowed_at - now)
@@ -157,12 +154,7 @@ class Copier:
         asked_at, length = self._outstanding.pop(ticket, (now, 0))
         if not length:
             return  # a survey's
+        self._window.on_reply(asked_at, now, length, self._bytes)
         self._bytes -= length
         if ticket.error:
             raise TaskFailed(f"a block could not be copied: {os.strerror(ticket.error)}")
-        took = now - asked_at
-        self._quickest = min(self._quickest, took)
-        if took > self._quickest + _QUEUEING:
-            self._window = max(_LEAST, self._window - length)
-        else:
-            self._window = min(_DEEP, self._window + length)

@@ -30,14 +30,15 @@ from .checkpoint import ProcessState
 from .image import Background, Ticket
 from .survey import Survey
 from .target import TargetImage
+from .window import Window
 
 PIECE = 64
 """Blocks that one READ asks for at most, and a multiple of which none goes across."""
 
 _IN_FLIGHT = 8 << 20
-"""Bytes asked for at once for those who wait; ahead of them, `_AHEAD_IN_FLIGHT`."""
+"""Bytes asked for at once for those who wait; ahead of them, a `Window` that is never larger."""
 
-_AHEAD_IN_FLIGHT = 2 << 20
+_LEAST_AHEAD = 512 << 10
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.01
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
 _PARTING = 1.0
@@ -71,7 +72,7 @@ class Patience(NamedTuple):
 class Fetch:
     """The blocks from *first* up to *end*. ``mixed`` tells that some of them may be there already."""
 
-    __slots__ = ("ahead", "end", "error", "first", "mixed", "pause", "since", "tickets")
+    __slots__ = ("ahead", "asked_at", "end", "error", "first", "mixed", "pause", "since", "tickets")
 
     def __init__(self, first: int, end: int, *, ahead: bool) -> None:
         self.first = first
@@ -81,7 +82,7 @@ class Fetch:
         self.mixed = False
         self.error = 0
         self.pause = _FIRST_PAUSE
-        self.since = 0.0
+        self.since = self.asked_at = 0.0
 
 
 class Fetcher(Background):
@@ -101,6 +102,7 @@ class Fetcher(Background):
         self._delay = 0.0
         self._connect_at = 0.0
         self._in_flight = 0
+        self._window = Window(_LEAST_AHEAD)
         self._by_block: Dict[int, Fetch] = {}
         self._wanted: Deque[Fetch] = deque()
         self._ahead: Deque[Fetch] = deque()
@@ -355,6 +357,7 @@ class Fetcher(Background):
 
     def _ask_again(self, unfinished: List[Any]) -> None:
         self._in_flight = self._surveys = 0
+        self._window = Window(_LEAST_AHEAD)
         for fetch in reversed(unfinished):
             if isinstance(fetch, Survey):
                 fetch.finish(errno.EIO)
@@ -410,7 +413,7 @@ class Fetcher(Background):
     def _ask(self, connection: OriginConnection) -> None:
         while self._wanted and self._in_flight < _IN_FLIGHT:
             self._ask_for(connection, self._wanted.popleft())
-        while self._ahead and self._in_flight < _AHEAD_IN_FLIGHT:
+        while self._ahead and self._in_flight < self._window.size:
             self._ask_for(connection, self._ahead.popleft())
 
     def _ask_for(self, connection: OriginConnection, fetch: Fetch) -> None:
@@ -435,6 +438,7 @@ class Fetcher(Background):
         offset = block_start(first)
         length = block_stop(end - 1, self._size) - offset
         self._in_flight += length
+        fetch.asked_at = monotonic()
         connection.read(fetch, offset, length)
 
     def _split(self, fetch: Fetch, end: int) -> None:
@@ -488,7 +492,9 @@ class Fetcher(Background):
             self.finished.append(token.ticket)
             return
         first, end = token.first, token.end
-        self._in_flight -= block_stop(end - 1, self._size) - block_start(first)
+        length = block_stop(end - 1, self._size) - block_start(first)
+        self._window.on_reply(token.asked_at, monotonic(), length, self._in_flight)
+        self._in_flight -= length
         if error:
             log.warning("the origin cannot read %d bytes at %d: error %d", (end - first) * BLOCK, first * BLOCK, error)
         elif self._delay or self.trouble:
