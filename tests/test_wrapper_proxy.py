@@ -250,6 +250,46 @@ def test_two_clients_write_while_the_export_is_switched(far: Far, seed: int) -> 
     assert far.wrapper.stored() == {"far": {"mode": "target", "image_path": str(far.cache)}}
 
 
+def switch_past_the_wrapper(far: Far, *options: str) -> int:
+    return run(*program("xnbd-bgctl"), *options, "--switch", far.control, check=False)[0]
+
+
+def test_a_switch_past_the_wrapper_is_booked_when_a_client_comes(far: Far) -> None:
+    far.wrapper.ctl("--bgctl-cache-all", "far")
+    with far.client() as first:
+        assert switch_past_the_wrapper(far) == 0
+        far.origin.stop()
+        with far.client() as second:
+            wait_until(lambda: far.wrapper.stored()["far"]["mode"] == "target", "the booking")
+            assert first.write(5, b"hello") == 0
+            assert second.read(5, 5) == b"hello"
+            assert second.read(MIB, 4096) == far.content[MIB:][:4096]
+
+
+def test_after_a_forced_switch_past_the_wrapper_the_next_client_has_a_target(
+    far: Far, start_wrapper: StartWrapper
+) -> None:
+    with far.client() as client:
+        assert client.read(0, 4096) == far.content[:4096]
+        assert switch_past_the_wrapper(far, "--force") == 0
+    far.wrapper.ctl("--shutdown")
+    again = start_wrapper()
+    with again.client("far") as client:
+        assert client.size == SIZE
+        assert client.read(0, 4096) == far.content[:4096]
+        assert client.read(SIZE - 4096, 4096) == bytes(4096)
+        wait_until(lambda: again.stored()["far"]["mode"] == "target", "the booking")
+    assert again.listed()["far"]["mode"] == "target"
+
+
+def test_a_switch_past_the_wrapper_that_was_refused_is_not_booked(far: Far) -> None:
+    with far.client() as first:
+        assert switch_past_the_wrapper(far) == 1
+        with far.client() as second:
+            assert first.read(MIB, 4096) == second.read(MIB, 4096) == far.content[MIB:][:4096]
+    assert far.wrapper.stored()["far"]["mode"] == "proxy"
+
+
 def test_reconnect_moves_waiting_clients_to_the_new_origin(far: Far, start: Start) -> None:
     with far.client() as client:
         assert client.read(0, 4096) == far.content[:4096]

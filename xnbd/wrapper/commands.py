@@ -10,7 +10,7 @@ import os
 from time import monotonic
 from typing import Any, Callable, Dict, Generator, Iterator, List, Mapping, NamedTuple, Optional
 
-from ..errors import CommandError
+from ..errors import CommandError, ConfigurationError
 from ..logs import log
 from ..sockets import is_listening
 from ..storage.state import known_size
@@ -172,6 +172,15 @@ class Commands:
         name, export = request.get("name", ""), self._proxy(request)
         target = TargetExport(export.image_path)
         return self._steer(export, ["--switch"], then=lambda: self._replace(name, export, target))
+
+    def book_switch(self, name: str, image_path: str) -> None:
+        """A proxy was made a target by ``xnbd-bgctl`` itself; unless the export is another one by now."""
+        export = self._database.exports.get(name)
+        if isinstance(export, ProxyExport) and export.image_path == image_path:
+            try:
+                self._replace(name, export, TargetExport(image_path))
+            except ConfigurationError as error:
+                log.error("%s", error)
 
     def _reconnect(self, request: Message) -> Reply:
         name, export = request.get("name", ""), self._proxy(request)
