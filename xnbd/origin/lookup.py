@@ -73,10 +73,11 @@ class Lookup:
         """End it, with an answer or without."""
         os.close(self._fd)
         try:
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
+            if not os.waitpid(self._pid, os.WNOHANG)[0]:
+                os.kill(self._pid, signal.SIGKILL)
+                os.waitpid(self._pid, 0)
         except (ChildProcessError, ProcessLookupError):
-            pass  # where SIGCHLD is ignored nobody has to wait
+            pass  # it has ended, and with SIGCHLD ignored nobody has to wait for it
 
 
 def _look_up_and_exit(host: str, writing: int) -> NoReturn:
