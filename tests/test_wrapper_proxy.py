@@ -282,6 +282,23 @@ def test_after_a_forced_switch_past_the_wrapper_the_next_client_has_a_target(
     assert again.listed()["far"]["mode"] == "target"
 
 
+def test_a_switch_past_the_wrapper_that_cannot_be_booked_is_served_all_the_same(far: Far) -> None:
+    far.wrapper.ctl("--bgctl-cache-all", "far")
+    with far.client() as first:
+        assert switch_past_the_wrapper(far) == 0
+        assert first.works()
+    blocker = Path(f"{far.wrapper.database}.new")
+    blocker.mkdir()
+    far.wrapper.expected_errors.append("cannot write database")
+    with far.client() as second:
+        far.wrapper.wait_for_log("cannot write database")
+        assert second.works()
+    blocker.rmdir()
+    with far.client() as third:
+        wait_until(lambda: far.wrapper.stored()["far"]["mode"] == "target", "the booking")
+        assert third.works()
+
+
 def test_a_switch_past_the_wrapper_that_was_refused_is_not_booked(far: Far) -> None:
     with far.client() as first:
         assert switch_past_the_wrapper(far) == 1
