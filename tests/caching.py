@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import nbd
+from model import ignore_chunk
 from server_process import PYTHON, ROOT, Server, children_of, is_alive, run, title_of, wait_until
 
 BLOCK = 4096
@@ -50,6 +51,33 @@ def connect(uri: str, *, structured: bool = True) -> nbd.NBD:
         client.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     client.connect_uri(uri)
     return client
+
+
+class Reading:
+    """A READ, or with *data* a WRITE, that is under way."""
+
+    def __init__(self, client: nbd.NBD, offset: int, length: int) -> None:
+        self._client = client
+        self._buffer = nbd.Buffer(length)
+        self._errors: List[int] = []
+        self._cookie = client.aio_pread_structured(self._buffer, offset, ignore_chunk, self._on_completion)
+
+    def _on_completion(self, error: object) -> int:
+        self._errors.append(error.value)  # type: ignore[attr-defined]
+        return 1
+
+    def is_done(self) -> bool:
+        self._client.poll(0)
+        return bool(self._errors)
+
+    def wait(self) -> int:
+        """The error, or 0."""
+        wait_until(self.is_done, "the reply", 20)
+        return self._errors[0]
+
+    def content(self) -> bytes:
+        assert self.wait() == 0
+        return bytes(self._buffer.to_bytearray())
 
 
 def ask(control: Path, command: str, **arguments: object) -> Dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Callable, Iterator, List
 import lying_origin as lie
 import nbd
 import pytest
-from caching import BLOCK, CacheFiles, bgctl, connect, query
+from caching import BLOCK, CacheFiles, Reading, bgctl, connect, query
 from conftest import MIB, Start
 from launch import fails
 from lying_origin import Asked, LyingOrigin, Visitor
-from model import ignore_chunk, read_all
+from model import read_all
 from mounts import small_tmpfs
 from origin_programs import OriginProgram
 from relay import Relay
@@ -44,33 +44,6 @@ def image(tmp_path: Path, disk: bytes) -> Path:
     path = tmp_path / "origin.img"
     path.write_bytes(disk)
     return path
-
-
-class Reading:
-    """A READ, or with *data* a WRITE, that is under way."""
-
-    def __init__(self, client: nbd.NBD, offset: int, length: int) -> None:
-        self._client = client
-        self._buffer = nbd.Buffer(length)
-        self._errors: List[int] = []
-        self._cookie = client.aio_pread_structured(self._buffer, offset, ignore_chunk, self._on_completion)
-
-    def _on_completion(self, error: object) -> int:
-        self._errors.append(error.value)  # type: ignore[attr-defined]
-        return 1
-
-    def is_done(self) -> bool:
-        self._client.poll(0)
-        return bool(self._errors)
-
-    def wait(self) -> int:
-        """The error, or 0."""
-        wait_until(self.is_done, "the reply", 20)
-        return self._errors[0]
-
-    def content(self) -> bytes:
-        assert self.wait() == 0
-        return bytes(self._buffer.to_bytearray())
 
 
 def read(client: nbd.NBD, block: int, count: int = 1) -> bytes:

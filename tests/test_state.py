@@ -28,12 +28,12 @@ from test_bitmap import run_processes
 from xnbd.errors import ConfigurationError
 from xnbd.storage.bitmap import bitmap_size
 from xnbd.storage.blocks import BLOCK, block_count, bytes_of
-from xnbd.storage.board import board_size
+from xnbd.storage.board import TARGET, board_size
 from xnbd.storage.checkpoint import ProcessState
 from xnbd.storage.locks import RangeLocks, do_nothing
-from xnbd.storage.state import MAXIMUM_PROCESSES, SharedState, known_size, open_state
+from xnbd.storage.state import MAXIMUM_PROCESSES, SharedState, is_switched, known_size, open_state
 from xnbd.storage.state_files import is_alone
-from xnbd.storage.state_format import BadHeader, Header, identity, layout_of, pack_header, parse_header
+from xnbd.storage.state_format import BadHeader, Header, Steering, identity, layout_of, pack_header, parse_header
 
 MIB = 1 << 20
 PAGE_BLOCKS = 32768
@@ -923,3 +923,28 @@ def test_size_of_a_disk_is_known_from_its_state_file_alone(tmp_path: Path) -> No
     assert known_size(str(tmp_path / "bitmap")) == 12345
     (tmp_path / "bitmap.state").write_bytes(b"something else")
     assert known_size(str(tmp_path / "bitmap")) is None
+
+
+def test_a_switch_is_known_from_the_board_while_servers_run_and_later_from_the_state_file(cache: Cache) -> None:
+    bitmap = str(cache.bitmap)
+    assert not is_switched(bitmap)
+    shared = cache.open()
+    shared.steer(Steering(switched=True))  # that comes first, and the switch may fail yet
+    assert not is_switched(bitmap)
+    with closing(shared.open_board()) as board:
+        board.mode = TARGET
+    assert is_switched(bitmap)
+    shared.close()
+    assert is_switched(bitmap)
+
+
+def test_files_that_cannot_be_used_tell_of_no_switch(cache: Cache) -> None:
+    shared = cache.open()
+    for damage in (b"", None):
+        board = Path(f"{cache.bitmap}.board")
+        board.unlink() if damage is None else board.write_bytes(damage)
+        assert not is_switched(str(cache.bitmap))
+    shared.close()
+    cache.state.unlink()
+    cache.state.mkdir()
+    assert not is_switched(str(cache.bitmap))

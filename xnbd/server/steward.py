@@ -18,7 +18,7 @@ from typing import Callable, Dict, Generator, Iterator, List, Optional, Tuple
 
 from ..errors import CommandError, ConfigurationError, TaskFailed
 from ..logs import log
-from ..origin.address import parse_origin
+from ..origin.address import OriginAddress, parse_origin
 from ..origin.connection import OriginLost
 from ..origin.probe import probe
 from ..process import set_title
@@ -462,10 +462,9 @@ class _Stewardship:
             address = parse_origin(uri, None, name)
         else:
             address = parse_origin(text_argument(request, "host") or "", text_argument(request, "port"), name)
-        try:
-            size = probe(address, timeout=self._proxy.patience.connect).size
-        except OriginLost as lost:
-            raise CommandError(f"{lost}; nothing was changed") from lost
+        size = yield from self._ask_size(address)
+        if self._board.mode == TARGET:
+            raise CommandError("this is a plain target by now: it has no origin any more")
         if size != self._source.size:
             raise CommandError(f"the disk at {address} has {size} bytes, not {self._source.size}; nothing was changed")
         try:
@@ -476,3 +475,24 @@ class _Stewardship:
         self._wake_all()
         log.info("the origin is %s now", address)
         yield {"done": True, "address": str(address)}
+
+    def _ask_size(self, address: OriginAddress) -> Generator[Optional[Message], None, int]:
+        """Bytes of the disk at *address*, asked by a child: an origin or a name server may take its time."""
+        child = self._start(partial(self._probe, address))
+        try:
+            while not child.is_done():
+                yield None
+        finally:
+            child.stop()
+            child.wait()
+        if child.status:
+            raise CommandError(f"{child.message or 'the process that asked it was stopped'}; nothing was changed")
+        return int(child.message)
+
+    def _probe(self, address: OriginAddress) -> str:
+        assert self._proxy is not None
+        set_title("asking", str(address))
+        try:
+            return str(probe(address, timeout=self._proxy.patience.connect).size)
+        except OriginLost as lost:
+            raise TaskFailed(str(lost)) from lost
