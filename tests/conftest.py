@@ -7,11 +7,16 @@ import re
 from pathlib import Path
 from typing import Callable, Iterator, List
 
+import hypothesis
 import pytest
 from server_process import Server
 from wrapper_process import Wrapper
 
 MIB = 1 << 20
+
+# How long an example takes, and how long it takes to draw one, is the machine's business.
+hypothesis.settings.register_profile("no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("no clock")
 
 Start = Callable[..., Server]
 

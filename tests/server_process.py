@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,15 +70,12 @@ class Server:
         return f"nbd+unix:///?socket={self.socket}"
 
     def wait_until_ready(self) -> None:
+        """Until it listens. Nobody visits it: a worker would be busy with that for an unknown time."""
         deadline = time.monotonic() + START_TIME
-        while True:
-            try:
-                self.connect().close()
-                return
-            except OSError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise AssertionError(f"the server did not start:\n{self.log()}") from None
-                time.sleep(0.02)
+        while not is_listening(self.socket):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"the server did not start:\n{self.log()}")
+            time.sleep(0.02)
 
     def connect(self, *, tcp: bool = False) -> socket.socket:
         """A fresh connection, nothing said yet."""
@@ -119,6 +117,12 @@ class Server:
             raise AssertionError(f"the server did not stop:\n{self.log()}") from None
 
 
+def is_listening(path: Path) -> bool:
+    """Whether somebody listens on the Unix socket at *path*, found out without a visit."""
+    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    return any(fields[3] == "00010000" and fields[-1] == str(path) for fields in sockets)
+
+
 def wait_until(condition, what: str, seconds: float = 10.0) -> None:  # type: ignore[no-untyped-def]
     """Poll for *condition*; fails the test with *what* was awaited."""
     deadline = time.monotonic() + seconds
@@ -132,7 +136,7 @@ def free_port() -> int:
 
     Each process of pytest has ports of its own, below those that the kernel gives away.
     """
-    for port in _ports:
+    for port in _own_ports():
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -143,9 +147,25 @@ def free_port() -> int:
     raise AssertionError("unreachable")
 
 
-_PORTS_EACH = 2000
-_FIRST_PORT = 12_000 + _PORTS_EACH * int(os.environ.get("PYTEST_XDIST_WORKER", "gw9")[2:])
-_ports = itertools.cycle(range(_FIRST_PORT, _FIRST_PORT + _PORTS_EACH))
+_PORTS_EACH = 1000
+
+
+@functools.cache
+def _own_ports() -> Iterator[int]:
+    """Ports of this process, over and over; a socket without a file tells other runs that they are taken."""
+    for first in range(12_000, 32_000, _PORTS_EACH):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0xnbd tests have ports from {first}")
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        return itertools.cycle(range(first, first + _PORTS_EACH))
+    raise AssertionError("too many tests run at once: all ports are taken")
+
+
+_claims: List[socket.socket] = []
 
 
 def children_of(pid: int) -> List[int]:
@@ -166,11 +186,15 @@ def title_of(pid: int) -> str:
 
 def is_alive(pid: int) -> bool:
     """Whether the process runs: a zombie does not."""
+    return state_of(pid) not in "ZX"
+
+
+def state_of(pid: int) -> str:
+    """As ``ps`` shows it: D for uninterruptible sleep, X if it is gone."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
+        return "X"
 
 
 def run(*arguments: object, timeout: float = 60.0, check: bool = True) -> Tuple[int, str, str]:

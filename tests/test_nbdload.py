@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Iterator, List
 
 import pytest
-from server_process import ROOT, run, wait_until
+from server_process import ROOT, is_listening, run, wait_until
 
 BLOCK = 4096
 DISK_BLOCKS = 256
@@ -46,7 +46,7 @@ class LoggedDisk:
 def disk(tmp_path: Path) -> Iterator[LoggedDisk]:
     logged = LoggedDisk(tmp_path)
     try:
-        wait_until(logged.socket.exists, "nbdkit's socket")
+        wait_until(lambda: is_listening(logged.socket), "nbdkit to listen")
         yield logged
     finally:
         logged.process.terminate()

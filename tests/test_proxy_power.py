@@ -19,17 +19,17 @@ import signal
 import struct
 import time
 import uuid
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional
 
 import nbd
 import pytest
-from caching import BLOCK, CacheFiles, bgctl, connect, descendants, kill, wait_until_gone
+from caching import BLOCK, CacheFiles, bgctl, connect, hold, kill_server, wait_until_gone
 from conftest import MIB, Start
 from ledger import SECTOR, Crowd, Ledger
 from model import read_all
-from server_process import Server, run, wait_until
+from server_process import Server, run, state_of, wait_until
 
 SECONDS = 9.0
 SIZE = 16 * MIB + 3 * SECTOR
@@ -107,24 +107,21 @@ class Boot:
         boot_id = directory / "boot_id"
         boot_id.write_text(f"{uuid.uuid4()}\n")
         mounting = f'mount --bind {boot_id} {BOOT_ID} && exec "$@"'
+        log_path = directory / "proxy.log"
+        self._log_start = log_path.stat().st_size if log_path.exists() else 0
         self.server = Server(directory, "proxy", arguments, prefix=["unshare", "--mount", "sh", "-c", mounting, "sh"])
-        self._log_start = len(self.server.log())
         self.server.wait_until_ready()
 
     def log(self) -> str:
-        return self.server.log()[self._log_start :]
+        return self.server.log_path.read_bytes()[self._log_start :].decode()
 
     def hold(self) -> None:
         """Nobody is answered from now on: an fdatasync that a shutdown overtakes may succeed for nothing."""
-        for pid in (self.server.pid, *descendants(self.server.pid)):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
+        if self.server.process.poll() is None:
+            hold(self.server.pid)
 
     def die(self) -> None:
-        pids = [self.server.pid, *descendants(self.server.pid)]
-        kill(pids)
-        self.server.process.wait()
-        wait_until_gone(pids)
+        kill_server(self.server)
 
 
 class Machine:
@@ -306,8 +303,3 @@ def test_a_worker_that_dies_before_the_data_is_there_has_set_no_bit(
     again.shutdown()
     proxy.stop()
     assert files.image.read_bytes() == content
-
-
-def state_of(pid: int) -> str:
-    """As ``ps`` shows it: D for uninterruptible sleep."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
