@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import nbd
-from server_process import PYTHON, ROOT, Server, children_of, is_alive, run, title_of, wait_until
+from server_process import PATIENCE, PYTHON, ROOT, Server, children_of, is_alive, run, title_of, wait_until
 
 BLOCK = 4096
 
@@ -113,5 +113,5 @@ def kill(pids: List[int]) -> None:
             pass
 
 
-def wait_until_gone(pids: List[int], seconds: float = 10.0) -> None:
+def wait_until_gone(pids: List[int], seconds: float = PATIENCE) -> None:
     wait_until(lambda: not any(is_alive(pid) for pid in pids), f"the end of processes {pids}", seconds)
