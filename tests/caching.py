@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Set, Tuple
 
 import nbd
 from server_process import (
+    PATIENCE,
     PYTHON,
     ROOT,
     Server,
@@ -153,5 +154,5 @@ def kill_server(server: Server) -> None:
     wait_until_gone(pids)
 
 
-def wait_until_gone(pids: List[int], seconds: float = 10.0) -> None:
+def wait_until_gone(pids: List[int], seconds: float = PATIENCE) -> None:
     wait_until(lambda: not any(is_alive(pid) for pid in pids), f"the end of processes {pids}", seconds)
