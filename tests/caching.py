@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
 
 import nbd
+from origin_programs import is_listening
 from server_process import (
     PATIENCE,
     PYTHON,
@@ -18,7 +19,6 @@ from server_process import (
     Server,
     children_of,
     is_alive,
-    is_listening,
     run,
     state_of,
     title_of,

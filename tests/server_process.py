@@ -123,12 +123,6 @@ class Server:
             raise AssertionError(f"the server did not stop:\n{self.log()}") from None
 
 
-def is_listening(path: Path) -> bool:
-    """Whether somebody listens on the Unix socket at *path*, found out without a visit."""
-    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
-    return any(fields[3] == "00010000" and fields[-1] == str(path) for fields in sockets)
-
-
 def wait_until(condition, what: str, seconds: float = PATIENCE) -> None:  # type: ignore[no-untyped-def]
     """Poll for *condition*; fails the test with *what* was awaited."""
     deadline = time.monotonic() + seconds

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, List, NamedTuple, Optional
 
-from server_process import PYTHON, ROOT, Server, children_of, is_listening, run, title_of, wait_until
+from origin_programs import is_listening
+from server_process import PYTHON, ROOT, Server, children_of, run, title_of, wait_until
 
 from xnbd.storage.board import GATE, Board
 from xnbd.storage.locks import RangeLocks

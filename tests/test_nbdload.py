@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Iterator, List
 
 import pytest
-from server_process import ROOT, is_listening, run, wait_until
+from origin_programs import is_listening
+from server_process import ROOT, run, wait_until
 
 BLOCK = 4096
 DISK_BLOCKS = 256

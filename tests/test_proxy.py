@@ -16,6 +16,7 @@ import nbd
 import pytest
 from conftest import MIB, Start
 from launch import fails
+from origin_programs import is_listening
 from proxies import BLOCK, DISK, Proxy, make_disk, query, reads, replies, silent
 from rawclient import (
     BLOCK_STATUS,
@@ -31,7 +32,7 @@ from rawclient import (
     pack_request,
 )
 from relay import Relay
-from server_process import Server, command, is_alive, is_listening, run, wait_until
+from server_process import Server, command, is_alive, run, wait_until
 
 KIB = 1 << 10
 BLOCKS = -(-DISK // BLOCK)

@@ -20,8 +20,9 @@ from caching import CacheFiles, ask, by_kind, connect, descendants, kill, query,
 from conftest import MIB, Start
 from ledger import SECTOR, Crowd, Ledger
 from model import read_all
+from origin_programs import is_listening
 from relay import Relay
-from server_process import Server, is_listening, wait_until
+from server_process import Server, wait_until
 
 SECONDS = 15.0
 SIZE = 24 * MIB + 3 * SECTOR

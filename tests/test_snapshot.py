@@ -23,8 +23,9 @@ import pytest
 from conftest import MIB, Start
 from launch import Launched, launched
 from mounts import small_tmpfs
+from origin_programs import is_listening
 from rawclient import FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, RawClient, bystander, pack_request
-from server_process import Server, command, is_alive, is_listening, run, wait_until
+from server_process import Server, command, is_alive, run, wait_until
 from snapshots import (
     bgctl,
     bgctl_command,
