@@ -18,7 +18,7 @@ from xnbdguest.packages import Packages, fetch_packages
 DATA = 32
 """MiB of noise in the guest's /data/noise."""
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +128,13 @@ done
 def check_snapshot(path: Path, directory: Path, noise: str) -> None:
     directory.mkdir(exist_ok=True)
     run("mount", "-o", "loop", path, directory)
+    device = Path(run("findmnt", "--noheadings", "--output", "SOURCE", directory)[1].strip())
     try:
         digest = hashlib.md5((directory / "data").read_bytes()).hexdigest()
     finally:
         run("umount", directory)
+    in_use = Path("/proc/fs/ext4") / device.name  # by a mount namespace that another test has made meanwhile
+    wait_until(lambda: not in_use.exists(), "the end of the file system")
     assert digest == noise
     run("e2fsck", "-fn", path)
 

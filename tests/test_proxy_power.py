@@ -17,6 +17,7 @@ import os
 import random
 import signal
 import struct
+import tempfile
 import time
 import uuid
 from contextlib import contextmanager
@@ -93,23 +94,33 @@ class Disk:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    backing = Path("/dev/shm") / f"xnbd-power-{os.getpid()}.img"
-    disk = Disk(backing, tmp_path / "disk")
-    yield disk
-    disk.remove()
-    backing.unlink()
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="xnbd-power-") as backing:
+        disk = Disk(Path(backing.name), tmp_path / "disk")
+        try:
+            yield disk
+        finally:
+            disk.remove()
+
+
+MAKE_BOOT = f"""
+while read -r device path rest; do
+    case $device in /dev/loop*) [ "$path" = "$2" ] || umount -l "$path" ;; esac
+done </proc/mounts
+mount --bind "$1" {BOOT_ID} && shift 2 && exec "$@"
+"""
+"""With boot id and disk as its first arguments. Disks of other tests, which cannot end elsewhere, are let go of."""
 
 
 class Boot:
-    """A server that lives in a boot of its own."""
+    """A server that lives in a boot of its own, with the *disk* at this path."""
 
-    def __init__(self, directory: Path, arguments: List[str]) -> None:
+    def __init__(self, directory: Path, disk: Path, arguments: List[str]) -> None:
         boot_id = directory / "boot_id"
         boot_id.write_text(f"{uuid.uuid4()}\n")
-        mounting = f'mount --bind {boot_id} {BOOT_ID} && exec "$@"'
+        prefix = ["unshare", "--mount", "sh", "-c", MAKE_BOOT, "sh", str(boot_id), str(disk)]
         log_path = directory / "proxy.log"
         self._log_start = log_path.stat().st_size if log_path.exists() else 0
-        self.server = Server(directory, "proxy", arguments, prefix=["unshare", "--mount", "sh", "-c", mounting, "sh"])
+        self.server = Server(directory, "proxy", arguments, prefix=prefix)
         self.server.wait_until_ready()
 
     def log(self) -> str:
@@ -145,7 +156,7 @@ class Machine:
 
     def _start(self) -> Boot:
         arguments = self._files.arguments(self._origin.uri, control=self._control)
-        self.boot = Boot(self._directory, arguments)
+        self.boot = Boot(self._directory, self._disk.path, arguments)
         return self.boot
 
     def play(self) -> None:
