@@ -48,9 +48,7 @@ def test_two_hundred_silent_clients_delay_nobody_and_are_dropped(start_wrapper: 
 
 def test_a_client_that_sends_byte_by_byte_is_dropped_in_time(start_wrapper: StartWrapper, image: Path) -> None:
     wrapper = start_wrapper("--imgfile", image, "--handshake-timeout", 2)
-    handshake = iter(
-        struct.pack(">I", 3) + pack_option(INFO, bytes(4000))
-    )  # nothing is wrong with it, but that it lasts
+    handshake = iter(struct.pack(">I", 3) + pack_option(INFO, bytes(4000)))  # only that it lasts
     with wrapper.connect() as client:
         client.receive(18)
         wait_until(lambda: _dropped_after_a_byte(client, next(handshake)), "the deadline")
