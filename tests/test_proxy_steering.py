@@ -22,6 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import pytest
 from conftest import MIB, Start
 from launch import fails
+from origin_programs import is_listening
 from proxies import BLOCK, DISK, Proxy, ask, bgctl, make_disk, program, query, reads, refused, replies
 from rawclient import DISC, READ, WRITE, RawClient, pack_request
 from relay import Relay
@@ -714,6 +715,20 @@ def test_steward_ends_with_the_master(proxy: Proxy) -> None:
     proxy.server.process.kill()
     proxy.server.process.wait()
     wait_until(lambda: not is_alive(steward) and not is_alive(copier), "the end of steward and copier")
+
+
+def test_control_socket_is_free_before_the_copier_has_ended(proxy: Proxy) -> None:
+    """It may take its time to leave its origin; the next server is refused as long as somebody listens."""
+    copier = ask(proxy.control, command="cache-all", wait=False, limit_rate=SLOW)["pid"]
+    wait_until(lambda: proxy.cached() > 0, "copied blocks")
+    os.kill(copier, signal.SIGSTOP)
+    try:
+        proxy.server.process.kill()
+        proxy.server.process.wait()
+        wait_until(lambda: not is_listening(proxy.control), "the steward to listen no more")
+    finally:
+        os.kill(copier, signal.SIGCONT)
+    wait_until(lambda: not is_alive(copier), "the copier's end")
 
 
 # Several servers on one cache

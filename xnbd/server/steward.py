@@ -244,12 +244,12 @@ class _Stewardship:
             self._control.close()
 
     def _end(self) -> None:
+        if self._control is not None:
+            self._control.close()  # before children are waited for: a successor may want to listen there already
         for child in (self._copy, self._checkpoint, self._snapshot):
             if child is not None:
                 child.stop()
                 child.wait()
-        if self._control is not None:
-            self._control.close()
 
     @property
     def _progress(self) -> Progress:
