@@ -472,6 +472,7 @@ def unprivileged_server(*arguments: object) -> Iterator[Server]:
 
 def test_out_of_processes_new_clients_are_served_later_and_nothing_spins() -> None:
     with unprivileged_server("--spare-workers", "1") as server, bystander(server):
+        wait_until(lambda: spare_workers(server), "the spare worker that takes the next client")
         old = limit_processes(server.pid, "1")
         with raw_client(server) as last, RawClient(server.connect()) as waiting:
             server.wait_for_log("cannot start a worker, trying again")
