@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -538,6 +539,23 @@ def test_successors_file_is_not_removed(serve: Serve, path: Path) -> None:
     assert_works(path)
 
 
+def test_no_successor_starts_between_the_last_look_at_a_file_and_its_removal(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control, unlink = ControlSocket(str(path), COMMANDS), os.unlink
+
+    def unlink_locked(target: str) -> None:
+        directory = os.open(path.parent, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(directory)
+        unlink(target)
+
+    monkeypatch.setattr(os, "unlink", unlink_locked)
+    control.close()
+    assert not path.exists()
+
+
 def test_stale_socket_is_replaced(serve: Serve, path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
         dead.bind(str(path))
@@ -634,8 +652,6 @@ def test_of_many_that_start_at_once_on_a_stale_socket_one_wins(path: Path) -> No
 
 
 def test_lock_of_the_directory_does_not_stop_the_start(serve: Serve, path: Path) -> None:
-    import fcntl
-
     fd = os.open(path.parent, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     serve()

@@ -187,7 +187,8 @@ def test_writes_wait_for_a_server_that_was_killed(start: Start, tmp_path: Path, 
     guest.run(f"python3 /kernel_nbd.py connect {HOST} {disk.port}")
     # Again and again, so that it cannot be done before the server is killed.
     write = "dd if=/data/noise of=/dev/nbd0 bs=256k oflag=direct conv=fsync 2>/run/dd"
-    guest.run(f"rm -f /run/last; (while {write} && [ ! -e /run/last ]; do :; done; {write}; echo $? >/run/status) &")
+    enough = "if [ -e /run/last ]; then echo 0 >/run/status; exit; fi"
+    guest.run(f"rm -f /run/last; (while {write}; do {enough}; done; echo 1 >/run/status) &")
     wait_until(lambda: disk.image.stat().st_blocks * 512 > 4 * MIB, "the first writes")
     kill_all(disk.server.pid)
     disk.server.process.wait()

@@ -20,6 +20,8 @@ from origin_programs import is_listening
 from rawclient import LIST, RawClient
 from server_process import command, free_port, is_alive, run, title_of, wait_until
 
+from xnbd.process import PidFile
+
 NOBODY = 65534
 
 
@@ -313,6 +315,23 @@ def test_pid_file_of_a_dead_server_is_taken_over(start: Start, image: Path) -> N
     pid_file.write_text("123456789\n")
     server = start("--target", "--pidfile", pid_file, image)
     assert pid_file.read_text() == f"{server.pid}\n"
+
+
+def test_pid_file_that_goes_before_it_is_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server that had it was just ending."""
+    path, lockf = tmp_path / "pid", fcntl.lockf
+    path.write_text("123456789\n")
+
+    def lock_late(fd: int, how: int) -> None:
+        monkeypatch.undo()
+        path.unlink()
+        lockf(fd, how)
+
+    monkeypatch.setattr(fcntl, "lockf", lock_late)
+    pid_file = PidFile(str(path))
+    assert path.read_text() == f"{os.getpid()}\n"
+    pid_file.remove()
+    assert not path.exists()
 
 
 def test_files_of_a_killed_server_do_not_stop_the_next(start: Start, image: Path) -> None:

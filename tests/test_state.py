@@ -707,7 +707,7 @@ def test_no_bit_is_lost_and_none_is_without_data_when_processes_are_killed_at_ra
     try:
         until = time.monotonic() + 60
         for turn in itertools.count():
-            enough = sum(hammer.answered) > HAMMERED // 4 and any(hammer.flushed[:])
+            enough = sum(hammer.answered[:]) > HAMMERED // 4 and any(hammer.flushed[:])
             if (turn >= 250 and enough) or time.monotonic() > until:
                 break
             number = rng.randrange(2)
