@@ -110,7 +110,7 @@ def test_a_file_system_in_use_mounts_clean_from_a_snapshot(
     guest.run("mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt && cp /data/noise /mnt/data && sync")
     guest.run(f"rm -f /run/stop; ({CHURN}) >/run/churn 2>&1 &")
     for count in range(1, 4):
-        guest.run(f"until [ $(cat /run/turns) -ge {20 * count} ]; do sleep 0.1; done", timeout=60)
+        guest.run(f"until [ $(cat /run/turns) -ge {20 * count} ]; do sleep 0.1; done", timeout=180)
         check_snapshot(take_by_signal(disk.server, disk.image).path, tmp_path / "mounted", noise)
     guest.run("touch /run/stop; until umount /mnt; do sleep 0.1; done; [ ! -s /run/churn ] || cat /run/churn")
     disconnect(guest)
@@ -155,7 +155,7 @@ def test_process_that_swaps(start: Start, tmp_path: Path, small_guest: Guest, mo
     disk = Exported(start, tmp_path, mode, 256 * MIB)
     connect(small_guest, disk.port, options="-swap")
     small_guest.run("mkswap /dev/nbd0 && swapon /dev/nbd0")
-    said = small_guest.output(f"awk '{SWAPPING_PROCESS}'", timeout=120).split()
+    said = small_guest.output(f"awk '{SWAPPING_PROCESS}'", timeout=300).split()
     assert said[-2:] == ["all", "right"]
     assert int(said[said.index("VmSwap:") + 1]) > 12 << 10
     small_guest.run("swapoff /dev/nbd0")
