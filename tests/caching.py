@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Set, Tuple
 
 import nbd
 from model import ignore_chunk
-from server_process import PYTHON, ROOT, Server, children_of, is_alive, run, title_of, wait_until
+from origin_programs import is_listening
+from server_process import (
+    PATIENCE,
+    PYTHON,
+    ROOT,
+    Server,
+    children_of,
+    is_alive,
+    run,
+    state_of,
+    title_of,
+    wait_until,
+)
 
 BLOCK = 4096
 
@@ -110,6 +124,9 @@ def query(control: Path) -> Dict[str, Any]:
 
 
 def bgctl(*arguments: object, check: bool = True) -> Tuple[int, str, str]:
+    """Run xnbd-bgctl. The one path among its arguments is a control socket: it may come after the server's socket."""
+    (control,) = (argument for argument in arguments if isinstance(argument, Path))
+    wait_until(lambda: is_listening(control), f"{control} to listen")
     return run(PYTHON, ROOT / "bin" / "xnbd-bgctl", *arguments, check=check)
 
 
@@ -141,5 +158,29 @@ def kill(pids: List[int]) -> None:
             pass
 
 
-def wait_until_gone(pids: List[int], seconds: float = 10.0) -> None:
+def hold(pid: int) -> List[int]:
+    """Stop *pid* and all processes below it, when this returns: none does anything more. Returns who they are."""
+    held: Set[int] = set()
+    while True:
+        found = {pid, *descendants(pid)} - held  # until all are held some may still fork
+        if not found:
+            return list(held)
+        for one in found:
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGSTOP)
+        wait_until(lambda: all(state_of(one) in "TZX" for one in found), f"{found} to stop")  # noqa: B023
+        held |= found
+
+
+def kill_server(server: Server) -> None:
+    """SIGKILL to all of its processes at once, none of which is left when this returns."""
+    if server.process.poll() is not None:
+        return
+    pids = hold(server.pid)
+    kill(pids)
+    server.process.wait()
+    wait_until_gone(pids)
+
+
+def wait_until_gone(pids: List[int], seconds: float = PATIENCE) -> None:
     wait_until(lambda: not any(is_alive(pid) for pid in pids), f"the end of processes {pids}", seconds)

@@ -245,7 +245,8 @@ def test_a_host_that_does_not_answer_is_given_up(own: Own) -> None:
         listener.listen(0)
         for sock in (first, second):
             sock.setblocking(False)
-            sock.connect_ex(listener.getsockname())  # the queue is full now, and further clients are not heard
+            sock.connect_ex(listener.getsockname())
+        assert select.select([], [first], [], 20)[1]  # the queue is full now, and further clients are not heard
         owner = own(f"nbd://127.0.0.1:{listener.getsockname()[1]}/", connect_timeout=0.5)
         owner.connection.start()
         assert owner.connection.events() == select.POLLOUT

@@ -15,14 +15,14 @@ from typing import List, Set
 import pytest
 from conftest import MIB, StartWrapper
 from rawclient import ACK, ERR_UNKNOWN
-from server_process import is_alive, run, wait_until
+from server_process import free_port, is_alive, run, wait_until
 from wrapper_process import Wrapper, fails, program, wait_for_end
 
 
 @pytest.fixture
 def wrapper(start_wrapper: StartWrapper, image: Path) -> Wrapper:
-    """A wrapper with the export disk.img."""
-    return start_wrapper("--imgfile", image)
+    """A wrapper with the export disk.img, on a port that nobody else is given while there is no wrapper."""
+    return start_wrapper("--imgfile", image, port=free_port())
 
 
 # Adding and removing

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -45,23 +44,23 @@ from xnbdguest.packages import fetch_packages
 _PYTHON = os.environ.get("XNBD_PYTHON", sys.executable)
 _START_TIME = 20.0
 _STOP_TIME = 15.0
-_STEP_TIME = 60.0
+_STEP_TIME = 120.0
 
 
 class Host:
-    """One of the two: an xnbd-server on *port*."""
+    """One of the two: an xnbd-server. Its address is a path, which nobody else can take, as a free port may be."""
 
-    def __init__(self, directory: Path, name: str, port: int, arguments: List[object]) -> None:
-        self.port = port
+    def __init__(self, directory: Path, name: str, arguments: List[object]) -> None:
+        self.uri = f"nbd+unix:///?socket={directory / name}.sock"
         self.log_path = directory / f"{name}.log"
-        command = [_PYTHON, ROOT / "bin" / "xnbd-server", "--laddr", "127.0.0.1", "--lport", port, *arguments]
+        command = [_PYTHON, ROOT / "bin" / "xnbd-server", "--unix", directory / f"{name}.sock", *arguments]
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
 
     @property
     def drive(self) -> str:
         """The disk, as qemu's -drive takes it."""
-        return f"file=nbd://127.0.0.1:{self.port},format=raw"
+        return f"file={self.uri},format=raw"
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_TIME
@@ -82,7 +81,7 @@ class Host:
 
 @contextmanager
 def serving(directory: Path, name: str, *arguments: object) -> Iterator[Host]:
-    host = Host(directory, name, _free_port(), list(arguments))
+    host = Host(directory, name, list(arguments))
     try:
         host.wait_until_ready()
         yield host
@@ -106,9 +105,9 @@ def demonstrate(directory: Path, size: int, seconds: float, shared_storage: bool
         if shared_storage:
             arguments: List[object] = ["--target", disk]
         else:
-            arguments = ["--proxy", "127.0.0.1", source.port, cache, directory / "cache.bitmap", control]
+            arguments = ["--proxy", source.uri, cache, directory / "cache.bitmap", control]
         destination = stack.enter_context(serving(directory, "destination", *arguments))
-        incoming = f"tcp:127.0.0.1:{_free_port()}"
+        incoming = f"unix:{directory / 'incoming.sock'}"
         guest = Guest(directory, "B", packages, initramfs, disks=[destination.drive], incoming=incoming)
         there = stack.enter_context(guest)
         there.qmp().close()
@@ -153,13 +152,12 @@ def _work_for(guest: Guest, seconds: float) -> None:
     """Let the workload run; GuestError if it finds errors or makes no progress."""
     guest.run("until [ -e /run/progress ]; do kill -0 $(cat /run/pid) || exit 1; sleep 0.1; done", timeout=_STEP_TIME)
     before = _progress(guest)[0]
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    began = time.monotonic()
+    operations, errors = before, 0
+    while not errors and time.monotonic() < began + (seconds if operations > before else _STEP_TIME):
         time.sleep(min(0.5, seconds))
         guest.run("kill -0 $(cat /run/pid)")
-        if _progress(guest)[1]:
-            break
-    operations, errors = _progress(guest)
+        operations, errors = _progress(guest)
     if errors or operations == before:
         result = guest.run("kill $(cat /run/pid); sleep 2; cat /run/result", check=False)
         raise GuestError(f"guest {guest.name}: {operations - before} operations, {errors} errors\n{result.output}")
@@ -183,12 +181,6 @@ def _digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def _say(text: str) -> None:
     print(text, flush=True)
 
@@ -196,7 +188,7 @@ def _say(text: str) -> None:
 def main() -> int:
     arguments = docopt.docopt(__doc__)
     with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(arguments["--dir"] or temporary)
+        directory = Path(arguments["--dir"] or temporary).resolve()
         directory.mkdir(parents=True, exist_ok=True)
         size = int(arguments["--disk"]) << 20
         try:

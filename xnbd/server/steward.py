@@ -13,7 +13,7 @@ import os
 import signal
 from contextlib import suppress
 from functools import partial
-from time import monotonic, sleep
+from time import monotonic
 from typing import Callable, Dict, Generator, Iterator, List, Optional, Tuple
 
 from ..errors import CommandError, ConfigurationError, TaskFailed
@@ -105,15 +105,6 @@ class Steward:
             os.write(self._report, text.encode("utf-8", "surrogateescape"))
         else:
             log.error("%s", text)
-
-
-def _lock_copying(board: Board) -> bool:
-    """Be the only one to copy; stewards hold the lock in passing, to see whether somebody does."""
-    for _ in range(10):
-        if board.try_lock(COPYING):
-            return True
-        sleep(0.05)
-    return False
 
 
 class _Stewardship:
@@ -253,12 +244,12 @@ class _Stewardship:
             self._control.close()
 
     def _end(self) -> None:
+        if self._control is not None:
+            self._control.close()  # before children are waited for: a successor may want to listen there already
         for child in (self._copy, self._checkpoint, self._snapshot):
             if child is not None:
                 child.stop()
                 child.wait()
-        if self._control is not None:
-            self._control.close()
 
     @property
     def _progress(self) -> Progress:
@@ -291,17 +282,14 @@ class _Stewardship:
     def _is_copying(self) -> bool:
         if self._copy is not None:
             return not self._copy.is_done()
-        if self._board.try_lock(COPYING):
-            self._board.unlock(COPYING)
-            return False
-        return True
+        return self._board.is_locked(COPYING)
 
     def _start_copy(self, options: CopyOptions) -> None:
         def work() -> None:
             set_title("copying", self._source.name)
             watch = Watch(self._watch.lifeline)
             disk = watch.disk = self._service.open_disk()
-            if not _lock_copying(disk.board):
+            if not disk.board.try_lock(COPYING):
                 raise TaskFailed("another server on this cache is copying already")
             if isinstance(disk.image, ProxyImage):
                 disk.place.welcome(COPYING_PEER)
