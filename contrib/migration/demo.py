@@ -48,19 +48,24 @@ _STEP_TIME = 120.0
 
 
 class Host:
-    """One of the two: an xnbd-server. Its address is a path, which nobody else can take, as a free port may be."""
+    """One of the two: an xnbd-server on a port that is free."""
 
     def __init__(self, directory: Path, name: str, arguments: List[object]) -> None:
-        self.uri = f"nbd+unix:///?socket={directory / name}.sock"
         self.log_path = directory / f"{name}.log"
-        command = [_PYTHON, ROOT / "bin" / "xnbd-server", "--unix", directory / f"{name}.sock", *arguments]
+        command = [_PYTHON, ROOT / "bin" / "xnbd-server", "--laddr", "127.0.0.1", "--lport", 0, *arguments]
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
 
     @property
+    def port(self) -> int:
+        """Where it listens, as its log says."""
+        line = next(line for line in self.log_path.read_text().splitlines() if " INFO: serving " in line)
+        return int(line.rpartition(":")[2])
+
+    @property
     def drive(self) -> str:
         """The disk, as qemu's -drive takes it."""
-        return f"file={self.uri},format=raw"
+        return f"file=nbd://127.0.0.1:{self.port},format=raw"
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_TIME
@@ -105,9 +110,9 @@ def demonstrate(directory: Path, size: int, seconds: float, shared_storage: bool
         if shared_storage:
             arguments: List[object] = ["--target", disk]
         else:
-            arguments = ["--proxy", source.uri, cache, directory / "cache.bitmap", control]
+            arguments = ["--proxy", "127.0.0.1", source.port, cache, directory / "cache.bitmap", control]
         destination = stack.enter_context(serving(directory, "destination", *arguments))
-        incoming = f"unix:{directory / 'incoming.sock'}"
+        incoming = f"unix:{directory / 'incoming'}"
         guest = Guest(directory, "B", packages, initramfs, disks=[destination.drive], incoming=incoming)
         there = stack.enter_context(guest)
         there.qmp().close()
@@ -151,10 +156,11 @@ def _progress(guest: Guest) -> Tuple[int, int]:
 def _work_for(guest: Guest, seconds: float) -> None:
     """Let the workload run; GuestError if it finds errors or makes no progress."""
     guest.run("until [ -e /run/progress ]; do kill -0 $(cat /run/pid) || exit 1; sleep 0.1; done", timeout=_STEP_TIME)
-    before = _progress(guest)[0]
-    began = time.monotonic()
-    operations, errors = before, 0
-    while not errors and time.monotonic() < began + (seconds if operations > before else _STEP_TIME):
+    before, errors = _progress(guest)
+    operations, began = before, time.monotonic()
+    while not errors and (elapsed := time.monotonic() - began) < _STEP_TIME:
+        if elapsed >= seconds and operations > before:
+            break
         time.sleep(min(0.5, seconds))
         guest.run("kill -0 $(cat /run/pid)")
         operations, errors = _progress(guest)
@@ -188,7 +194,7 @@ def _say(text: str) -> None:
 def main() -> int:
     arguments = docopt.docopt(__doc__)
     with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(arguments["--dir"] or temporary).resolve()
+        directory = Path(arguments["--dir"] or temporary)
         directory.mkdir(parents=True, exist_ok=True)
         size = int(arguments["--disk"]) << 20
         try:
