@@ -671,6 +671,23 @@ def test_worker_whose_client_left_with_requests_waiting_serves_the_next_one(
         client.sock.close()
 
 
+def test_worker_whose_client_left_with_requests_waiting_sleeps_when_their_blocks_have_come(
+    behind_relay: Connected, relay: Relay
+) -> None:
+    proxy = behind_relay("--readahead", "0", "--spare-workers", "1")
+    with proxy.raw() as client:
+        client.read(0, BLOCK)
+        (worker,) = proxy.server.busy_workers()
+        relay.stall()
+        client.send(reads((MIB, BLOCK)))
+        proxy.wait_for_queue(1)
+        client.request(DISC)
+        assert client.closed()
+    relay.resume()
+    proxy.wait_for_cached(2)
+    wait_until(lambda: "poll" in Path(f"/proc/{worker}/wchan").read_text(), "the worker to sleep until somebody comes")
+
+
 def test_disc_with_requests_waiting_ends_the_session(behind_relay: Connected, relay: Relay) -> None:
     proxy = behind_relay("--readahead", "0")
     with proxy.raw() as client:
