@@ -8,6 +8,7 @@ import os
 import pty
 import random
 import re
+import resource
 import signal
 import socket
 import struct
@@ -24,7 +25,7 @@ from launch import fails
 from proxies import BLOCK, DISK, Proxy, ask, bgctl, make_disk, program, query, reads, refused, replies
 from rawclient import DISC, READ, WRITE, RawClient, pack_request
 from relay import Relay
-from server_process import STOP_TIME, Server, command, is_alive, wait_until
+from server_process import STOP_TIME, Server, command, is_alive, title_of, wait_until
 
 BLOCKS = -(-DISK // BLOCK)
 
@@ -682,6 +683,22 @@ def test_dead_steward_is_replaced(proxy: Proxy, disk: Path) -> None:
         proxy.bgctl("--cache-all")
         proxy.bgctl("--switch")
         assert client.read(0, DISK) == disk.read_bytes()
+
+
+def test_steward_that_cannot_be_started_for_want_of_descriptors_starts_later(proxy: Proxy) -> None:
+    master, log = proxy.server.pid, proxy.server.log
+    proxy.server.expected_errors += ["the steward died", "the steward cannot be started"]
+    with proxy.raw() as client:
+        steward, (_, hard) = proxy.steward(), resource.prlimit(master, resource.RLIMIT_NOFILE)
+        used = max(int(fd.name) for fd in Path(f"/proc/{master}/fd").iterdir())
+        resource.prlimit(master, resource.RLIMIT_NOFILE, (used + 1, hard))
+        os.kill(steward, signal.SIGKILL)
+        wait_until(lambda: log().count("the steward cannot be started") == 2, "a second attempt")
+        assert client.works()
+        resource.prlimit(master, resource.RLIMIT_NOFILE, (hard, hard))
+        wait_until(lambda: any("steward" in title_of(pid) for pid in proxy.server.workers()), "the next steward")
+        assert client.works()
+    assert "Traceback" not in log()
 
 
 def test_copy_ends_with_its_steward_and_goes_on_with_the_next_one(proxy: Proxy) -> None:

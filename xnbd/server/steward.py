@@ -28,6 +28,7 @@ from ..storage.board import COMPLETE, CONTROL, COPYING, PROXY, TARGET, Board
 from ..storage.fetch import PIECE
 from ..storage.proxy import ProxyImage, ProxySource
 from ..storage.snapshot import create_bitmap
+from ..storage.state_files import closed_on_error
 from ..storage.state_format import Steering
 from ..storage.target import reopen
 from .child import Child
@@ -62,20 +63,33 @@ class Steward:
 
         It ends when *lifeline* breaks; *close_first* lets go of what belongs to the parent.
         """
-        verdict, self._report = os.pipe()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        pid = os.fork()
+        try:
+            verdict, self._report = os.pipe()
+            with closed_on_error(verdict), closed_on_error(self._report):
+                pid = self._fork()
+        except OSError as error:
+            raise ConfigurationError(f"the steward cannot be started: {error.strerror}") from error
         if not pid:
             os.close(verdict)
             close_first()
             self._run(lifeline)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         os.close(self._report)
         with os.fdopen(verdict, "rb") as answer:
             complaint = answer.read().decode("utf-8", "surrogateescape")
         if complaint:
             os.waitpid(pid, 0)
             raise ConfigurationError(complaint)
+        return pid
+
+    def _fork(self) -> int:
+        """Signals stay blocked in the child."""
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        pid = -1
+        try:
+            pid = os.fork()
+        finally:
+            if pid:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         return pid
 
     def _run(self, lifeline: int) -> None:
