@@ -19,6 +19,7 @@ from lying_origin import Asked, LyingOrigin, Visitor
 from model import read_all
 from mounts import small_tmpfs
 from origin_programs import OriginProgram
+from rawclient import READ, WRITE, RawClient
 from relay import Relay
 from server_process import Server, command, run, wait_until
 
@@ -335,6 +336,24 @@ def test_hits_and_writes_of_other_blocks_do_not_wait_for_a_stalled_origin(
     assert overwritten.content() == at(disk, 1000)
     assert read(other, 100, 20) == at(disk, 100, 10) + b"v" * BLOCK + at(disk, 111, 9)
     assert read(other, 0)[:110] == disk[:10] + b"p" * 100
+
+
+def test_hits_do_not_wait_behind_writes_to_blocks_that_another_client_waits_for(
+    start: Start, files: CacheFiles, relay: Relay, disk: bytes
+) -> None:
+    proxy = start(*files.arguments(relay.uri, "--readahead", "0"))
+    with RawClient(proxy.connect()).negotiate() as one, RawClient(proxy.connect()).negotiate() as other:
+        for client in (one, other):
+            client.read(0, BLOCK)
+        relay.stall()
+        one.request(READ, 2 * MIB, 2 * MIB)
+        wait_until(lambda: query(files.control)["queue"]["requests"] == 1, "a read that waits")
+        for n in range(256):
+            other.request(WRITE, 2 * MIB + n * BLOCK, BLOCK, data=b"w" * BLOCK, cookie=n)
+        assert other.read(0, BLOCK) == at(disk, 0)
+        relay.resume()
+        assert {other.simple_reply()[:2] for _ in range(256)} == {(0, n) for n in range(256)}
+        assert other.read(2 * MIB, 2 * MIB) == b"w" * MIB + disk[3 * MIB : 4 * MIB]
 
 
 def test_what_was_asked_for_when_the_server_died_is_not_zeros_but_asked_again(

@@ -40,6 +40,9 @@ _IN_FLIGHT = 8 << 20
 
 _LEAST_AHEAD = 512 << 10
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.01
+_REST = 4
+"""Who finds blocks locked pauses for so many times as long as it takes to try again, if that is longer."""
+
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
 _PARTING = 1.0
 _QUIET = 0.005
@@ -107,7 +110,9 @@ class Fetcher(Background):
         self._wanted: Deque[Fetch] = deque()
         self._ahead: Deque[Fetch] = deque()
         self._locked_out: List[Tuple[float, Fetch]] = []
-        self._pauses: List[Tuple[float, Ticket]] = []
+        self._pauses: List[Ticket] = []
+        self._pause = _FIRST_PAUSE
+        self._pauses_end = self._released_at = 0.0
         self._surveys = 0
         self._approach = False
         self._closing = False
@@ -224,8 +229,11 @@ class Fetcher(Background):
                 at += extent.length
 
     def claim(self, first: int, end: int) -> bool:
-        """Lock these blocks to write them; False if another process has some. Always followed by `give_back`."""
-        return self._locks.claim(first, end)
+        """Lock these blocks to write them; False if another process has some. Else always followed by `give_back`."""
+        if not self._locks.claim(first, end):
+            return False
+        self._pause = _FIRST_PAUSE
+        return True
 
     def mark_local(self, first: int, end: int) -> None:
         """These blocks, which are claimed, were written: what is still fetched of them is not."""
@@ -245,10 +253,10 @@ class Fetcher(Background):
         self._locks.give_back(first, end)
 
     def pause(self) -> Ticket:
-        """A ticket that is done in a moment, for whoever found blocks locked."""
+        """A ticket that is done in a moment, for whoever found blocks locked. All of them try again together."""
         ticket = Ticket()
         ticket.pending = 1
-        self._pauses.append((monotonic() + _FIRST_PAUSE, ticket))
+        self._pauses.append(ticket)
         return ticket
 
     # Background
@@ -273,8 +281,9 @@ class Fetcher(Background):
         return [(connection.fileno(), connection.events())] if connection is not None else []
 
     def deadline(self) -> Optional[float]:
-        times = [time for time, _ in self._pauses]
-        times += [time for time, _ in self._locked_out]
+        times = [time for time, _ in self._locked_out]
+        if self._pauses:
+            times.append(self._pauses_end)
         if self._connection is None:
             if self._wanted or self._ahead or self._approach:
                 times.append(self._connect_at)
@@ -290,8 +299,8 @@ class Fetcher(Background):
 
     def progress(self) -> None:
         now = monotonic() if self._pauses or self._locked_out else 0.0
-        if self._pauses:
-            self._end_pauses(now)
+        if self._pauses or self._released_at:
+            self._pass_time(now)
         if self._locked_out:
             self._retry_locked(now)
         if self._generation != self._whereabouts.generation:
@@ -317,12 +326,21 @@ class Fetcher(Background):
             connection.on_events(0)
         connection.on_time()
 
-    def _end_pauses(self, now: float) -> None:
-        over = [ticket for time, ticket in self._pauses if time <= now]
-        self._pauses = [entry for entry in self._pauses if entry[0] > now]
-        for ticket in over:
-            ticket.pending = 0
-        self.finished += over
+    def _pass_time(self, now: float) -> None:
+        """Begin a pause, or end it: those who have tried again in vain by the next call are back in `_pauses`."""
+        if not self._pauses:
+            self._released_at = 0.0
+        elif not self._pauses_end:
+            trying = now - self._released_at if self._released_at else 0.0
+            self._pauses_end = now + max(self._pause, _REST * trying)
+            self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
+            self._released_at = 0.0
+        elif now >= self._pauses_end:
+            for ticket in self._pauses:
+                ticket.pending = 0
+            self.finished += self._pauses
+            self._pauses = []
+            self._pauses_end, self._released_at = 0.0, now
 
     def _retry_locked(self, now: float) -> None:
         due = [fetch for time, fetch in self._locked_out if time <= now]
