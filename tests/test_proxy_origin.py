@@ -19,7 +19,7 @@ from lying_origin import Asked, LyingOrigin, Visitor
 from model import read_all
 from mounts import small_tmpfs
 from origin_programs import OriginProgram
-from rawclient import READ, WRITE, RawClient
+from rawclient import READ, WRITE, RawClient, pack_request
 from relay import Relay
 from server_process import Server, command, run, wait_until
 
@@ -207,6 +207,25 @@ def test_an_error_reply_is_the_clients_error(deceived: Server, files: CacheFiles
     assert "the origin cannot read" in deceived.log()
     liar.answer = liar.honest
     assert read(client, 8, 3) == at(disk, 8) + b"w" * BLOCK + at(disk, 10)
+
+
+def test_only_who_needs_a_block_that_the_origin_cannot_read_gets_an_error(
+    deceived: Server, files: CacheFiles, liar: Liar, disk: bytes
+) -> None:
+    def answer(asked: Asked) -> bytes:
+        bad = asked.offset <= 10 * BLOCK < asked.offset + asked.length
+        return lie.simple(asked.cookie, error=5) if bad else liar.honest(asked)
+
+    liar.answer = answer
+    reads = [(8, 1), (9, 1), (10, 1), (11, 1), (8, 2), (9, 2), (11, 5)]
+    with RawClient(deceived.connect()).negotiate() as client:
+        client.send(b"".join(pack_request(READ, at * BLOCK, n * BLOCK, cookie=at << 8 | n) for at, n in reads))
+        for _ in reads:
+            error, cookie, _ = client.simple_reply()
+            first, count = divmod(cookie, 256)
+            assert bool(error) == (first <= 10 < first + count)
+            assert error or client.receive(count * BLOCK) == at(disk, first, count)
+    assert files.cached() == [8, 9, *range(11, 16)]
 
 
 def test_another_size_after_a_reconnect_is_refused(

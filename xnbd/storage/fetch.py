@@ -10,6 +10,8 @@ blocks holds a `Ticket`. The rules that keep the cache right:
   under way, and that counts.
 - Bits are set when the reply is complete and good, after the data.
 - When the origin is lost its fetches let go of their locks and are asked again.
+- A piece of the disk that the origin cannot read is asked for again block by block:
+  only who needs the block that is bad hears of it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import errno
 import select
 from collections import deque
 from time import monotonic
-from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Deque, Dict, List, NamedTuple, Optional, Set, Tuple
 
 from ..logs import log
 from ..origin.address import OriginAddress, parse_origin
@@ -44,6 +46,7 @@ _REST = 4
 """Who finds blocks locked pauses for so many times as long as it takes to try again, if that is longer."""
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
+_MOST_DAMAGED = 1 << 12
 _PARTING = 1.0
 _QUIET = 0.005
 
@@ -114,6 +117,7 @@ class Fetcher(Background):
         self._pause = _FIRST_PAUSE
         self._pauses_end = self._released_at = 0.0
         self._surveys = 0
+        self._damaged: Set[int] = set()
         self._approach = False
         self._closing = False
 
@@ -173,14 +177,15 @@ class Fetcher(Background):
     def _free_until(self, first: int, end: int) -> int:
         """Where a fetch from *first* on has to end: at *end*, at a piece's end, or where another one begins."""
         by_block = self._by_block
-        stop = min(end, (first // PIECE + 1) * PIECE)
+        piece = first // PIECE
+        stop = min(end, (piece + 1) * PIECE) if piece not in self._damaged else first + 1
         if stop - first == 1 or by_block.keys().isdisjoint(range(first + 1, stop)):
             return stop
         return next(block for block in range(first + 1, stop) if block in by_block)
 
     def _add(self, queue: Deque[Fetch], first: int, end: int, *, ahead: bool) -> Fetch:
         last = queue[-1] if queue else None
-        if last is not None and last.end == first and first % PIECE:
+        if last is not None and last.end == first and first % PIECE and first // PIECE not in self._damaged:
             last.end = end
             fetch = last
         else:
@@ -400,6 +405,7 @@ class Fetcher(Background):
     def _move(self) -> None:
         """The origin is elsewhere now: ask there for all that has not come."""
         self._generation = self._whereabouts.generation
+        self._damaged.clear()
         self._delay = self._connect_at = 0.0
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -513,16 +519,28 @@ class Fetcher(Background):
         length = block_stop(end - 1, self._size) - block_start(first)
         self._window.on_reply(token.asked_at, monotonic(), length, self._in_flight)
         self._in_flight -= length
-        if error:
-            log.warning("the origin cannot read %d bytes at %d: error %d", (end - first) * BLOCK, first * BLOCK, error)
-        elif self._delay or self.trouble:
+        if not error and (self._delay or self.trouble):
             self._delay, self.trouble = 0.0, ""
             log.info("origin %s: answers again", self._whereabouts.address)
-        error = token.error or error
-        if not error and not self._closing:
+        if not error and not token.error and not self._closing:
             self._bitmap.set(first, end)
         self._locks.let_go(first, end)
-        self._finish(token, error)
+        if error and not token.error:
+            error = self._on_damage(first, end, error)
+        self._finish(token, token.error or error)
+
+    def _on_damage(self, first: int, end: int, error: int) -> int:
+        """The origin cannot read all of these blocks: the error to tell, 0 if they are to be asked for one by one."""
+        piece = first // PIECE
+        if piece in self._damaged and end - first == 1:
+            return error
+        log.warning("the origin cannot read %d bytes at %d: error %d", (end - first) * BLOCK, first * BLOCK, error)
+        if end - first == 1:
+            return error
+        if len(self._damaged) >= _MOST_DAMAGED:
+            self._damaged.clear()
+        self._damaged.add(piece)
+        return 0
 
     def _finish(self, fetch: Fetch, error: int) -> None:
         self._forget(fetch)
