@@ -681,8 +681,7 @@ def test_worker_whose_client_left_with_requests_waiting_sleeps_when_their_blocks
         relay.stall()
         client.send(reads((MIB, BLOCK)))
         proxy.wait_for_queue(1)
-        client.request(DISC)
-        assert client.closed()
+    wait_until(lambda: not proxy.server.busy_workers(), "the spare worker")
     relay.resume()
     proxy.wait_for_cached(2)
     wait_until(lambda: "poll" in Path(f"/proc/{worker}/wchan").read_text(), "the worker to sleep until somebody comes")
@@ -703,6 +702,29 @@ def test_disc_with_requests_waiting_ends_the_session(behind_relay: Connected, re
         except EOFError:
             return
         assert client.closed()
+
+
+@pytest.mark.parametrize("goes", [False, True])
+def test_writes_that_wait_at_a_disc_are_done(behind_relay: Connected, relay: Relay, goes: bool) -> None:
+    """The specification: the server has to handle all outstanding requests."""
+    proxy = behind_relay("--readahead", "0")
+    places = [MIB + 1, 2 * MIB + 1, 3 * MIB + 1]
+    with proxy.raw() as client:
+        client.read(0, BLOCK)
+        relay.stall()
+        for place in places:
+            client.request(WRITE, place, 4, data=b"last", cookie=place)
+        proxy.wait_for_queue(3)
+        client.request(DISC)
+        if goes:
+            client.sock.close()
+        relay.resume()
+        if not goes:
+            assert {client.simple_reply()[:2] for _ in places} == {(0, place) for place in places}
+            assert client.closed()
+    wait_until(lambda: not proxy.server.busy_workers(), "the spare worker")
+    with proxy.raw() as other:
+        assert [other.read(place, 4) for place in places] == 3 * [b"last"]
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])

@@ -254,6 +254,20 @@ class Session:
         except (OSError, RequestError) as error:
             self._refuse(command, cookie, error)
 
+    def _finish_waiting(self) -> None:
+        """The client takes its leave: what it has asked for before is done for `_PATIENCE`, even if it has gone."""
+        until = monotonic() + _PATIENCE
+        while len(self._room) and monotonic() < until:
+            self._connection.watch.wait((), 0, 1.0, mid_message=True, results=True)
+            if self._disk.outdated:
+                self._renew()
+            elif self._image.background is not None:
+                self._go_on(self._image.background)
+            try:
+                self._replies.send(wait=False)
+            except Disconnected:
+                self._replies.pieces.clear()
+
     def _wait_for(self, ticket: Ticket) -> None:
         """Wait in the middle of a message, with the background at work."""
         background = self._image.background
@@ -380,6 +394,7 @@ class Session:
             return self._write(flags, cookie, offset, length)
         self._start += wire.REQUEST.size
         if command == c.CMD_DISC:
+            self._finish_waiting()
             self._left = True
             return False
         self._do(command, cookie, partial(self._command, command, flags, cookie, offset, length))
