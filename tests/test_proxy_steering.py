@@ -691,6 +691,25 @@ def test_dead_steward_is_replaced(proxy: Proxy, disk: Path) -> None:
         assert client.read(0, DISK) == disk.read_bytes()
 
 
+def test_copy_does_not_ask_again_and_again_for_holes_that_another_process_has_in_hand(
+    start: Start, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty.img"
+    with empty.open("wb") as file:
+        file.truncate(16 * MIB)
+    with Relay(start("--target", empty, tcp=True).port) as link:
+        proxy = Proxy(start, tmp_path, link.uri)
+        with open(proxy.bitmap, "rb+") as bitmap:
+            assert RangeLocks(bitmap.fileno()).try_acquire(1, 1)
+            ask(proxy.control, command="cache-all", wait=False)
+            wait_until(lambda: link.moved()[0] > 1000, "some attempts")
+            (before, _), second = link.moved(), time.monotonic() + 1
+            wait_until(lambda: time.monotonic() > second, "a second")
+            assert link.moved()[0] - before < 50 * 28
+            assert proxy.cached() == 0
+        proxy.wait_for_cached(16 * MIB // BLOCK)
+
+
 def test_steward_that_cannot_be_started_for_want_of_descriptors_starts_later(proxy: Proxy) -> None:
     master, log = proxy.server.pid, proxy.server.log
     proxy.server.expected_errors += ["the steward died", "the steward cannot be started"]
