@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Callable, Iterator, List
 
@@ -21,7 +22,9 @@ from mounts import small_tmpfs
 from origin_programs import OriginProgram
 from rawclient import READ, WRITE, RawClient, pack_request
 from relay import Relay
-from server_process import Server, command, run, wait_until
+from server_process import Server, command, cpu_seconds, run, wait_until
+
+from xnbd.storage.locks import RangeLocks
 
 SIZE = 6 * MIB + 512
 TROUBLE = r"the origin cannot read|cannot write to the cache image"
@@ -226,6 +229,48 @@ def test_only_who_needs_a_block_that_the_origin_cannot_read_gets_an_error(
             assert bool(error) == (first <= 10 < first + count)
             assert error or client.receive(count * BLOCK) == at(disk, first, count)
     assert files.cached() == [8, 9, *range(11, 16)]
+
+
+def test_a_long_write_whose_last_block_cannot_be_read_is_an_error_though_others_are_locked(
+    start: Start, tmp_path: Path, files: CacheFiles
+) -> None:
+    size = 12 * MIB
+
+    def behave(visitor: Visitor) -> None:
+        visitor.negotiate(size, structured=False)
+        while True:
+            visitor.send(lie.simple(visitor.request().cookie, error=5))
+
+    with LyingOrigin(tmp_path / "liar.sock", behave) as origin:
+        proxy = start(*files.arguments(origin.uri, "--readahead", "0"))
+        with RawClient(proxy.connect()).negotiate() as client, files.bitmap.open("rb+") as bitmap:
+            locks = RangeLocks(bitmap.fileno())
+            assert locks.try_acquire(0, 8 * MIB >> 15)  # more than a session holds in memory
+            client.request(WRITE, 0, size - 100, data=bytes(size - 100))
+            proxy.wait_for_log("the origin cannot read 4096 bytes")
+            locks.release(0, 8 * MIB >> 15)
+            assert client.simple_reply()[0] == errno.EIO
+            assert client.works()
+
+
+def test_many_reads_of_blocks_that_another_process_has_in_hand_do_not_spin(
+    deceived: Server, files: CacheFiles, disk: bytes
+) -> None:
+    with RawClient(deceived.connect()).negotiate() as client, files.bitmap.open("rb+") as bitmap:
+        client.read(0, BLOCK)
+        (worker,) = deceived.busy_workers()
+        locks = RangeLocks(bitmap.fileno())
+        assert locks.try_acquire(1, SIZE >> 15)
+        blocks = random.Random(1).sample(range(8, SIZE // BLOCK), 1200)
+        client.send(b"".join(pack_request(READ, block * BLOCK, BLOCK, cookie=block) for block in blocks))
+        wait_until(lambda: query(files.control)["queue"]["requests"] == 1200, "reads that wait")
+        before, until = cpu_seconds(worker), time.monotonic() + 2
+        wait_until(lambda: time.monotonic() > until, "two seconds")
+        assert cpu_seconds(worker) - before < 0.5
+        locks.release(1, SIZE >> 15)
+        for _ in blocks:
+            error, block, data = client.simple_reply(BLOCK)
+            assert (error, data) == (0, at(disk, block))
 
 
 def test_another_size_after_a_reconnect_is_refused(

@@ -532,6 +532,8 @@ class Session:
                 except NotLocal as missing:
                     if held >= _BUFFERED:
                         self._wait_for(missing.ticket)
+                        if missing.ticket.error:
+                            failure = RequestError(missing.ticket.error, "a block could not be fetched")
                         continue
                     left.append((at, bytes(piece)))
                     held += len(piece)
