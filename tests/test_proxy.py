@@ -704,6 +704,25 @@ def test_disc_with_requests_waiting_ends_the_session(behind_relay: Connected, re
         assert client.closed()
 
 
+@pytest.mark.parametrize("structured", [False, True])
+def test_very_long_reads_that_wait_take_no_more_memory_than_is_allowed(
+    start: Start, tmp_path: Path, structured: bool
+) -> None:
+    empty = tmp_path / "empty.img"
+    with empty.open("wb") as file:
+        file.truncate(64 << 30)
+    with Relay(start("--target", empty, tcp=True).port) as link:
+        proxy = Proxy(start, tmp_path, link.uri, "--readahead", "0", "--max-buf-size", "16M")
+        with proxy.raw(structured=structured) as client:
+            client.request(READ, 0, BLOCK)
+            assert client.chunk() if structured else client.simple_reply(BLOCK)
+            link.stall()
+            client.send(reads(*((n << 28, 1 << 28) for n in range(1, 100))))
+            wait_until(lambda: proxy.query()["queue"]["bytes"] >= 16 * MIB, "a full queue")
+            assert proxy.query()["queue"]["requests"] == 2
+            assert max(worker["memory_bytes"] for worker in proxy.query()["workers"]) < 64 * MIB
+
+
 @pytest.mark.parametrize("goes", [False, True])
 def test_writes_that_wait_at_a_disc_are_done(behind_relay: Connected, relay: Relay, goes: bool) -> None:
     """The specification: the server has to handle all outstanding requests."""

@@ -58,6 +58,9 @@ _BUFFERED = 8 << 20
 
 _NO_LIMITS = QueueLimits()
 
+_LONG = 1 << 20
+"""Bytes from which on a request that waits for all of its blocks takes memory worth counting."""
+
 _BLOCK = 4096
 _MAXIMUM_EXTENTS = 1 << 14
 
@@ -75,6 +78,9 @@ _KNOWN_FLAGS = {
     c.CMD_BLOCK_STATUS: c.CMD_FLAG_REQ_ONE,
 }
 """Flags by command; FUA is one of all of them, though it says something to writers only."""
+
+_AT_ONCE = {c.CMD_READ: MAXIMUM_REQUEST, c.CMD_CACHE: 16 << 20}
+"""Bytes of one request whose blocks are fetched at once (`storage.proxy`)."""
 
 _MODIFYING = (c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES)
 _ENOSPC_BEYOND_END = (c.CMD_WRITE, c.CMD_WRITE_ZEROES)
@@ -345,7 +351,7 @@ class Session:
                     data = read(offset, length)
                 except NotLocal as missing:
                     again = partial(self._read_again, cookie, offset, length)
-                    room.enter(missing.ticket, Waiting(c.CMD_READ, cookie, again))
+                    room.enter(missing.ticket, Waiting(c.CMD_READ, cookie, again, _notes(length)))
                     if room.full:
                         break
                     continue
@@ -397,7 +403,8 @@ class Session:
             self._finish_waiting()
             self._left = True
             return False
-        self._do(command, cookie, partial(self._command, command, flags, cookie, offset, length))
+        work = partial(self._command, command, flags, cookie, offset, length)
+        self._do(command, cookie, work, _notes(min(length, _AT_ONCE[command])) if command in _AT_ONCE else 0)
         return True
 
     def _command(self, command: int, flags: int, cookie: bytes, offset: int, length: int) -> None:
@@ -609,6 +616,11 @@ class Session:
         limit = 1 if flags & c.CMD_FLAG_REQ_ONE else _MAXIMUM_EXTENTS
         extents = self._holes.status(offset, length, limit)
         self._out.append(wire.pack_block_status(cookie, ALLOCATION_CONTEXT, extents))
+
+
+def _notes(length: int) -> int:
+    """Bytes that are held for a request that waits for *length* bytes: the proxy notes each of their blocks."""
+    return length >> 5 if length >= _LONG else 0
 
 
 def _fail(number: int) -> None:
