@@ -206,6 +206,12 @@ def state_of(pid: int) -> str:
         return "X"
 
 
+def cpu_seconds(pid: int) -> float:
+    """What the process has used of processors."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def is_alive(pid: int) -> bool:
     """Whether the process runs: a zombie does not."""
     return state_of(pid) not in "ZX"

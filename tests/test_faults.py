@@ -42,7 +42,7 @@ from rawclient import (
     pack_option,
     pack_request,
 )
-from server_process import Server, command, is_alive, kill_all, run, title_of, wait_until
+from server_process import Server, command, cpu_seconds, is_alive, kill_all, run, title_of, wait_until
 
 EIO, ENOSPC = 5, 28
 
@@ -369,11 +369,6 @@ def test_replies_around_an_unreadable_one_are_right(server: Server, image: Path,
 
 
 # Too few descriptors or processes
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def limit(pid: int, kind: int, soft: int) -> int:

@@ -674,6 +674,22 @@ def test_worker_whose_client_left_with_requests_waiting_serves_the_next_one(
         client.sock.close()
 
 
+def test_worker_whose_client_left_with_requests_waiting_sleeps_when_their_blocks_have_come(
+    behind_relay: Connected, relay: Relay
+) -> None:
+    proxy = behind_relay("--readahead", "0", "--spare-workers", "1")
+    with proxy.raw() as client:
+        client.read(0, BLOCK)
+        (worker,) = proxy.server.busy_workers()
+        relay.stall()
+        client.send(reads((MIB, BLOCK)))
+        proxy.wait_for_queue(1)
+    wait_until(lambda: not proxy.server.busy_workers(), "the spare worker")
+    relay.resume()
+    proxy.wait_for_cached(2)
+    wait_until(lambda: "poll" in Path(f"/proc/{worker}/wchan").read_text(), "the worker to sleep until somebody comes")
+
+
 def test_disc_with_requests_waiting_ends_the_session(behind_relay: Connected, relay: Relay) -> None:
     proxy = behind_relay("--readahead", "0")
     with proxy.raw() as client:
@@ -689,6 +705,48 @@ def test_disc_with_requests_waiting_ends_the_session(behind_relay: Connected, re
         except EOFError:
             return
         assert client.closed()
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_very_long_reads_that_wait_take_no_more_memory_than_is_allowed(
+    start: Start, tmp_path: Path, structured: bool
+) -> None:
+    empty = tmp_path / "empty.img"
+    with empty.open("wb") as file:
+        file.truncate(64 << 30)
+    with Relay(start("--target", empty, tcp=True).port) as link:
+        proxy = Proxy(start, tmp_path, link.uri, "--readahead", "0", "--max-buf-size", "16M")
+        with proxy.raw(structured=structured) as client:
+            client.request(READ, 0, BLOCK)
+            assert client.chunk() if structured else client.simple_reply(BLOCK)
+            link.stall()
+            client.send(reads(*((n << 28, 1 << 28) for n in range(1, 100))))
+            wait_until(lambda: proxy.query()["queue"]["bytes"] >= 16 * MIB, "a full queue")
+            assert proxy.query()["queue"]["requests"] == 2
+            assert max(worker["memory_bytes"] for worker in proxy.query()["workers"]) < 64 * MIB
+
+
+@pytest.mark.parametrize("goes", [False, True])
+def test_writes_that_wait_at_a_disc_are_done(behind_relay: Connected, relay: Relay, goes: bool) -> None:
+    """The specification: the server has to handle all outstanding requests."""
+    proxy = behind_relay("--readahead", "0")
+    places = [MIB + 1, 2 * MIB + 1, 3 * MIB + 1]
+    with proxy.raw() as client:
+        client.read(0, BLOCK)
+        relay.stall()
+        for place in places:
+            client.request(WRITE, place, 4, data=b"last", cookie=place)
+        proxy.wait_for_queue(3)
+        client.request(DISC)
+        if goes:
+            client.sock.close()
+        relay.resume()
+        if not goes:
+            assert {client.simple_reply()[:2] for _ in places} == {(0, place) for place in places}
+            assert client.closed()
+    wait_until(lambda: not proxy.server.busy_workers(), "the spare worker")
+    with proxy.raw() as other:
+        assert [other.read(place, 4) for place in places] == 3 * [b"last"]
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])

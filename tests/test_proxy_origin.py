@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Callable, Iterator, List
 
@@ -19,8 +20,11 @@ from lying_origin import Asked, LyingOrigin, Visitor
 from model import read_all
 from mounts import small_tmpfs
 from origin_programs import OriginProgram
+from rawclient import READ, WRITE, RawClient, pack_request
 from relay import Relay
-from server_process import Server, command, run, wait_until
+from server_process import Server, command, cpu_seconds, run, wait_until
+
+from xnbd.storage.locks import RangeLocks
 
 SIZE = 6 * MIB + 512
 TROUBLE = r"the origin cannot read|cannot write to the cache image"
@@ -220,6 +224,67 @@ def test_an_error_reply_is_the_clients_error(deceived: Server, files: CacheFiles
     assert read(client, 8, 3) == at(disk, 8) + b"w" * BLOCK + at(disk, 10)
 
 
+def test_only_who_needs_a_block_that_the_origin_cannot_read_gets_an_error(
+    deceived: Server, files: CacheFiles, liar: Liar, disk: bytes
+) -> None:
+    def answer(asked: Asked) -> bytes:
+        bad = asked.offset <= 10 * BLOCK < asked.offset + asked.length
+        return lie.simple(asked.cookie, error=5) if bad else liar.honest(asked)
+
+    liar.answer = answer
+    reads = [(8, 1), (9, 1), (10, 1), (11, 1), (8, 2), (9, 2), (11, 5)]
+    with RawClient(deceived.connect()).negotiate() as client:
+        client.send(b"".join(pack_request(READ, at * BLOCK, n * BLOCK, cookie=at << 8 | n) for at, n in reads))
+        for _ in reads:
+            error, cookie, _ = client.simple_reply()
+            first, count = divmod(cookie, 256)
+            assert bool(error) == (first <= 10 < first + count)
+            assert error or client.receive(count * BLOCK) == at(disk, first, count)
+    assert files.cached() == [8, 9, *range(11, 16)]
+
+
+def test_a_long_write_whose_last_block_cannot_be_read_is_an_error_though_others_are_locked(
+    start: Start, tmp_path: Path, files: CacheFiles
+) -> None:
+    size = 12 * MIB
+
+    def behave(visitor: Visitor) -> None:
+        visitor.negotiate(size, structured=False)
+        while True:
+            visitor.send(lie.simple(visitor.request().cookie, error=5))
+
+    with LyingOrigin(tmp_path / "liar.sock", behave) as origin:
+        proxy = start(*files.arguments(origin.uri, "--readahead", "0"))
+        with RawClient(proxy.connect()).negotiate() as client, files.bitmap.open("rb+") as bitmap:
+            locks = RangeLocks(bitmap.fileno())
+            assert locks.try_acquire(0, 8 * MIB >> 15)  # more than a session holds in memory
+            client.request(WRITE, 0, size - 100, data=bytes(size - 100))
+            proxy.wait_for_log("the origin cannot read 4096 bytes")
+            locks.release(0, 8 * MIB >> 15)
+            assert client.simple_reply()[0] == errno.EIO
+            assert client.works()
+
+
+def test_many_reads_of_blocks_that_another_process_has_in_hand_do_not_spin(
+    deceived: Server, files: CacheFiles, disk: bytes
+) -> None:
+    with RawClient(deceived.connect()).negotiate() as client, files.bitmap.open("rb+") as bitmap:
+        client.read(0, BLOCK)
+        (worker,) = deceived.busy_workers()
+        locks = RangeLocks(bitmap.fileno())
+        assert locks.try_acquire(1, SIZE >> 15)
+        blocks = random.Random(1).sample(range(8, SIZE // BLOCK), 1200)
+        client.send(b"".join(pack_request(READ, block * BLOCK, BLOCK, cookie=block) for block in blocks))
+        wait_until(lambda: query(files.control)["queue"]["requests"] == 1200, "reads that wait")
+        before, until = cpu_seconds(worker), time.monotonic() + 2
+        wait_until(lambda: time.monotonic() > until, "two seconds")
+        assert cpu_seconds(worker) - before < 0.5
+        locks.release(1, SIZE >> 15)
+        for _ in blocks:
+            error, block, data = client.simple_reply(BLOCK)
+            assert (error, data) == (0, at(disk, block))
+
+
 def test_another_size_after_a_reconnect_is_refused(
     deceived: Server, files: CacheFiles, liar: Liar, disk: bytes
 ) -> None:
@@ -347,6 +412,24 @@ def test_hits_and_writes_of_other_blocks_do_not_wait_for_a_stalled_origin(
     assert overwritten.content() == at(disk, 1000)
     assert read(other, 100, 20) == at(disk, 100, 10) + b"v" * BLOCK + at(disk, 111, 9)
     assert read(other, 0)[:110] == disk[:10] + b"p" * 100
+
+
+def test_hits_do_not_wait_behind_writes_to_blocks_that_another_client_waits_for(
+    start: Start, files: CacheFiles, relay: Relay, disk: bytes
+) -> None:
+    proxy = start(*files.arguments(relay.uri, "--readahead", "0"))
+    with RawClient(proxy.connect()).negotiate() as one, RawClient(proxy.connect()).negotiate() as other:
+        for client in (one, other):
+            client.read(0, BLOCK)
+        relay.stall()
+        one.request(READ, 2 * MIB, 2 * MIB)
+        wait_until(lambda: query(files.control)["queue"]["requests"] == 1, "a read that waits")
+        for n in range(256):
+            other.request(WRITE, 2 * MIB + n * BLOCK, BLOCK, data=b"w" * BLOCK, cookie=n)
+        assert other.read(0, BLOCK) == at(disk, 0)
+        relay.resume()
+        assert {other.simple_reply()[:2] for _ in range(256)} == {(0, n) for n in range(256)}
+        assert other.read(2 * MIB, 2 * MIB) == b"w" * MIB + disk[3 * MIB : 4 * MIB]
 
 
 def test_what_was_asked_for_when_the_server_died_is_not_zeros_but_asked_again(

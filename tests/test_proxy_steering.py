@@ -8,14 +8,16 @@ import os
 import pty
 import random
 import re
+import resource
 import signal
 import socket
 import struct
 import subprocess
+import sys
 import termios
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -26,7 +28,11 @@ from origin_programs import is_listening
 from proxies import BLOCK, DISK, Proxy, ask, bgctl, make_disk, program, query, reads, refused, replies
 from rawclient import DISC, READ, WRITE, RawClient, pack_request
 from relay import Relay
-from server_process import STOP_TIME, Server, command, is_alive, wait_until
+from server_process import STOP_TIME, Server, children_of, command, is_alive, title_of, wait_until
+
+from xnbd.storage.locks import RangeLocks
+from xnbd.storage.state import open_state
+from xnbd.storage.state_format import BEGUN, CHECKPOINT, SUCCEEDED
 
 BLOCKS = -(-DISK // BLOCK)
 
@@ -689,6 +695,92 @@ def test_dead_steward_is_replaced(proxy: Proxy, disk: Path) -> None:
         proxy.bgctl("--cache-all")
         proxy.bgctl("--switch")
         assert client.read(0, DISK) == disk.read_bytes()
+
+
+def test_copy_does_not_ask_again_and_again_for_holes_that_another_process_has_in_hand(
+    start: Start, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty.img"
+    with empty.open("wb") as file:
+        file.truncate(16 * MIB)
+    with Relay(start("--target", empty, tcp=True).port) as link:
+        proxy = Proxy(start, tmp_path, link.uri)
+        with open(proxy.bitmap, "rb+") as bitmap:
+            assert RangeLocks(bitmap.fileno()).try_acquire(1, 1)
+            ask(proxy.control, command="cache-all", wait=False)
+            wait_until(lambda: link.moved()[0] > 1000, "some attempts")
+            (before, _), second = link.moved(), time.monotonic() + 1
+            wait_until(lambda: time.monotonic() > second, "a second")
+            assert link.moved()[0] - before < 50 * 28
+            assert proxy.cached() == 0
+        proxy.wait_for_cached(16 * MIB // BLOCK)
+
+
+def test_steward_that_cannot_be_started_for_want_of_descriptors_starts_later(proxy: Proxy) -> None:
+    master, log = proxy.server.pid, proxy.server.log
+    proxy.server.expected_errors += ["the steward died", "the steward cannot be started"]
+    with proxy.raw() as client:
+        steward, (_, hard) = proxy.steward(), resource.prlimit(master, resource.RLIMIT_NOFILE)
+        used = max(int(fd.name) for fd in Path(f"/proc/{master}/fd").iterdir())
+        resource.prlimit(master, resource.RLIMIT_NOFILE, (used + 1, hard))
+        os.kill(steward, signal.SIGKILL)
+        wait_until(lambda: log().count("the steward cannot be started") == 2, "a second attempt")
+        assert client.works()
+        resource.prlimit(master, resource.RLIMIT_NOFILE, (hard, hard))
+        wait_until(lambda: any("steward" in title_of(pid) for pid in proxy.server.workers()), "the next steward")
+        assert client.works()
+    assert "Traceback" not in log()
+
+
+@contextmanager
+def injected(pid: int, fault: str) -> Iterator[None]:
+    """What process *pid* suffers, in the words of strace, from when it is attached until it is let go."""
+    words = ["strace", "-o", "/dev/null", "-p", str(pid), "-e", f"inject={fault}"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as tracer:
+        assert tracer.stderr is not None
+        assert "attached" in tracer.stderr.readline()
+        try:
+            yield
+        finally:
+            tracer.terminate()
+
+
+def test_switch_of_a_cache_that_cannot_be_made_durable_is_refused(proxy: Proxy) -> None:
+    proxy.bgctl("--cache-all")
+    wait_until(lambda: "every block is cached" in proxy.server.log(), "a proxy without a need of its origin")
+    steward = proxy.steward()
+    with injected(steward, "fdatasync:error=ENOSPC"):
+        assert "cannot be made durable: No space left" in proxy.refused("--switch")
+        os.kill(proxy.server.pid, signal.SIGUSR2)
+        proxy.server.wait_for_log("SIGUSR2: the cache cannot be made durable: No space left")
+    assert proxy.steward() == steward
+    proxy.bgctl("--switch")
+
+
+def test_flush_does_not_wait_for_a_checkpoint_of_the_steward_that_was_killed(proxy: Proxy, origin: Server) -> None:
+    """One that found nothing to save, because a client's FLUSH had been under way when it began."""
+    proxy.server.expected_errors.append("cannot make the cache durable: status -9")
+    with proxy.raw() as client, open(proxy.cache, "rb+") as cache:
+        files = open_state(str(proxy.bitmap), cache.fileno(), disk_size=DISK, origin=origin.uri)
+        state, locks = files.open_process(), RangeLocks(files._state_fd)
+        wait_until(lambda: not state.changed, "a quiet steward")
+        locks.acquire(CHECKPOINT, 1)
+        number = int.from_bytes(os.pread(files._state_fd, 8, BEGUN), sys.byteorder) + 1
+        os.pwrite(files._state_fd, number.to_bytes(8, sys.byteorder), BEGUN)
+        assert client.write(0, b"w" * BLOCK) == 0
+        steward = proxy.steward()
+        wait_until(lambda: children_of(steward), "a checkpoint that waits for the other one")
+        (child,) = children_of(steward)
+        with injected(child, "fdatasync:signal=SIGKILL"):
+            state._make_durable(cache.fileno())
+            os.pwrite(files._state_fd, number.to_bytes(8, sys.byteorder), BEGUN)
+            os.pwrite(files._state_fd, number.to_bytes(8, sys.byteorder), SUCCEEDED)
+            locks.release(CHECKPOINT, 1)
+            proxy.server.wait_for_log("cannot make the cache durable: status -9")
+        assert not state.changed
+        assert client.works()
+        state.close()
+        files.close()
 
 
 def test_copy_ends_with_its_steward_and_goes_on_with_the_next_one(proxy: Proxy) -> None:

@@ -942,6 +942,17 @@ def test_a_switch_is_known_from_the_board_while_servers_run_and_later_from_the_s
     assert is_switched(bitmap)
 
 
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_switch_that_whoever_began_it_did_not_live_to_see_is_none(cache: Cache, clean: bool) -> None:
+    shared = cache.open()
+    shared.steer(Steering(switched=True, address="nbd://moved:1/"))
+    if clean:
+        assert shared.mark_clean(cache.fd)
+    shared.close()
+    with closing(cache.open()) as again:
+        assert again.steering == Steering(address="nbd://moved:1/")
+
+
 def test_files_that_cannot_be_used_tell_of_no_switch(cache: Cache) -> None:
     shared = cache.open()
     for damage in (b"", None):

@@ -131,3 +131,10 @@ def test_marks_are_bounded(reader: Reader) -> None:
         for first in range(start, start + 4 * 64, 64):
             reader.read(first, 64)
     assert len(reader.streams.marks) <= DISK // BLOCKS_PER_BYTE
+
+
+@pytest.mark.parametrize("count", [1, 8, 64, 100])
+def test_a_sequential_reader_leaves_no_marks_behind(reader: Reader, count: int) -> None:
+    for first in range(0, DISK - count, count):
+        reader.read(first, count)
+        assert len(reader.streams.marks) <= 2 * LONGEST // BLOCKS_PER_BYTE

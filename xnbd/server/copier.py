@@ -52,7 +52,7 @@ class Copier:
         self._window = Window(_LEAST)
         self._allowed_at = monotonic()
         self._looked_at = 0.0
-        self._crowded = False
+        self._crowded = self._passed_over = False
 
     def run(self) -> None:
         """Return when every block is local, or the disk is no proxy any more. Raises `TaskFailed`, and `Stop`."""
@@ -62,6 +62,9 @@ class Copier:
                 if self._disk.outdated:
                     return
             while self._outstanding and not self._disk.outdated:
+                self._wait()
+            if self._passed_over:
+                self._passed_over = False
                 self._wait()
 
     def _missing(self) -> Iterator[Tuple[int, int]]:
@@ -105,8 +108,8 @@ class Copier:
         self._watch.check()
         self._disk.place.enter()
         try:
-            if not self._disk.outdated:
-                self._fetcher.make_zero(first, end)
+            if not self._disk.outdated and not self._fetcher.make_zero(first, end):
+                self._passed_over = True
         except OSError as error:
             raise TaskFailed(f"cannot write to the cache image: {error.strerror}") from error
         finally:

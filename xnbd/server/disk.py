@@ -74,6 +74,11 @@ class Disk:
             self._told = background.health, background.trouble
             self.place.tell_origin(*self._told)
 
+    def forget_results(self) -> None:
+        """Nobody is there any more who waits for blocks: as long as there are results, a wait for them is none."""
+        if self.image.background is not None:
+            self.image.background.finished.clear()
+
     def part(self) -> None:
         """The client has left."""
         self.place.leave()

@@ -58,6 +58,9 @@ _BUFFERED = 8 << 20
 
 _NO_LIMITS = QueueLimits()
 
+_LONG = 1 << 20
+"""Bytes from which on a request that waits for all of its blocks takes memory worth counting."""
+
 _BLOCK = 4096
 _MAXIMUM_EXTENTS = 1 << 14
 
@@ -75,6 +78,9 @@ _KNOWN_FLAGS = {
     c.CMD_BLOCK_STATUS: c.CMD_FLAG_REQ_ONE,
 }
 """Flags by command; FUA is one of all of them, though it says something to writers only."""
+
+_AT_ONCE = {c.CMD_READ: MAXIMUM_REQUEST, c.CMD_CACHE: 16 << 20}
+"""Bytes of one request whose blocks are fetched at once (`storage.proxy`)."""
 
 _MODIFYING = (c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES)
 _ENOSPC_BEYOND_END = (c.CMD_WRITE, c.CMD_WRITE_ZEROES)
@@ -254,6 +260,20 @@ class Session:
         except (OSError, RequestError) as error:
             self._refuse(command, cookie, error)
 
+    def _finish_waiting(self) -> None:
+        """The client takes its leave: what it has asked for before is done for `_PATIENCE`, even if it has gone."""
+        until = monotonic() + _PATIENCE
+        while len(self._room) and monotonic() < until:
+            self._connection.watch.wait((), 0, 1.0, mid_message=True, results=True)
+            if self._disk.outdated:
+                self._renew()
+            elif self._image.background is not None:
+                self._go_on(self._image.background)
+            try:
+                self._replies.send(wait=False)
+            except Disconnected:
+                self._replies.pieces.clear()
+
     def _wait_for(self, ticket: Ticket) -> None:
         """Wait in the middle of a message, with the background at work."""
         background = self._image.background
@@ -331,7 +351,7 @@ class Session:
                     data = read(offset, length)
                 except NotLocal as missing:
                     again = partial(self._read_again, cookie, offset, length)
-                    room.enter(missing.ticket, Waiting(c.CMD_READ, cookie, again))
+                    room.enter(missing.ticket, Waiting(c.CMD_READ, cookie, again, _notes(length)))
                     if room.full:
                         break
                     continue
@@ -380,9 +400,11 @@ class Session:
             return self._write(flags, cookie, offset, length)
         self._start += wire.REQUEST.size
         if command == c.CMD_DISC:
+            self._finish_waiting()
             self._left = True
             return False
-        self._do(command, cookie, partial(self._command, command, flags, cookie, offset, length))
+        work = partial(self._command, command, flags, cookie, offset, length)
+        self._do(command, cookie, work, _notes(min(length, _AT_ONCE[command])) if command in _AT_ONCE else 0)
         return True
 
     def _command(self, command: int, flags: int, cookie: bytes, offset: int, length: int) -> None:
@@ -517,6 +539,8 @@ class Session:
                 except NotLocal as missing:
                     if held >= _BUFFERED:
                         self._wait_for(missing.ticket)
+                        if missing.ticket.error:
+                            failure = RequestError(missing.ticket.error, "a block could not be fetched")
                         continue
                     left.append((at, bytes(piece)))
                     held += len(piece)
@@ -592,6 +616,11 @@ class Session:
         limit = 1 if flags & c.CMD_FLAG_REQ_ONE else _MAXIMUM_EXTENTS
         extents = self._holes.status(offset, length, limit)
         self._out.append(wire.pack_block_status(cookie, ALLOCATION_CONTEXT, extents))
+
+
+def _notes(length: int) -> int:
+    """Bytes that are held for a request that waits for *length* bytes: the proxy notes each of their blocks."""
+    return length >> 5 if length >= _LONG else 0
 
 
 def _fail(number: int) -> None:

@@ -28,6 +28,7 @@ from ..storage.board import COMPLETE, CONTROL, COPYING, PROXY, TARGET, Board
 from ..storage.fetch import PIECE
 from ..storage.proxy import ProxyImage, ProxySource
 from ..storage.snapshot import create_bitmap
+from ..storage.state_files import closed_on_error
 from ..storage.state_format import Steering
 from ..storage.target import reopen
 from .child import Child
@@ -62,20 +63,33 @@ class Steward:
 
         It ends when *lifeline* breaks; *close_first* lets go of what belongs to the parent.
         """
-        verdict, self._report = os.pipe()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        pid = os.fork()
+        try:
+            verdict, self._report = os.pipe()
+            with closed_on_error(verdict), closed_on_error(self._report):
+                pid = self._fork()
+        except OSError as error:
+            raise ConfigurationError(f"the steward cannot be started: {error.strerror}") from error
         if not pid:
             os.close(verdict)
             close_first()
             self._run(lifeline)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         os.close(self._report)
         with os.fdopen(verdict, "rb") as answer:
             complaint = answer.read().decode("utf-8", "surrogateescape")
         if complaint:
             os.waitpid(pid, 0)
             raise ConfigurationError(complaint)
+        return pid
+
+    def _fork(self) -> int:
+        """Signals stay blocked in the child."""
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        pid = -1
+        try:
+            pid = os.fork()
+        finally:
+            if pid:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         return pid
 
     def _run(self, lifeline: int) -> None:
@@ -228,12 +242,16 @@ class _Stewardship:
         self._state.checkpoint(self._proxy.cache_fd)
 
     def _on_checkpoint(self, child: Child) -> None:
+        assert self._state is not None
+        failure = child.message or f"status {child.status}"
         if child.status == 0:
             self._board.note_checkpoint()
             self._failing = ""
-        elif child.message != self._failing:
-            log.error("cannot make the cache durable: %s", child.message or f"status {child.status}")
-            self._failing = child.message
+        elif failure != self._failing:
+            log.error("cannot make the cache durable: %s", failure)
+            self._failing = failure
+        if child.status:
+            self._state.abandon_checkpoint()
 
     def _start(self, work: Callable[[], Optional[str]]) -> Child:
         return Child(self._close_control, work)
@@ -388,23 +406,31 @@ class _Stewardship:
         self._stop_copy()
         if self._checkpoint is not None:
             self._checkpoint.wait()  # it holds its lock in this process's name
-        self._make_durable()  # a bit that is forgotten would be fetched over what the target has written
-        self._proxy.steer(Steering(switched=True, address=self._board.address))
-        began = monotonic()
         try:
+            self._make_durable()  # a bit that is forgotten would be fetched over what the target has written
+            pause = self._become_target(force)
+        except TimeoutError as error:
+            raise CommandError(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}; try again") from None
+        except OSError as error:
+            raise CommandError(f"the cache cannot be made durable: {error.strerror}; nothing was changed") from error
+        workers = yield from self._have_followed()
+        log.info("switched to a plain target of %s; held for %.1f ms", self._source.name, pause * 1e3)
+        yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
+
+    def _become_target(self, force: bool) -> float:
+        """Returns how long everybody was held, in seconds. Raises `OSError`, `TimeoutError` among them."""
+        assert self._proxy is not None
+        try:
+            self._proxy.steer(Steering(switched=True, address=self._board.address))
+            began = monotonic()
             with self._board.closed(_GATE_TIMEOUT):
                 if not force:
                     self._refuse_if_missing()
                 self._board.mode = TARGET
-                pause = monotonic() - began
-        except TimeoutError as error:
-            raise CommandError(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}; try again") from None
+                return monotonic() - began
         finally:
             if self._board.mode != TARGET:
                 self._proxy.steer(Steering(switched=False, address=self._board.address))
-        workers = yield from self._have_followed()
-        log.info("switched to a plain target of %s; held for %.1f ms", self._source.name, pause * 1e3)
-        yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
 
     def _refuse_if_missing(self) -> None:
         missing = self._progress.missing(exact=True)

@@ -104,6 +104,7 @@ class Worker:
         descriptors = (*(listener.fileno() for listener in self._listeners), retirements)
         while True:
             watch.wait(descriptors, select.POLLIN, results=True)
+            disk.forget_results()
             if disk.outdated:
                 disk.renew()
             for listener in self._listeners:

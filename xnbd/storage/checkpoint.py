@@ -99,6 +99,10 @@ class ProcessState:
         finally:
             self._locks.release(CHECKPOINT, 1)
 
+    def abandon_checkpoint(self) -> None:
+        """A process that was forked from this one has died in a checkpoint: its lock is this one's too, and left."""
+        self._locks.release(CHECKPOINT, 1)
+
     def _make_durable(self, cache_fd: int) -> None:
         number = self._number(BEGUN) + 1
         # By system call: whoever still reads the old number has set its marks where the claim sees them.

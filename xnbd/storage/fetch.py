@@ -10,6 +10,8 @@ blocks holds a `Ticket`. The rules that keep the cache right:
   under way, and that counts.
 - Bits are set when the reply is complete and good, after the data.
 - When the origin is lost its fetches let go of their locks and are asked again.
+- A piece of the disk that the origin cannot read is asked for again block by block:
+  only who needs the block that is bad hears of it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import errno
 import select
 from collections import deque
 from time import monotonic
-from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Deque, Dict, List, NamedTuple, Optional, Set, Tuple
 
 from ..logs import log
 from ..origin.address import OriginAddress, parse_origin
@@ -40,7 +42,14 @@ _IN_FLIGHT = 8 << 20
 
 _LEAST_AHEAD = 512 << 10
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.01
+_PAUSE_EACH = 1e-4
+"""Seconds to pause, in the end, for each fetch that finds its blocks locked: to try takes a tenth of that."""
+
+_REST = 4
+"""Who finds blocks locked pauses for so many times as long as it takes to try again, if that is longer."""
+
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
+_MOST_DAMAGED = 1 << 12
 _PARTING = 1.0
 _QUIET = 0.005
 
@@ -107,8 +116,11 @@ class Fetcher(Background):
         self._wanted: Deque[Fetch] = deque()
         self._ahead: Deque[Fetch] = deque()
         self._locked_out: List[Tuple[float, Fetch]] = []
-        self._pauses: List[Tuple[float, Ticket]] = []
+        self._pauses: List[Ticket] = []
+        self._pause = _FIRST_PAUSE
+        self._pauses_end = self._released_at = 0.0
         self._surveys = 0
+        self._damaged: Set[int] = set()
         self._approach = False
         self._closing = False
 
@@ -168,14 +180,15 @@ class Fetcher(Background):
     def _free_until(self, first: int, end: int) -> int:
         """Where a fetch from *first* on has to end: at *end*, at a piece's end, or where another one begins."""
         by_block = self._by_block
-        stop = min(end, (first // PIECE + 1) * PIECE)
+        piece = first // PIECE
+        stop = min(end, (piece + 1) * PIECE) if piece not in self._damaged else first + 1
         if stop - first == 1 or by_block.keys().isdisjoint(range(first + 1, stop)):
             return stop
         return next(block for block in range(first + 1, stop) if block in by_block)
 
     def _add(self, queue: Deque[Fetch], first: int, end: int, *, ahead: bool) -> Fetch:
         last = queue[-1] if queue else None
-        if last is not None and last.end == first and first % PIECE:
+        if last is not None and last.end == first and first % PIECE and first // PIECE not in self._damaged:
             last.end = end
             fetch = last
         else:
@@ -224,8 +237,11 @@ class Fetcher(Background):
                 at += extent.length
 
     def claim(self, first: int, end: int) -> bool:
-        """Lock these blocks to write them; False if another process has some. Always followed by `give_back`."""
-        return self._locks.claim(first, end)
+        """Lock these blocks to write them; False if another process has some. Else always followed by `give_back`."""
+        if not self._locks.claim(first, end):
+            return False
+        self._pause = _FIRST_PAUSE
+        return True
 
     def mark_local(self, first: int, end: int) -> None:
         """These blocks, which are claimed, were written: what is still fetched of them is not."""
@@ -245,10 +261,10 @@ class Fetcher(Background):
         self._locks.give_back(first, end)
 
     def pause(self) -> Ticket:
-        """A ticket that is done in a moment, for whoever found blocks locked."""
+        """A ticket that is done in a moment, for whoever found blocks locked. All of them try again together."""
         ticket = Ticket()
         ticket.pending = 1
-        self._pauses.append((monotonic() + _FIRST_PAUSE, ticket))
+        self._pauses.append(ticket)
         return ticket
 
     # Background
@@ -273,8 +289,9 @@ class Fetcher(Background):
         return [(connection.fileno(), connection.events())] if connection is not None else []
 
     def deadline(self) -> Optional[float]:
-        times = [time for time, _ in self._pauses]
-        times += [time for time, _ in self._locked_out]
+        times = [time for time, _ in self._locked_out]
+        if self._pauses:
+            times.append(self._pauses_end)
         if self._connection is None:
             if self._wanted or self._ahead or self._approach:
                 times.append(self._connect_at)
@@ -290,8 +307,8 @@ class Fetcher(Background):
 
     def progress(self) -> None:
         now = monotonic() if self._pauses or self._locked_out else 0.0
-        if self._pauses:
-            self._end_pauses(now)
+        if self._pauses or self._released_at:
+            self._pass_time(now)
         if self._locked_out:
             self._retry_locked(now)
         if self._generation != self._whereabouts.generation:
@@ -317,12 +334,21 @@ class Fetcher(Background):
             connection.on_events(0)
         connection.on_time()
 
-    def _end_pauses(self, now: float) -> None:
-        over = [ticket for time, ticket in self._pauses if time <= now]
-        self._pauses = [entry for entry in self._pauses if entry[0] > now]
-        for ticket in over:
-            ticket.pending = 0
-        self.finished += over
+    def _pass_time(self, now: float) -> None:
+        """Begin a pause, or end it: those who have tried again in vain by the next call are back in `_pauses`."""
+        if not self._pauses:
+            self._released_at = 0.0
+        elif not self._pauses_end:
+            trying = now - self._released_at if self._released_at else 0.0
+            self._pauses_end = now + max(self._pause, _REST * trying)
+            self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
+            self._released_at = 0.0
+        elif now >= self._pauses_end:
+            for ticket in self._pauses:
+                ticket.pending = 0
+            self.finished += self._pauses
+            self._pauses = []
+            self._pauses_end, self._released_at = 0.0, now
 
     def _retry_locked(self, now: float) -> None:
         due = [fetch for time, fetch in self._locked_out if time <= now]
@@ -382,6 +408,7 @@ class Fetcher(Background):
     def _move(self) -> None:
         """The origin is elsewhere now: ask there for all that has not come."""
         self._generation = self._whereabouts.generation
+        self._damaged.clear()
         self._delay = self._connect_at = 0.0
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -427,7 +454,7 @@ class Fetcher(Background):
                 self._finish(fetch, 0)
                 return
             self._locked_out.append((monotonic() + fetch.pause, fetch))
-            fetch.pause = min(_LONGEST_PAUSE, 2 * fetch.pause)
+            fetch.pause = min(max(_LONGEST_PAUSE, _PAUSE_EACH * len(self._locked_out)), 2 * fetch.pause)
             return
         if self._bitmap.any_set(first, end):
             fetch.mixed = True
@@ -495,16 +522,28 @@ class Fetcher(Background):
         length = block_stop(end - 1, self._size) - block_start(first)
         self._window.on_reply(token.asked_at, monotonic(), length, self._in_flight)
         self._in_flight -= length
-        if error:
-            log.warning("the origin cannot read %d bytes at %d: error %d", (end - first) * BLOCK, first * BLOCK, error)
-        elif self._delay or self.trouble:
+        if not error and (self._delay or self.trouble):
             self._delay, self.trouble = 0.0, ""
             log.info("origin %s: answers again", self._whereabouts.address)
-        error = token.error or error
-        if not error and not self._closing:
+        if not error and not token.error and not self._closing:
             self._bitmap.set(first, end)
         self._locks.let_go(first, end)
-        self._finish(token, error)
+        if error and not token.error:
+            error = self._on_damage(first, end, error)
+        self._finish(token, token.error or error)
+
+    def _on_damage(self, first: int, end: int, error: int) -> int:
+        """The origin cannot read all of these blocks: the error to tell, 0 if they are to be asked for one by one."""
+        piece = first // PIECE
+        if piece in self._damaged and end - first == 1:
+            return error
+        log.warning("the origin cannot read %d bytes at %d: error %d", (end - first) * BLOCK, first * BLOCK, error)
+        if end - first == 1:
+            return error
+        if len(self._damaged) >= _MOST_DAMAGED:
+            self._damaged.clear()
+        self._damaged.add(piece)
+        return 0
 
     def _finish(self, fetch: Fetch, error: int) -> None:
         self._forget(fetch)

@@ -105,13 +105,29 @@ def is_switched(bitmap_path: str) -> bool:
         return False
     try:
         if files.is_alone(state_fd):
-            return files.read_steering(state_fd).switched
+            return _was_switched(path, state_fd, _read_boot_id(BOOT_ID))
         with closing(Board(files.open_regular(path + BOARD_SUFFIX))) as board:
             return board.mode == TARGET
-    except (OSError, ValueError, ConfigurationError):
+    except (OSError, ValueError, ConfigurationError, BadHeader):
         return False
     finally:
         os.close(state_fd)
+
+
+def _was_switched(path: str, state_fd: int, boot_id: bytes) -> bool:
+    """Whether the last servers, which are gone, have left the disk as a plain target. Raises `BadHeader`.
+
+    The state file says so from before the switch: who died then has left a board that says otherwise.
+    """
+    if not files.read_steering(state_fd).switched:
+        return False
+    if files.read_header(state_fd).boot_id != boot_id:
+        return True  # and nobody knows what a power failure has left of the board
+    try:
+        with closing(Board(files.open_regular(path + BOARD_SUFFIX))) as board:
+            return board.mode == TARGET
+    except (OSError, ValueError, ConfigurationError):
+        return True
 
 
 def _read_boot_id(path: str) -> bytes:
@@ -175,11 +191,18 @@ class SharedState:
                     process.checkpoint(cache_fd)
                 if alone:
                     os.fdatasync(self._bitmap_fd)
+                    self._forget_broken_switch()
                     files.write_header(self._state_fd, self._header._replace(clean=True))
                     os.unlink(self._path + BOARD_SUFFIX)
             finally:
                 files.leave(self._state_fd)
         return alone
+
+    def _forget_broken_switch(self) -> None:
+        """Before the board goes, which tells of it."""
+        steering = self.steering
+        if steering.switched and not _was_switched(self._path, self._state_fd, self._header.boot_id):
+            files.write_steering(self._state_fd, steering._replace(switched=False))
 
     def _open(self) -> Tuple[ProcessState, int]:
         """The files once more, and the descriptor of the state file among them."""
@@ -324,7 +347,7 @@ class _Opening:
     def _resume(self, state_fd: int) -> None:
         found = self._check_state(state_fd)
         alone, same_boot = files.is_alone(state_fd), found.boot_id == self._header.boot_id
-        if alone and files.read_steering(state_fd).switched:
+        if alone and _was_switched(self._path, state_fd, self._header.boot_id):
             self._refuse_if_incomplete(state_fd, recover=not same_boot and not found.clean)
         if not alone and not same_boot:
             raise ConfigurationError(f"cache bitmap {self._path} is in use on another machine: stop that server first")

@@ -18,12 +18,16 @@ _FIRST_WINDOW = 32
 
 
 class Stream:
-    """A reader whose next block is *next*; blocks up to *reach* are asked for already."""
+    """A reader whose next block is *next*; blocks up to *reach* are asked for already.
 
-    __slots__ = ("begin", "next", "reach", "window")
+    It has no marks before the byte *marked_from*.
+    """
+
+    __slots__ = ("marked_from", "next", "reach", "window")
 
     def __init__(self, first: int, window: int) -> None:
-        self.begin = self.next = self.reach = first
+        self.next = self.reach = first
+        self.marked_from = first // BLOCKS_PER_BYTE
         self.window = window
 
 
@@ -68,6 +72,7 @@ class Streams:
         stop = min(start + stream.window, self._blocks)
         stream.window = min(self._longest, 2 * stream.window)
         stream.reach = max(stop, start)
+        self._unmark(stream, stream.next // BLOCKS_PER_BYTE)
         if start >= stop:
             return None
         self.marks.update(dict.fromkeys(range(start // BLOCKS_PER_BYTE, -(-stop // BLOCKS_PER_BYTE)), stream))
@@ -79,9 +84,13 @@ class Streams:
         return self._go_on(stream, end) if stream in self._streams else None
 
     def _forget(self, stream: Stream) -> None:
-        """Take its marks away; those of a window that was not read to its end are left."""
+        """Take all its marks away."""
+        self._unmark(stream, -(-stream.reach // BLOCKS_PER_BYTE))
+
+    def _unmark(self, stream: Stream, end: int) -> None:
+        """Take away the marks before byte *end*. Of a long read only the first byte was looked up."""
         marks = self.marks
-        first = max(stream.begin, stream.reach - 2 * self._longest)
-        for byte in range(first // BLOCKS_PER_BYTE, -(-stream.reach // BLOCKS_PER_BYTE)):
+        for byte in range(stream.marked_from, end):
             if marks.get(byte) is stream:
                 del marks[byte]
+        stream.marked_from = max(stream.marked_from, end)
