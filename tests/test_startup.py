@@ -313,6 +313,23 @@ def test_pid_file_of_a_dead_server_is_taken_over(start: Start, image: Path) -> N
     assert pid_file.read_text() == f"{server.pid}\n"
 
 
+@pytest.mark.parametrize("content", ["", "\0" * 6])
+def test_pid_file_that_a_power_failure_has_emptied_is_taken_over(start: Start, image: Path, content: str) -> None:
+    pid_file = image.parent / "pid"
+    pid_file.write_text(content)
+    server = start("--target", "--pidfile", pid_file, image)
+    assert pid_file.read_text() == f"{server.pid}\n"
+
+
+@pytest.mark.parametrize("content", ["precious", "1234 and more", "1" * 33, "\0" * 512])
+def test_file_that_is_no_pid_file_is_left_alone(image: Path, content: str) -> None:
+    victim = image.parent / "victim"
+    victim.write_text(content)
+    status, message = fails("--target", "--pidfile", victim, "--lport", 0, image)
+    assert (status, victim.read_text()) == (1, content)
+    assert f"{victim} is no pid file: remove it, or choose another --pidfile" in message
+
+
 def test_files_of_a_killed_server_do_not_stop_the_next(start: Start, image: Path) -> None:
     pid_file, sock = image.parent / "pid", image.parent / "sock"
     with serving(image.parent / "log", "--target", "--pidfile", pid_file, "--unix", sock, image) as server:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
 import stat
 import sys
@@ -112,21 +113,28 @@ def _leave_by_verdict(verdict: int) -> None:
     os._exit(status)
 
 
+_PID_FILE = re.compile(rb"[\d\n\0]{0,32}")
+"""What a pid file may hold: zeros are what a power failure can make of it."""
+
+
 class PidFile:
     """A file with the master's process id, locked for as long as the master lives."""
 
     def __init__(self, path: str) -> None:
-        """Raises `ConfigurationError` if another live process holds *path*."""
+        """Raises `ConfigurationError` if another live process holds *path*, or if that is no pid file."""
         self._path = path
         self._pid = os.getpid()
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._fd = os.open(path, flags, 0o644)
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found = os.read(self._fd, 512)
         except OSError as error:
             raise ConfigurationError(_pid_file_trouble(path, error)) from error
+        if not _PID_FILE.fullmatch(found):
+            raise ConfigurationError(f"{path} is no pid file: remove it, or choose another --pidfile")
         os.ftruncate(self._fd, 0)
-        os.write(self._fd, f"{self._pid}\n".encode())
+        os.pwrite(self._fd, f"{self._pid}\n".encode(), 0)
 
     def remove(self) -> None:
         """Remove the file, unless somebody else's stands in its place."""
