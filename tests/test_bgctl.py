@@ -198,6 +198,12 @@ def test_query_does_with_null(name: str) -> None:
     assert report(proxy_answer(**{name: {} if name == "counters" else None}))
 
 
+def test_copy_whose_rate_is_not_known_yet_is_not_said_to_wait() -> None:
+    copy = proxy_answer()["cache_all"]
+    assert not any(line.strip() == "waiting" for line in report(proxy_answer(cache_all={**copy, "rate": None})))
+    assert any(line.strip() == "waiting" for line in report(proxy_answer(cache_all={**copy, "rate": 0.0})))
+
+
 def test_fully_cached_disk_is_100_per_cent(serve: Serve) -> None:
     out = bgctl("--query", serve({"query": Canned(proxy_answer(blocks={"total": 100, "cached": 100}))}))
     assert "  cached      100 %, 100 of 100 blocks\n" in out
