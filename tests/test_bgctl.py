@@ -572,7 +572,7 @@ def test_no_such_socket(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path / "none" / "none"):
         assert fails("--query", path) == (
             1,
-            f"there is no control socket {path}: give the path that the server was started with",
+            f"there is no control socket {path}: start the server, or give the path that it was started with",
         )
 
 

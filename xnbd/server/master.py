@@ -131,7 +131,7 @@ class Master:
 
     def _ask_for_snapshot(self) -> None:
         if self._service.source.mode == "proxy":
-            log.warning("SIGUSR1: a proxy has no snapshots: its disk is not whole here")
+            log.warning("SIGUSR1: a proxy has no snapshots; after a switch restart it with --target, which has them")
             return
         if self._steward is None:
             self._start_steward_again()
@@ -217,7 +217,7 @@ class Master:
 
     def _stop(self) -> int:
         """Let the workers finish what they have in hand; a second signal or `_STOP_TIME` ends that."""
-        log.info("stopping; %d clients are connected", len(self._clients))
+        log.info("stopping; clients connected: %d", len(self._clients))
         self._stopping = True
         for listener in self._listeners:
             listener.close()
