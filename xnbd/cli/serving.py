@@ -23,7 +23,7 @@ from ..server.waiting import QueueLimits
 from ..server.watch import Watch
 from ..storage.image import Source
 from ..storage.target import TargetSource, create_sparse
-from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_together
+from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_same_file, refuse_together
 
 Arguments = Dict[str, Any]
 
@@ -63,6 +63,7 @@ def serve(program: str, arguments: Arguments, client: Optional[int]) -> int:
     for option in _PATHS:
         if arguments[option]:
             arguments[option] = os.path.abspath(arguments[option])
+    refuse_same_file({name: arguments[name] for name in _PATHS})
     _set_up_logs(program, arguments)
     if arguments["--inetd"] or arguments["--connected-fd"]:
         return _serve_one(arguments, client)
