@@ -306,6 +306,12 @@ def test_pid_file_of_a_live_server_is_refused(start: Start, image: Path) -> None
     assert not (image.parent / "other").exists()
 
 
+def test_pid_file_that_may_not_be_made_is_not_said_to_be_held(image: Path) -> None:
+    status, message = fails("--target", "--pidfile", "/sys/kernel/xnbd.pid", "--lport", 0, image)  # not even root may
+    assert status == 1
+    assert "cannot write pid file /sys/kernel/xnbd.pid: Permission denied" in message
+
+
 def test_pid_file_of_a_dead_server_is_taken_over(start: Start, image: Path) -> None:
     pid_file = image.parent / "pid"
     pid_file.write_text("123456789\n")

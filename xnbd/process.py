@@ -127,7 +127,7 @@ class PidFile:
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._fd = os.open(path, flags, 0o644)
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock()
             found = os.read(self._fd, 512)
         except OSError as error:
             raise ConfigurationError(_pid_file_trouble(path, error)) from error
@@ -135,6 +135,14 @@ class PidFile:
             raise ConfigurationError(f"{path} is no pid file: remove it, or choose another --pidfile")
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{self._pid}\n".encode(), 0)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(
+                f"pid file {self._path} is held by a running server: stop that one, or choose another --pidfile"
+            ) from error
 
     def remove(self) -> None:
         """Remove the file, unless somebody else's stands in its place."""
@@ -149,8 +157,6 @@ class PidFile:
 
 
 def _pid_file_trouble(path: str, error: OSError) -> str:
-    if error.errno in (errno.EAGAIN, errno.EACCES):
-        return f"pid file {path} is held by a running server: stop that one, or choose another --pidfile"
     if error.errno == errno.ELOOP:
         return f"pid file {path} is a symbolic link, which is not followed: name the file itself"
     return f"cannot write pid file {path}: {error.strerror}"
