@@ -1023,6 +1023,22 @@ def test_second_signal_ends_at_once_and_without_a_traceback(start: Start, image:
     assert not server.socket.exists()
 
 
+def test_second_signal_when_the_last_worker_has_just_ended_is_no_failure(server: Server) -> None:
+    workers = server.workers()
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for_log("stopping")
+    server.process.send_signal(signal.SIGSTOP)
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: not any(map(is_alive, workers)), "the workers' end")
+    server.process.send_signal(signal.SIGINT)
+    server.process.send_signal(signal.SIGCONT)
+    assert server.process.wait(STOPS_WITHIN) == 0
+    assert "ending" not in server.log()
+
+
 @needs_root
 def test_second_signal_ends_without_a_flush(
     start: Start, small_disk: Path, loop_device: Callable[[Path], Path]
