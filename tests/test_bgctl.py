@@ -317,7 +317,8 @@ def test_refusal_is_told(serve: Serve) -> None:
 
 
 def test_command_that_the_server_does_not_know(serve: Serve) -> None:
-    assert fails("--switch", serve({})) == (1, "there is no command 'switch' here")
+    path = serve({"query": Canned({"done": True}), "snapshot": Canned({"done": True})})
+    assert fails("--switch", path) == (1, "there is no command 'switch' here, only: query, snapshot")
 
 
 def test_cache_all2(serve: Serve) -> None:
