@@ -312,6 +312,13 @@ def test_pid_file_that_may_not_be_made_is_not_said_to_be_held(image: Path) -> No
     assert "cannot write pid file /sys/kernel/xnbd.pid: Permission denied" in message
 
 
+def test_pid_file_that_finds_no_space_is_no_traceback(image: Path) -> None:
+    pid_file = image.parent / "pid"
+    status, message = fails("--target", "--pidfile", pid_file, "--lport", 0, image, prefix=["prlimit", "--fsize=0"])
+    assert status == 1
+    assert f"cannot write pid file {pid_file}: File too large" in message
+
+
 def test_pid_file_of_a_dead_server_is_taken_over(start: Start, image: Path) -> None:
     pid_file = image.parent / "pid"
     pid_file.write_text("123456789\n")

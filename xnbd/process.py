@@ -128,13 +128,12 @@ class PidFile:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._fd = os.open(path, flags, 0o644)
             self._lock()
-            found = os.read(self._fd, 512)
+            if not _PID_FILE.fullmatch(os.read(self._fd, 512)):
+                raise ConfigurationError(f"{path} is no pid file: remove it, or choose another --pidfile")
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{self._pid}\n".encode(), 0)
         except OSError as error:
             raise ConfigurationError(_pid_file_trouble(path, error)) from error
-        if not _PID_FILE.fullmatch(found):
-            raise ConfigurationError(f"{path} is no pid file: remove it, or choose another --pidfile")
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{self._pid}\n".encode(), 0)
 
     def _lock(self) -> None:
         try:
