@@ -220,6 +220,21 @@ def test_daemon_listens_when_its_parent_returns(image: Path) -> None:
         assert client.read(0, 100) == image.read_bytes()[:100]
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_daemon_started_without_standard_streams_serves_and_logs(image: Path, closed: str) -> None:
+    """What is opened first must not get the number of one of them: the daemon gives them away."""
+    pid_file, log = image.parent / "pid", image.parent / "log"
+    line = command("--target", "--daemonize", "--pidfile", pid_file, "--logpath", log, "--unix", image.parent / "sock")
+    try:
+        assert subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *line, image], timeout=30).returncode == 0
+        with connect(image.parent / "sock") as client:
+            client.negotiate()
+            assert client.read(0, 100) == image.read_bytes()[:100]
+    finally:
+        stop_daemon(pid_file)
+    assert "stopping" in log.read_text()
+
+
 def test_daemon_is_on_its_own(image: Path) -> None:
     """No terminal, no directory and no stream of its parent keeps it."""
     with daemon(image.parent, image.name) as pid:

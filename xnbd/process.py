@@ -79,8 +79,9 @@ class Daemon:
     def __init__(self) -> None:
         """Fork; only the daemon returns from here, the parent leaves with its verdict."""
         verdict, self._report = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
         if os.fork():
             os.close(self._report)
             _leave_by_verdict(verdict)

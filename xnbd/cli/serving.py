@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, Optional
 from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
-from ..process import Daemon, PidFile, notify_service_manager, set_title, take_client_socket
+from ..process import Daemon, PidFile, keep_standard_streams, notify_service_manager, set_title, take_client_socket
 from ..protocol.constants import MAXIMUM_STRING
 from ..protocol.negotiation import Agreement
 from ..server.connection import Connection
@@ -46,6 +46,7 @@ def serve(program: str, arguments: Arguments, client: Optional[int]) -> int:
 
     Raises `ConfigurationError` if the server cannot start.
     """
+    keep_standard_streams()
     refuse_together(arguments, "--inetd", ["--connected-fd", "--daemonize", "--pidfile", *_LISTENING])
     refuse_together(arguments, "--connected-fd", ["--daemonize", "--pidfile", *_LISTENING])
     refuse_together(arguments, "--verbose", ["--quiet"])
