@@ -109,6 +109,27 @@ def test_help_that_is_not_read_to_its_end_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_that_cannot_be_written_is_one_line(option: str) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command(option), stdout=full, stderr=subprocess.PIPE, timeout=20)
+    assert done.returncode == 1
+    assert done.stderr == b"xnbd-server: cannot write to standard output: No space left on device\n"
+
+
+def test_wrong_command_line_without_standard_output_is_one_line() -> None:
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command("--target")], stderr=subprocess.PIPE, timeout=20)
+    assert (done.returncode, done.stderr.count(b"\n")) == (USAGE_ERROR, 1)
+
+
+@pytest.mark.parametrize("program", ["xnbd-server", "xnbd-bgctl", "xnbd-wrapper", "xnbd-wrapper-ctl"])
+def test_missing_module_is_one_line_that_says_how_to_get_it(program: str) -> None:
+    path = Path(command()[-1]).with_name(program)
+    status, out, err = run(command()[0], "-S", "-W", "error", path, "--help", check=False)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "lacks the module docopt: contrib/setup makes" in err
+
+
 def test_quiet_logs_no_ordinary_events(start: Start, image: Path) -> None:
     server = start("--target", "--quiet", image)
     server.connect().close()

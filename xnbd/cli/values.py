@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import Any, Dict, List
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List
 
 from ..errors import ConfigurationError
 
@@ -20,13 +21,15 @@ def parse_command_line(program: str, usage: str, argv: List[str], version: str) 
 
     Raises `ConfigurationError` for a command line that does not fit *usage*.
     """
-    from docopt import DocoptExit, docopt
-
     try:
-        arguments = dict(docopt(usage, argv, version=version))
-    except BrokenPipeError:  # whoever reads the help has seen enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        from docopt import DocoptExit, docopt
+    except ImportError:
+        raise ConfigurationError(
+            f"{sys.executable} lacks the module docopt: contrib/setup makes a .venv/bin/{program} that has all it needs"
+        ) from None
+    try:
+        with _printing():
+            arguments = dict(docopt(usage, argv, version=version))
     except DocoptExit as error:
         reason = _reason(error, usage, argv)
         raise ConfigurationError(f"{reason} ({program} --help shows the usage)", USAGE_ERROR) from None
@@ -34,6 +37,22 @@ def parse_command_line(program: str, usage: str, argv: List[str], version: str) 
         if value == "":
             raise ConfigurationError(f"{name} is empty ({program} --help shows the usage)", USAGE_ERROR)
     return arguments
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Raises `ConfigurationError` if what is printed inside cannot be; a reader who has seen enough is none."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        if isinstance(error, BrokenPipeError):
+            sys.exit(0)
+        raise ConfigurationError(f"cannot write to standard output: {error.strerror}") from error
 
 
 def _reason(error: BaseException, usage: str, argv: List[str]) -> str:
