@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Set, Tuple
 
 import nbd
-from server_process import PYTHON, ROOT, Server, children_of, is_alive, run, title_of, wait_until
+from model import ignore_chunk
+from origin_programs import is_listening
+from server_process import (
+    PATIENCE,
+    PYTHON,
+    ROOT,
+    Server,
+    children_of,
+    is_alive,
+    run,
+    state_of,
+    title_of,
+    wait_until,
+)
 
 BLOCK = 4096
 
@@ -52,6 +67,33 @@ def connect(uri: str, *, structured: bool = True) -> nbd.NBD:
     return client
 
 
+class Reading:
+    """A READ, or with *data* a WRITE, that is under way."""
+
+    def __init__(self, client: nbd.NBD, offset: int, length: int) -> None:
+        self._client = client
+        self._buffer = nbd.Buffer(length)
+        self._errors: List[int] = []
+        self._cookie = client.aio_pread_structured(self._buffer, offset, ignore_chunk, self._on_completion)
+
+    def _on_completion(self, error: object) -> int:
+        self._errors.append(error.value)  # type: ignore[attr-defined]
+        return 1
+
+    def is_done(self) -> bool:
+        self._client.poll(0)
+        return bool(self._errors)
+
+    def wait(self) -> int:
+        """The error, or 0."""
+        wait_until(self.is_done, "the reply", 20)
+        return self._errors[0]
+
+    def content(self) -> bytes:
+        assert self.wait() == 0
+        return bytes(self._buffer.to_bytearray())
+
+
 def ask(control: Path, command: str, **arguments: object) -> Dict[str, Any]:
     """Send one command to a control socket: the last line of its answer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -82,6 +124,9 @@ def query(control: Path) -> Dict[str, Any]:
 
 
 def bgctl(*arguments: object, check: bool = True) -> Tuple[int, str, str]:
+    """Run xnbd-bgctl. The one path among its arguments is a control socket: it may come after the server's socket."""
+    (control,) = (argument for argument in arguments if isinstance(argument, Path))
+    wait_until(lambda: is_listening(control), f"{control} to listen")
     return run(PYTHON, ROOT / "bin" / "xnbd-bgctl", *arguments, check=check)
 
 
@@ -113,5 +158,29 @@ def kill(pids: List[int]) -> None:
             pass
 
 
-def wait_until_gone(pids: List[int], seconds: float = 10.0) -> None:
+def hold(pid: int) -> List[int]:
+    """Stop *pid* and all processes below it, when this returns: none does anything more. Returns who they are."""
+    held: Set[int] = set()
+    while True:
+        found = {pid, *descendants(pid)} - held  # until all are held some may still fork
+        if not found:
+            return list(held)
+        for one in found:
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGSTOP)
+        wait_until(lambda: all(state_of(one) in "TZX" for one in found), f"{found} to stop")  # noqa: B023
+        held |= found
+
+
+def kill_server(server: Server) -> None:
+    """SIGKILL to all of its processes at once, none of which is left when this returns."""
+    if server.process.poll() is not None:
+        return
+    pids = hold(server.pid)
+    kill(pids)
+    server.process.wait()
+    wait_until_gone(pids)
+
+
+def wait_until_gone(pids: List[int], seconds: float = PATIENCE) -> None:
     wait_until(lambda: not any(is_alive(pid) for pid in pids), f"the end of processes {pids}", seconds)

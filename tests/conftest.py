@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Callable, Iterator, List
 
 import pytest
+from hypothesis import HealthCheck, settings
 from server_process import Server
 from wrapper_process import Wrapper
 
 MIB = 1 << 20
 
 Start = Callable[..., Server]
+
+# Time says nothing here: another process may have the processor for seconds.
+settings.register_profile("xnbd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("xnbd")
 
 
 def unexpected_lines(log: str, expected_errors: List[str]) -> List[str]:

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import List
+from typing import List, Optional
 
 SERVER = Path(__file__).resolve().parent.parent / "bin" / "xnbd-server"
 
@@ -34,11 +34,7 @@ def main(words: List[str]) -> int:
     if words[0] != "--proxy":
         os.execv(sys.executable, [sys.executable, str(SERVER), *words])
     cache, _bitmap, control = words[-3:]
-    listener = None
-    if not os.path.exists(control):
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(control)
-        listener.listen()
+    listener = listen(control)
     try:
         return subprocess.call(
             [sys.executable, str(SERVER), "--target", "--connected-fd", str(fd), cache], pass_fds=[fd]
@@ -46,6 +42,21 @@ def main(words: List[str]) -> int:
     finally:
         if listener:
             os.unlink(control)
+
+
+def listen(path: str) -> Optional[socket.socket]:
+    """A socket that listens from when *path* is there; None if another process has it."""
+    listener, new = socket.socket(socket.AF_UNIX), f"{path}.{os.getpid()}"
+    listener.bind(new)
+    listener.listen()
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        listener.close()
+        return None
+    finally:
+        os.unlink(new)
+    return listener
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -87,11 +87,13 @@ def fails(*arguments: object, prefix: Sequence[object] = (), timeout: float = 20
 
 def stop_daemon(pid_file: Path) -> None:
     """End the daemon whose process id is in *pid_file*, if it runs."""
-    if not pid_file.exists():
+    try:
+        pid = int(pid_file.read_text())
+    except FileNotFoundError:
         return
-    pid = int(pid_file.read_text())
     workers: List[int] = children_of(pid)
-    os.kill(pid, signal.SIGTERM)
+    with suppress(ProcessLookupError):  # it may be on its way out
+        os.kill(pid, signal.SIGTERM)
     try:
         wait_until(lambda: not is_alive(pid), "the daemon's end", STOP_TIME)
     except AssertionError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 from typing import Callable, List, NamedTuple, Tuple
 
@@ -18,7 +19,7 @@ CONTEXT = 7
 
 DONE = 1
 NONE, OFFSET_DATA, OFFSET_HOLE, STATUS, ERROR, ERROR_OFFSET = 0, 1, 2, 5, 0x8001, 0x8002
-_STOP_TIME = 10.0
+_STOP_TIME = 30.0
 
 
 class Asked(NamedTuple):
@@ -120,12 +121,14 @@ class LyingOrigin:
 
     def __exit__(self, *_: object) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
-        for sock in list(self._current):
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it ended by itself
-        self._thread.join(_STOP_TIME)
+        deadline = time.monotonic() + _STOP_TIME
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            for sock in list(self._current):  # and who has waited behind them comes after
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass  # it ended by itself
+            self._thread.join(0.02)
         assert not self._thread.is_alive(), "the lying origin did not stop"
         self._listener.close()
         if self._failures:

@@ -88,6 +88,6 @@ def program(kind: str, image: Path, where: Path) -> List[object]:
 
 
 def is_listening(path: Path) -> bool:
-    """Whether somebody listens there, found out without a visit."""
+    """Whether somebody listens on the Unix socket at *path*, found out without a visit."""
     sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
     return any(fields[3] == "00010000" and fields[-1] == str(path) for fields in sockets)

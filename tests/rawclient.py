@@ -193,6 +193,7 @@ def bystander(server: Server) -> Iterator[RawClient]:
     """A client of *server* who must notice nothing of what happens meanwhile; nor may the master end."""
     with RawClient(server.connect()) as client:
         client.negotiate()
+        assert client.works()  # its worker has logged by now that it is here
         yield client
         assert client.works()
         assert server.process.poll() is None, server.log()

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from typing import Optional, Tuple, Type
 
-from server_process import ROOT, STOP_TIME
+from server_process import ROOT, STOP_TIME, free_port
 
 _PROGRAM = ROOT / "contrib" / "bench" / "wanrelay.py"
 
@@ -19,7 +19,9 @@ class Relay:
     """
 
     def __init__(self, target_port: int, host: str = "127.0.0.1", *, delay: float = 0.0, rate: float = 0.0) -> None:
-        self._options = ["--delay", str(delay * 1e3), "--rate", str(rate), "0", host, str(target_port)]
+        self._options = ["--delay", str(delay * 1e3), "--rate", str(rate)]
+        # The kernel might give a port that it chose itself to somebody's connection while the relay refuses.
+        self._options += [str(free_port()), host, str(target_port)]
         self._process: Optional[subprocess.Popen[str]] = None
         self.port = 0
 

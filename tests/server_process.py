@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
@@ -10,15 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
 PYTHON = os.environ.get("XNBD_PYTHON", sys.executable)
 """The interpreter that runs the server, to test it under another version than the tests'."""
 
-START_TIME = 20.0
-STOP_TIME = 15.0
+START_TIME = 40.0
+STOP_TIME = 30.0
+PATIENCE = 30.0
+"""Seconds to wait for what has to come at once: a busy machine may stop any process for some of them."""
 
 
 def command(*arguments: object) -> List[str]:
@@ -69,15 +72,16 @@ class Server:
         return f"nbd+unix:///?socket={self.socket}"
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_TIME
-        while True:
-            try:
-                self.connect().close()
-                return
-            except OSError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise AssertionError(f"the server did not start:\n{self.log()}") from None
-                time.sleep(0.02)
+        """Until the master listens, has logged that, and minds its signals: then it has its title.
+
+        A visit would tell less, and leave traces in the log and among the workers.
+        """
+        wait_until(
+            lambda: title_of(self.pid).startswith("xnbd-server: master ") or self.process.poll() is not None,
+            "the server's start",
+            START_TIME,
+        )
+        assert self.process.poll() is None, f"the server did not start:\n{self.log()}"
 
     def connect(self, *, tcp: bool = False) -> socket.socket:
         """A fresh connection, nothing said yet."""
@@ -95,7 +99,7 @@ class Server:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
-    def wait_for_log(self, text: str, seconds: float = 10.0) -> None:
+    def wait_for_log(self, text: str, seconds: float = PATIENCE) -> None:
         wait_until(lambda: text in self.log(), f"{text!r} in the log", seconds)
 
     def workers(self) -> List[int]:
@@ -119,7 +123,7 @@ class Server:
             raise AssertionError(f"the server did not stop:\n{self.log()}") from None
 
 
-def wait_until(condition, what: str, seconds: float = 10.0) -> None:  # type: ignore[no-untyped-def]
+def wait_until(condition, what: str, seconds: float = PATIENCE) -> None:  # type: ignore[no-untyped-def]
     """Poll for *condition*; fails the test with *what* was awaited."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -132,7 +136,7 @@ def free_port() -> int:
 
     Each process of pytest has ports of its own, below those that the kernel gives away.
     """
-    for port in _ports:
+    for port in _own_ports():
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -143,9 +147,39 @@ def free_port() -> int:
     raise AssertionError("unreachable")
 
 
-_PORTS_EACH = 2000
-_FIRST_PORT = 12_000 + _PORTS_EACH * int(os.environ.get("PYTEST_XDIST_WORKER", "gw9")[2:])
-_ports = itertools.cycle(range(_FIRST_PORT, _FIRST_PORT + _PORTS_EACH))
+_PORTS_EACH = 1000
+
+
+@functools.cache
+def _own_ports() -> Iterator[int]:
+    """Ports of this process, over and over; a socket without a file tells other runs that they are taken."""
+    for first in range(12_000, 32_000, _PORTS_EACH):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0xnbd tests have ports from {first}")
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        return itertools.cycle(range(first, first + _PORTS_EACH))
+    raise AssertionError("too many tests run at once: all ports are taken")
+
+
+_claims: List[socket.socket] = []
+
+
+def kill_all(master: int) -> None:
+    """SIGKILL a server's processes, and wait for their end.
+
+    The master is stopped first, or it might fork a worker whom nobody knows of, and who
+    would keep the server's addresses for a moment.
+    """
+    os.kill(master, signal.SIGSTOP)
+    wait_until(lambda: state_of(master) == "T", "the master to stand still")
+    pids = [master, *children_of(master)]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(map(is_alive, pids)), f"the end of {pids}")
 
 
 def children_of(pid: int) -> List[int]:
@@ -164,13 +198,17 @@ def title_of(pid: int) -> str:
         return ""
 
 
+def state_of(pid: int) -> str:
+    """A letter, see ``proc(5)``; X if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
 def is_alive(pid: int) -> bool:
     """Whether the process runs: a zombie does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
+    return state_of(pid) not in "ZX"
 
 
 def run(*arguments: object, timeout: float = 60.0, check: bool = True) -> Tuple[int, str, str]:

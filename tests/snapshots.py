@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, List, NamedTuple, Optional
 
+from origin_programs import is_listening
 from server_process import PYTHON, ROOT, Server, children_of, run, title_of, wait_until
 
 from xnbd.storage.board import GATE, Board
@@ -47,7 +48,7 @@ def take_by_command(control: Path) -> Taken:
 
 def bgctl(*arguments: object, check: bool = True) -> tuple[int, str, str]:
     """Run xnbd-bgctl: status, output, error output. The last argument is a control socket, which is about to come."""
-    wait_until(Path(str(arguments[-1])).exists, "the control socket")
+    wait_until(lambda: is_listening(Path(str(arguments[-1]))), "the control socket")
     return run(*bgctl_command(*arguments), check=check)
 
 
@@ -114,6 +115,7 @@ def held_snapshot(server: Server, *, by: Optional[Path] = None) -> Iterator[Held
         if by is None:
             os.kill(server.pid, signal.SIGUSR1)
         else:
+            wait_until(lambda: is_listening(by), "the control socket")
             command = subprocess.Popen(bgctl_command("--snapshot", by), stdout=-1, stderr=-1)
         wait_until(lambda: _find(steward, "xnbd-snapshot") is not None, "the snapshot's bitmap")
         held = Held(steward, _descriptor(steward, "xnbd-snapshot"), command)

@@ -475,35 +475,52 @@ def test_progress_in_a_log_is_lines(serve: Serve) -> None:
     assert out == "100 % cached, 4 GiB of 4 GiB; 1 GiB fetched\n"
 
 
-def growing(_request: Message) -> Reply:
-    for step in range(8):
-        yield progress((8 + step) * GIB // 4)
-        yield None
-        yield None
-    yield CACHED
+class Copy:
+    """A copy that goes on two tenths of a second after the terminal has shown how far it is: ``shown``."""
+
+    def __init__(self, *cached: int) -> None:
+        self.shown = b""
+        self._cached = cached
+
+    def __call__(self, _request: Message) -> Reply:
+        for cached in self._cached:
+            frames = self._frames()
+            yield progress(cached)
+            while self._frames() == frames:
+                yield None
+            yield None
+            yield None
+        yield CACHED
+
+    def _frames(self) -> int:
+        return self.shown.count(b" of 4 GiB")
 
 
-def on_terminal(*arguments: object, columns: int = 80, encoding: str = "utf-8") -> Tuple[str, str]:
-    """Output, and what comes to a terminal that is standard error."""
+def growing() -> Copy:
+    return Copy(*((8 + step) * GIB // 4 for step in range(8)))
+
+
+def on_terminal(copy: Copy, *arguments: object, columns: int = 80, encoding: str = "utf-8") -> Tuple[str, str]:
+    """Output of a program that waits for *copy*, and what comes to a terminal that is standard error."""
     terminal, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "TERM": "xterm"}
     process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=slave, env=environment)
     os.close(slave)
-    shown = b""
     try:
         while part := os.read(terminal, 4096):
-            shown += part
+            copy.shown += part
     except OSError:
         pass  # the last one has closed it
     out, _ = process.communicate(timeout=20)
     os.close(terminal)
-    assert process.returncode == 0, shown
-    return out.decode(), shown.decode()
+    assert process.returncode == 0, copy.shown
+    return out.decode(), copy.shown.decode()
 
 
 def test_progress_on_a_terminal_is_a_bar(serve: Serve) -> None:
-    out, shown = on_terminal("--progress", "--cache-all", serve({"cache-all": growing}))
+    copy = growing()
+    out, shown = on_terminal(copy, "--progress", "--cache-all", serve({"cache-all": copy}))
     assert out == "100 % cached, 4 GiB of 4 GiB; 1 GiB fetched\n"
     frames = [frame for frame in re.split("[\r\n]+", shown) if frame.strip()]
     assert re.fullmatch(r" 50\.0 % \|█+.? +\| 2 GiB of 4 GiB", frames[0])
@@ -515,15 +532,8 @@ def test_progress_on_a_terminal_is_a_bar(serve: Serve) -> None:
 
 def test_rate_counts_from_where_the_copy_began(serve: Serve) -> None:
     """Half of the disk was there already: to count that would be a rate of GiB a second."""
-
-    def creeping(_request: Message) -> Reply:
-        for step in range(8):
-            yield progress(2 * GIB + step * MIB)
-            yield None
-            yield None
-        yield {"done": True, "cached_bytes": 2 * GIB, "total_bytes": 4 * GIB, "fetched_bytes": 0}
-
-    _, shown = on_terminal("--progress", "--cache-all", serve({"cache-all": creeping}))
+    copy = Copy(*(2 * GIB + step * MIB for step in range(8)))
+    _, shown = on_terminal(copy, "--progress", "--cache-all", serve({"cache-all": copy}))
     rates = [float(number) for number in re.findall(r"([\d.]+) MiB/s", shown)]
     assert rates
     assert max(rates) < 20
@@ -531,7 +541,9 @@ def test_rate_counts_from_where_the_copy_began(serve: Serve) -> None:
 
 
 def test_bar_follows_narrow_and_plain_terminals(serve: Serve) -> None:
-    _, shown = on_terminal("--progress", "--cache-all", serve({"cache-all": growing}), columns=60, encoding="ascii")
+    copy = growing()
+    path = serve({"cache-all": copy})
+    _, shown = on_terminal(copy, "--progress", "--cache-all", path, columns=60, encoding="ascii")
     assert all(len(frame) <= 60 for frame in re.split("[\r\n]+", shown))
     assert shown.isascii()
     assert "#" in shown

@@ -98,7 +98,7 @@ def test_bytes_that_are_no_text_are_no_traceback(tmp_path: Path) -> None:
 
 
 def test_abbreviations_work_where_they_are_clear(start: Start, image: Path) -> None:
-    assert "serving" in start("--target", "--handshake", "5", image).log()
+    start("--target", "--handshake", "5", image).wait_for_log("serving")
 
 
 def test_help_that_is_not_read_to_its_end_is_no_error() -> None:

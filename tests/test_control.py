@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -205,8 +206,9 @@ def test_client_that_finishes_sending_gets_all_replies(loop: ControlLoop, client
 def test_command_that_waits_is_called_again_about_every_tenth_of_a_second(loop: ControlLoop, client: Client) -> None:
     client.request("forever")
     client.line()
-    before, start = loop.wake_ups, time.monotonic()
-    wait_until(lambda: loop.wake_ups >= before + 5, "ticks", 5.0)
+    start = time.monotonic()
+    before = loop.wake_ups
+    wait_until(lambda: loop.wake_ups >= before + 5, "ticks")
     assert loop.wake_ups - before <= (time.monotonic() - start) / 0.1 + 2
 
 
@@ -330,7 +332,7 @@ def test_disconnect_closes_the_command(loop: ControlLoop) -> None:
     with Client(loop.path) as client:
         client.request("forever")
         client.line()
-    wait_until(lambda: closed == ["forever"], "the command's end", 1.0)
+    wait_until(lambda: closed == ["forever"], "the command's end")
     loop.wait_until_it_sleeps()
 
 
@@ -339,7 +341,7 @@ def test_disconnect_is_seen_behind_pipelined_requests(loop: ControlLoop) -> None
         client.request("forever")
         client.line()
         client.send(b'{"command": "echo"}\n' * 1000)
-    wait_until(lambda: closed == ["forever"], "the command's end", 1.0)
+    wait_until(lambda: closed == ["forever"], "the command's end")
 
 
 def test_half_closed_client_keeps_its_command(loop: ControlLoop) -> None:
@@ -349,7 +351,7 @@ def test_half_closed_client_keeps_its_command(loop: ControlLoop) -> None:
         client.sock.shutdown(socket.SHUT_WR)
         loop_ticks(loop)
         assert closed == []
-    wait_until(lambda: closed == ["forever"], "the command's end", 1.0)
+    wait_until(lambda: closed == ["forever"], "the command's end")
 
 
 def test_stopping_the_server_closes_the_commands(serve: Serve, path: Path) -> None:
@@ -459,13 +461,13 @@ def test_connections_without_end_leave_nothing_behind(loop: ControlLoop) -> None
         with Client(loop.path) as client:
             client.send(b'{"command": "forever"}\n' if number % 2 else b"")
     assert_works(loop.path)
-    wait_until(lambda: len(descriptors()) == before, "all descriptors to be closed")
+    wait_until(lambda: len(descriptors()) <= before, "all descriptors to be closed")  # fewer: an earlier test's
 
 
 def test_out_of_descriptors(loop: ControlLoop, caplog: pytest.LogCaptureFixture) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     client = Client(loop.path)
-    loop.wait_until_it_sleeps()
+    assert client.ask("echo")["done"]
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(20)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(descriptors()), hard))
@@ -476,11 +478,12 @@ def test_out_of_descriptors(loop: ControlLoop, caplog: pytest.LogCaptureFixture)
     except OSError:
         pass
     try:
+        start = time.monotonic()
         before = loop.wake_ups
         sock.connect(str(loop.path))
         wait_until(lambda: "cannot accept on the control socket" in caplog.text, "the log line")
         assert client.ask("echo")["done"]
-        assert loop.wake_ups - before < 10
+        assert loop.wake_ups - before < 10 + (time.monotonic() - start)  # it tries again every second
     finally:
         for fd in spare:
             os.close(fd)
@@ -534,6 +537,23 @@ def test_successors_file_is_not_removed(serve: Serve, path: Path) -> None:
     serve()
     loop.stop()
     assert_works(path)
+
+
+def test_no_successor_starts_between_the_last_look_at_a_file_and_its_removal(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control, unlink = ControlSocket(str(path), COMMANDS), os.unlink
+
+    def unlink_locked(target: str) -> None:
+        directory = os.open(path.parent, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(directory)
+        unlink(target)
+
+    monkeypatch.setattr(os, "unlink", unlink_locked)
+    control.close()
+    assert not path.exists()
 
 
 def test_stale_socket_is_replaced(serve: Serve, path: Path) -> None:
@@ -632,8 +652,6 @@ def test_of_many_that_start_at_once_on_a_stale_socket_one_wins(path: Path) -> No
 
 
 def test_lock_of_the_directory_does_not_stop_the_start(serve: Serve, path: Path) -> None:
-    import fcntl
-
     fd = os.open(path.parent, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     serve()
@@ -671,9 +689,8 @@ def test_usage_of_a_busy_process() -> None:
         meter = UsageMeter()
         wait_until(lambda: meter.usage([busy.pid])[busy.pid].memory_bytes > 50 << 20, "the memory")
         wait_until(lambda: meter.usage([busy.pid])[busy.pid].cpu_seconds > 0.3, "some CPU time")
-        usage = meter.usage([busy.pid])[busy.pid]
-        assert usage.memory_bytes < 100 << 20
-        assert 5 < usage.cpu_percent < 150
+        assert meter.usage([busy.pid])[busy.pid].memory_bytes < 100 << 20
+        wait_until(lambda: 5 < meter.usage([busy.pid])[busy.pid].cpu_percent < 150, "a share of the CPU")
         busy.send_signal(signal.SIGSTOP)
         wait_until(lambda: meter.usage([busy.pid])[busy.pid].cpu_percent < 1, "the CPU time of the last second only")
     finally:

@@ -19,7 +19,7 @@ from conftest import MIB, Start
 from model import Model
 from mounts import small_tmpfs
 from rawclient import FAST_ZERO, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, RawClient, pack_request
-from server_process import Server, command, is_alive, run, wait_until
+from server_process import STOP_TIME, Server, command, is_alive, run, wait_until
 
 from xnbd.storage.locks import RangeLocks
 
@@ -218,7 +218,7 @@ def test_stop_is_not_held_up_by_a_wait_for_a_lock(start: Start, base: Path, comm
     with client_and_worker(server) as (client, worker), first_blocks_locked(worker):
         client.request(command, 0, BLOCK, data=bytes(BLOCK if command == WRITE else 0))
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(5) == 0
+        assert server.process.wait(STOP_TIME) == 0
 
 
 # Where the changes live
@@ -248,7 +248,7 @@ def test_nothing_is_left_behind_when_the_server_is_killed(start: Start, base: Pa
         for pid in [server.pid, *(workers if victims == "everything" else [])]:
             os.kill(pid, signal.SIGKILL)
         server.process.wait()
-        wait_until(lambda: not any(map(is_alive, workers)), "the workers' end", 3)
+        wait_until(lambda: not any(map(is_alive, workers)), "the workers' end")
     assert sorted(path.name for path in base.parent.iterdir()) == ["disk.img", "server0.log", "server0.sock"]
 
 
@@ -349,7 +349,7 @@ def test_inetd_style(base: Path) -> None:
         client.negotiate()
         assert client.write(7, b"seven") == 0
         assert client.read(7, 5) == b"seven"
-    assert process.wait(10) == 0
+    assert process.wait(20) == 0
 
 
 def test_connected_fd(base: Path) -> None:
@@ -368,7 +368,7 @@ def test_connected_fd(base: Path) -> None:
         assert client.simple_reply(7)[2][1:6] == b"seven"
         client.request(WRITE_ZEROES, 0, 1, flags=FAST_ZERO)
         assert client.simple_reply()[0] == 0
-    assert process.wait(10) == 0
+    assert process.wait(20) == 0
 
 
 def test_daemonized(base: Path, tmp_path: Path) -> None:

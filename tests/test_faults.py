@@ -19,11 +19,13 @@ import tempfile
 import threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from conftest import MIB, Start
 from launch import fails, launched
+from origin_programs import is_listening
 from rawclient import (
     ABORT,
     BLOCK_STATUS,
@@ -41,11 +43,12 @@ from rawclient import (
     pack_option,
     pack_request,
 )
-from server_process import Server, command, is_alive, run, title_of, wait_until
+from server_process import Server, command, is_alive, kill_all, run, title_of, wait_until
 
 EIO, ENOSPC = 5, 28
-DIES_WITHIN = 2.0
-STOPS_WITHIN = 5.0
+
+SOON = 9.0
+"""Seconds: more than a busy machine takes from anybody, and less than anything here ends by itself."""
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount, and set up loop devices")
 
@@ -395,15 +398,15 @@ def test_out_of_descriptors_a_worker_accepts_later_and_does_not_spin(start: Star
     server = start("--target", image, tcp=True)
     server.expected_errors.append("cannot accept a client")
     with bystander(server):
-        # The worker that has served the fixture's probe may be on its way back.
         wait_until(lambda: len(server.workers()) == 1 + len(spare_workers(server)) >= 5, "the spare workers")
         spares = {pid: limit(pid, resource.RLIMIT_NOFILE, first_free_descriptor(pid)) for pid in spare_workers(server)}
-        before = sum(map(cpu_seconds, spares))
+        before, start_time = sum(map(cpu_seconds, spares)), monotonic()
         with RawClient(server.connect()) as client:
             server.wait_for_log("cannot accept a client, trying again")
             first = server.log().count("cannot accept")
             wait_until(lambda: server.log().count("cannot accept") > first + len(spares), "another attempt")
-            assert server.log().count("cannot accept") <= 4 * len(spares)
+            attempts = server.log().count("cannot accept")
+            assert attempts <= len(spares) * (2 + monotonic() - start_time)
             assert sum(map(cpu_seconds, spares)) - before < 0.5
             for pid, old in spares.items():
                 limit(pid, resource.RLIMIT_NOFILE, old)
@@ -473,13 +476,15 @@ def unprivileged_server(*arguments: object) -> Iterator[Server]:
 
 def test_out_of_processes_new_clients_are_served_later_and_nothing_spins() -> None:
     with unprivileged_server("--spare-workers", "1") as server, bystander(server):
+        wait_until(lambda: spare_workers(server), "the spare worker that takes the next client")
         old = limit_processes(server.pid, "1")
         with raw_client(server) as last, RawClient(server.connect()) as waiting:
             server.wait_for_log("cannot start a worker, trying again")
             before = cpu_seconds(server.pid)
-            first = server.log().count("cannot start")
+            began, first = monotonic(), server.log().count("cannot start")
             wait_until(lambda: server.log().count("cannot start") >= first + 2, "two more attempts")
-            assert server.log().count("cannot start") <= first + 3
+            attempts = server.log().count("cannot start") - first
+            assert attempts <= 2 + monotonic() - began
             assert cpu_seconds(server.pid) - before < 0.5
             assert last.works()
             limit_processes(server.pid, old)
@@ -570,11 +575,11 @@ def clients_of_every_kind(server: Server) -> Iterator[None]:
 def test_no_worker_outlives_a_killed_master(start: Start, image: Path) -> None:
     server = start("--target", image, tcp=True)
     with clients_of_every_kind(server):
+        wait_until(lambda: len(server.workers()) > 5, "a spare worker besides theirs")
         workers = server.workers()
-        assert len(workers) > 5
         server.process.kill()
         server.process.wait()
-        wait_until(lambda: not any(map(is_alive, workers)), "the workers' end", DIES_WITHIN)
+        wait_until(lambda: not any(map(is_alive, workers)), "the workers' end", SOON)
 
 
 def test_worker_of_a_client_that_never_stops_sending_does_not_outlive_a_killed_master(
@@ -586,7 +591,7 @@ def test_worker_of_a_client_that_never_stops_sending_does_not_outlive_a_killed_m
         with in_background(write_for_ever, client):
             server.process.kill()
             server.process.wait()
-            wait_until(lambda: not is_alive(worker), "the worker's end", DIES_WITHIN)
+            wait_until(lambda: not is_alive(worker), "the worker's end", SOON)
 
 
 @pytest.fixture
@@ -610,9 +615,9 @@ def test_worker_does_not_work_on_for_a_client_that_has_gone(start: Start, divide
     if master_too:
         server.process.kill()
         server.process.wait()
-        wait_until(lambda: not is_alive(worker), "the worker's end", 3)
+        wait_until(lambda: not is_alive(worker), "the worker's end", SOON)
     else:
-        wait_until(lambda: "spare worker" in title_of(worker) or not is_alive(worker), "its client's end", 5)
+        wait_until(lambda: "spare worker" in title_of(worker) or not is_alive(worker), "its client's end", SOON)
 
 
 def test_worker_with_many_slow_requests_in_hand_does_not_outlive_a_killed_master(start: Start, divided: Path) -> None:
@@ -627,7 +632,7 @@ def test_worker_with_many_slow_requests_in_hand_does_not_outlive_a_killed_master
         with in_background(discard, client):
             server.process.kill()
             server.process.wait()
-            wait_until(lambda: not is_alive(worker), "the worker's end", 3)
+            wait_until(lambda: not is_alive(worker), "the worker's end", SOON)
 
 
 def discard(client: RawClient) -> None:
@@ -647,10 +652,8 @@ def test_everything_killed_the_next_start_on_the_same_socket_and_pid_file_works(
             server.wait_for_log("INFO: serving ")
             assert int(pid_file.read_text()) == server.process.pid
             assert served_at(path)
-            pids = [server.process.pid, *workers_of(server.process.pid)]
-            for pid in pids if attempt < 2 else []:
-                os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: attempt == 2 or not any(map(is_alive, pids)), "the end of them all")  # noqa: B023
+            if attempt < 2:
+                kill_all(server.process.pid)
             assert path.exists()
     assert not path.exists()
     assert not pid_file.exists()
@@ -662,17 +665,12 @@ def test_master_killed_the_next_start_on_the_same_socket_and_pid_file_works(imag
     with launched(line, tmp_path / "first.log") as first:
         first.wait_for_log("INFO: serving ")
         assert served_at(path)
-        workers = workers_of(first.process.pid)
         first.process.kill()
         first.process.wait()
-        wait_until(lambda: not any(map(is_alive, workers)), "the workers' end", DIES_WITHIN)
+        wait_until(lambda: not is_listening(path), "the workers' end", SOON)
     with launched(line, tmp_path / "second.log") as second:
         second.wait_for_log("INFO: serving ")
         assert served_at(path)
-
-
-def workers_of(master: int) -> List[int]:
-    return [int(pid) for pid in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
 
 
 def served_at(path: Path) -> bool:
@@ -920,7 +918,7 @@ def stop_now(server: Server) -> None:
 
 
 def wait_for_end(server: Server) -> int:
-    return server.process.wait(STOPS_WITHIN)
+    return server.process.wait(SOON)
 
 
 def test_stop_ends_idle_clients_with_an_end_of_file(start: Start, image: Path) -> None:
@@ -1017,7 +1015,7 @@ def test_second_signal_ends_at_once_and_without_a_traceback(start: Start, image:
         server.expected_errors.append("worker .* died: killed by SIGKILL")
         stop_now(server)
         os.kill(server.pid, number)
-        assert server.process.wait(STOPS_WITHIN) == 1
+        assert server.process.wait(SOON) == 1
         assert not is_alive(worker)
         assert stalled.closed()
     server.wait_for_log("ending ")
@@ -1041,7 +1039,7 @@ def test_second_signal_when_the_last_worker_has_just_ended_is_no_failure(server:
     wait_until(lambda: not any(map(is_alive, server.workers())), "the end of all workers")  # zombies by now
     server.process.send_signal(signal.SIGINT)
     server.process.send_signal(signal.SIGCONT)
-    assert server.process.wait(STOPS_WITHIN) == 0
+    assert server.process.wait(SOON) == 0
     assert "ending" not in server.log()
 
 
@@ -1057,7 +1055,7 @@ def test_second_signal_ends_without_a_flush(
         stalled.request(WRITE, 0, MIB, data=bytes(600_000))
         stop_now(server)
         os.kill(server.pid, signal.SIGTERM)
-        assert server.process.wait(STOPS_WITHIN) == 1
+        assert server.process.wait(SOON) == 1
     assert "flush" not in server.log()
 
 
@@ -1069,7 +1067,7 @@ def test_signals_that_come_together_stop_the_server_once(start: Start, image: Pa
         for _ in range(20):
             server.process.send_signal(signal.SIGTERM)
         assert client.closed()
-        assert server.process.wait(STOPS_WITHIN) in (0, 1)
+        assert server.process.wait(SOON) in (0, 1)
     assert server.log().count("stopping; ") == 1
 
 

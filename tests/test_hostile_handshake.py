@@ -12,7 +12,7 @@ import signal
 import socket
 import struct
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Iterator, List
 
@@ -42,9 +42,12 @@ from rawclient import (
     pack_option,
     string,
 )
-from server_process import Server, wait_until
+from server_process import STOP_TIME, Server, wait_until
 
 GIB = 1 << 30
+
+HANDSHAKE_TIME = 4
+"""Seconds: short for who waits until they are over, and long enough for an honest client that has to wait its turn."""
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def serves_a_newcomer(server: Server) -> bool:
 
 
 def test_silent_client_is_dropped_after_the_timeout(start: Start, image: Path) -> None:
-    server = start("--target", image, "--handshake-timeout", "0.3")
+    server = start("--target", image, "--handshake-timeout", HANDSHAKE_TIME)
     with bystander(server), RawClient(server.connect()) as silent:
         silent.receive(18)
         assert silent.closed()
@@ -84,18 +87,19 @@ def test_silent_client_is_dropped_after_the_timeout(start: Start, image: Path) -
 
 
 def test_timeout_is_for_the_whole_handshake_not_for_each_byte(start: Start, image: Path) -> None:
-    server = start("--target", image, "--handshake-timeout", "0.5")
+    server = start("--target", image, "--handshake-timeout", HANDSHAKE_TIME)
     with bystander(server), RawClient(server.connect()) as dripping:
         dripping.receive(18)
         for byte in bytes([0, 0, 0, 3]) + pack_option(GO, go_data("x" * 400)):
             if select.select([dripping.sock], [], [], 0.05)[0]:
                 break
-            dripping.send(bytes([byte]))
+            with suppress(BrokenPipeError, ConnectionResetError):
+                dripping.send(bytes([byte]))
         assert dripping.closed()
 
 
 def test_timeout_ends_a_client_that_never_reads_the_answers(start: Start, image: Path) -> None:
-    server = start("--target", image, "--handshake-timeout", "0.5")
+    server = start("--target", image, "--handshake-timeout", HANDSHAKE_TIME)
     with bystander(server), RawClient(server.connect()) as deaf:
         deaf.greet()
         deaf.send(pack_option(INFO, go_data("", 1, 2, 3)) * 990)
@@ -140,7 +144,7 @@ def receive_until_closed(client: RawClient) -> None:
 
 @pytest.mark.parametrize("data", LABORIOUS.values(), ids=LABORIOUS.keys())
 def test_client_that_never_pauses_is_dropped_after_the_timeout(start: Start, image: Path, data: bytes) -> None:
-    server = start("--target", image, "--handshake-timeout", "1")
+    server = start("--target", image, "--handshake-timeout", HANDSHAKE_TIME)
     with bystander(server), RawClient(server.connect()) as client:
         client.greet()
         client.option(STRUCTURED_REPLY)
@@ -148,7 +152,7 @@ def test_client_that_never_pauses_is_dropped_after_the_timeout(start: Start, ima
             client.sock.settimeout(None)
             dropped = threading.Thread(target=receive_until_closed, args=(client,))
             dropped.start()
-            dropped.join(8)
+            dropped.join(30)
             assert not dropped.is_alive(), "the client is still served"
     log = server.log()
     assert "handshake took too long" in log or "more than 1000 options" in log
@@ -163,11 +167,11 @@ def test_stop_is_not_held_up_by_a_client_that_never_pauses(start: Start, image: 
             client.receive(20)
             server.process.send_signal(signal.SIGTERM)
             receive_until_closed(client)
-            assert server.process.wait(5) == 0
+            assert server.process.wait(STOP_TIME) == 0
 
 
 def test_client_is_not_timed_out_once_it_has_negotiated(start: Start, image: Path) -> None:
-    server = start("--target", image, "--handshake-timeout", "0.3")
+    server = start("--target", image, "--handshake-timeout", HANDSHAKE_TIME)
     with RawClient(server.connect()) as patient, RawClient(server.connect()) as silent:
         patient.negotiate()
         silent.receive(18)
@@ -181,7 +185,7 @@ def test_500_silent_clients_keep_nobody_from_being_served(start: Start, image: P
         for _ in range(500):
             crowd.enter_context(RawClient(server.connect()))
         assert serves_a_newcomer(server)
-        wait_until(lambda: len(server.busy_workers()) >= 501, "a worker for each of them", 30)
+        wait_until(lambda: len(server.busy_workers()) >= 501, "a worker for each of them", 60)
         assert serves_a_newcomer(server)
 
 
@@ -409,7 +413,7 @@ def all_have_left(server: Server) -> bool:
 
 def test_disconnect_at_every_byte(server: Server) -> None:
     leave_at_every_byte(server, tcp=False, reset=False)
-    wait_until(lambda: all_have_left(server), "the workers' end", 20)
+    wait_until(lambda: all_have_left(server), "the workers' end")
     assert serves_a_newcomer(server)
 
 
@@ -419,7 +423,7 @@ def test_disconnect_at_every_byte_with_the_greeting_read(server: Server) -> None
         with RawClient(server.connect()) as client:
             client.receive(18)
             client.send(said[:length])
-    wait_until(lambda: all_have_left(server), "the workers' end", 20)
+    wait_until(lambda: all_have_left(server), "the workers' end")
     assert serves_a_newcomer(server)
 
 
@@ -427,7 +431,7 @@ def test_reset_at_every_byte(start: Start, image: Path) -> None:
     server = start("--target", image, tcp=True)
     with bystander(server):
         leave_at_every_byte(server, tcp=True, reset=True)
-        wait_until(lambda: all_have_left(server), "the workers' end", 20)
+        wait_until(lambda: all_have_left(server), "the workers' end")
         assert serves_a_newcomer(server)
 
 

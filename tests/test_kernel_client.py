@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
 from pathlib import Path
 from typing import Iterator
 
 import pytest
 from conftest import MIB, Start
 from exported import MODES, Exported, check_ext4
-from server_process import Server, is_alive, run, wait_until
+from server_process import kill_all, run, wait_until
 from snapshots import take_by_signal
 from xnbdguest.initramfs import add_python, basic_system
 from xnbdguest.machine import HOST, Guest
@@ -20,7 +18,7 @@ from xnbdguest.packages import Packages, fetch_packages
 DATA = 32
 """MiB of noise in the guest's /data/noise."""
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +76,7 @@ def drop_caches(guest: Guest) -> None:
 def test_file_system(start: Start, tmp_path: Path, guest: Guest, noise: str, mode: str, connections: int) -> None:
     disk = Exported(start, tmp_path, mode, 256 * MIB)
     connect(guest, disk.port, connections)
-    assert len(disk.server.busy_workers()) == connections
+    wait_until(lambda: len(disk.server.busy_workers()) == connections, "a worker for each connection")
     guest.run("mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt")
     guest.run("cp /data/noise /mnt/removed & dd if=/data/noise of=/mnt/data bs=1M conv=fsync; wait")
     guest.run("rm /mnt/removed && sync && fstrim /mnt")
@@ -112,7 +110,7 @@ def test_a_file_system_in_use_mounts_clean_from_a_snapshot(
     guest.run("mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt && cp /data/noise /mnt/data && sync")
     guest.run(f"rm -f /run/stop; ({CHURN}) >/run/churn 2>&1 &")
     for count in range(1, 4):
-        guest.run(f"until [ $(cat /run/turns) -ge {20 * count} ]; do sleep 0.1; done", timeout=60)
+        guest.run(f"until [ $(cat /run/turns) -ge {20 * count} ]; do sleep 0.1; done", timeout=180)
         check_snapshot(take_by_signal(disk.server, disk.image).path, tmp_path / "mounted", noise)
     guest.run("touch /run/stop; until umount /mnt; do sleep 0.1; done; [ ! -s /run/churn ] || cat /run/churn")
     disconnect(guest)
@@ -130,10 +128,13 @@ done
 def check_snapshot(path: Path, directory: Path, noise: str) -> None:
     directory.mkdir(exist_ok=True)
     run("mount", "-o", "loop", path, directory)
+    device = Path(run("findmnt", "--noheadings", "--output", "SOURCE", directory)[1].strip())
     try:
         digest = hashlib.md5((directory / "data").read_bytes()).hexdigest()
     finally:
         run("umount", directory)
+    in_use = Path("/proc/fs/ext4") / device.name  # by a mount namespace that another test has made meanwhile
+    wait_until(lambda: not in_use.exists(), "the end of the file system")
     assert digest == noise
     run("e2fsck", "-fn", path)
 
@@ -154,20 +155,11 @@ def test_process_that_swaps(start: Start, tmp_path: Path, small_guest: Guest, mo
     disk = Exported(start, tmp_path, mode, 256 * MIB)
     connect(small_guest, disk.port, options="-swap")
     small_guest.run("mkswap /dev/nbd0 && swapon /dev/nbd0")
-    said = small_guest.output(f"awk '{SWAPPING_PROCESS}'", timeout=120).split()
+    said = small_guest.output(f"awk '{SWAPPING_PROCESS}'", timeout=300).split()
     assert said[-2:] == ["all", "right"]
     assert int(said[said.index("VmSwap:") + 1]) > 12 << 10
     small_guest.run("swapoff /dev/nbd0")
     disconnect(small_guest)
-
-
-def kill_server(server: Server) -> None:
-    """All of its processes, at once."""
-    pids = [server.pid, *server.workers()]
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    server.process.wait()
-    wait_until(lambda: not any(map(is_alive, pids)), "the server's end")
 
 
 def start_again(start: Start, disk: Exported) -> None:
@@ -180,7 +172,8 @@ def test_synced_data_is_there_after_the_server_was_killed(
     disk = Exported(start, tmp_path, "target", 256 * MIB)
     connect(guest, disk.port, 4)
     guest.run("dd if=/data/noise of=/dev/nbd0 bs=1M conv=fsync")
-    kill_server(disk.server)
+    kill_all(disk.server.pid)
+    disk.server.process.wait()
     disconnect(guest)
     start_again(start, disk)
     connect(guest, disk.port, 4)
@@ -192,12 +185,16 @@ def test_synced_data_is_there_after_the_server_was_killed(
 def test_writes_wait_for_a_server_that_was_killed(start: Start, tmp_path: Path, guest: Guest, noise: str) -> None:
     disk = Exported(start, tmp_path, "target", 256 * MIB)
     guest.run(f"python3 /kernel_nbd.py connect {HOST} {disk.port}")
-    guest.run("(dd if=/data/noise of=/dev/nbd0 bs=256k oflag=direct conv=fsync 2>/run/dd; echo $? >/run/status) &")
+    # Again and again, so that it cannot be done before the server is killed.
+    write = "dd if=/data/noise of=/dev/nbd0 bs=256k oflag=direct conv=fsync 2>/run/dd"
+    enough = "if [ -e /run/last ]; then echo 0 >/run/status; exit; fi"
+    guest.run(f"rm -f /run/last; (while {write}; do {enough}; done; echo 1 >/run/status) &")
     wait_until(lambda: disk.image.stat().st_blocks * 512 > 4 * MIB, "the first writes")
-    kill_server(disk.server)
+    kill_all(disk.server.pid)
+    disk.server.process.wait()
     start_again(start, disk)
     assert guest.run("test -e /run/status", check=False).status != 0
-    guest.run(f"python3 /kernel_nbd.py reconnect {HOST} {disk.port}")
+    guest.run(f"touch /run/last; python3 /kernel_nbd.py reconnect {HOST} {disk.port}")
     guest.run("until [ -e /run/status ]; do sleep 0.1; done; cat /run/dd; exit $(cat /run/status)")
     drop_caches(guest)
     assert guest.output(f"head -c {DATA}m /dev/nbd0 | md5sum").split()[0] == noise

@@ -277,7 +277,6 @@ def busy_workers(pid: int) -> List[int]:
 
 def test_client_over_the_limit_waits_for_one_to_leave(start: Start, image: Path) -> None:
     server = start("--target", "--max-clients", 2, image)
-    wait_until(lambda: not server.busy_workers(), "the end of the client that waited for readiness")
     first, second = (RawClient(server.connect()).negotiate() for _ in range(2))
     server.wait_for_log("2 clients are connected, which is the limit")
     with RawClient(server.connect()) as third:
@@ -297,7 +296,7 @@ def test_silent_client_is_dropped_after_the_handshake_timeout(start: Start, imag
 
 
 def test_handshake_timeout_does_not_concern_a_client_that_is_served(start: Start, image: Path) -> None:
-    server = start("--target", "--handshake-timeout", 0.3, image)
+    server = start("--target", "--handshake-timeout", 4, image)
     with RawClient(server.connect()) as served, RawClient(server.connect()) as silent:
         served.negotiate()
         silent.receive(18)

@@ -13,10 +13,10 @@ from server_process import ROOT, run
 WAYS: List[List[str]] = [["--shared-storage"]] + [[]] * ("proxy" in MODES)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "shared storage" if way else "proxy")
 def test_machine_moves_with_its_disk(tmp_path: Path, way: List[str]) -> None:
-    _, out, err = run(sys.executable, ROOT / "contrib/migration/demo.py", "--dir", tmp_path, *way, timeout=240)
+    _, out, err = run(sys.executable, ROOT / "contrib/migration/demo.py", "--dir", tmp_path, *way, timeout=540)
     assert err == ""
     assert out.splitlines()[-1] == "every block is right, in the machine and in the destination's image"
     print(out)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Iterator, List
 
 import pytest
+from origin_programs import is_listening
 from server_process import ROOT, run, wait_until
 
 BLOCK = 4096
@@ -34,6 +35,9 @@ class LoggedDisk:
     def blocks_read(self) -> List[int]:
         """In the order of the log, once all connections have ended."""
         wait_until(self._is_over, "the end of all connections in nbdkit's log")
+        return self.blocks_read_so_far()
+
+    def blocks_read_so_far(self) -> List[int]:
         offsets = re.findall(r" Read id=\d+ offset=0x([0-9a-f]+) ", self._log.read_text())
         return [int(offset, 16) // BLOCK for offset in offsets]
 
@@ -46,7 +50,7 @@ class LoggedDisk:
 def disk(tmp_path: Path) -> Iterator[LoggedDisk]:
     logged = LoggedDisk(tmp_path)
     try:
-        wait_until(logged.socket.exists, "nbdkit's socket")
+        wait_until(lambda: is_listening(logged.socket), "nbdkit to listen")
         yield logged
     finally:
         logged.process.terminate()
@@ -81,7 +85,8 @@ def test_span_keeps_to_the_start_of_the_disk(nbdload: Path, disk: LoggedDisk) ->
 def test_a_pending_read_asks_for_the_last_block_and_must_not_be_answered(nbdload: Path, disk: LoggedDisk) -> None:
     status, _, err = run(nbdload, "--pending", 1, "--span", 20 * BLOCK, disk.socket, check=False)
     assert (status, "a reply to no request" in err) == (1, True), err
-    assert DISK_BLOCKS - 1 in disk.blocks_read()
+    # An nbdkit whose client leaves while it sends may die of that (an assertion in its connections.c).
+    assert DISK_BLOCKS - 1 in disk.blocks_read_so_far()
 
 
 def test_pending_reads_need_room_beyond_the_span(nbdload: Path, disk: LoggedDisk) -> None:

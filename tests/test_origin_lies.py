@@ -7,6 +7,7 @@ import random
 import select
 import socket
 import struct
+import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -16,7 +17,7 @@ from conftest import MIB
 from hypothesis import given
 from hypothesis import strategies as st
 from lying_origin import Asked, LyingOrigin, Visitor, data_chunk, hole_chunk, simple, status_chunk
-from origin_owner import Own, Owner, owners
+from origin_owner import PATIENCE, Own, Owner, owners
 from server_process import wait_until
 
 from xnbd.errors import ProtocolError
@@ -329,11 +330,11 @@ def test_a_stalled_origin_is_waited_for_unless_there_is_a_limit(own: Own, tmp_pa
 
 
 def test_an_origin_that_reads_no_requests_does_not_stop_the_owner(own: Own, tmp_path: Path) -> None:
-    deaf = {"hears": False}
+    hears = threading.Event()
 
     def behave(visitor: Visitor) -> None:
         visitor.negotiate(SIZE, structured=False)
-        wait_until(lambda: deaf["hears"], "the test")
+        assert hears.wait(PATIENCE), "the test took too long"
         while True:
             visitor.send(simple(visitor.request().cookie, error=5))
 
@@ -343,7 +344,7 @@ def test_an_origin_that_reads_no_requests_does_not_stop_the_owner(own: Own, tmp_
             owner.connection.read(token, 0, 4096)
         owner.connection.on_events(0)
         assert owner.connection.events() == select.POLLIN | select.POLLOUT
-        deaf["hears"] = True
+        hears.set()
         owner.finish()
         assert owner.done == dict.fromkeys(range(30000), errno.EIO)
         assert owner.connection.events() == select.POLLIN

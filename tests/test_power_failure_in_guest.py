@@ -76,7 +76,7 @@ def work_until_power_fails(guest: Guest, disks: List[Disk], area: int, rng: rand
         time.sleep(0.001)
     guest.kill()
     for client in clients:
-        client.join(20)
+        client.join(60)
         assert not client.is_alive()
         assert not client.error, client.error
     return clients

@@ -16,6 +16,7 @@ import nbd
 import pytest
 from conftest import MIB, Start
 from launch import fails
+from origin_programs import is_listening
 from proxies import BLOCK, DISK, Proxy, make_disk, query, reads, replies, silent
 from rawclient import (
     BLOCK_STATUS,
@@ -270,7 +271,7 @@ def test_name_of_the_origin_s_export(start: Start, tmp_path: Path, form: str) ->
     origin = ["nbdkit", "--exit-with-parent", "-f", "-U", tmp_path / "kit.sock", "file", f"dir={tmp_path}"]
     process = subprocess.Popen([str(word) for word in origin])
     try:
-        wait_until((tmp_path / "kit.sock").exists, "nbdkit's socket")
+        wait_until(lambda: is_listening(tmp_path / "kit.sock"), "nbdkit to listen")
         uri = f"nbd+unix:///{{}}?socket={tmp_path / 'kit.sock'}"
         if form == "uri":
             proxy = Proxy(start, tmp_path, uri.format("origin.img"))
@@ -476,7 +477,7 @@ def test_client_is_not_listened_to_while_its_queue_is_full(behind_relay: Connect
         bystander.read(0, BLOCK)
         relay.stall()
         assert fill_pipe(client, reads(*((MIB + n * BLOCK, 1) for n in range(256))))
-        assert proxy.query()["queue"]["requests"] == 4
+        proxy.wait_for_queue(4)
         bystander.read(0, BLOCK)
         relay.resume()
 
@@ -590,9 +591,10 @@ def test_order_of_replies_to_a_client_handed_over(
         client.read(0, BLOCK)
         relay.stall()
         client.send(reads((MIB, 10), (0, 10)))
-        assert silent(client) == (order == [1, 2])
+        answered = [n for n, _ in replies(client, 10)] if order == [2, 1] else []
+        assert silent(client)
         relay.resume()
-        assert [n for n, _ in replies(client, 10, 10)] == order
+        assert answered + [n for n, _ in replies(client, *[10] * (2 - len(answered)))] == order
         client.request(DISC)
         assert client.closed()
 
@@ -601,6 +603,7 @@ def test_client_handed_over_without_any_limit_of_order_has_structured_replies(tm
     with wrapped(tmp_path, relay.uri, "--negotiated", "structured,allocation") as client:
         client.request(READ, 0, 100)
         assert [chunk.kind for chunk in client.chunks()] == [1]
+        wait_until(lambda: is_listening(tmp_path / "cache.ctl"), "the control socket")
         wait_until(lambda: query(tmp_path / "cache.ctl")["counters"]["bytes_read"] == 100, "the figures")
 
 
@@ -817,7 +820,7 @@ def test_origin_with_an_empty_disk_is_refused(tmp_path: Path) -> None:
     sock = tmp_path / "empty.sock"
     process = subprocess.Popen(["nbdkit", "--exit-with-parent", "-f", "-U", str(sock), "null", "size=0"])
     try:
-        wait_until(sock.exists, "nbdkit's socket")
+        wait_until(lambda: is_listening(sock), "nbdkit to listen")
         assert "empty" in proxy_fails(tmp_path, f"nbd+unix:///?socket={sock}")
     finally:
         process.terminate()
@@ -857,16 +860,16 @@ def test_control_socket_is_the_owner_s_and_replaces_a_stale_one(start: Start, tm
 def test_origin_timeout_ends_requests_with_an_error(behind_relay: Connected, relay: Relay) -> None:
     proxy = behind_relay("--origin-timeout", "0.5", "--connect-timeout", "3600", "--readahead", "0")
     with proxy.raw() as client:
-        client.read(0, BLOCK)
+
+        def can_read(offset: int) -> bool:
+            client.request(READ, offset, 10)
+            return client.simple_reply(10)[0] == 0
+
+        wait_until(lambda: can_read(0), "the origin", 30)  # which may be slower than that by itself
         relay.stall()
         for request in (pack_request(READ, MIB, 10), pack_request(WRITE, 2 * MIB + 5, 4) + b"part"):
             client.send(request)
             assert client.simple_reply()[0] == 5
         client.read(0, BLOCK)
         relay.resume()
-
-        def read() -> bool:
-            client.request(READ, MIB, 10)
-            return client.simple_reply(10)[0] == 0
-
-        wait_until(read, "the origin", 30)
+        wait_until(lambda: can_read(MIB), "the origin", 30)

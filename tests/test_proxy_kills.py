@@ -20,6 +20,7 @@ from caching import CacheFiles, ask, by_kind, connect, descendants, kill, query,
 from conftest import MIB, Start
 from ledger import SECTOR, Crowd, Ledger
 from model import read_all
+from origin_programs import is_listening
 from relay import Relay
 from server_process import Server, wait_until
 
@@ -71,6 +72,8 @@ class Field:
         control = self._directory / f"control{number}"
         timeout = 0.5 if self._files.state.exists() else 10  # the size is known, and the origin may be stalled
         arguments = self._files.arguments(self._relay.uri, "--connect-timeout", timeout, control=control)
+        taken = (control, self._directory / f"proxy{number}.sock")  # which a start refuses to take from the living
+        wait_until(lambda: not any(map(is_listening, taken)), "the predecessor to listen no more", 20)
         server = Server(self._directory, f"proxy{number}", arguments)
         self._started.append(server)
         return server
@@ -143,7 +146,7 @@ class Field:
 
     def _wait_for_old_processes(self) -> None:
         """Nobody outlives a master for long."""
-        wait_until_gone(self._left)
+        wait_until_gone(self._left, 30)
         self._left = []
 
     def _compare_some(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterator, List
 
 import nbd
 import pytest
-from caching import BLOCK, CacheFiles, ask, bgctl, connect, descendants, kill, query
+from caching import BLOCK, CacheFiles, ask, bgctl, connect, kill_server, query
 from conftest import MIB, Start
 from ledger import Crowd, Ledger
 from model import Model, read_all, wait_for_all
@@ -170,8 +170,7 @@ def test_a_proxy_in_the_middle_may_be_killed(
         for _ in range(3):
             crowd.wait_for(rng.randrange(30))
             middle.expected_errors += ["died: killed by SIGKILL", "the steward died, status 9"]
-            kill([middle.pid, *descendants(middle.pid)])
-            middle.process.wait()
+            kill_server(middle)
             middle = start(*arguments, tcp=True)
             relay.retarget(middle.port)
         crowd.finish()

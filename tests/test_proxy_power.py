@@ -17,19 +17,20 @@ import os
 import random
 import signal
 import struct
+import tempfile
 import time
 import uuid
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional
 
 import nbd
 import pytest
-from caching import BLOCK, CacheFiles, bgctl, connect, descendants, kill, wait_until_gone
+from caching import BLOCK, CacheFiles, bgctl, connect, hold, kill_server, wait_until_gone
 from conftest import MIB, Start
 from ledger import SECTOR, Crowd, Ledger
 from model import read_all
-from server_process import Server, run, wait_until
+from server_process import Server, run, state_of, wait_until
 
 SECONDS = 9.0
 SIZE = 16 * MIB + 3 * SECTOR
@@ -93,38 +94,45 @@ class Disk:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    backing = Path("/dev/shm") / f"xnbd-power-{os.getpid()}.img"
-    disk = Disk(backing, tmp_path / "disk")
-    yield disk
-    disk.remove()
-    backing.unlink()
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="xnbd-power-") as backing:
+        disk = Disk(Path(backing.name), tmp_path / "disk")
+        try:
+            yield disk
+        finally:
+            disk.remove()
+
+
+MAKE_BOOT = f"""
+while read -r device path rest; do
+    case $device in /dev/loop*) [ "$path" = "$2" ] || umount -l "$path" ;; esac
+done </proc/mounts
+mount --bind "$1" {BOOT_ID} && shift 2 && exec "$@"
+"""
+"""With boot id and disk as its first arguments. Disks of other tests, which cannot end elsewhere, are let go of."""
 
 
 class Boot:
-    """A server that lives in a boot of its own."""
+    """A server that lives in a boot of its own, with the *disk* at this path."""
 
-    def __init__(self, directory: Path, arguments: List[str]) -> None:
+    def __init__(self, directory: Path, disk: Path, arguments: List[str]) -> None:
         boot_id = directory / "boot_id"
         boot_id.write_text(f"{uuid.uuid4()}\n")
-        mounting = f'mount --bind {boot_id} {BOOT_ID} && exec "$@"'
-        self.server = Server(directory, "proxy", arguments, prefix=["unshare", "--mount", "sh", "-c", mounting, "sh"])
-        self._log_start = len(self.server.log())
+        prefix = ["unshare", "--mount", "sh", "-c", MAKE_BOOT, "sh", str(boot_id), str(disk)]
+        log_path = directory / "proxy.log"
+        self._log_start = log_path.stat().st_size if log_path.exists() else 0
+        self.server = Server(directory, "proxy", arguments, prefix=prefix)
         self.server.wait_until_ready()
 
     def log(self) -> str:
-        return self.server.log()[self._log_start :]
+        return self.server.log_path.read_bytes()[self._log_start :].decode()
 
     def hold(self) -> None:
         """Nobody is answered from now on: an fdatasync that a shutdown overtakes may succeed for nothing."""
-        for pid in (self.server.pid, *descendants(self.server.pid)):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
+        if self.server.process.poll() is None:
+            hold(self.server.pid)
 
     def die(self) -> None:
-        pids = [self.server.pid, *descendants(self.server.pid)]
-        kill(pids)
-        self.server.process.wait()
-        wait_until_gone(pids)
+        kill_server(self.server)
 
 
 class Machine:
@@ -148,7 +156,7 @@ class Machine:
 
     def _start(self) -> Boot:
         arguments = self._files.arguments(self._origin.uri, control=self._control)
-        self.boot = Boot(self._directory, arguments)
+        self.boot = Boot(self._directory, self._disk.path, arguments)
         return self.boot
 
     def play(self) -> None:
@@ -306,8 +314,3 @@ def test_a_worker_that_dies_before_the_data_is_there_has_set_no_bit(
     again.shutdown()
     proxy.stop()
     assert files.image.read_bytes() == content
-
-
-def state_of(pid: int) -> str:
-    """As ``ps`` shows it: D for uninterruptible sleep."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

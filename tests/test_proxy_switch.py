@@ -8,7 +8,7 @@ from typing import Any, List
 
 import nbd
 import pytest
-from caching import BLOCK, CacheFiles, ask, bgctl, connect, descendants, kill, query, wait_until_gone
+from caching import BLOCK, CacheFiles, ask, bgctl, connect, kill_server, query
 from conftest import MIB, Start
 from launch import fails
 from ledger import Crowd, Ledger
@@ -45,11 +45,15 @@ def test_a_switch_under_load_is_seen_by_nobody(
     second = tmp_path / "control2"
     proxies = [start(*files.arguments(far.uri)), start(*files.arguments(far.uri, control=second))]
     ledger, rng = Ledger(content), random.Random(seed)
+    for proxy in proxies:
+        proxy.wait_for_log("INFO: serving ")  # the control socket is the last one to be there
+    ledger.hot = (0, ledger.sectors // 2)  # so that blocks are missing, however long the refusal takes
     crowd = Crowd([proxy.uri for proxy in proxies], CLIENTS, ledger, rng)
     crowd.wait_for(50)
     status, _, complaint = bgctl("--switch", files.control, check=False)
     assert status == 1
     assert "blocks are missing" in complaint
+    ledger.hot = (0, ledger.sectors)
     bgctl("--cache-all", files.control)
     crowd.take_longest()
     crowd.wait_for(100)
@@ -78,10 +82,7 @@ def test_what_was_written_after_a_switch_is_there_when_all_are_killed(
     ledger = Ledger(content)
     crowd = Crowd([proxy.uri], CLIENTS, ledger, random.Random(seed))
     crowd.wait_for(100)
-    pids = [proxy.pid, *descendants(proxy.pid)]
-    kill(pids)
-    proxy.process.wait()
-    wait_until_gone(pids)
+    kill_server(proxy)
     crowd.finish()
     ledger.check_files(files.image, files.bitmap)
     again = start(*files.arguments(far.uri))

@@ -30,7 +30,7 @@ from xnbdguest.machine import HOST, Guest
 from xnbdguest.packages import fetch_packages
 
 PAGE = ROOT / "contrib" / "recipes.rst"
-BLOCK_TIME = 60.0
+BLOCK_TIME = 120.0
 COW, SITES, MOVING, CACHE, SWAP = (
     "Everybody writes, nothing stays",
     "A proxy for each site",
@@ -40,7 +40,7 @@ COW, SITES, MOVING, CACHE, SWAP = (
 )
 GOLDEN = "Diskless clients from one golden image"
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(480)
 
 
 class Block(NamedTuple):

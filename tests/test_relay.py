@@ -92,10 +92,10 @@ def test_delay_holds_back_each_way(target: socket.socket) -> None:
 
 def test_delay_does_not_limit_what_is_on_the_way(target: socket.socket) -> None:
     data = bytes(4 << 20)
-    with Relay(port_of(target), delay=0.3) as relay:
+    with Relay(port_of(target), delay=5.0) as relay:
         client, there = connect(relay, target)
         with client, there:
-            client.settimeout(0.25)  # shorter than the delay: nothing has arrived when all of it has left
+            client.settimeout(4.5)  # shorter than the delay: nothing has arrived when all of it has left
             client.sendall(data)
             assert receive(there, len(data)) == data
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -15,8 +16,11 @@ from typing import Iterator, List
 import pytest
 from conftest import MIB, Start
 from launch import fails, serving, stop_daemon
+from origin_programs import is_listening
 from rawclient import LIST, RawClient
-from server_process import children_of, command, free_port, is_alive, run, title_of, wait_until
+from server_process import command, free_port, is_alive, run, title_of, wait_until
+
+from xnbd.process import PidFile
 
 NOBODY = 65534
 
@@ -358,12 +362,28 @@ def test_file_that_is_no_pid_file_is_left_alone(image: Path, content: str) -> No
     assert f"{victim} is no pid file: remove it, or choose another --pidfile" in message
 
 
+def test_pid_file_that_goes_before_it_is_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server that had it was just ending."""
+    path, lockf = tmp_path / "pid", fcntl.lockf
+    path.write_text("123456789\n")
+
+    def lock_late(fd: int, how: int) -> None:
+        monkeypatch.undo()
+        path.unlink()
+        lockf(fd, how)
+
+    monkeypatch.setattr(fcntl, "lockf", lock_late)
+    pid_file = PidFile(str(path))
+    assert path.read_text() == f"{os.getpid()}\n"
+    pid_file.remove()
+    assert not path.exists()
+
+
 def test_files_of_a_killed_server_do_not_stop_the_next(start: Start, image: Path) -> None:
     pid_file, sock = image.parent / "pid", image.parent / "sock"
     with serving(image.parent / "log", "--target", "--pidfile", pid_file, "--unix", sock, image) as server:
-        workers = children_of(server.process.pid)
         server.stop(signal.SIGKILL)
-        wait_until(lambda: not any(map(is_alive, workers)), "the workers' end")
+        wait_until(lambda: not is_listening(sock), "the workers' end")
         assert pid_file.exists()
         assert sock.exists()
     with serving(image.parent / "log2", "--target", "--pidfile", pid_file, "--unix", sock, image) as server:
@@ -412,15 +432,23 @@ def test_log_goes_to_the_file_alone_if_there_is_one(tmp_path: Path, image: Path)
     assert (tmp_path / "streams").read_bytes() == b""
 
 
+@contextmanager
+def the_only_syslog() -> Iterator[None]:
+    """Tests that run at once stand in for the syslog daemon one after the other."""
+    with open(Path(tempfile.gettempdir()) / "xnbd-test-syslog.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture
 def syslog() -> Iterator[socket.socket]:
     """A stand-in for the syslog daemon, if the machine has none."""
     path = Path("/dev/log")
-    if path.exists() or path.is_symlink():
-        pytest.skip("a real syslog daemon listens on /dev/log")
     if os.geteuid():
         pytest.skip("only root can stand in for the syslog daemon")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+    with the_only_syslog(), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        if path.exists() or path.is_symlink():
+            pytest.skip("a real syslog daemon listens on /dev/log")
         sock.bind(str(path))
         sock.settimeout(20)
         try:
@@ -496,7 +524,8 @@ def test_name_that_is_no_utf8_goes_to_syslog(syslog: socket.socket, oddly_named:
     sock, pid_file = oddly_named.parent / "sock", oddly_named.parent / "pid"
     try:
         run(*command("--target", "--daemonize", "--pidfile", pid_file, "--unix", sock, oddly_named))
-        assert r"disk-\udcff.img" in syslog_line(syslog, ": serving disk image ")
+        said = f"xnbd-server[{pid_file.read_text().strip()}]: serving disk image "
+        assert r"disk-\udcff.img" in syslog_line(syslog, said)
         with connect(sock) as client:
             assert client.negotiate().works()
     finally:

@@ -51,7 +51,7 @@ def test_nbdinfo_by_inetd(tmp_path: Path, image: Path) -> None:
     with inetd(tmp_path, "--target", "--logpath", tmp_path / "log", image) as port:
         assert int(run("nbdinfo", "--size", f"nbd://127.0.0.1:{port}")[1]) == image.stat().st_size
         assert 'export="disk.img"' in run("nbdinfo", "--list", f"nbd://127.0.0.1:{port}")[1]
-    assert ": connected" in (tmp_path / "log").read_text()
+        wait_until(lambda: ": connected" in (tmp_path / "log").read_text(), "the client in the log")
 
 
 def test_nbdcopy_by_inetd_in_and_out(tmp_path: Path, image: Path) -> None:

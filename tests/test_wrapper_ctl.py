@@ -15,14 +15,14 @@ from typing import List, Set
 import pytest
 from conftest import MIB, StartWrapper
 from rawclient import ACK, ERR_UNKNOWN
-from server_process import is_alive, run, wait_until
+from server_process import free_port, is_alive, run, wait_until
 from wrapper_process import Wrapper, fails, program, wait_for_end
 
 
 @pytest.fixture
 def wrapper(start_wrapper: StartWrapper, image: Path) -> Wrapper:
-    """A wrapper with the export disk.img."""
-    return start_wrapper("--imgfile", image)
+    """A wrapper with the export disk.img, on a port that nobody else is given while there is no wrapper."""
+    return start_wrapper("--imgfile", image, port=free_port())
 
 
 # Adding and removing
@@ -41,6 +41,29 @@ def test_relative_paths_are_those_of_the_operator(
     monkeypatch.chdir(image.parent)
     wrapper.ctl("--add-target", "relative", image.name)
     assert wrapper.stored()["relative"]["image_path"] == str(image)
+
+
+def test_a_relative_socket_of_an_origin_is_the_operators(wrapper: Wrapper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/usr")
+    words = ["--target-exportname", "x", "--add-proxy", "near", "nbd+unix:///?socket=s", "/n/1", "/n/2", "/n/3"]
+    wrapper.ctl(*words)
+    assert wrapper.stored()["near"]["remote_uri"] == "nbd+unix:///x?socket=/usr/s"
+
+
+def test_a_uri_for_tcp_is_stored_as_host_and_port(wrapper: Wrapper) -> None:
+    wrapper.ctl("--add-proxy", "far", "nbd://[::1]/their%20name", "/c/1", "/c/2", "/c/3")
+    stored = wrapper.stored()["far"]
+    remote = {key: value for key, value in stored.items() if key.startswith("remote_")}
+    assert remote == {"remote_host": "::1", "remote_port": "10809", "remote_export_name": "their name"}
+
+
+@pytest.mark.parametrize("origin", ["host", "nbds://host", "nbd+unix:///x", "nbd://host:x"])
+def test_what_is_no_uri_of_an_origin_is_refused(wrapper: Wrapper, origin: str) -> None:
+    command = [*program("xnbd-wrapper-ctl"), "--socket", wrapper.control]
+    for words in (["--add-proxy", "far", origin, "/c/1", "/c/2", "/c/3"], ["--bgctl-reconnect", "far", origin]):
+        status, out, err = run(*command, *words, check=False)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"xnbd-wrapper-ctl: origin {origin}: ")
 
 
 def test_what_is_no_disk_is_not_added(wrapper: Wrapper, tmp_path: Path) -> None:
@@ -133,12 +156,14 @@ def test_exports_come_and_go_under_load(wrapper: Wrapper, image: Path, seed: int
 
 def test_list_shows_a_table_with_clients(wrapper: Wrapper, image: Path) -> None:
     wrapper.ctl("--add-proxy", "far", "192.0.2.1", 8520, "/c/cache", "/c/bitmap", "/c/control")
+    wrapper.ctl("--add-proxy", "near", "nbd+unix:///x%20y?socket=/n/s", "/n/cache", "/n/bitmap", "/n/control")
     with wrapper.client("disk.img"), wrapper.client("disk.img"):
         wait_until(lambda: wrapper.listed()["disk.img"]["clients"] == 2, "two clients")
-        head, first, second = wrapper.ctl("--list").splitlines()
+        head, first, second, third = wrapper.ctl("--list").splitlines()
         assert head.split() == ["NAME", "MODE", "CLIENTS", "IMAGE", "ORIGIN"]
         assert first.split() == ["disk.img", "target", "2", str(image)]
         assert second.split() == ["far", "proxy", "0", "/c/cache", "192.0.2.1", "8520"]
+        assert third.split() == ["near", "proxy", "0", "/n/cache", "nbd+unix:///x%20y?socket=/n/s"]
     wait_until(lambda: wrapper.listed()["disk.img"]["clients"] == 0, "their leaving")
 
 
@@ -184,6 +209,8 @@ NONSENSE = [
     b'{"command": "bgctl-query", "name": []}',
     b'{"command": "remove-by-exportname", "name": {}}',
     b'{"command": "bgctl-reconnect", "name": "disk.img", "remote_port": 5}',
+    b'{"command": "add-proxy", "name": "x", "remote_uri": ["nbd://h"]}',
+    b'{"command": "add-proxy", "name": "x", "remote_uri": "nbd://h"}',
 ]
 
 

@@ -9,21 +9,24 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Tuple
 
 import pytest
 from server_process import ROOT
 
 from xnbd.errors import ConfigurationError
 from xnbd.wrapper.database import Database, pack_database, parse_database
-from xnbd.wrapper.exports import Export, ProxyExport, TargetExport, check_name, check_room
+from xnbd.wrapper.exports import Export, ProxyExport, TargetExport, check_name, check_room, fields_of
 
 PROXY = ProxyExport("/c/cache.img", "/c/cache.bitmap", "/run/p.ctl", "origin.example", "8520", "disk one")
+NEAR = ProxyExport("/c/near.img", "/c/near.bitmap", "/run/n.ctl", "", "", remote_uri="nbd+unix:///x?socket=/run/n.s")
 EXPORTS: Dict[str, Export] = {
     "disk.img": TargetExport("/srv/disk.img"),
     "ünï/cödé 磁盘 \n\t\"'": TargetExport("/srv/\udcff not UTF-8"),
     "p": PROXY,
+    "n": NEAR,
 }
+PROXY_FIELDS, NEAR_FIELDS = fields_of(PROXY), fields_of(NEAR)
 TARGET_FIELDS = {"mode": "target", "image_path": "/a"}
 
 
@@ -76,6 +79,35 @@ def test_format_is_that_of_version_2() -> None:
     }
 
 
+def test_an_origin_on_a_unix_socket_is_a_uri() -> None:
+    assert json.loads(pack_database({"n": NEAR}))["images"]["n"] == {
+        "mode": "proxy",
+        "image_path": "/c/near.img",
+        "bitmap_path": "/c/near.bitmap",
+        "control_socket_path": "/run/n.ctl",
+        "remote_uri": "nbd+unix:///x?socket=/run/n.s",
+    }
+
+
+@pytest.mark.parametrize(
+    ("remote", "stored"),
+    [
+        ({"remote_uri": "nbd://h"}, ("h", "10809", "", "")),
+        ({"remote_uri": "nbd://[fe80::1%25eth0]:99/a%20b"}, ("fe80::1%eth0", "99", "a b", "")),
+        ({"remote_uri": "nbd://h", "remote_export_name": "x"}, ("h", "10809", "x", "")),
+        (
+            {"remote_uri": "nbd+unix:///?socket=%00s", "remote_export_name": "x"},
+            ("", "", "", "nbd+unix:///x?socket=%00s"),
+        ),
+    ],
+)
+def test_a_uri_is_taken_apart_as_far_as_possible(remote: Dict[str, str], stored: Tuple[str, ...]) -> None:
+    paths = {key: value for key, value in PROXY._asdict().items() if key.endswith("path")}
+    found = parse_database(with_entry({**paths, **remote, "mode": "proxy"}))["x"]
+    assert found[3:] == stored
+    assert parse_database(pack_database({"x": found})) == {"x": found}
+
+
 def test_every_truncation_is_refused() -> None:
     data = pack_database(EXPORTS)
     for length in range(len(data) - 1):  # the last byte is a newline, without which nothing is missing
@@ -97,7 +129,7 @@ def test_a_flipped_bit_is_refused_or_gives_a_valid_database(seed: int) -> None:
 
 
 def test_port_as_a_number_and_no_export_name_are_understood() -> None:
-    fields = {**PROXY._asdict(), "mode": "proxy", "remote_port": 8520, "remote_export_name": None}
+    fields: Dict[str, Any] = {**PROXY_FIELDS, "remote_port": 8520, "remote_export_name": None}
     assert parse_database(with_entry(fields)) == {"x": PROXY._replace(remote_export_name="")}
     del fields["remote_export_name"]
     assert parse_database(with_entry(fields)) == {"x": PROXY._replace(remote_export_name="")}
@@ -129,10 +161,16 @@ def test_port_as_a_number_and_no_export_name_are_understood() -> None:
         (with_entry({"mode": "target", "image_path": "a"}), "no absolute path"),
         (with_entry({"mode": "target", "image_path": "/a\0b"}), "no text"),
         (with_entry({**TARGET_FIELDS, "remote_host": "h"}), "'remote_host'"),
-        (with_entry({**PROXY._asdict(), "mode": "proxy", "remote_port": "70000"}), "70000"),
-        (with_entry({**PROXY._asdict(), "mode": "proxy", "remote_port": True}), "no text"),
-        (with_entry({**PROXY._asdict(), "mode": "proxy", "remote_host": "nbd://h"}), "not a URI"),
-        (with_entry({**PROXY._asdict(), "mode": "proxy", "bitmap_path": "/c/cache.img"}), "three different"),
+        (with_entry({**PROXY_FIELDS, "remote_port": "70000"}), "70000"),
+        (with_entry({**PROXY_FIELDS, "remote_port": True}), "no text"),
+        (with_entry({**PROXY_FIELDS, "remote_host": "nbd://h"}), "not a URI"),
+        (with_entry({**PROXY_FIELDS, "remote_uri": "nbd://h"}), "'remote_uri' stands in place of"),
+        (with_entry({**NEAR_FIELDS, "remote_uri": ""}), "expected an NBD URI"),
+        (with_entry({**NEAR_FIELDS, "remote_uri": "/run/n.s"}), "expected an NBD URI"),
+        (with_entry({**NEAR_FIELDS, "remote_uri": "nbds://h"}), "TLS is not supported"),
+        (with_entry({**NEAR_FIELDS, "remote_export_name": "y"}), "names another export than 'y'"),
+        (with_entry({**NEAR_FIELDS, "remote_port": "1"}), "'remote_uri' stands in place of"),
+        (with_entry({**PROXY_FIELDS, "bitmap_path": "/c/cache.img"}), "three different"),
         (with_entry(TARGET_FIELDS, name=""), "name"),
         (with_entry(TARGET_FIELDS, name="a\0b"), "NUL"),
         (with_entry(TARGET_FIELDS, name="\udcff"), "UTF-8"),

@@ -17,14 +17,14 @@ import pytest
 from conftest import StartWrapper
 from mounts import small_tmpfs
 from rawclient import ABORT, ACK, ERR_UNKNOWN, GO, INFO, LIST, RawClient, go_data, pack_option, string
-from server_process import is_alive, run, title_of, wait_until
+from server_process import free_port, is_alive, run, title_of, wait_until
 from wrapper_process import Wrapper, fails, program, wait_for_end
 
 
 @pytest.fixture
 def wrapper(start_wrapper: StartWrapper, image: Path) -> Wrapper:
-    """A wrapper with the export disk.img, whose handshakes may take two seconds."""
-    return start_wrapper("--imgfile", image, "--handshake-timeout", 2)
+    """A wrapper with the export disk.img, on a port that nobody else is given while there is no wrapper."""
+    return start_wrapper("--imgfile", image, port=free_port())
 
 
 def serves(wrapper: Wrapper) -> bool:
@@ -35,7 +35,8 @@ def serves(wrapper: Wrapper) -> bool:
 # Hostile handshakes
 
 
-def test_two_hundred_silent_clients_delay_nobody_and_are_dropped(wrapper: Wrapper) -> None:
+def test_two_hundred_silent_clients_delay_nobody_and_are_dropped(start_wrapper: StartWrapper, image: Path) -> None:
+    wrapper = start_wrapper("--imgfile", image, "--handshake-timeout", 5)
     silent = [socket.create_connection(("127.0.0.1", wrapper.port), timeout=60) for _ in range(200)]
     assert serves(wrapper)
     for sock in silent:
@@ -45,17 +46,19 @@ def test_two_hundred_silent_clients_delay_nobody_and_are_dropped(wrapper: Wrappe
     wait_until(lambda: not wrapper.servers(), "the ends of all their processes")
 
 
-def test_a_client_that_sends_byte_by_byte_is_dropped_in_time(wrapper: Wrapper) -> None:
+def test_a_client_that_sends_byte_by_byte_is_dropped_in_time(start_wrapper: StartWrapper, image: Path) -> None:
+    wrapper = start_wrapper("--imgfile", image, "--handshake-timeout", 2)
+    handshake = iter(struct.pack(">I", 3) + pack_option(INFO, bytes(4000)))  # only that it lasts
     with wrapper.connect() as client:
         client.receive(18)
-        wait_until(lambda: _dropped_after_a_byte(client), "the deadline")
-    assert serves(wrapper)
+        wait_until(lambda: _dropped_after_a_byte(client, next(handshake)), "the deadline")
+    wrapper.wait_for_log("handshake took too long")
 
 
-def _dropped_after_a_byte(client: RawClient) -> bool:
+def _dropped_after_a_byte(client: RawClient, byte: int) -> bool:
     client.sock.settimeout(0.1)
     try:
-        client.send(b"\0")
+        client.send(bytes([byte]))
         return client.sock.recv(1) == b""
     except socket.timeout:
         return False

@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 from pathlib import Path
-from typing import List
+from typing import List, Sequence
 
 import pytest
 from conftest import MIB, Start, StartWrapper
@@ -24,13 +24,16 @@ SIZE = 8 * MIB
 class Far:
     """A wrapper with the proxy export ``far`` of a real origin's disk, whose content is *content*."""
 
-    def __init__(self, wrapper: Wrapper, origin: Server, content: bytes, directory: Path) -> None:
+    def __init__(
+        self, wrapper: Wrapper, origin: Server, content: bytes, directory: Path, *, where: Sequence[object] = ()
+    ) -> None:
+        """*where* is the origin's address, if it is not its TCP port."""
         self.wrapper = wrapper
         self.origin = origin
         self.content = content
         self.cache, self.bitmap, self.control = (directory / name for name in ("cache", "bitmap", "far.ctl"))
         files = [self.cache, self.bitmap, self.control]
-        wrapper.ctl("--add-proxy", "far", "127.0.0.1", origin.port, *files)
+        wrapper.ctl("--add-proxy", "far", *(where or ["127.0.0.1", origin.port]), *files)
 
     def client(self, **features: bool) -> RawClient:
         return self.wrapper.client("far", **features)
@@ -133,6 +136,60 @@ def test_removed_and_added_again_it_goes_on_with_its_cache(far: Far) -> None:
         assert client.read(0, 8) == b"kept" + far.content[4:8]
 
 
+# An origin on a Unix socket
+
+
+@pytest.fixture
+def near(start_wrapper: StartWrapper, start: Start, tmp_path: Path) -> Far:
+    """The same, by way of the origin's Unix socket, where the disk has a name."""
+    content = random.Random(6).randbytes(SIZE)
+    disk = tmp_path / "origin.img"
+    disk.write_bytes(content)
+    origin = start("--target", "--readonly", "--exportname", "a disk", disk)
+    uri = f"nbd+unix:///a%20disk?socket={origin.socket}"
+    return Far(start_wrapper(), origin, content, tmp_path, where=[uri])
+
+
+def test_an_origin_on_a_unix_socket_is_copied(near: Far, tmp_path: Path) -> None:
+    run("nbdcopy", "--connections=4", near.wrapper.uri("far"), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == near.content
+    assert near.wrapper.listed()["far"]["remote_uri"] == f"nbd+unix:///a%20disk?socket={near.origin.socket}"
+
+
+def test_the_next_wrapper_finds_an_origin_on_a_unix_socket(near: Far, start_wrapper: StartWrapper) -> None:
+    before = near.wrapper.stored()
+    near.wrapper.ctl("--shutdown")
+    again = start_wrapper()
+    assert again.stored() == before
+    run("qemu-img", "compare", "-f", "raw", "-F", "raw", near.cache.parent / "origin.img", again.uri("far"))
+
+
+def test_an_origin_on_a_unix_socket_is_copied_and_switched_off(near: Far) -> None:
+    with near.client() as client:
+        near.wrapper.ctl("--bgctl-cache-all", "far")
+        near.wrapper.ctl("--bgctl-switch", "far")
+        near.origin.stop()
+        assert client.read(SIZE - 4096, 4096) == near.content[-4096:]
+    assert near.wrapper.stored() == {"far": {"mode": "target", "image_path": str(near.cache)}}
+
+
+def test_reconnect_moves_clients_from_tcp_to_a_unix_socket_and_back(far: Far, start: Start) -> None:
+    disk = far.cache.parent / "origin.img"
+    on_tcp = far.wrapper.stored()["far"]
+    with far.client() as client:
+        assert client.read(0, 4096) == far.content[:4096]
+        far.origin.stop()
+        near = start("--target", "--readonly", "--exportname", "x", disk)
+        far.wrapper.ctl("--target-exportname", "x", "--bgctl-reconnect", "far", near.uri)
+        assert client.read(MIB, 4096) == far.content[MIB:][:4096]
+        assert far.wrapper.stored()["far"]["remote_uri"] == f"nbd+unix:///x?socket={near.socket}"
+        near.stop()
+        back = start("--target", "--readonly", disk, tcp=True)
+        far.wrapper.ctl("--bgctl-reconnect", "far", f"nbd://127.0.0.1:{back.port}")
+        assert client.read(2 * MIB, 4096) == far.content[2 * MIB :][:4096]
+    assert far.wrapper.stored()["far"] == {**on_tcp, "remote_port": str(back.port)}
+
+
 # Steering, by the real xnbd-bgctl
 
 
@@ -191,6 +248,63 @@ def test_two_clients_write_while_the_export_is_switched(far: Far, seed: int) -> 
             shadow = shadows[block % 2]
             assert late.read(block * 4096, 4096) == shadow[block * 4096 : (block + 1) * 4096]
     assert far.wrapper.stored() == {"far": {"mode": "target", "image_path": str(far.cache)}}
+
+
+def switch_past_the_wrapper(far: Far, *options: str) -> int:
+    return run(*program("xnbd-bgctl"), *options, "--switch", far.control, check=False)[0]
+
+
+def test_a_switch_past_the_wrapper_is_booked_when_a_client_comes(far: Far) -> None:
+    far.wrapper.ctl("--bgctl-cache-all", "far")
+    with far.client() as first:
+        assert switch_past_the_wrapper(far) == 0
+        far.origin.stop()
+        with far.client() as second:
+            wait_until(lambda: far.wrapper.stored()["far"]["mode"] == "target", "the booking")
+            assert first.write(5, b"hello") == 0
+            assert second.read(5, 5) == b"hello"
+            assert second.read(MIB, 4096) == far.content[MIB:][:4096]
+
+
+def test_after_a_forced_switch_past_the_wrapper_the_next_client_has_a_target(
+    far: Far, start_wrapper: StartWrapper
+) -> None:
+    with far.client() as client:
+        assert client.read(0, 4096) == far.content[:4096]
+        assert switch_past_the_wrapper(far, "--force") == 0
+    far.wrapper.ctl("--shutdown")
+    again = start_wrapper()
+    with again.client("far") as client:
+        assert client.size == SIZE
+        assert client.read(0, 4096) == far.content[:4096]
+        assert client.read(SIZE - 4096, 4096) == bytes(4096)
+        wait_until(lambda: again.stored()["far"]["mode"] == "target", "the booking")
+    assert again.listed()["far"]["mode"] == "target"
+
+
+def test_a_switch_past_the_wrapper_that_cannot_be_booked_is_served_all_the_same(far: Far) -> None:
+    far.wrapper.ctl("--bgctl-cache-all", "far")
+    with far.client() as first:
+        assert switch_past_the_wrapper(far) == 0
+        assert first.works()
+    blocker = Path(f"{far.wrapper.database}.new")
+    blocker.mkdir()
+    far.wrapper.expected_errors.append("cannot write database")
+    with far.client() as second:
+        far.wrapper.wait_for_log("cannot write database")
+        assert second.works()
+    blocker.rmdir()
+    with far.client() as third:
+        wait_until(lambda: far.wrapper.stored()["far"]["mode"] == "target", "the booking")
+        assert third.works()
+
+
+def test_a_switch_past_the_wrapper_that_was_refused_is_not_booked(far: Far) -> None:
+    with far.client() as first:
+        assert switch_past_the_wrapper(far) == 1
+        with far.client() as second:
+            assert first.read(MIB, 4096) == second.read(MIB, 4096) == far.content[MIB:][:4096]
+    assert far.wrapper.stored()["far"]["mode"] == "proxy"
 
 
 def test_reconnect_moves_waiting_clients_to_the_new_origin(far: Far, start: Start) -> None:

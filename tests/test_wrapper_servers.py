@@ -52,6 +52,11 @@ def test_command_lines_are_those_of_a_c_wrapper() -> None:
     )
 
 
+def test_an_origin_on_a_unix_socket_is_a_uri_on_the_command_line() -> None:
+    proxy = ProxyExport("/cache", "/bitmap", "/p.ctl", "", "", remote_uri="nbd+unix:///x?socket=/s")
+    assert words(proxy).endswith(" nbd+unix:///x?socket=/s /cache /bitmap /p.ctl")
+
+
 @pytest.mark.parametrize(
     ("structured", "allocation", "features"),
     [(False, False, "newstyle"), (True, False, "newstyle,structured"), (True, True, "newstyle,structured,allocation")],
@@ -261,6 +266,14 @@ def test_reconnect_changes_the_address_in_the_database(steered: Steered) -> None
     assert output == f"called: --exportname n --reconnect {steered.control} ::1 99\ndone\n"
     stored = steered.wrapper.stored()["far"]
     assert (stored["remote_host"], stored["remote_port"], stored["remote_export_name"]) == ("::1", "99", "n")
+
+
+def test_a_server_that_knows_no_uris_gets_no_origin_on_a_unix_socket(steered: Steered) -> None:
+    message = "knows no URIs: it can only use an origin on TCP"
+    uri = "nbd+unix:///?socket=/s"
+    assert message in steered.wrapper.refuses("--add-proxy", "near", uri, "/c/1", "/c/2", "/c/3")
+    assert message in steered.wrapper.refuses("--bgctl-reconnect", "far", uri)
+    steered.wrapper.ctl("--add-proxy", "near", "nbd://origin", "/c/1", "/c/2", "/c/3")
 
 
 def test_reconnect_of_a_proxy_that_was_never_used_changes_the_database_only(steered: Steered) -> None:

@@ -126,9 +126,10 @@ class PidFile:
         self._path = path
         self._pid = os.getpid()
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._fd = os.open(path, flags, 0o644)
-            self._lock()
+            self._fd = _open_locked(path)
+            while not self._is_in_place():  # a server that was just ending has removed it before it was locked
+                os.close(self._fd)
+                self._fd = _open_locked(path)
             if not _PID_FILE.fullmatch(os.read(self._fd, 512)):
                 raise ConfigurationError(f"{path} is no pid file: remove it, or choose another --pidfile")
             os.ftruncate(self._fd, 0)
@@ -136,27 +137,36 @@ class PidFile:
         except OSError as error:
             raise ConfigurationError(_pid_file_trouble(path, error)) from error
 
-    def _lock(self) -> None:
-        try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigurationError(
-                f"pid file {self._path} is held by a running server: stop that one, or choose another --pidfile"
-            ) from error
-
     def remove(self) -> None:
         """Remove the file, unless somebody else's stands in its place."""
         if os.getpid() != self._pid:
             return
-        try:
-            if os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
-                os.unlink(self._path)
-        except FileNotFoundError:
-            pass
+        if self._is_in_place():
+            os.unlink(self._path)
         os.close(self._fd)
+
+    def _is_in_place(self) -> bool:
+        """Whether the file that is locked is the one at the path."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
+
+def _open_locked(path: str) -> int:
+    """A descriptor of the file at *path*, made if there is none. Raises `OSError` if another process has locked it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _pid_file_trouble(path: str, error: OSError) -> str:
+    if error.errno == errno.EAGAIN:
+        return f"pid file {path} is held by a running server: stop that one, or choose another --pidfile"
     if error.errno == errno.ELOOP:
         return f"pid file {path} is a symbolic link, which is not followed: name the file itself"
     return f"cannot write pid file {path}: {error.strerror}"

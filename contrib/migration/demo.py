@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -45,18 +44,23 @@ from xnbdguest.packages import fetch_packages
 _PYTHON = os.environ.get("XNBD_PYTHON", sys.executable)
 _START_TIME = 20.0
 _STOP_TIME = 15.0
-_STEP_TIME = 60.0
+_STEP_TIME = 120.0
 
 
 class Host:
-    """One of the two: an xnbd-server on *port*."""
+    """One of the two: an xnbd-server on a port that is free."""
 
-    def __init__(self, directory: Path, name: str, port: int, arguments: List[object]) -> None:
-        self.port = port
+    def __init__(self, directory: Path, name: str, arguments: List[object]) -> None:
         self.log_path = directory / f"{name}.log"
-        command = [_PYTHON, ROOT / "bin" / "xnbd-server", "--laddr", "127.0.0.1", "--lport", port, *arguments]
+        command = [_PYTHON, ROOT / "bin" / "xnbd-server", "--laddr", "127.0.0.1", "--lport", 0, *arguments]
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
+
+    @property
+    def port(self) -> int:
+        """Where it listens, as its log says."""
+        line = next(line for line in self.log_path.read_text().splitlines() if " INFO: serving " in line)
+        return int(line.rpartition(":")[2])
 
     @property
     def drive(self) -> str:
@@ -82,7 +86,7 @@ class Host:
 
 @contextmanager
 def serving(directory: Path, name: str, *arguments: object) -> Iterator[Host]:
-    host = Host(directory, name, _free_port(), list(arguments))
+    host = Host(directory, name, list(arguments))
     try:
         host.wait_until_ready()
         yield host
@@ -108,7 +112,7 @@ def demonstrate(directory: Path, size: int, seconds: float, shared_storage: bool
         else:
             arguments = ["--proxy", "127.0.0.1", source.port, cache, directory / "cache.bitmap", control]
         destination = stack.enter_context(serving(directory, "destination", *arguments))
-        incoming = f"tcp:127.0.0.1:{_free_port()}"
+        incoming = f"unix:{directory / 'incoming'}"
         guest = Guest(directory, "B", packages, initramfs, disks=[destination.drive], incoming=incoming)
         there = stack.enter_context(guest)
         there.qmp().close()
@@ -152,14 +156,14 @@ def _progress(guest: Guest) -> Tuple[int, int]:
 def _work_for(guest: Guest, seconds: float) -> None:
     """Let the workload run; GuestError if it finds errors or makes no progress."""
     guest.run("until [ -e /run/progress ]; do kill -0 $(cat /run/pid) || exit 1; sleep 0.1; done", timeout=_STEP_TIME)
-    before = _progress(guest)[0]
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    before, errors = _progress(guest)
+    operations, began = before, time.monotonic()
+    while not errors and (elapsed := time.monotonic() - began) < _STEP_TIME:
+        if elapsed >= seconds and operations > before:
+            break
         time.sleep(min(0.5, seconds))
         guest.run("kill -0 $(cat /run/pid)")
-        if _progress(guest)[1]:
-            break
-    operations, errors = _progress(guest)
+        operations, errors = _progress(guest)
     if errors or operations == before:
         result = guest.run("kill $(cat /run/pid); sleep 2; cat /run/result", check=False)
         raise GuestError(f"guest {guest.name}: {operations - before} operations, {errors} errors\n{result.output}")
@@ -181,12 +185,6 @@ def _digest_of(path: Path) -> str:
         for part in iter(lambda: file.read(1 << 20), b""):
             digest.update(part)
     return digest.hexdigest()
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def _say(text: str) -> None:

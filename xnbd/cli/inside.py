@@ -58,10 +58,12 @@ def load_server(servers: Servers) -> None:
 
     if servers.cow:
         from ..storage import cow  # noqa: F401
+    proxy = ProxyExport(*(_PLACEHOLDER + field for field in ProxyExport._fields))
     for export in (
         TargetExport(_PLACEHOLDER + "image"),
-        ProxyExport(*(_PLACEHOLDER + field for field in ProxyExport._fields)),
-        ProxyExport(*(_PLACEHOLDER + field for field in ProxyExport._fields[:-1])),
+        proxy._replace(remote_uri=""),
+        proxy._replace(remote_uri="", remote_export_name=""),
+        proxy._replace(remote_export_name=""),
     ):
         for structured, allocation in ((False, False), (True, False), (True, True)):
             words = servers.arguments(export, 0, Agreement(structured=structured, allocation=allocation))

@@ -5,12 +5,15 @@ Usage:
   xnbd-wrapper-ctl [--socket PATH] --add-target NAME FILE
   xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --add-proxy NAME REMOTE_HOST REMOTE_PORT
                    CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
+  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --add-proxy NAME REMOTE_URI
+                   CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
   xnbd-wrapper-ctl [--socket PATH] --remove-by-exportname NAME
   xnbd-wrapper-ctl [--socket PATH] --remove-by-file FILE
   xnbd-wrapper-ctl [--socket PATH] --bgctl-query NAME
   xnbd-wrapper-ctl [--socket PATH] --bgctl-cache-all NAME
   xnbd-wrapper-ctl [--socket PATH] --bgctl-switch NAME
   xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --bgctl-reconnect NAME REMOTE_HOST REMOTE_PORT
+  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --bgctl-reconnect NAME REMOTE_URI
   xnbd-wrapper-ctl [--socket PATH] (--save | --orphan | --shutdown)
   xnbd-wrapper-ctl --help
   xnbd-wrapper-ctl --version
@@ -18,14 +21,16 @@ Usage:
 Commands:
   --list                Show the exports and how many clients each has.
   --add-target          Serve FILE, a disk image or a block device, under NAME.
-  --add-proxy           Serve the disk of another server under NAME, and cache it here.
+  --add-proxy           Serve the disk of another server, at REMOTE_HOST REMOTE_PORT or an
+                        NBD URI, under NAME, and cache it here.
   --remove-by-exportname
                         Refuse new clients of NAME; those that are connected stay.
   --remove-by-file      The same for all exports whose disk or cache image is FILE.
   --bgctl-query         Show how much of a proxy is cached.
   --bgctl-cache-all     Copy what is not cached yet, and wait for it.
   --bgctl-switch        Make a proxy, all of which is cached, a target; its clients stay.
-  --bgctl-reconnect     Use the disk at REMOTE_HOST REMOTE_PORT as a proxy's origin.
+  --bgctl-reconnect     Use the disk at REMOTE_HOST REMOTE_PORT, or at an NBD URI, as
+                        a proxy's origin.
   --save                Write the database, which the wrapper does at every change anyway.
   --orphan              End the wrapper and leave the servers to their clients.
   --shutdown            End the wrapper and all servers.

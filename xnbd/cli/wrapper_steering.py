@@ -70,6 +70,11 @@ def _request(arguments: Arguments) -> Message:
         value = arguments[argument]
         if value is not None:
             request[field] = os.path.abspath(value) if argument in _PATHS else value
+    if arguments["REMOTE_URI"] is not None:
+        from ..origin.address import parse_origin
+
+        address = parse_origin(arguments["REMOTE_URI"], None, request.pop("remote_export_name", None))
+        request["remote_uri"] = str(address)
     return request
 
 
@@ -102,7 +107,9 @@ def _show_list(exports: List[Message], as_json: bool) -> int:
 
 def _row(export: Message) -> Tuple[str, str, str, str, str]:
     origin = ""
-    if export["mode"] == "proxy":
+    if "remote_uri" in export:
+        origin = export["remote_uri"]
+    elif export["mode"] == "proxy":
         origin = " ".join(filter(None, (export["remote_host"], export["remote_port"], export["remote_export_name"])))
     cells = (export["name"], export["mode"], str(export["clients"]), export["image_path"], origin)
     name, mode, clients, image, origin = map(shown, cells)

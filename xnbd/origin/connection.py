@@ -14,7 +14,7 @@ import os
 import select
 import socket
 from time import monotonic
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, Optional
 
 from ..errors import ProtocolError, XnbdError
 from ..protocol.constants import CMD_DISC, MAXIMUM_PAYLOAD
@@ -22,6 +22,7 @@ from ..protocol.dialogue import Dialogue, RemoteExport
 from ..protocol.transmission import REQUEST, request_word
 from ..sockets import set_socket_options
 from .address import OriginAddress
+from .lookup import Candidate, HostNotFound, Lookup, numeric
 from .replies import Replies, Sink
 
 BUFFER_SIZE = 1 << 20
@@ -44,8 +45,8 @@ class OriginConnection:
     """A connection to the disk at *address*; replies go to *sink*.
 
     A disk of another size than *expected_size* is refused. *connect_timeout* bounds
-    the time until the handshake is done, *reply_timeout* the time without a byte
-    while requests wait, both in seconds.
+    the time until the handshake is done, the look-up of the host's name included,
+    *reply_timeout* the time without a byte while requests wait, both in seconds.
 
     Every method may raise `OriginLost` where it says so, once; afterwards there is
     only `unfinished` left to ask.
@@ -66,10 +67,11 @@ class OriginConnection:
         self._expected_size = expected_size
         self._connect_timeout = connect_timeout
         self._reply_timeout = reply_timeout
+        self._lookup: Optional[Lookup] = None
         self._sock: Optional[socket.socket] = None
         self._step: Callable[[int], None] = _stay_idle
-        self._candidates: List[Tuple[int, Any]] = []
-        self._until = 0.0  # when connecting to this host, or the handshake, has taken too long
+        self._candidates: List[Candidate] = []
+        self._until = 0.0  # when the look-up, connecting to this address, or the handshake has taken too long
         self._give_up_at = 0.0
         self.heard_at = 0.0
         self._dialogue = Dialogue(address.export_name)
@@ -83,10 +85,13 @@ class OriginConnection:
 
     def fileno(self) -> int:
         """The descriptor to poll, another one after every event perhaps; -1 if there is none."""
-        return self._sock.fileno() if self._sock else -1
+        source = self._lookup or self._sock
+        return source.fileno() if source else -1
 
     def events(self) -> int:
         """The poll mask to wait for."""
+        if self._lookup:
+            return select.POLLIN
         if self._sock is None:
             return 0
         if self._step == self._connect:
@@ -97,7 +102,7 @@ class OriginConnection:
     @property
     def deadline(self) -> Optional[float]:
         """The monotonic time at which to call `on_time`."""
-        if self._sock is None:
+        if self._lookup is None and self._sock is None:
             return None
         if self.export is None:
             return self._until
@@ -137,10 +142,15 @@ class OriginConnection:
     # What the owner does
 
     def start(self) -> None:
-        """Begin to connect. Looking up a host's name may block. Raises `OriginLost`."""
-        self._give_up_at = monotonic() + self._connect_timeout
-        self._candidates = self._look_up()
-        self._try_next("no address found")
+        """Begin to connect. Raises `OriginLost`."""
+        self._until = self._give_up_at = monotonic() + self._connect_timeout
+        address = self.address
+        if address.unix_path:
+            self._candidates = [(socket.AF_UNIX, address.unix_path)]
+        else:
+            self._find_host()
+        if self._lookup is None:
+            self._try_next("no address found")
 
     def read(self, token: Any, offset: int, length: int) -> None:
         """Queue a READ of at most `maximum_read` bytes."""
@@ -171,6 +181,8 @@ class OriginConnection:
         deadline = self.deadline
         if deadline is None or monotonic() < deadline:
             return
+        if self._lookup:
+            raise self._lost(f"cannot find the host: no name server has answered in {self._connect_timeout:g} s")
         if self._step == self._connect:
             self._try_next("connecting took too long")
         elif self.export is None:
@@ -189,17 +201,25 @@ class OriginConnection:
 
     # Connecting
 
-    def _look_up(self) -> List[Tuple[int, Any]]:
-        address = self.address
-        if address.unix_path:
-            return [(socket.AF_UNIX, address.unix_path)]
+    def _find_host(self) -> None:
+        """Know where to connect to, or have it looked up."""
         try:
-            found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise self._lost(f"cannot find the host: {error.strerror}") from error
-        except UnicodeError:
-            raise self._lost("cannot find the host: no host can have this name") from None
-        return [(family, socket_address) for family, _, _, _, socket_address in found]
+            self._candidates = numeric(self.address.host, self.address.port)
+            if not self._candidates:
+                self._lookup = Lookup(self.address.host)
+                self._step = self._take_addresses
+        except HostNotFound as error:
+            raise self._lost(f"cannot find the host: {error}") from error
+
+    def _take_addresses(self, mask: int) -> None:
+        if not mask or not self._lookup:
+            return
+        try:
+            self._candidates = self._lookup.candidates(self.address.port)
+        except HostNotFound as error:
+            raise self._lost(f"cannot find the host: {error}") from error
+        self._end_lookup()
+        self._try_next("no address found")
 
     def _try_next(self, failure: str) -> None:
         """Connect to the next of the host's addresses; each gets its share of the time that is left.
@@ -340,9 +360,15 @@ class OriginConnection:
 
     def _end_it(self) -> None:
         """Close, and let go of the buffer without waiting for the garbage collector."""
+        self._end_lookup()
         self._close_socket()
         self._step = _stay_idle
         self._view = memoryview(b"")
+
+    def _end_lookup(self) -> None:
+        if self._lookup:
+            self._lookup.close()
+            self._lookup = None
 
     def _close_socket(self) -> None:
         if self._sock:

@@ -8,7 +8,7 @@ import os
 import socket
 import stat
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence
 
 from ..errors import ConfigurationError
@@ -20,7 +20,8 @@ DEFAULT_PORT = 8520
 _BACKLOG = 4096
 _FIRST_PASSED_FD = 3
 _ANY_PORT_TRIES = 20
-_NEIGHBOUR_TIME = 1.0
+_STARTING_TIME = 5.0
+_LEAVING_TIME = 1.0
 
 
 class Listeners:
@@ -100,7 +101,7 @@ class UnixSocket:
         """
         self._path = path
         self._owner = os.getpid()
-        with _neighbours_waiting(os.path.dirname(path) or "."):
+        with _neighbours_waiting(path, _STARTING_TIME):
             _clear_stale(path)
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -117,11 +118,9 @@ class UnixSocket:
         """Remove the file, in the process that made it, unless a successor's is there by now."""
         if os.getpid() != self._owner:
             return
-        try:
+        with _neighbours_waiting(self._path, _LEAVING_TIME), suppress(FileNotFoundError):
             if os.path.samestat(os.lstat(self._path), self._made):
                 os.unlink(self._path)
-        except FileNotFoundError:
-            pass
 
 
 def describe(sock: socket.socket) -> str:
@@ -220,15 +219,15 @@ def _master_of(worker: psutil.Process) -> psutil.Process:
 
 
 @contextmanager
-def _neighbours_waiting(directory: str) -> Iterator[None]:
-    """Keep servers that start at the same time apart: one would take for stale what another has just bound.
+def _neighbours_waiting(path: str, seconds: float) -> Iterator[None]:
+    """Keep servers that start or end at the same time apart: one would take for stale what another has just bound.
 
-    Anybody can hold a directory's lock for ever, so it is only waited for so long.
+    Anybody can hold the lock of the directory of *path* for ever, so it is only waited for so long.
     """
     fd = -1
     try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        _lock(fd, time.monotonic() + _NEIGHBOUR_TIME)
+        fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _lock(fd, time.monotonic() + seconds)
     except OSError:
         pass  # no such directory, which bind complains about, or no locks there
     try:

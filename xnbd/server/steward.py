@@ -13,12 +13,12 @@ import os
 import signal
 from contextlib import suppress
 from functools import partial
-from time import monotonic, sleep
+from time import monotonic
 from typing import Callable, Dict, Generator, Iterator, List, Optional, Tuple
 
 from ..errors import CommandError, ConfigurationError, TaskFailed
 from ..logs import log
-from ..origin.address import parse_origin
+from ..origin.address import OriginAddress, parse_origin
 from ..origin.connection import OriginLost
 from ..origin.probe import probe
 from ..process import set_title
@@ -105,15 +105,6 @@ class Steward:
             os.write(self._report, text.encode("utf-8", "surrogateescape"))
         else:
             log.error("%s", text)
-
-
-def _lock_copying(board: Board) -> bool:
-    """Be the only one to copy; stewards hold the lock in passing, to see whether somebody does."""
-    for _ in range(10):
-        if board.try_lock(COPYING):
-            return True
-        sleep(0.05)
-    return False
 
 
 class _Stewardship:
@@ -253,12 +244,12 @@ class _Stewardship:
             self._control.close()
 
     def _end(self) -> None:
+        if self._control is not None:
+            self._control.close()  # before children are waited for: a successor may want to listen there already
         for child in (self._copy, self._checkpoint, self._snapshot):
             if child is not None:
                 child.stop()
                 child.wait()
-        if self._control is not None:
-            self._control.close()
 
     @property
     def _progress(self) -> Progress:
@@ -291,17 +282,14 @@ class _Stewardship:
     def _is_copying(self) -> bool:
         if self._copy is not None:
             return not self._copy.is_done()
-        if self._board.try_lock(COPYING):
-            self._board.unlock(COPYING)
-            return False
-        return True
+        return self._board.is_locked(COPYING)
 
     def _start_copy(self, options: CopyOptions) -> None:
         def work() -> None:
             set_title("copying", self._source.name)
             watch = Watch(self._watch.lifeline)
             disk = watch.disk = self._service.open_disk()
-            if not _lock_copying(disk.board):
+            if not disk.board.try_lock(COPYING):
                 raise TaskFailed("another server on this cache is copying already")
             if isinstance(disk.image, ProxyImage):
                 disk.place.welcome(COPYING_PEER)
@@ -462,10 +450,9 @@ class _Stewardship:
             address = parse_origin(uri, None, name)
         else:
             address = parse_origin(text_argument(request, "host") or "", text_argument(request, "port"), name)
-        try:
-            size = probe(address, timeout=self._proxy.patience.connect).size
-        except OriginLost as lost:
-            raise CommandError(f"{lost}; nothing was changed") from lost
+        size = yield from self._ask_size(address)
+        if self._board.mode == TARGET:
+            raise CommandError("this is a plain target by now: it has no origin any more")
         if size != self._source.size:
             raise CommandError(f"the disk at {address} has {size} bytes, not {self._source.size}; nothing was changed")
         try:
@@ -476,3 +463,24 @@ class _Stewardship:
         self._wake_all()
         log.info("the origin is %s now", address)
         yield {"done": True, "address": str(address)}
+
+    def _ask_size(self, address: OriginAddress) -> Generator[Optional[Message], None, int]:
+        """Bytes of the disk at *address*, asked by a child: an origin or a name server may take its time."""
+        child = self._start(partial(self._probe, address))
+        try:
+            while not child.is_done():
+                yield None
+        finally:
+            child.stop()
+            child.wait()
+        if child.status:
+            raise CommandError(f"{child.message or 'the process that asked it was stopped'}; nothing was changed")
+        return int(child.message)
+
+    def _probe(self, address: OriginAddress) -> str:
+        assert self._proxy is not None
+        set_title("asking", str(address))
+        try:
+            return str(probe(address, timeout=self._proxy.patience.connect).size)
+        except OriginLost as lost:
+            raise TaskFailed(str(lost)) from lost

@@ -253,6 +253,10 @@ class Board:
         """Take the lock `CONTROL` or `COPYING` for as long as this process lives; False if another has it."""
         return self._locks.try_acquire(what, 1)
 
+    def is_locked(self, what: int) -> bool:
+        """Whether another process has the lock `CONTROL` or `COPYING`; to look does not keep anybody from taking it."""
+        return self._locks.held_elsewhere(what, 1)
+
     def unlock(self, what: int) -> None:
         self._locks.release(what, 1)
 

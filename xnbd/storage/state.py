@@ -32,7 +32,7 @@ from typing import NamedTuple, Optional, Tuple
 from ..errors import ConfigurationError
 from ..logs import log
 from . import state_files as files
-from .board import Board, board_size
+from .board import TARGET, Board, board_size
 from .checkpoint import ProcessState
 from .locks import RangeLocks
 from .state_files import NEW, closed_on_error
@@ -91,6 +91,27 @@ def known_state(bitmap_path: str) -> Optional[Known]:
         return None
     finally:
         os.close(fd)
+
+
+def is_switched(bitmap_path: str) -> bool:
+    """Whether the disk whose bitmap is at *bitmap_path* is a plain target now, of servers that run or for the next one.
+
+    Waits for servers that are opening or closing the files. False without files that can be used.
+    """
+    path = os.path.realpath(bitmap_path)
+    try:
+        state_fd = files.open_locked(path + SUFFIX)
+    except (OSError, ConfigurationError):
+        return False
+    try:
+        if files.is_alone(state_fd):
+            return files.read_steering(state_fd).switched
+        with closing(Board(files.open_regular(path + BOARD_SUFFIX))) as board:
+            return board.mode == TARGET
+    except (OSError, ValueError, ConfigurationError):
+        return False
+    finally:
+        os.close(state_fd)
 
 
 def _read_boot_id(path: str) -> bytes:

@@ -24,10 +24,10 @@ from ..server.connection import Connection
 from ..server.handshake import negotiate
 from ..server.watch import Watch
 from ..storage import space
-from ..storage.state import known_size
+from ..storage.state import is_switched, known_size
 from ..storage.target import open_disk
 from .database import Database
-from .exports import Export, ProxyExport
+from .exports import Export, ProxyExport, TargetExport
 from .servers import Servers
 
 PROGRAM = "xnbd-wrapper"
@@ -38,11 +38,15 @@ _LARGEST_REPORT = 64 << 10
 
 
 class Report(NamedTuple):
-    """What the process of a client tells the wrapper: the client's address, and the export it has chosen."""
+    """What the process of a client tells the wrapper: the client's address, and the export it has chosen.
+
+    If that export is a proxy which was switched past the wrapper, *switched_image* is its cache image.
+    """
 
     pid: int
     peer: str
     export: str
+    switched_image: str = ""
 
 
 def receive_report(reports: socket.socket) -> Optional[Report]:
@@ -70,6 +74,8 @@ class Catalogue:
         self._sizes: Dict[Export, int] = {}
         self.offered: Dict[str, Export] = {}
         """What stood behind the names when the client last heard of them."""
+        self.switched: Dict[str, TargetExport] = {}
+        """What the database still says to be proxies."""
 
     def exports(self) -> Exports:
         return Exports(
@@ -85,6 +91,8 @@ class Catalogue:
         if found is None:
             return None
         real_name, export = found
+        if isinstance(export, ProxyExport) and is_switched(export.bitmap_path):
+            export = self.switched[real_name] = TargetExport(export.image_path)
         self.offered[real_name] = export
         size = self._size(real_name, export)
         return Offer(real_name, size, self._servers.flags(export), self._servers.describe(export))
@@ -148,7 +156,9 @@ class Client(NamedTuple):
             return 0
         name = agreement.export.name
         log.info("%s: export %r, served by process %d", connection.peer, name, os.getpid())
-        _send_report(self.reports, Report(os.getpid(), connection.peer, name))
+        switched = catalogue.switched.get(name)
+        report = Report(os.getpid(), connection.peer, name, switched.image_path if switched else "")
+        _send_report(self.reports, report)
         self.reports.close()
         self.database.close()
         return self.servers.become(self.sock, catalogue.offered[name], agreement)

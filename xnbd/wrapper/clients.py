@@ -25,9 +25,18 @@ class Clients:
     """Accepts clients on *listeners* and forks a process for each, which runs what *serve* makes of the socket."""
 
     def __init__(
-        self, listeners: Listeners, children: Children, serve: Callable[[socket.socket], Body], limit: int
+        self,
+        listeners: Listeners,
+        children: Children,
+        serve: Callable[[socket.socket], Body],
+        limit: int,
+        on_switched: Callable[[str, str], None],
     ) -> None:
-        """At most *limit* clients are connected at once; others wait in the kernel's queue."""
+        """At most *limit* clients are connected at once; others wait in the kernel's queue.
+
+        *on_switched* hears of an export, and its image, that a client's process found to be no proxy any more.
+        """
+        self._on_switched = on_switched
         self._limit = limit
         self._full = False
         self._listeners = listeners
@@ -86,6 +95,8 @@ class Clients:
                 return
             if report.pid in self._reports:
                 self._reports[report.pid] = report
+                if report.switched_image:
+                    self._on_switched(report.export, report.switched_image)
 
     def _accept_some(self, listener: socket.socket) -> None:
         for _ in range(_ACCEPTS):

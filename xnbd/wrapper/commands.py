@@ -10,7 +10,7 @@ import os
 from time import monotonic
 from typing import Any, Callable, Dict, Generator, Iterator, List, Mapping, NamedTuple, Optional
 
-from ..errors import CommandError
+from ..errors import CommandError, ConfigurationError
 from ..logs import log
 from ..sockets import is_listening
 from ..storage.state import known_size
@@ -93,11 +93,17 @@ class Commands:
         fields = {key: value for key, value in request.items() if key not in ("command", "name")}
         export = export_from_fields({**fields, "mode": request["command"].rpartition("-")[2]})
         check_room(self._database.exports, name, export)
+        self._check_origin(export)
         if isinstance(export, TargetExport):
             yield from self._check_disk(export.image_path)
             check_room(self._database.exports, name, export)  # somebody may have been quicker
         self._database.change({**self._database.exports, name: export})
         log.info("export %r added: %s", name, " ".join(fields_of(export).values()))
+
+    def _check_origin(self, export: Export) -> None:
+        """Raises `CommandError` if the servers could not find it."""
+        if isinstance(export, ProxyExport) and export.remote_uri and not self._servers.extended:
+            raise CommandError(f"{self._servers.command[0]} knows no URIs: it can only use an origin on TCP")
 
     def _check_disk(self, path: str) -> Reply:
         """Look whether *path* is a disk, in a process of its own: the file may hang."""
@@ -167,19 +173,30 @@ class Commands:
         target = TargetExport(export.image_path)
         return self._steer(export, ["--switch"], then=lambda: self._replace(name, export, target))
 
+    def book_switch(self, name: str, image_path: str) -> None:
+        """A proxy was made a target by ``xnbd-bgctl`` itself; unless the export is another one by now."""
+        export = self._database.exports.get(name)
+        if isinstance(export, ProxyExport) and export.image_path == image_path:
+            try:
+                self._replace(name, export, TargetExport(image_path))
+            except ConfigurationError as error:
+                log.error("%s", error)
+
     def _reconnect(self, request: Message) -> Reply:
         name, export = request.get("name", ""), self._proxy(request)
-        origin = {key: request.get(key) for key in ("remote_host", "remote_port", "remote_export_name")}
-        new = export_from_fields({**fields_of(export), **origin})
+        kept = {key: value for key, value in fields_of(export).items() if not key.startswith("remote_")}
+        origin = {key: value for key, value in request.items() if key.startswith("remote_")}
+        new = export_from_fields({**kept, **origin})
         assert isinstance(new, ProxyExport)
+        self._check_origin(new)
         if known_size(export.bitmap_path) is None and not is_listening(export.control_socket_path):
             # Nobody has served it yet; else its files know the former address, and have to hear of the new one.
             self._replace(name, export, new)
             yield {"output": f"{name} has never been used: its first server will use the new address\n"}
             return
         words = ["--exportname", new.remote_export_name] if new.remote_export_name else []
-        address = [new.remote_host, new.remote_port]
-        yield from self._steer(export, [*words, "--reconnect"], address, then=lambda: self._replace(name, export, new))
+        options = [*words, "--reconnect"]
+        yield from self._steer(export, options, new.origin_words, then=lambda: self._replace(name, export, new))
 
     def _replace(self, name: str, old: Export, new: Export) -> None:
         """Change an entry that is still what it was."""

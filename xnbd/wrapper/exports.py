@@ -24,7 +24,11 @@ class TargetExport(NamedTuple):
 
 
 class ProxyExport(NamedTuple):
-    """The disk of another server, cached here; *remote_export_name* is empty for that server's default."""
+    """The disk of another server, cached here; *remote_export_name* is empty for that server's default.
+
+    Where that server listens on a Unix socket there is a *remote_uri*, and the other
+    three are empty.
+    """
 
     image_path: str
     bitmap_path: str
@@ -32,6 +36,7 @@ class ProxyExport(NamedTuple):
     remote_host: str
     remote_port: str
     remote_export_name: str = ""
+    remote_uri: str = ""
 
     @property
     def mode(self) -> str:
@@ -39,12 +44,20 @@ class ProxyExport(NamedTuple):
 
     @property
     def origin(self) -> OriginAddress:
+        if self.remote_uri:
+            return parse_origin(self.remote_uri)
         return parse_origin(self.remote_host, self.remote_port, self.remote_export_name or None)
+
+    @property
+    def origin_words(self) -> List[str]:
+        """Where the origin is, as our programs take it: host and port, or a URI. The export's name is extra."""
+        return [self.remote_uri] if self.remote_uri else [self.remote_host, self.remote_port]
 
 
 Export = Union[TargetExport, ProxyExport]
 _KINDS: Dict[str, Type[Export]] = {"target": TargetExport, "proxy": ProxyExport}
 _PATHS = ("image_path", "bitmap_path", "control_socket_path")
+_HOST_AND_NAME = ("remote_host", "remote_port", "remote_export_name")
 
 
 def export_from_fields(fields: Dict[str, Any]) -> Export:
@@ -62,10 +75,26 @@ def export_from_fields(fields: Dict[str, Any]) -> Export:
             raise ConfigurationError(f"there is no field {name!r} in the mode {fields['mode']}")
         if not isinstance(value, str) or "\0" in value:
             raise ConfigurationError(f"{name!r} is no text")
+    if "remote_uri" in values:
+        values.update(_fields_of_uri(values))
     for name in kind._fields:
         if name not in values and name not in kind._field_defaults:
             raise ConfigurationError(f"{name!r} is missing")
     return _checked(kind(**values))
+
+
+def _fields_of_uri(values: Dict[str, str]) -> Dict[str, str]:
+    """A URI, with an export's name beside it perhaps, taken apart as far as that is possible."""
+    uri, name = values["remote_uri"], values.get("remote_export_name")
+    if "remote_host" in values or "remote_port" in values:
+        raise ConfigurationError("'remote_uri' stands in place of 'remote_host' and 'remote_port'")
+    if "://" not in uri:
+        raise ConfigurationError(f"{uri}: expected an NBD URI like nbd+unix:///name?socket=PATH")
+    address = parse_origin(uri, None, name or None)
+    if address.unix_path:
+        return {**dict.fromkeys(_HOST_AND_NAME, ""), "remote_uri": str(address)}
+    remote = (address.host, str(address.port), address.export_name)
+    return {**dict(zip(_HOST_AND_NAME, remote)), "remote_uri": ""}
 
 
 def _checked(export: Export) -> Export:
@@ -83,7 +112,11 @@ def _checked(export: Export) -> Export:
 
 def fields_of(export: Export) -> Dict[str, str]:
     """The entry of the database for *export*."""
-    return {"mode": export.mode, **export._asdict()}
+    fields = {"mode": export.mode, **export._asdict()}
+    if isinstance(export, ProxyExport):
+        for name in _HOST_AND_NAME if export.remote_uri else ["remote_uri"]:
+            del fields[name]
+    return fields
 
 
 def paths_of(export: Export) -> Dict[str, str]:

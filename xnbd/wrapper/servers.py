@@ -60,14 +60,7 @@ class Servers(NamedTuple):
             ("--target-exportname", export.remote_export_name),
         ):
             words += [option, value] if value else []
-        return [
-            *words,
-            export.remote_host,
-            export.remote_port,
-            export.image_path,
-            export.bitmap_path,
-            export.control_socket_path,
-        ]
+        return [*words, *export.origin_words, export.image_path, export.bitmap_path, export.control_socket_path]
 
     def flags(self, export: Export) -> int:
         """The transmission flags of what the server does; DF not among them."""

@@ -65,7 +65,9 @@ class Wrapper:
         steering = Steering(self._end, self._has_ended, lambda: self._clients.count())
         self._commands = Commands(database, self._children, settings.servers, settings.bgctl, steering)
         self._control = ControlSocket(control_path, self._commands.table())
-        self._clients = Clients(listeners, self._children, self._serve, settings.max_clients)
+        self._clients = Clients(
+            listeners, self._children, self._serve, settings.max_clients, self._commands.book_switch
+        )
         self._wake, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in SIGNALS:

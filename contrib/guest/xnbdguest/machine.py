@@ -22,7 +22,7 @@ _GEOMETRY = "cyls=16383,heads=16,secs=63"
 """Without one, qemu looks for a partition table when it starts, also where a machine waits for its migration: a proxy
 would keep a block that the running machine may still change."""
 
-_BOOT_TIME = 60.0
+_BOOT_TIME = 150.0
 _KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1"
 _FASTER_BOOT = "nokaslr no_timer_check cryptomgr.notests mitigations=off random.trust_cpu=on"
 
@@ -113,7 +113,7 @@ class Guest:
         self.process.wait()
         self._commands.close()
 
-    def run(self, script: str, *, timeout: float = 60.0, check: bool = True) -> Result:
+    def run(self, script: str, *, timeout: float = 120.0, check: bool = True) -> Result:
         """Run a shell script in the guest; GuestError if it fails (unless *check* is false) or takes too long."""
         result = self._exchange(script, time.monotonic() + timeout)
         if check and result.status:
@@ -122,7 +122,7 @@ class Guest:
             )
         return result
 
-    def output(self, script: str, *, timeout: float = 60.0) -> str:
+    def output(self, script: str, *, timeout: float = 120.0) -> str:
         """What a script prints, which must succeed."""
         return self.run(script, timeout=timeout).output.strip()
 

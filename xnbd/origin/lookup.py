@@ -1,0 +1,129 @@
+"""From a host to addresses, without waiting for name servers.
+
+``getaddrinfo(3)`` returns when a name server has answered, half a minute later perhaps.
+So a process of its own calls it: that can be killed at any time, where a thread would
+stay until then, in the way of whoever forks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+from typing import Any, List, NoReturn, Tuple
+
+from ..errors import XnbdError
+from ..process import set_title
+
+Candidate = Tuple[int, Any]
+"""The family and the address of a socket to connect to."""
+
+_MOST_ADDRESSES = 64
+_LONGEST_ANSWER = 4096  # comes in one piece (``pipe(7)``)
+
+
+class HostNotFound(XnbdError):
+    """There is no address to connect to; the message says why."""
+
+
+def numeric(host: str, port: int) -> List[Candidate]:
+    """Where to connect to if *host* is an address, with a zone perhaps; nothing if it is a name.
+
+    Raises `HostNotFound`.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except UnicodeError:
+        raise HostNotFound("no host can have this name") from None
+    except OSError:
+        return []
+    return [(family, address) for family, _, _, _, address in found]
+
+
+class Lookup:
+    """The addresses of *host* on their way; always followed by `close`. Raises `HostNotFound` if that cannot be."""
+
+    def __init__(self, host: str) -> None:
+        self._fd, writing = os.pipe()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self._pid = os.fork()
+            if not self._pid:
+                _look_up_and_exit(host, writing)
+        except OSError as error:
+            os.close(self._fd)
+            raise HostNotFound(f"no process can be started to look: {error.strerror}") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            os.close(writing)
+
+    def fileno(self) -> int:
+        """The descriptor that becomes readable when the answer is there."""
+        return self._fd
+
+    def candidates(self, port: int) -> List[Candidate]:
+        """The answer, which has to be there: all addresses, the best one first. Raises `HostNotFound`."""
+        reason, *hosts = os.read(self._fd, _LONGEST_ANSWER).decode("utf-8", "replace").split("\n")
+        if reason or not hosts:
+            raise HostNotFound(reason or "the process that looked was killed")
+        return [candidate for host in hosts for candidate in numeric(host, port)]
+
+    def close(self) -> None:
+        """End it, with an answer or without."""
+        os.close(self._fd)
+        try:
+            if not os.waitpid(self._pid, os.WNOHANG)[0]:
+                os.kill(self._pid, signal.SIGKILL)
+                os.waitpid(self._pid, 0)
+        except (ChildProcessError, ProcessLookupError):
+            pass  # it has ended, and with SIGCHLD ignored nobody has to wait for it
+
+
+def _look_up_and_exit(host: str, writing: int) -> NoReturn:
+    """Life of the child."""
+    try:
+        _let_go_of_all_but(writing)
+        _end_with_the_reader_of(writing)
+        set_title("looking up", host)
+        try:
+            answer = "\n".join(("", *_find(host)))
+        except OSError as error:
+            answer = error.strerror or str(error)
+        os.write(writing, answer.encode("utf-8", "replace")[:_LONGEST_ANSWER])
+    finally:
+        os._exit(0)
+
+
+def _let_go_of_all_but(kept: int) -> None:
+    """Close what would hold the parent's client, locks or files when the parent ends first."""
+    with os.scandir("/proc/self/fd") as listing:
+        open_fds = [int(entry.name) for entry in listing]
+    for fd in open_fds:
+        if fd > 2 and fd != kept:
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # the one of the listing itself
+
+
+def _end_with_the_reader_of(writing: int) -> None:
+    """Have SIGIO, which kills, when nobody holds the pipe's other end any more, however the parent ends."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGIO):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    fcntl.fcntl(writing, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(writing, fcntl.F_SETFL, fcntl.fcntl(writing, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def _find(host: str) -> List[str]:
+    """Numeric addresses, in the order in which the system wants them tried (``gai.conf(5)``)."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    addresses = [_with_zone(address) for _, _, _, _, address in found]
+    return list(dict.fromkeys(addresses))[:_MOST_ADDRESSES]
+
+
+def _with_zone(address: Any) -> str:
+    host, _port, *rest = address
+    return f"{host}%{rest[1]}" if rest and rest[1] else str(host)
