@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -1014,6 +1015,27 @@ def test_second_signal_ends_at_once_and_without_a_traceback(start: Start, image:
         assert stalled.closed()
     server.wait_for_log("ending ")
     assert not server.socket.exists()
+
+
+def has_sigterm_pending(pid: int) -> bool:
+    found = re.search(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(found and int(found[1], 16) & 1 << signal.SIGTERM - 1)
+
+
+def test_second_signal_when_the_last_worker_has_just_ended_is_no_failure(server: Server) -> None:
+    held = server.workers()
+    for pid in held:
+        os.kill(pid, signal.SIGSTOP)
+    server.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: all(map(has_sigterm_pending, held)), "SIGTERM to all workers")
+    server.process.send_signal(signal.SIGSTOP)
+    for pid in held:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: not any(map(is_alive, server.workers())), "the end of all workers")  # zombies by now
+    server.process.send_signal(signal.SIGINT)
+    server.process.send_signal(signal.SIGCONT)
+    assert server.process.wait(SOON) == 0
+    assert "ending" not in server.log()
 
 
 @needs_root

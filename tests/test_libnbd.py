@@ -191,6 +191,7 @@ def test_unknown_export_leaves_room_for_another_choice(server: Server) -> None:
         client.set_export_name("disk.img")
         client.opt_go()
         assert len(client.pread(10, 0)) == 10
+    assert server.log().count("unknown export 'nothing like that'") == 1
 
 
 def test_meta_contexts_are_listed(server: Server) -> None:

@@ -233,7 +233,7 @@ def test_df_is_offered_only_with_structured_replies() -> None:
 def test_unknown_export_is_an_error_and_the_next_option_works(option: int, name: str) -> None:
     machine = fresh()
     assert error_of(ask(machine, option, go_data(name))) == raw.ERR_UNKNOWN
-    assert machine.agreement is None
+    assert (machine.agreement, machine.unknown) == (None, name)
     assert ask(machine, option, go_data("disk"))[-1] == OK
 
 

@@ -814,7 +814,7 @@ def proxy_fails(directory: Path, *arguments: object, status: int = 1) -> str:
         (["--readahead", "fast", "nbd://127.0.0.1:1"], "--readahead"),
         (["--connect-timeout", "nan", "nbd://127.0.0.1:1"], "--connect-timeout"),
         (["--origin-timeout", "soon", "nbd://127.0.0.1:1"], "--origin-timeout"),
-        (["127.0.0.1"], "expected REMOTE_HOST REMOTE_PORT, or an NBD URI"),
+        (["127.0.0.1"], "127.0.0.1 is no NBD URI"),
         (["127.0.0.1", "nbd"], "port nbd: expected a whole number"),
         (["nbds://127.0.0.1"], "TLS is not supported"),
         (["--target-exportname", "a", "nbd://127.0.0.1:1/b"], "name it once"),
@@ -828,7 +828,7 @@ def test_senseless_command_line_is_refused(tmp_path: Path, arguments: List[str],
 
 def test_unknown_origin_is_refused_without_a_trace(tmp_path: Path) -> None:
     error = proxy_fails(tmp_path, "nbd+unix:///?socket=/nowhere")
-    assert "its disk's size has to be known once" in error
+    assert "a proxy's first start needs its origin" in error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -531,7 +531,7 @@ def test_with_a_limit_an_origin_that_is_away_is_an_error(
 def test_an_origin_that_is_away_at_the_first_start_is_told(tmp_path: Path, files: CacheFiles) -> None:
     arguments = files.arguments(f"nbd+unix:///?socket={tmp_path / 'none'}")
     _, complaint = fails(*arguments, "--unix", tmp_path / "s")
-    assert "size has to be known once" in complaint
+    assert "first start needs its origin" in complaint
     assert not files.image.exists()
     assert not files.bitmap.exists()
 

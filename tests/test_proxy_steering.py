@@ -337,11 +337,28 @@ def test_cache_all2_returns_and_query_shows_the_copy(start: Start, tmp_path: Pat
     wait_until(lambda: proxy.query()["cache_all"] is None, "the end of the copy")
 
 
+def test_rate_of_a_copy_is_told_from_the_second_query_on(proxy: Proxy) -> None:
+    with proxy.raw():
+        ask(proxy.control, command="cache-all", wait=False, limit_rate=MIB)
+        answers = (proxy.query()["cache_all"] for _ in iter(int, 1))
+        first = next(filter(None, answers))
+        wait_until(lambda: next(answers)["rate"] > 0, "a rate")
+    assert first["rate"] is None
+
+
 def test_cache_all2_of_the_program(proxy: Proxy) -> None:
     assert re.fullmatch(r"process \d+ copies; --query shows how far it is\n", proxy.bgctl("--cache-all2"))
     wait_until(lambda: proxy.cached() == BLOCKS, "the whole disk")
     proxy.server.wait_for_log("the copy has ended, 0 blocks are missing")
     proxy.server.wait_for_log("every block is cached")
+
+
+def test_copy_that_nobody_waits_for_ends_with_its_process(proxy: Proxy) -> None:
+    ask(proxy.control, command="cache-all", wait=False, limit_rate=MIB)
+    os.kill(running_copy(proxy)["pid"], signal.SIGTERM)
+    proxy.server.wait_for_log("the copy has ended")
+    wait_until(lambda: proxy.query()["cache_all"] is None, "no copy")
+    assert proxy.cached() < BLOCKS
 
 
 def test_second_copy_is_refused(proxy: Proxy) -> None:
@@ -443,7 +460,10 @@ def test_switch(start: Start, full: Proxy, origin: Server, disk: Path, how: str)
         expected[MIB + 1 : MIB + 14] = b"by the target"
         with full.raw() as new:
             assert new.read(0, DISK) == expected
-        assert full.query()["mode"] == "target"
+        answer = full.query()
+        assert answer["mode"] == "target"
+        assert not answer.keys() & {"origin", "blocks", "cache_all", "checkpoint", "queue"}
+        assert "No map: only a proxy has one." in full.bgctl("--query", "--map")
         assert "this is a plain target already" in full.refused("--switch")
         assert "nothing is missing" in full.refused("--cache-all")
         assert "it has no origin any more" in refused("--reconnect", full.control, origin.uri)

@@ -125,7 +125,7 @@ def test_port_in_use_is_named_with_its_holder(start: Start, image: Path) -> None
     status, message = fails("--target", "--laddr", "127.0.0.1", "--lport", server.port, image)
     assert status == 1
     assert f"port {server.port} is in use" in message
-    assert str(server.pid) in message or any(str(pid) in message for pid in server.workers())
+    assert f" by xnbd-server: master {image.name} (process {server.pid})" in message
     assert "--lport" in message
 
 
@@ -224,6 +224,21 @@ def test_daemon_listens_when_its_parent_returns(image: Path) -> None:
         assert client.read(0, 100) == image.read_bytes()[:100]
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_daemon_started_without_standard_streams_serves_and_logs(image: Path, closed: str) -> None:
+    """What is opened first must not get the number of one of them: the daemon gives them away."""
+    pid_file, log = image.parent / "pid", image.parent / "log"
+    line = command("--target", "--daemonize", "--pidfile", pid_file, "--logpath", log, "--unix", image.parent / "sock")
+    try:
+        assert subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *line, image], timeout=30).returncode == 0
+        with connect(image.parent / "sock") as client:
+            client.negotiate()
+            assert client.read(0, 100) == image.read_bytes()[:100]
+    finally:
+        stop_daemon(pid_file)
+    assert "stopping" in log.read_text()
+
+
 def test_daemon_is_on_its_own(image: Path) -> None:
     """No terminal, no directory and no stream of its parent keeps it."""
     with daemon(image.parent, image.name) as pid:
@@ -310,11 +325,41 @@ def test_pid_file_of_a_live_server_is_refused(start: Start, image: Path) -> None
     assert not (image.parent / "other").exists()
 
 
+def test_pid_file_that_may_not_be_made_is_not_said_to_be_held(image: Path) -> None:
+    status, message = fails("--target", "--pidfile", "/sys/kernel/xnbd.pid", "--lport", 0, image)  # not even root may
+    assert status == 1
+    assert "cannot write pid file /sys/kernel/xnbd.pid: Permission denied" in message
+
+
+def test_pid_file_that_finds_no_space_is_no_traceback(image: Path) -> None:
+    pid_file = image.parent / "pid"
+    status, message = fails("--target", "--pidfile", pid_file, "--lport", 0, image, prefix=["prlimit", "--fsize=0"])
+    assert status == 1
+    assert f"cannot write pid file {pid_file}: File too large" in message
+
+
 def test_pid_file_of_a_dead_server_is_taken_over(start: Start, image: Path) -> None:
     pid_file = image.parent / "pid"
     pid_file.write_text("123456789\n")
     server = start("--target", "--pidfile", pid_file, image)
     assert pid_file.read_text() == f"{server.pid}\n"
+
+
+@pytest.mark.parametrize("content", ["", "\0" * 6])
+def test_pid_file_that_a_power_failure_has_emptied_is_taken_over(start: Start, image: Path, content: str) -> None:
+    pid_file = image.parent / "pid"
+    pid_file.write_text(content)
+    server = start("--target", "--pidfile", pid_file, image)
+    assert pid_file.read_text() == f"{server.pid}\n"
+
+
+@pytest.mark.parametrize("content", ["precious", "1234 and more", "1" * 33, "\0" * 512])
+def test_file_that_is_no_pid_file_is_left_alone(image: Path, content: str) -> None:
+    victim = image.parent / "victim"
+    victim.write_text(content)
+    status, message = fails("--target", "--pidfile", victim, "--lport", 0, image)
+    assert (status, victim.read_text()) == (1, content)
+    assert f"{victim} is no pid file: remove it, or choose another --pidfile" in message
 
 
 def test_pid_file_that_goes_before_it_is_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

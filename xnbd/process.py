@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
 import stat
 import sys
@@ -78,8 +79,9 @@ class Daemon:
     def __init__(self) -> None:
         """Fork; only the daemon returns from here, the parent leaves with its verdict."""
         verdict, self._report = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
         if os.fork():
             os.close(self._report)
             _leave_by_verdict(verdict)
@@ -112,11 +114,15 @@ def _leave_by_verdict(verdict: int) -> None:
     os._exit(status)
 
 
+_PID_FILE = re.compile(rb"[\d\n\0]{0,32}")
+"""What a pid file may hold: zeros are what a power failure can make of it."""
+
+
 class PidFile:
     """A file with the master's process id, locked for as long as the master lives."""
 
     def __init__(self, path: str) -> None:
-        """Raises `ConfigurationError` if another live process holds *path*."""
+        """Raises `ConfigurationError` if another live process holds *path*, or if that is no pid file."""
         self._path = path
         self._pid = os.getpid()
         try:
@@ -124,10 +130,12 @@ class PidFile:
             while not self._is_in_place():  # a server that was just ending has removed it before it was locked
                 os.close(self._fd)
                 self._fd = _open_locked(path)
+            if not _PID_FILE.fullmatch(os.read(self._fd, 512)):
+                raise ConfigurationError(f"{path} is no pid file: remove it, or choose another --pidfile")
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{self._pid}\n".encode(), 0)
         except OSError as error:
             raise ConfigurationError(_pid_file_trouble(path, error)) from error
-        os.ftruncate(self._fd, 0)
-        os.write(self._fd, f"{self._pid}\n".encode())
 
     def remove(self) -> None:
         """Remove the file, unless somebody else's stands in its place."""
@@ -157,7 +165,7 @@ def _open_locked(path: str) -> int:
 
 
 def _pid_file_trouble(path: str, error: OSError) -> str:
-    if error.errno in (errno.EAGAIN, errno.EACCES):
+    if error.errno == errno.EAGAIN:
         return f"pid file {path} is held by a running server: stop that one, or choose another --pidfile"
     if error.errno == errno.ELOOP:
         return f"pid file {path} is a symbolic link, which is not followed: name the file itself"

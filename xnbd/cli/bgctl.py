@@ -5,38 +5,47 @@ Usage:
   xnbd-bgctl [--force] (--switch | --shutdown) CONTROL_SOCKET
   xnbd-bgctl [--progress] [--blocks-per-request COUNT] [--limit-rate RATE]
              --cache-all CONTROL_SOCKET
-  xnbd-bgctl --cache-all2 CONTROL_SOCKET
-  xnbd-bgctl [--exportname NAME] --reconnect CONTROL_SOCKET REMOTE_HOST REMOTE_PORT
+  xnbd-bgctl [--blocks-per-request COUNT] [--limit-rate RATE]
+             --cache-all2 CONTROL_SOCKET
+  xnbd-bgctl [--exportname NAME]
+             --reconnect CONTROL_SOCKET REMOTE_HOST REMOTE_PORT
   xnbd-bgctl [--exportname NAME] --reconnect CONTROL_SOCKET ORIGIN_URI
   xnbd-bgctl --snapshot [--progress] CONTROL_SOCKET
   xnbd-bgctl --help
   xnbd-bgctl --version
 
 Commands:
-  --query               Show what the server does, how much is cached, and its clients.
-  --switch              Make a proxy a plain target on its cache file, with its clients
-                        connected; refused while blocks are missing.
+  --query               Show what the server does, how much is cached, and its
+                        clients.
+  --switch              Make a proxy a plain target on its cache file, with its
+                        clients connected; refused while blocks are missing.
   --shutdown            The old name of --switch.
-  --cache-all           Copy what is not cached yet, and wait for it. Ctrl-C stops the copy
-                        and nothing else; run again, it goes on.
+  --cache-all           Copy what is not cached yet, and wait for it. Ctrl-C
+                        stops the copy and nothing else; run again, it goes on.
   --cache-all2          The same, but return at once.
-  --reconnect           Use the disk at REMOTE_HOST REMOTE_PORT, or at an NBD URI, as origin.
-  --snapshot            Make an image of the disk as it is now, and print its path.
+  --reconnect           Use the disk at REMOTE_HOST REMOTE_PORT, or at an NBD
+                        URI, as origin.
+  --snapshot            Make an image of the disk as it is now, and print its
+                        path.
 
 Options:
   --json                Print the server's answer as JSON, for programs.
   --map                 Draw which parts of the disk are cached.
-  --force               Switch although blocks are missing: they read as zeros then.
-  --progress            Show how far it is, how fast, and how long it will take.
+  --force               Switch although blocks are missing: they read as zeros
+                        then.
+  --progress            Show how far it is, how fast, and how long it will
+                        take.
   --blocks-per-request COUNT
-                        Ask the origin for so many blocks of 4 KiB at once, at most 8192.
+                        Ask the origin for so many blocks of 4 KiB at once, at
+                        most 8192.
   --limit-rate RATE     Copy no more bytes a second than RATE: 200M, 512K, ...
-  --exportname NAME     The export to ask the new origin for (default: its default one).
+  --exportname NAME     The export to ask the new origin for (default: its
+                        default one).
   -h, --help            Show this text.
   --version             Show the version.
 
-Exit status: 0, 1 if the server says no or cannot be reached, 2 if the command line makes
-no sense, 130 after Ctrl-C.
+Exit status: 0, 1 if the server says no or cannot be reached, 2 if the command
+line makes no sense, 130 after Ctrl-C.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def shown(text: object) -> str:
 def _trouble(path: str, error: OSError) -> str:
     """Why nobody could be reached at *path*, and what to do."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return f"there is no control socket {path}: give the path that the server was started with"
+        return f"there is no control socket {path}: start the server, or give the path that it was started with"
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"no permission to use {path}: run this as the server's user or as root"
     if error.errno in (errno.ECONNREFUSED, errno.EPROTOTYPE):

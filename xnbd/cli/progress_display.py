@@ -12,6 +12,8 @@ from .quantities import duration, percentage, rate, size
 
 _LINE_INTERVAL = 5.0
 _PACE_TIME = 5.0
+_ROOM_FOR_CTRL_C = 3
+"""Columns at the bar's right end: the terminal's ``^C`` would wrap there, and leave half a bar on the line above."""
 _BAR_FORMAT = "{share} |{bar}| {status}"
 
 
@@ -85,6 +87,8 @@ class ProgressBar:
             @property
             def format_dict(self) -> MutableMapping[str, Any]:
                 fields = super().format_dict
+                if fields["ncols"]:
+                    fields["ncols"] -= _ROOM_FOR_CTRL_C
                 done, total = int(fields["n"]), int(fields["total"])
                 fields["share"] = f"{percentage(done, total):>7}"
                 fields["status"] = status(done, total, pace.rate())

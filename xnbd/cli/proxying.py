@@ -69,7 +69,11 @@ def origin_of(arguments: Arguments) -> OriginAddress:
     uri, name = arguments["REMOTE_URI"], arguments["--target-exportname"]
     if uri is not None:
         if "://" not in uri:
-            raise ConfigurationError(f"{uri}: expected REMOTE_HOST REMOTE_PORT, or an NBD URI", USAGE_ERROR)
+            raise ConfigurationError(
+                f"{uri} is no NBD URI; with a host the arguments are REMOTE_HOST REMOTE_PORT CACHE_DISK_IMAGE "
+                "CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH",
+                USAGE_ERROR,
+            )
         return parse_origin(uri, None, name)
     return parse_origin(arguments["REMOTE_HOST"], arguments["REMOTE_PORT"], name)
 
@@ -97,7 +101,7 @@ def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *
         size = probe(here, timeout=timeout).size
     except OriginLost as lost:
         if known is None:
-            raise ConfigurationError(f"{lost}; its disk's size has to be known once") from lost
+            raise ConfigurationError(f"{lost}; a proxy's first start needs its origin") from lost
         log.warning("%s; cached blocks are served, the others wait", lost)
         return known.size
     if not size:

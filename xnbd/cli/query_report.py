@@ -130,9 +130,10 @@ def _cache_all(answer: Message) -> Iterator[str]:
     copy = answer.get("cache_all")
     if not copy:
         return
-    copied, total, speed = copy["copied_bytes"], copy["total_bytes"], copy.get("rate") or 0.0
+    copied, total, speed = copy["copied_bytes"], copy["total_bytes"], copy.get("rate")
     yield f"{percentage(copied, total)}, {size(copied)} of {size(total)}, process {copy['pid']}"
-    yield f"{rate(speed)}, {duration((total - copied) / speed)} left" if speed > 0 else "waiting"
+    if speed is not None:
+        yield f"{rate(speed)}, {duration((total - copied) / speed)} left" if speed > 0 else "waiting"
 
 
 _SECTIONS = [

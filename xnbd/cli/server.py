@@ -4,76 +4,97 @@ Usage:
   xnbd-server --target [--laddr ADDRESS]... [options] DISK_IMAGE
   xnbd-server --cow-target [--laddr ADDRESS]... [options] BASE_DISK_IMAGE
   xnbd-server --proxy [--laddr ADDRESS]... [options]
-              REMOTE_HOST REMOTE_PORT CACHE_DISK_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH
+              REMOTE_HOST REMOTE_PORT CACHE_DISK_IMAGE CACHE_BITMAP_IMAGE
+              CONTROL_SOCKET_PATH
   xnbd-server --proxy [--laddr ADDRESS]... [options]
-              REMOTE_URI CACHE_DISK_IMAGE CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH
+              REMOTE_URI CACHE_DISK_IMAGE CACHE_BITMAP_IMAGE
+              CONTROL_SOCKET_PATH
   xnbd-server --help
   xnbd-server --version
 
 Mode options:
-  --target              Serve DISK_IMAGE, a file or a block device; clients' writes go to it.
-  --cow-target          Serve BASE_DISK_IMAGE, which never changes: what clients write goes to
-                        a file without a name, which is gone when the server ends.
-  --proxy               Serve the disk of another NBD server, REMOTE_HOST REMOTE_PORT or an
-                        NBD URI. What clients read is kept in CACHE_DISK_IMAGE, and so is
-                        what they write, which never goes to the other server. The files
-                        are made if they are not there. xnbd-bgctl steers the proxy through
+  --target              Serve DISK_IMAGE, a file or a block device; clients'
+                        writes go to it.
+  --cow-target          Serve BASE_DISK_IMAGE, which never changes: what
+                        clients write goes to a file without a name, which is
+                        gone when the server ends.
+  --proxy               Serve the disk of another NBD server, REMOTE_HOST
+                        REMOTE_PORT or an NBD URI. What clients read is kept in
+                        CACHE_DISK_IMAGE, and so is what they write, which
+                        never goes to the other server. The files are made if
+                        they are not there. xnbd-bgctl steers the proxy through
                         CONTROL_SOCKET_PATH.
 
 Listening options:
   --lport PORT          TCP port (default: 8520); 0 picks a free one.
   --laddr ADDRESS       Address to listen on, may be given several times
                         (default: all addresses, IPv4 and IPv6).
-  --unix PATH           Listen on a Unix socket; without --lport and --laddr on nothing else.
-  --inetd               Serve the one client on standard input, negotiation included.
+  --unix PATH           Listen on a Unix socket; without --lport and --laddr on
+                        nothing else.
+  --inetd               Serve the one client on standard input, negotiation
+                        included.
   --connected-fd NUMBER
-                        Serve the one client on this descriptor, with whom a wrapper has
-                        negotiated already; begin with its first request.
+                        Serve the one client on this descriptor, with whom a
+                        wrapper has negotiated already; begin with its first
+                        request.
   --negotiated FEATURES
-                        What that wrapper has negotiated, separated by commas: newstyle,
-                        structured, allocation. Without it replies are simple ones in the
-                        order of the requests, which suits every client.
+                        What that wrapper has negotiated, separated by commas:
+                        newstyle, structured, allocation. Without it replies
+                        are simple ones in the order of the requests, which
+                        suits every client.
 
 Disk options:
-  --create SIZE         Make DISK_IMAGE as a sparse file if it does not exist: 512M, 1G, ...
+  --create SIZE         Make DISK_IMAGE as a sparse file if it does not exist:
+                        512M, 1G, ...
   --cow-dir DIR         Directory for what clients of a --cow-target write
                         (default: beside the image, else $TMPDIR).
   --readonly            Disconnect a client that writes.
-  --exportname NAME     Name to answer to besides the empty one (default: file name of the image).
-  --oldstyle            Speak the oldstyle negotiation, for old clients and proxies.
+  --exportname NAME     Name to answer to besides the empty one (default: file
+                        name of the image).
+  --oldstyle            Speak the oldstyle negotiation, for old clients and
+                        proxies.
 
 Proxy options:
   --target-exportname NAME
-                        Name of the disk on the other server (default: the empty one).
-  --clear-bitmap        Forget which blocks are cached, what clients have written included.
-                        Default: go on with what the files hold.
-  --max-queue-size N    Requests of one client that may wait for the other server before no
-                        more are received from it, 0 for any number (default: 4096).
-  --max-buf-size BYTES  Data of one client that may wait likewise, 0 for any amount
-                        (default: 64M).
-  --readahead SIZE      Fetch up to so much ahead of a client that reads in order; adapts by
-                        itself up to that; 0 fetches nothing ahead (default: 8M).
+                        Name of the disk on the other server (default: the
+                        empty one).
+  --clear-bitmap        Forget which blocks are cached, what clients have
+                        written included. Default: go on with what the files
+                        hold.
+  --max-queue-size N    Requests of one client that may wait for the other
+                        server before no more are received from it, 0 for any
+                        number (default: 4096).
+  --max-buf-size BYTES  Data of one client that may wait likewise, 0 for any
+                        amount (default: 64M).
+  --readahead SIZE      Fetch up to so much ahead of a client that reads in
+                        order; adapts by itself up to that; 0 fetches nothing
+                        ahead (default: 8M).
   --connect-timeout SECONDS
-                        Try so long to reach the other server, then again (default: 10).
+                        Try so long to reach the other server, then again
+                        (default: 10).
   --origin-timeout SECONDS
-                        Answer with an error what has waited so long for the other server
-                        (default: wait, and try again, for ever).
+                        Answer with an error what has waited so long for the
+                        other server (default: wait, and try again, for ever).
 
 Process options:
   --daemonize           Go into the background once the server listens.
-  --pidfile FILE        Write the master's process id to FILE, and remove it at the end.
-  --max-clients N       Serve N clients at once, let others wait [default: 4096].
+  --pidfile FILE        Write the master's process id to FILE, and remove it at
+                        the end.
+  --max-clients N       Serve N clients at once, let others wait
+                        [default: 4096].
   --spare-workers N     Keep N processes ready for new clients [default: 4].
   --handshake-timeout SECONDS
-                        Drop a client that has not negotiated by then [default: 10].
-  --control PATH        Listen there for xnbd-bgctl: --query and --snapshot. A proxy has its own
-                        argument for that.
-  --spin MICROSECONDS   Poll for the next request for so long before sleeping; adapts by
-                        itself to a slower client, 0 never polls [default: 150].
+                        Drop a client that has not negotiated by then
+                        [default: 10].
+  --control PATH        Listen there for xnbd-bgctl: --query and --snapshot. A
+                        proxy has its own argument for that.
+  --spin MICROSECONDS   Poll for the next request for so long before sleeping;
+                        adapts by itself to a slower client, 0 never polls
+                        [default: 150].
 
 Logging options:
-  --logpath FILE        Append to FILE. Without it: standard error, or syslog with
-                        --daemonize or --inetd.
+  --logpath FILE        Append to FILE. Without it: standard error, or syslog
+                        with --daemonize or --inetd.
   --syslog              Log to syslog; also to FILE if --logpath is given.
   --verbose             Log more.
   --quiet               Log warnings and errors only.
@@ -82,8 +103,8 @@ Other options:
   -h, --help            Show this text.
   --version             Show the version.
 
-Signals, to the master: TERM or INT stops it in good order, a second one at once.
-USR1 makes a snapshot, DISK_IMAGE.snapshot.SECONDS, while clients go on.
+Signals, to the master: TERM or INT stops it in good order, a second one at
+once. USR1 makes a snapshot, DISK_IMAGE.snapshot.SECONDS, while clients go on.
 USR2 makes a proxy a plain target, if every block is cached.
 """
 

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, Optional
 from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
-from ..process import Daemon, PidFile, notify_service_manager, set_title, take_client_socket
+from ..process import Daemon, PidFile, keep_standard_streams, notify_service_manager, set_title, take_client_socket
 from ..protocol.constants import MAXIMUM_STRING
 from ..protocol.negotiation import Agreement
 from ..server.connection import Connection
@@ -23,7 +23,7 @@ from ..server.waiting import QueueLimits
 from ..server.watch import Watch
 from ..storage.image import Source
 from ..storage.target import TargetSource, create_sparse
-from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_together
+from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_same_file, refuse_together
 
 Arguments = Dict[str, Any]
 
@@ -46,6 +46,7 @@ def serve(program: str, arguments: Arguments, client: Optional[int]) -> int:
 
     Raises `ConfigurationError` if the server cannot start.
     """
+    keep_standard_streams()
     refuse_together(arguments, "--inetd", ["--connected-fd", "--daemonize", "--pidfile", *_LISTENING])
     refuse_together(arguments, "--connected-fd", ["--daemonize", "--pidfile", *_LISTENING])
     refuse_together(arguments, "--verbose", ["--quiet"])
@@ -63,6 +64,7 @@ def serve(program: str, arguments: Arguments, client: Optional[int]) -> int:
     for option in _PATHS:
         if arguments[option]:
             arguments[option] = os.path.abspath(arguments[option])
+    refuse_same_file({name: arguments[name] for name in _PATHS})
     _set_up_logs(program, arguments)
     if arguments["--inetd"] or arguments["--connected-fd"]:
         return _serve_one(arguments, client)

@@ -71,14 +71,18 @@ def _switch(arguments: Arguments) -> None:
     _print([line])
 
 
-def _cache_all(arguments: Arguments) -> None:
+def _copy_request(arguments: Arguments, *, wait: bool) -> Message:
     count, limit = arguments["--blocks-per-request"], arguments["--limit-rate"]
-    request = {
+    return {
         "command": "cache-all",
-        "wait": True,
+        "wait": wait,
         "blocks_per_request": count and parse_integer(count, "--blocks-per-request", 1, _MOST_BLOCKS),
         "limit_rate": limit and parse_size(limit, "--limit-rate"),
     }
+
+
+def _cache_all(arguments: Arguments) -> None:
+    request = _copy_request(arguments, wait=True)
     reached: Message = {}
     answer: Message = {}
     try:
@@ -104,8 +108,9 @@ def _outcome(answer: Message) -> str:
 
 
 def _cache_all_in_background(arguments: Arguments) -> None:
+    request = _copy_request(arguments, wait=False)
     with _connect(arguments) as server:
-        answer = server.ask(command="cache-all", wait=False)
+        answer = server.ask(**request)
     _print([f"process {answer['pid']} copies; --query shows how far it is"])
 
 

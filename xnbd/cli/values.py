@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import Any, Dict, List
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List
 
 from ..errors import ConfigurationError
 
@@ -20,21 +21,38 @@ def parse_command_line(program: str, usage: str, argv: List[str], version: str) 
 
     Raises `ConfigurationError` for a command line that does not fit *usage*.
     """
-    from docopt import DocoptExit, docopt
-
     try:
-        arguments = dict(docopt(usage, argv, version=version))
-    except BrokenPipeError:  # whoever reads the help has seen enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except DocoptExit as error:
+        from docopt import DocoptExit, docopt
+    except ImportError:
         raise ConfigurationError(
-            f"{_reason(error, usage, argv)} ({program} --help shows the usage)", USAGE_ERROR
+            f"{sys.executable} lacks the module docopt: contrib/setup makes a .venv/bin/{program} that has all it needs"
         ) from None
+    try:
+        with _printing():
+            arguments = dict(docopt(usage, argv, version=version))
+    except DocoptExit as error:
+        reason = _reason(error, usage, argv)
+        raise ConfigurationError(f"{reason} ({program} --help shows the usage)", USAGE_ERROR) from None
     for name, value in arguments.items():
         if value == "":
             raise ConfigurationError(f"{name} is empty ({program} --help shows the usage)", USAGE_ERROR)
     return arguments
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Raises `ConfigurationError` if what is printed inside cannot be; a reader who has seen enough is none."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        if isinstance(error, BrokenPipeError):
+            sys.exit(0)
+        raise ConfigurationError(f"cannot write to standard output: {error.strerror}") from error
 
 
 def _reason(error: BaseException, usage: str, argv: List[str]) -> str:
@@ -44,11 +62,31 @@ def _reason(error: BaseException, usage: str, argv: List[str]) -> str:
         return "nothing to do"
     for word in argv:
         option = word.partition("=")[0]
-        if option.startswith("-") and not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", usage):
+        end = "" if option.startswith("--") else r"(?![\w-])"  # long ones may be abbreviated
+        if option.startswith("-") and not re.search(rf"(?<![\w-]){re.escape(option)}{end}", usage):
             return f"there is no option {option}"
     if not first or first.lower().startswith(("usage:", "warning:")):
-        return f"these arguments do not fit together: {' '.join(argv)}"
+        return f"these arguments do not fit together: {' '.join(argv)}; {_expected(usage, argv)}"
     return first
+
+
+def _expected(usage: str, argv: List[str]) -> str:
+    """The first line of *usage* that has one of the commands in *argv*, or the commands, one of which is missing."""
+    options = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    commands: List[str] = []
+    for form in _forms(usage):
+        of_this_form = re.findall(r"--[\w-]+", re.sub(r"\[.*?\]", "", form))
+        if not of_this_form or any(command.startswith(option) for option in options for command in of_this_form):
+            return f"expected {form}"
+        commands += of_this_form
+    return f"expected one of {', '.join(dict.fromkeys(commands))}"
+
+
+def _forms(usage: str) -> List[str]:
+    """The command lines of *usage*, each in one line, but those of --help and --version."""
+    lines = usage.partition("Usage:\n")[2].partition("\n\n")[0]
+    forms = [" ".join(form.split()) for form in re.split(r"\n  (?! )", f"\n{lines}") if form]
+    return [form for form in forms if not form.endswith((" --help", " --version"))]
 
 
 def parse_size(text: str, option: str) -> int:
@@ -86,3 +124,14 @@ def refuse_together(arguments: Dict[str, Any], first: str, others: List[str]) ->
     for other in others:
         if arguments[other]:
             raise ConfigurationError(f"{first} and {other} do not go together", USAGE_ERROR)
+
+
+def refuse_same_file(paths: Dict[str, Any]) -> None:
+    """Raises `ConfigurationError` if two of *paths*, by what they are for, are one file; a path may be None."""
+    found: Dict[str, str] = {}
+    for name, path in paths.items():
+        if path is None:
+            continue
+        other = found.setdefault(os.path.realpath(path), name)
+        if other != name:
+            raise ConfigurationError(f"{other} and {name} are the same file, {path}: each needs its own", USAGE_ERROR)

@@ -1,4 +1,4 @@
-"""xnbd-wrapper: serve many disks behind one port; clients choose one by its export name.
+"""xnbd-wrapper: serve many disks behind one port, chosen by their export names.
 
 Usage:
   xnbd-wrapper [--imgfile IMAGE]... [--laddr ADDRESS]... [options]
@@ -6,37 +6,42 @@ Usage:
   xnbd-wrapper --version
 
 Disk options:
-  --imgfile IMAGE       Add IMAGE to the database as a target; its export name is the file's
-                        name without directories. May be given several times.
+  --imgfile IMAGE       Add IMAGE to the database as a target; its export name
+                        is the file's name without directories. May be given
+                        several times.
   --dbpath PATH         Database of the exports, made if it does not exist
                         [default: /var/lib/xnbd/xnbd.state].
-  --cow                 Every client of a target gets a copy-on-write disk of its own, which
-                        is gone when the client leaves.
+  --cow                 Every client of a target gets a copy-on-write disk of
+                        its own, which is gone when the client leaves.
   --readonly            Disconnect a client that writes.
 
 Listening options:
   --lport PORT          TCP port [default: 8520]; 0 picks a free one.
   --laddr ADDRESS       Address to listen on, may be given several times
                         (default: all addresses, IPv4 and IPv6).
-  --socket PATH         Socket for xnbd-wrapper-ctl [default: /var/run/xnbd-wrapper.ctl].
+  --socket PATH         Socket for xnbd-wrapper-ctl
+                        [default: /var/run/xnbd-wrapper.ctl].
   --handshake-timeout SECONDS
-                        Drop a client that has not negotiated by then [default: 10].
+                        Drop a client that has not negotiated by then
+                        [default: 10].
 
 Server options:
   --xnbd-server COMMAND
-                        Run COMMAND for each client. Without it the wrapper's own process
-                        goes on as xnbd-server, which is quicker.
-  --xnbd-bgctl COMMAND  Steer proxies with COMMAND instead of the xnbd-bgctl that comes with
-                        this program.
-  --max-queue-size N    Passed on to the servers of proxies, see xnbd-server(8).
+                        Run COMMAND for each client. Without it the wrapper's
+                        own process goes on as xnbd-server, which is quicker.
+  --xnbd-bgctl COMMAND  Steer proxies with COMMAND instead of the xnbd-bgctl
+                        that comes with this program.
+  --max-queue-size N    Passed on to the servers of proxies, see
+                        xnbd-server(8).
   --max-buf-size BYTES  Likewise.
 
 Process options:
   --daemonize           Go into the background once the wrapper listens.
-  --max-clients N       Serve N clients at once, let others wait [default: 4096].
-  --logpath FILE        Append the log to FILE, the servers' too. Without it: standard error,
-                        or syslog with --daemonize.
-  --syslog              Log to syslog, the servers too; also to FILE if --logpath is given.
+  --max-clients N       Serve N clients at once, let others wait
+                        [default: 4096].
+  --logpath FILE        Append the log to FILE, the servers' too. Without it:
+                        standard error, or syslog with --daemonize.
+  --syslog              Log to syslog, the servers too; with --logpath to both.
 
 Other options:
   -h, --help            Show this text.

@@ -21,7 +21,7 @@ from ..wrapper.jobs import program
 from ..wrapper.servers import Servers, is_extended
 from ..wrapper.wrapper import Settings, Wrapper
 from .inside import load_server, run_bgctl, run_server
-from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size
+from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_same_file
 
 Arguments = Dict[str, Any]
 
@@ -35,6 +35,7 @@ def wrap(program: str, arguments: Arguments) -> int:
         if arguments[option]:
             arguments[option] = os.path.abspath(arguments[option])
     images = [os.path.abspath(path) for path in arguments["--imgfile"]]
+    refuse_same_file({**{f"--imgfile {path}": path for path in images}, **{name: arguments[name] for name in _PATHS}})
     path, syslog = arguments["--logpath"], arguments["--syslog"]
     syslog = syslog or bool(arguments["--daemonize"] and not path)
     logs.set_up(program, path=path, syslog=syslog, stderr=not (path or syslog), level=logging.INFO)

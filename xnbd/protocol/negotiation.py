@@ -115,12 +115,13 @@ class Negotiation:
 
     ``agreement`` is None until an export was chosen; ``aborted`` tells that the
     client has given up. The reply that `on_option` returns has to be sent in
-    either case.
+    either case. ``unknown`` is the first name for which there was no export.
     """
 
     def __init__(self, exports: Exports) -> None:
         self.agreement: Optional[Agreement] = None
         self.aborted = False
+        self.unknown: Optional[str] = None
         self._exports = exports
         self._structured = False
         self._context_name: Optional[str] = None
@@ -255,6 +256,7 @@ class Negotiation:
         except RequestError as error:
             raise _Refused(c.REP_ERR_UNKNOWN, str(error)) from error
         if export is None:
+            self.unknown = name if self.unknown is None else self.unknown
             raise _Refused(c.REP_ERR_UNKNOWN, "no such export")
         return export
 

@@ -230,7 +230,8 @@ class _Connection:
             request = parse_request(line)
             command = self._commands.get(request["command"])
             if command is None:
-                raise CommandError(f"there is no command {request['command'][:40]!r} here")
+                known = ", ".join(self._commands)
+                raise CommandError(f"there is no command {request['command'][:40]!r} here, only: {known}")
             self._reply = command(request)
             self._step_at = 0.0
         except Exception as error:

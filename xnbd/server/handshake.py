@@ -6,9 +6,12 @@ from time import monotonic
 from typing import Optional
 
 from ..errors import ProtocolError
+from ..logs import log
 from ..protocol import negotiation
 from ..protocol.negotiation import Agreement, Export, Exports
 from .connection import Connection
+
+_SHOWN_NAME = 200
 
 
 def negotiate(connection: Connection, exports: Exports, timeout: float) -> Optional[Agreement]:
@@ -18,6 +21,7 @@ def negotiate(connection: Connection, exports: Exports, timeout: float) -> Optio
     """
     deadline = monotonic() + timeout
     machine = negotiation.Negotiation(exports)
+    told = False
     connection.send_until(negotiation.pack_greeting(), deadline)
     machine.on_client_flags(int.from_bytes(connection.receive_exactly(4, deadline), "big"))
     while machine.agreement is None and not machine.aborted:
@@ -28,6 +32,9 @@ def negotiate(connection: Connection, exports: Exports, timeout: float) -> Optio
         option, length = negotiation.parse_option_header(header)
         data = connection.receive_exactly(length, deadline)
         reply = machine.on_option(option, data)
+        if machine.unknown is not None and not told:
+            told = True  # once: a client may ask a thousand times
+            log.warning("%s: unknown export %r", connection.peer, machine.unknown[:_SHOWN_NAME])
         try:
             connection.send_until(reply, deadline)
         except OSError:

@@ -9,9 +9,12 @@ import socket
 import stat
 import time
 from contextlib import contextmanager, suppress
-from typing import Iterator, List, Optional, Sequence
+from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence
 
 from ..errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import psutil
 
 DEFAULT_PORT = 8520
 _BACKLOG = 4096
@@ -109,7 +112,7 @@ class UnixSocket:
                 self.socket.listen(backlog)
             except OSError as error:
                 self.socket.close()
-                raise ConfigurationError(f"cannot listen on {path}: {error.strerror or error}") from error
+                raise ConfigurationError(_unix_trouble(path, error)) from error
 
     def remove(self) -> None:
         """Remove the file, in the process that made it, unless a successor's is there by now."""
@@ -186,6 +189,8 @@ def _bind_trouble(host: str, port: int, error: OSError) -> str:
         return f"port {port} is in use{_holder_of(port)}: stop that program, or choose another --lport"
     if error.errno == errno.EACCES:
         return f"port {port} is reserved for root: choose an --lport of 1024 or more"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{host} is no address of this computer: choose another --laddr"
     return f"cannot listen on {host} port {port}: {error.strerror}"
 
 
@@ -197,10 +202,20 @@ def _holder_of(port: int) -> str:
         for connection in psutil.net_connections("tcp"):
             listens = connection.status == psutil.CONN_LISTEN and connection.laddr
             if listens and (port,) == connection.laddr[1:2] and connection.pid:
-                return f" by {psutil.Process(connection.pid).name()} (process {connection.pid})"
+                holder = _master_of(psutil.Process(connection.pid))
+                return f" by {holder.name()} (process {holder.pid})"
     except (psutil.Error, OSError):
         pass  # it is only a detail of a message
     return ""
+
+
+def _master_of(worker: psutil.Process) -> psutil.Process:
+    """The first of *worker*'s ancestors that is of the same program: to stop that one helps."""
+    program = worker.name().partition(":")[0]
+    parent = worker.parent()
+    if parent is None or parent.name().partition(":")[0] != program:
+        return worker
+    return _master_of(parent)
 
 
 @contextmanager
@@ -243,7 +258,13 @@ def _clear_stale(path: str) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise ConfigurationError(f"cannot listen on {path}: {error.strerror or error}") from error
+        raise ConfigurationError(_unix_trouble(path, error)) from error
+
+
+def _unix_trouble(path: str, error: OSError) -> str:
+    if error.errno is None:  # Python's own check of what fits into sockaddr_un
+        return f"cannot listen on {path}: path too long, a Unix socket's has at most 107 bytes"
+    return f"cannot listen on {path}: {error.strerror}"
 
 
 def _nobody_listens(path: str) -> bool:

@@ -12,7 +12,7 @@ import select
 import signal
 import socket
 from time import monotonic
-from typing import Dict, NamedTuple, Optional, Sequence, Set
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set
 
 from ..errors import ConfigurationError
 from ..logs import log
@@ -131,7 +131,7 @@ class Master:
 
     def _ask_for_snapshot(self) -> None:
         if self._service.source.mode == "proxy":
-            log.warning("SIGUSR1: a proxy has no snapshots: its disk is not whole here")
+            log.warning("SIGUSR1: a proxy has no snapshots; after a switch restart it with --target, which has them")
             return
         if self._steward is None:
             self._start_steward_again()
@@ -188,7 +188,7 @@ class Master:
                 self._spares.add(pid)
 
     def _reap(self) -> None:
-        while self._spares or self._clients or self._steward:
+        while self._children():
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 return
@@ -217,20 +217,20 @@ class Master:
 
     def _stop(self) -> int:
         """Let the workers finish what they have in hand; a second signal or `_STOP_TIME` ends that."""
-        log.info("stopping; %d clients are connected", len(self._clients))
+        log.info("stopping; clients connected: %d", len(self._clients))
         self._stopping = True
         for listener in self._listeners:
             listener.close()
         self._signal_workers(signal.SIGTERM)
         deadline = monotonic() + _STOP_TIME
         hurry = False
-        while self._spares or self._clients or self._steward:
+        while self._children():
             hurry = bool(self._wait(deadline) & {signal.SIGTERM, signal.SIGINT}) or hurry
-            if not hurry and monotonic() < deadline:
+            if not self._children() or (not hurry and monotonic() < deadline):
                 continue
             if self._killing:
                 break  # not even SIGKILL ends a process whose disk hangs
-            log.warning("ending %d workers that are still busy", len(self._spares) + len(self._clients))
+            log.warning("ending %d processes that are still busy", len(self._children()))
             self._killing = True
             self._signal_workers(signal.SIGKILL)
             deadline = monotonic() + _KILL_TIME
@@ -241,8 +241,11 @@ class Master:
         return int(self._killing)
 
     def _signal_workers(self, number: int) -> None:
-        for pid in (*self._spares, *self._clients, *([self._steward] if self._steward else [])):
+        for pid in self._children():
             os.kill(pid, number)
+
+    def _children(self) -> List[int]:
+        return [*self._spares, *self._clients, *([self._steward] if self._steward else [])]
 
 
 def _signal_name(number: int) -> str:

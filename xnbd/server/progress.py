@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from time import monotonic
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 from ..storage.bitmap import Bitmap
 from ..storage.blocks import BLOCK
@@ -52,9 +52,13 @@ class Rate:
     def __init__(self) -> None:
         self._samples: List[Tuple[float, int]] = []
 
-    def of(self, amount: int) -> float:
-        """The rate, now that *amount* has been reached."""
+    def of(self, amount: int) -> Optional[float]:
+        """The rate, now that *amount* has been reached; None at the first time.
+
+        Who asks seldom gets the rate since the time before.
+        """
         now = monotonic()
-        self._samples = [sample for sample in self._samples if now - sample[0] < _WINDOW] + [(now, amount)]
+        recent = [sample for sample in self._samples if now - sample[0] < _WINDOW] or self._samples[-1:]
+        self._samples = [*recent, (now, amount)]
         first_time, first_amount = self._samples[0]
-        return max(0.0, (amount - first_amount) / (now - first_time)) if now > first_time else 0.0
+        return max(0.0, (amount - first_amount) / (now - first_time)) if now > first_time else None

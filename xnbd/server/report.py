@@ -29,14 +29,19 @@ class Report:
         self._board = board
         self._began = time()
         self._meter = UsageMeter()
+        self._copier: Optional[int] = None
         self._copy_rate = Rate()
 
     def answer(self, state: Optional[ProcessState], progress: Optional[Progress], cells: Optional[int]) -> Message:
-        """Everything; *state* and *progress* are a proxy's, whose map gets *cells* if that is not None."""
+        """Everything; *state* and *progress* are a proxy's, whose map gets *cells* if that is not None.
+
+        After the switch it is a target, and nothing is told of an origin and a cache.
+        """
         source, lines, totals = self._source, self._board.lines(), self._board.totals()
+        switched = self._board.mode == TARGET
         usage = self._meter.usage([line.pid for line in lines])
         answer: Message = {
-            "mode": "target" if self._board.mode == TARGET else source.mode,
+            "mode": "target" if switched else source.mode,
             "name": source.name,
             "description": self._description(),
             "pid": os.getppid(),
@@ -46,10 +51,10 @@ class Report:
             "disk_size": source.size,
             "block_size": BLOCK,
             "counters": _counters(totals),
-            "queue": self._queue(lines),
             "workers": [_worker(line, usage.get(line.pid)) for line in lines if line.peer not in ("", COPYING_PEER)],
         }
-        if isinstance(source, ProxySource) and state is not None and progress is not None:
+        if isinstance(source, ProxySource) and not switched and state is not None and progress is not None:
+            answer["queue"] = self._queue(lines)
             answer["blocks"] = {"total": progress.blocks, "cached": progress.blocks - progress.missing()}
             answer["origin"] = self._origin(source, lines)
             answer["checkpoint"] = self._checkpoint(state)
@@ -95,6 +100,8 @@ class Report:
 
     def _copy(self, lines: List[Line], progress: Progress) -> Optional[Message]:
         pid = next((line.pid for line in lines if line.peer == COPYING_PEER), None)
+        if pid != self._copier:
+            self._copier, self._copy_rate = pid, Rate()
         if pid is None:
             return None
         cached = progress.cached_bytes()
