@@ -176,7 +176,7 @@ def test_cache_and_bitmap_in_one_file_are_refused(tmp_path: Path) -> None:
     assert message.startswith("xnbd-server: CACHE_DISK_IMAGE and CACHE_BITMAP_IMAGE are the same file")
 
 
-@pytest.mark.parametrize("program", ["xnbd-server", "xnbd-bgctl", "xnbd-wrapper"])
+@pytest.mark.parametrize("program", ["xnbd-server", "xnbd-bgctl", "xnbd-wrapper", "xnbd-wrapper-ctl"])
 def test_usage_fits_into_80_columns(program: str) -> None:
     lines = usage_of(program).splitlines()
     assert [line for line in lines if len(line) > 80] == []

@@ -43,7 +43,7 @@ from rawclient import (
     pack_option,
     pack_request,
 )
-from server_process import Server, command, cpu_seconds, is_alive, kill_all, run, title_of, wait_until
+from server_process import Server, command, cpu_seconds, is_alive, kill_all, run, state_of, title_of, wait_until
 
 EIO, ENOSPC = 5, 28
 
@@ -1026,6 +1026,7 @@ def test_second_signal_when_the_last_worker_has_just_ended_is_no_failure(server:
     held = server.workers()
     for pid in held:
         os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: all(state_of(pid) == "T" for pid in held), "all workers to stand still")
     server.process.send_signal(signal.SIGTERM)
     wait_until(lambda: all(map(has_sigterm_pending, held)), "SIGTERM to all workers")
     server.process.send_signal(signal.SIGSTOP)

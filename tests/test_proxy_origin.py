@@ -243,6 +243,28 @@ def test_only_who_needs_a_block_that_the_origin_cannot_read_gets_an_error(
     assert files.cached() == [8, 9, *range(11, 16)]
 
 
+def test_a_copy_goes_on_past_what_the_origin_cannot_read_and_tells_of_it(
+    deceived: Server, files: CacheFiles, liar: Liar
+) -> None:
+    def answer(asked: Asked) -> bytes:
+        bad = any(asked.offset <= block * BLOCK < asked.offset + asked.length for block in (3, 200))
+        return lie.simple(asked.cookie, error=5) if bad else liar.honest(asked)
+
+    liar.answer = answer
+    status, _, err = bgctl("--cache-all", files.control, check=False)
+    assert (status, err) == (
+        1,
+        "xnbd-bgctl: 2 blocks could not be copied: Input/output error (the log tells which)\n",
+    )
+    blocks = range(-(-SIZE // BLOCK))
+    assert files.cached() == [block for block in blocks if block not in (3, 200)]
+    for block in (3, 200):
+        assert f"the origin cannot read 4096 bytes at {block * BLOCK}:" in deceived.log()
+    liar.answer = liar.honest
+    bgctl("--cache-all", files.control)
+    assert files.cached() == list(blocks)
+
+
 def test_a_long_write_whose_last_block_cannot_be_read_is_an_error_though_others_are_locked(
     start: Start, tmp_path: Path, files: CacheFiles
 ) -> None:

@@ -364,6 +364,14 @@ def test_no_permission(open_to_all: Path, image: Path) -> None:
         assert take_by_command(open_to_all / "control").path.read_bytes() == disk.read_bytes()
 
 
+def test_a_stop_in_the_middle_is_told_in_the_log(target: Server, disk: Path) -> None:
+    with held_snapshot(target):
+        target.process.send_signal(signal.SIGTERM)
+        target.wait_for_log("WARNING: no snapshot: the server ends")
+    assert target.process.wait(30) == 0
+    assert list(disk.parent.iterdir()) == [disk]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_end_of_the_snapshotting_process_leaves_nothing(target: Server, disk: Path, number: int) -> None:
     with bystander(target) as client:

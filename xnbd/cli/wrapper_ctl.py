@@ -3,17 +3,20 @@
 Usage:
   xnbd-wrapper-ctl [--socket PATH] --list [--json]
   xnbd-wrapper-ctl [--socket PATH] --add-target NAME FILE
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --add-proxy NAME REMOTE_HOST REMOTE_PORT
+  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --add-proxy NAME
+                   REMOTE_HOST REMOTE_PORT
                    CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --add-proxy NAME REMOTE_URI
-                   CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
+  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --add-proxy NAME
+                   REMOTE_URI CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
   xnbd-wrapper-ctl [--socket PATH] --remove-by-exportname NAME
   xnbd-wrapper-ctl [--socket PATH] --remove-by-file FILE
   xnbd-wrapper-ctl [--socket PATH] --bgctl-query NAME
   xnbd-wrapper-ctl [--socket PATH] --bgctl-cache-all NAME
   xnbd-wrapper-ctl [--socket PATH] --bgctl-switch NAME
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --bgctl-reconnect NAME REMOTE_HOST REMOTE_PORT
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --bgctl-reconnect NAME REMOTE_URI
+  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
+                   --bgctl-reconnect NAME REMOTE_HOST REMOTE_PORT
+  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
+                   --bgctl-reconnect NAME REMOTE_URI
   xnbd-wrapper-ctl [--socket PATH] (--save | --orphan | --shutdown)
   xnbd-wrapper-ctl --help
   xnbd-wrapper-ctl --version
@@ -21,30 +24,35 @@ Usage:
 Commands:
   --list                Show the exports and how many clients each has.
   --add-target          Serve FILE, a disk image or a block device, under NAME.
-  --add-proxy           Serve the disk of another server, at REMOTE_HOST REMOTE_PORT or an
-                        NBD URI, under NAME, and cache it here.
+  --add-proxy           Serve the disk of another server, at REMOTE_HOST
+                        REMOTE_PORT or an NBD URI, under NAME; cache it here.
   --remove-by-exportname
-                        Refuse new clients of NAME; those that are connected stay.
-  --remove-by-file      The same for all exports whose disk or cache image is FILE.
+                        Refuse new clients of NAME; the connected ones stay.
+  --remove-by-file      The same for all exports whose disk or cache image is
+                        FILE.
   --bgctl-query         Show how much of a proxy is cached.
   --bgctl-cache-all     Copy what is not cached yet, and wait for it.
-  --bgctl-switch        Make a proxy, all of which is cached, a target; its clients stay.
-  --bgctl-reconnect     Use the disk at REMOTE_HOST REMOTE_PORT, or at an NBD URI, as
-                        a proxy's origin.
-  --save                Write the database, which the wrapper does at every change anyway.
+  --bgctl-switch        Make a proxy, all of which is cached, a target; its
+                        clients stay.
+  --bgctl-reconnect     Use the disk at REMOTE_HOST REMOTE_PORT, or at an NBD
+                        URI, as a proxy's origin.
+  --save                Write the database, which the wrapper does at every
+                        change anyway.
   --orphan              End the wrapper and leave the servers to their clients.
   --shutdown            End the wrapper and all servers.
 
 Options:
-  --socket PATH         Control socket of the wrapper [default: /var/run/xnbd-wrapper.ctl].
+  --socket PATH         Control socket of the wrapper
+                        [default: /var/run/xnbd-wrapper.ctl].
   --json                Print the list as JSON, for programs.
   --target-exportname NAME
-                        The export to ask the origin for (default: its default one).
+                        The export to ask the origin for (default: its
+                        default one).
   -h, --help            Show this text.
   --version             Show the version.
 
-Exit status: 0, 1 if the wrapper says no or cannot be reached, 2 if the command line makes
-no sense, 130 after Ctrl-C; with --bgctl-... that of xnbd-bgctl.
+Exit status: 0, 1 if the wrapper says no or cannot be reached, 2 if the command
+line makes no sense, 130 after Ctrl-C; with --bgctl-... that of xnbd-bgctl.
 """
 
 from __future__ import annotations

@@ -264,13 +264,19 @@ class _Connection:
 
     def _end_reply(self) -> None:
         reply, self._reply = self._reply, None
-        close = getattr(reply, "close", None)
-        if close is None:
-            return
-        try:
-            close()
-        except Exception:
-            log.exception("a command on the control socket failed at its end")
+        if reply is not None:
+            end_reply(reply)
+
+
+def end_reply(reply: Reply) -> None:
+    """Nobody wants more of it: what the command has begun comes to its end."""
+    close = getattr(reply, "close", None)
+    if close is None:
+        return
+    try:
+        close()
+    except Exception:
+        log.exception("a command on the control socket failed at its end")
 
 
 def _failure(reason: str) -> Message:

@@ -8,6 +8,7 @@ at any time and be begun again.
 
 from __future__ import annotations
 
+import errno
 import os
 from time import monotonic
 from typing import Dict, Iterator, NamedTuple, Optional, Tuple
@@ -26,6 +27,8 @@ _LEAST, _SHALLOW = 1 << 20, 512 << 10
 """Bytes asked for at once, at least if nobody else wants anything, and at most if somebody does."""
 
 _SURVEY = 1 << 19
+_SURVEY_ATTEMPTS = 3
+_MOST_FAILURES = 100
 _ZERO_STEP = 1 << 14
 _LOOK_AROUND = 0.1
 
@@ -53,9 +56,13 @@ class Copier:
         self._allowed_at = monotonic()
         self._looked_at = 0.0
         self._crowded = self._passed_over = False
+        self._failures = self._error = 0
 
     def run(self) -> None:
-        """Return when every block is local, or the disk is no proxy any more. Raises `TaskFailed`, and `Stop`."""
+        """Return when every block is local, or the disk is no proxy any more. Raises `TaskFailed`, and `Stop`.
+
+        What the origin cannot read is passed over, and told of in the end.
+        """
         while not self._disk.outdated and not self._bitmap.all_set(0, self._blocks):
             for first, end in self._missing():
                 self._fetch(first, end)
@@ -63,6 +70,8 @@ class Copier:
                     return
             while self._outstanding and not self._disk.outdated:
                 self._wait()
+            if self._failures:
+                self._fail()
             if self._passed_over:
                 self._passed_over = False
                 self._wait()
@@ -83,13 +92,18 @@ class Copier:
             position = end
 
     def _survey(self, first: int, end: int) -> Optional[Survey]:
-        while not self._fetcher.approach():
-            self._wait()
-            if self._disk.outdated:
-                return None
-        survey = self._fetcher.survey(first, end)
-        while survey is not None and not survey.done and not self._disk.outdated:
-            self._wait()
+        """What the origin says of its holes; an origin that is always lost over that is not asked for ever."""
+        survey = None
+        for _ in range(_SURVEY_ATTEMPTS):
+            while not self._fetcher.approach():
+                self._wait()
+                if self._disk.outdated:
+                    return None
+            survey = self._fetcher.survey(first, end)
+            while survey is not None and not survey.done and not self._disk.outdated:
+                self._wait()
+            if survey is None or not survey.lost:
+                break
         return survey
 
     def _between(self, survey: Survey, first: int, end: int) -> Iterator[Tuple[int, int]]:
@@ -160,4 +174,11 @@ class Copier:
         self._window.on_reply(asked_at, now, length, self._bytes)
         self._bytes -= length
         if ticket.error:
-            raise TaskFailed(f"a block could not be copied: {os.strerror(ticket.error)}")
+            self._failures += 1
+            self._error = ticket.error
+            if self._failures == _MOST_FAILURES or ticket.error in (errno.ENOSPC, errno.EDQUOT):
+                self._fail()
+
+    def _fail(self) -> None:
+        missing = self._blocks - self._bitmap.count()
+        raise TaskFailed(f"{missing} blocks could not be copied: {os.strerror(self._error)} (the log tells which)")

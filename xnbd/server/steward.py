@@ -32,7 +32,7 @@ from ..storage.state_files import closed_on_error
 from ..storage.state_format import Steering
 from ..storage.target import reopen
 from .child import Child
-from .control import ControlSocket, Message, Reply, flag_argument, integer_argument, text_argument
+from .control import ControlSocket, Message, Reply, end_reply, flag_argument, integer_argument, text_argument
 from .copier import Copier, CopyOptions
 from .progress import Progress, Rate
 from .report import COPYING_PEER, Report
@@ -264,6 +264,8 @@ class _Stewardship:
     def _end(self) -> None:
         if self._control is not None:
             self._control.close()  # before children are waited for: a successor may want to listen there already
+        for _, reply in self._pending:
+            end_reply(reply)
         for child in (self._copy, self._checkpoint, self._snapshot):
             if child is not None:
                 child.stop()
@@ -362,6 +364,8 @@ class _Stewardship:
 
     def _take_snapshot(self, _request: Message) -> Reply:
         if self._proxy is not None:
+            if self._board.mode == TARGET:
+                raise CommandError("no snapshots of what was started as a proxy: start it as a target first")
             raise CommandError("a proxy has no snapshots: its disk is not whole here")
         while self._snapshot is not None:
             yield None
@@ -372,6 +376,9 @@ class _Stewardship:
             while not child.is_done():
                 yield {"progress": {"copied_bytes": bitmap.count() * BLOCK, "total_bytes": self._blocks * BLOCK}}
                 yield None
+        except GeneratorExit:
+            log.warning("no snapshot: %s", "the server ends" if self._watch.stopping else "who asked for it has left")
+            raise
         finally:
             child.stop()
             child.wait()
@@ -408,7 +415,7 @@ class _Stewardship:
             self._checkpoint.wait()  # it holds its lock in this process's name
         try:
             self._make_durable()  # a bit that is forgotten would be fetched over what the target has written
-            pause = self._become_target(force)
+            pause = self._become_target()
         except TimeoutError as error:
             raise CommandError(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}; try again") from None
         except OSError as error:
@@ -417,15 +424,13 @@ class _Stewardship:
         log.info("switched to a plain target of %s; held for %.1f ms", self._source.name, pause * 1e3)
         yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
 
-    def _become_target(self, force: bool) -> float:
+    def _become_target(self) -> float:
         """Returns how long everybody was held, in seconds. Raises `OSError`, `TimeoutError` among them."""
         assert self._proxy is not None
         try:
             self._proxy.steer(Steering(switched=True, address=self._board.address))
             began = monotonic()
             with self._board.closed(_GATE_TIMEOUT):
-                if not force:
-                    self._refuse_if_missing()
                 self._board.mode = TARGET
                 return monotonic() - began
         finally:

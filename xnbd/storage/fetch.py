@@ -41,8 +41,8 @@ _IN_FLIGHT = 8 << 20
 """Bytes asked for at once for those who wait; ahead of them, a `Window` that is never larger."""
 
 _LEAST_AHEAD = 512 << 10
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.01
-_PAUSE_EACH = 1e-4
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.008
+_PAUSE_EACH = 2e-4
 """Seconds to pause, in the end, for each fetch that finds its blocks locked: to try takes a tenth of that."""
 
 _REST = 4
@@ -120,7 +120,8 @@ class Fetcher(Background):
         self._pause = _FIRST_PAUSE
         self._pauses_end = self._released_at = 0.0
         self._surveys = 0
-        self._damaged: Set[int] = set()
+        self._damaged: Dict[int, Set[int]] = {}  # pieces, and what was told of their blocks
+        self._cache_error = 0  # the one that was told last, until something is written again
         self._approach = False
         self._closing = False
 
@@ -386,6 +387,7 @@ class Fetcher(Background):
         self._window = Window(_LEAST_AHEAD)
         for fetch in reversed(unfinished):
             if isinstance(fetch, Survey):
+                fetch.lost = True
                 fetch.finish(errno.EIO)
                 self.finished.append(fetch.ticket)
                 continue
@@ -453,8 +455,7 @@ class Fetcher(Background):
             if self._bitmap.all_set(first, end):
                 self._finish(fetch, 0)
                 return
-            self._locked_out.append((monotonic() + fetch.pause, fetch))
-            fetch.pause = min(max(_LONGEST_PAUSE, _PAUSE_EACH * len(self._locked_out)), 2 * fetch.pause)
+            self._lock_out(fetch)
             return
         if self._bitmap.any_set(first, end):
             fetch.mixed = True
@@ -467,6 +468,13 @@ class Fetcher(Background):
         self._in_flight += length
         fetch.asked_at = monotonic()
         connection.read(fetch, offset, length)
+
+    def _lock_out(self, fetch: Fetch) -> None:
+        """Try again later, together with all others that pause for as long."""
+        self._locked_out.append(((monotonic() // fetch.pause + 1) * fetch.pause, fetch))
+        others = len(self._wanted) + len(self._locked_out)
+        if fetch.pause < max(_LONGEST_PAUSE, _PAUSE_EACH * others):
+            fetch.pause *= 2
 
     def _split(self, fetch: Fetch, end: int) -> None:
         """Ask for the blocks from *end* on separately, next."""
@@ -507,7 +515,9 @@ class Fetcher(Background):
 
     def _on_cache_failure(self, fetch: Fetch, error: OSError) -> None:
         fetch.error = error.errno or errno.EIO
-        log.error("cannot write to the cache image: %s", error.strerror)
+        if fetch.error != self._cache_error:
+            log.error("cannot write to the cache image: %s", error.strerror)
+        self._cache_error = fetch.error
 
     def on_extents(self, token: Any, extents: List[Tuple[int, int]]) -> None:
         token.add(extents)
@@ -527,6 +537,7 @@ class Fetcher(Background):
             log.info("origin %s: answers again", self._whereabouts.address)
         if not error and not token.error and not self._closing:
             self._bitmap.set(first, end)
+            self._cache_error = 0
         self._locks.let_go(first, end)
         if error and not token.error:
             error = self._on_damage(first, end, error)
@@ -534,16 +545,15 @@ class Fetcher(Background):
 
     def _on_damage(self, first: int, end: int, error: int) -> int:
         """The origin cannot read all of these blocks: the error to tell, 0 if they are to be asked for one by one."""
-        piece = first // PIECE
-        if piece in self._damaged and end - first == 1:
-            return error
-        log.warning("the origin cannot read %d bytes at %d: error %d", (end - first) * BLOCK, first * BLOCK, error)
-        if end - first == 1:
-            return error
         if len(self._damaged) >= _MOST_DAMAGED:
             self._damaged.clear()
-        self._damaged.add(piece)
-        return 0
+        told = self._damaged.setdefault(first // PIECE, set())
+        single = end - first == 1
+        if not single or first not in told:
+            log.warning("the origin cannot read %d bytes at %d: error %d", (end - first) * BLOCK, first * BLOCK, error)
+        if single:
+            told.add(first)
+        return error if single else 0
 
     def _finish(self, fetch: Fetch, error: int) -> None:
         self._forget(fetch)

@@ -13,13 +13,13 @@ class Survey:
     """A question about the blocks from *first* up to *end*: which of them the origin has as zeros.
 
     ``zeros`` are runs of blocks that lie wholly in such extents, ``until`` is where the
-    answer ends: not at *first* unless the origin could not tell.
+    answer ends: not at *first* unless the origin could not tell, or was ``lost`` meanwhile.
     """
 
     def __init__(self, first: int, end: int, size: int) -> None:
         self.first = first
         self.end = end
-        self.done = False
+        self.done = self.lost = False
         self.ticket = Ticket()
         self.zeros: List[Tuple[int, int]] = []
         self.until = first

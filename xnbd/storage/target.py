@@ -52,6 +52,8 @@ def open_disk(path: str, *, readonly: bool) -> int:
             os.close(fd)
             raise OSError(errno.EROFS, "the device is write-protected")
     except OSError as error:
+        if error.errno == errno.ENOENT and not os.path.isdir(os.path.dirname(path) or "."):
+            raise ConfigurationError(f"cannot open {path}: its directory does not exist") from error
         advice = "" if readonly and error.errno != errno.ENOENT else _ADVICE.get(error.errno or 0, "")
         raise ConfigurationError(f"cannot open {path}: {error.strerror}{advice}") from error
     try:

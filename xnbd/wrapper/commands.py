@@ -145,7 +145,7 @@ class Commands:
         self._database.change(exports)
         clients = self._steering.count_clients()
         for name in names:
-            log.info("export %r removed; its %d clients stay", name, clients.get(name, 0))
+            log.info("export %r removed; clients that stay: %d", name, clients.get(name, 0))
             yield {"removed": name}
 
     def _save(self, request: Message) -> Reply:
