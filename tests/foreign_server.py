@@ -2,7 +2,8 @@
 
 What it was called with goes to the file $FOREIGN_LOG, a JSON list a line. Targets are
 served by our own server. As a proxy it serves the cache image as it is, and listens at
-its control socket, where nobody is answered, for as long as it has a client.
+its control socket, where nobody is answered, for as long as it has a client, and then
+for as long as the file $FOREIGN_LINGER is there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import List, Optional
 
@@ -36,9 +38,13 @@ def main(words: List[str]) -> int:
     cache, _bitmap, control = words[-3:]
     listener = listen(control)
     try:
-        return subprocess.call(
+        status = subprocess.call(
             [sys.executable, str(SERVER), "--target", "--connected-fd", str(fd), cache], pass_fds=[fd]
         )
+        os.close(fd)
+        while os.path.exists(os.environ.get("FOREIGN_LINGER", "")):
+            time.sleep(0.02)
+        return status
     finally:
         if listener:
             os.unlink(control)

@@ -205,6 +205,7 @@ class Steered:
     def __init__(self, start_wrapper: StartWrapper, start: Start, image: Path, tmp_path: Path) -> None:
         self.origin = start("--target", image, tcp=True)
         self.behaviour, self.go, self.calls = tmp_path / "behaviour", tmp_path / "go", tmp_path / "calls"
+        self.linger = tmp_path / "linger"
         self.control = tmp_path / "far.ctl"
         self.cache = tmp_path / "cache.img"
         self.cache.write_bytes(random.Random(1).randbytes(image.stat().st_size))
@@ -213,6 +214,7 @@ class Steered:
             "FOREIGN_LOG": str(self.calls),
             "BGCTL": str(self.behaviour),
             "BGCTL_GO": str(self.go),
+            "FOREIGN_LINGER": str(self.linger),
         }
         self.wrapper = start_wrapper("--xnbd-server", FOREIGN, "--xnbd-bgctl", BGCTL, env=environment)
         add_proxy(self.wrapper, tmp_path, self.origin.port)
@@ -238,6 +240,17 @@ def test_a_proxy_without_clients_gets_a_server_for_as_long_as_bgctl_runs(steered
     assert steered.wrapper.ctl("--bgctl-cache-all", "far") == f"called: --cache-all {steered.control}\ndone\n"
     wait_until(lambda: not steered.control.exists(), "the end of that server")
     assert calls(steered.calls)[1][0] == "--proxy"
+
+
+def test_a_server_that_is_about_to_leave_is_not_asked(steered: Steered) -> None:
+    steered.linger.touch()
+    steered.wrapper.ctl("--bgctl-query", "far")
+    with steered.bgctl("--bgctl-query", "far") as second:
+        steered.wrapper.ctl("--list")
+        assert second.poll() is None
+        steered.linger.unlink()
+        assert second.wait(30) == 0
+    assert [words[0] for words in calls(steered.calls)].count("--proxy") == 2
 
 
 def test_failure_of_bgctl_is_handed_back(steered: Steered) -> None:

@@ -19,6 +19,7 @@ class Attendant:
     """
 
     def __init__(self, children: Children, servers: Servers, export: ProxyExport) -> None:
+        self.export = export
         self.status: Optional[int] = None
         self._ours, theirs = socket.socketpair()
 

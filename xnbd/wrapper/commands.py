@@ -58,6 +58,7 @@ class Commands:
         self._bgctl = bgctl
         self._steering = steering
         self._attendants: List[Attendant] = []
+        self._dismissed: List[Attendant] = []
         self._interruptible: List[Job] = []
 
     def table(self) -> Mapping[str, Callable[[Message], Reply]]:
@@ -240,6 +241,9 @@ class Commands:
 
     def _attend(self, export: ProxyExport) -> Generator[None, None, Optional[Attendant]]:
         """See to it that somebody serves *export*; the attendant that was started if nobody did."""
+        deadline = monotonic() + _START_TIME
+        while self._is_leaving(export) and monotonic() < deadline:
+            yield None
         if is_listening(export.control_socket_path):
             return None
         attendant = Attendant(self._children, self._servers, export)
@@ -255,8 +259,14 @@ class Commands:
             raise
         return attendant
 
+    def _is_leaving(self, export: ProxyExport) -> bool:
+        """Whether a former attendant may still listen, but not for long."""
+        self._dismissed = [attendant for attendant in self._dismissed if attendant.status is None]
+        return any(attendant.export.control_socket_path == export.control_socket_path for attendant in self._dismissed)
+
     def _dismiss(self, attendant: Attendant) -> None:
         self._attendants.remove(attendant)
+        self._dismissed.append(attendant)
         attendant.close()
 
     def _follow(self, job: Job, stop_early: bool) -> Reply:
