@@ -253,6 +253,19 @@ def test_a_server_that_is_about_to_leave_is_not_asked(steered: Steered) -> None:
     assert [words[0] for words in calls(steered.calls)].count("--proxy") == 2
 
 
+def test_who_leaves_before_the_answer_is_replaced(steered: Steered) -> None:
+    steered.behaviour.write_text("lose")
+    with steered.wrapper.client("far") as client:
+        assert client.works()
+        wait_until(steered.control.exists, "the server to listen")
+        with steered.bgctl("--bgctl-query", "far") as asking:
+            wait_until(steered.go.exists, "the question")
+            client.sock.close()
+            assert asking.wait(30) == 0
+            assert asking.stdout
+            assert asking.stdout.read().splitlines()[-1] == "done"
+
+
 def test_failure_of_bgctl_is_handed_back(steered: Steered) -> None:
     steered.behaviour.write_text("fail")
     for option in ("--bgctl-query", "--bgctl-switch"):

@@ -221,7 +221,18 @@ class Commands:
 
         With *stop_early* it ends with the operator who asked for it.
         """
+        words = [*options, export.control_socket_path, *(arguments or [])]
         attendant = yield from self._attend(export)
+        outcome = yield from self._run(words, attendant, then, stop_early)
+        if outcome["status"] and not attendant and not is_listening(export.control_socket_path):
+            attendant = yield from self._attend(export)  # whoever served it has left with its last client
+            outcome = yield from self._run(words, attendant, then, stop_early)
+        yield outcome
+
+    def _run(
+        self, words: List[str], attendant: Optional[Attendant], then: Callable[[], None], stop_early: bool
+    ) -> Generator[Optional[Message], None, Message]:
+        """One run of ``xnbd-bgctl``, after which *attendant* may go: what it says on the way, and in the end."""
         failure: List[Exception] = []
 
         def on_end(status: int) -> None:
@@ -234,10 +245,10 @@ class Commands:
                 log.error("xnbd-bgctl has done its work, but: %s", error)
                 failure.append(error)
 
-        words = [*options, export.control_socket_path, *(arguments or [])]
-        yield from self._follow(Job(self._children, self._bgctl(words), on_end), stop_early)
+        outcome = yield from self._follow(Job(self._children, self._bgctl(words), on_end), stop_early)
         if failure:
             raise failure[0]
+        return outcome
 
     def _attend(self, export: ProxyExport) -> Generator[None, None, Optional[Attendant]]:
         """See to it that somebody serves *export*; the attendant that was started if nobody did."""
@@ -269,15 +280,15 @@ class Commands:
         self._dismissed.append(attendant)
         attendant.close()
 
-    def _follow(self, job: Job, stop_early: bool) -> Reply:
-        """What *job* says, line by line, and its exit status."""
+    def _follow(self, job: Job, stop_early: bool) -> Generator[Optional[Message], None, Message]:
+        """What *job* says, line by line; returns the last of it, and its exit status."""
         if stop_early:
             self._interruptible.append(job)
         try:
             while job.status is None:
                 output = job.output()
                 yield {"output": output} if output else None
-            yield {"output": job.output(), "errors": job.errors(), "status": job.status}
+            return {"output": job.output(), "errors": job.errors(), "status": job.status}
         finally:
             if stop_early:
                 self._interruptible.remove(job)
