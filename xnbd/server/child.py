@@ -36,6 +36,10 @@ class Child:
         self.status: Optional[int] = None
         self.message = ""
 
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when it is about to end."""
+        return self._reading
+
     def is_done(self) -> bool:
         if self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)

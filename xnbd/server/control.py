@@ -63,6 +63,11 @@ class ControlSocket:
         deadlines = [self._accept_at, *(connection.deadline() for connection in self._connections)]
         return min((time for time in deadlines if time is not None), default=None)
 
+    def hurry(self) -> None:
+        """Something has happened: have every command that waits look at once."""
+        for connection in self._connections:
+            connection.hurry()
+
     def progress(self) -> None:
         """Do all that can be done without waiting."""
         poll = select.poll()
@@ -142,6 +147,9 @@ class _Connection:
         if self._is_full() or (self._reply is None and not self._unfinished):
             return None
         return 0.0 if self._unfinished else self._step_at
+
+    def hurry(self) -> None:
+        self._step_at = 0.0
 
     def waits_for_client(self) -> bool:
         return self._reply is None or bool(self._output)

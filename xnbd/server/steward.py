@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 from contextlib import suppress
 from functools import partial
@@ -166,6 +167,7 @@ class _Stewardship:
                 self._work()
                 control = self._control
                 interests = control.interests() if control is not None else []
+                interests += [(child.fileno(), select.POLLIN) for child in self._at_work()]
                 times = [monotonic() + _CHECKPOINT_EVERY]
                 if control is not None and control.deadline() is not None:
                     times.append(control.deadline())  # type: ignore[arg-type]
@@ -175,8 +177,15 @@ class _Stewardship:
         finally:
             self._end()
 
+    def _at_work(self) -> List[Child]:
+        """The children for whose end somebody may wait."""
+        children = (self._copy, self._snapshot)
+        return [child for child in children if child is not None and child.status is None]
+
     def _work(self) -> None:
         if self._control is not None:
+            if any(child.is_done() for child in self._at_work()):
+                self._control.hurry()
             self._control.progress()
         elif self._path is not None and monotonic() >= self._next_try:
             self._take_over()

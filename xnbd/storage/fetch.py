@@ -214,7 +214,7 @@ class Fetcher(Background):
         return survey
 
     def approach(self) -> bool:
-        """Connect, if that is not done; whether the origin is there."""
+        """Connect, if that is not done; whether the origin is there. There is a result when it is."""
         self._approach = not self._reached
         return self._reached
 
@@ -333,6 +333,9 @@ class Fetcher(Background):
         if connection.ready and (self._wanted or self._ahead):
             self._ask(connection)
             connection.on_events(0)
+        if connection.ready and self._approach:
+            self._approach = False
+            self.finished.append(Ticket())
         connection.on_time()
 
     def _pass_time(self, now: float) -> None:
