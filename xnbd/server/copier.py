@@ -170,7 +170,7 @@ class Copier:
     def _finish(self, ticket: Ticket, now: float) -> None:
         asked_at, length = self._outstanding.pop(ticket, (now, 0))
         if not length:
-            return  # a survey's
+            return  # a survey's, or that the origin is there
         self._window.on_reply(asked_at, now, length, self._bytes)
         self._bytes -= length
         if ticket.error:

@@ -27,7 +27,7 @@ from ..protocol import constants as c
 from ..protocol import transmission as wire
 from ..protocol.negotiation import ALLOCATION_CONTEXT, Agreement
 from ..storage.board import BYTES_READ, BYTES_WRITTEN, REQUESTS
-from ..storage.image import Background, NotLocal, Ticket
+from ..storage.image import FETCH_STEP, Background, NotLocal, Ticket
 from .connection import Connection
 from .disk import Disk
 from .holes import HOLE_MINIMUM, Holes
@@ -79,8 +79,8 @@ _KNOWN_FLAGS = {
 }
 """Flags by command; FUA is one of all of them, though it says something to writers only."""
 
-_AT_ONCE = {c.CMD_READ: MAXIMUM_REQUEST, c.CMD_CACHE: 16 << 20}
-"""Bytes of one request whose blocks are fetched at once (`storage.proxy`)."""
+_AT_ONCE = {c.CMD_READ: MAXIMUM_REQUEST, c.CMD_CACHE: FETCH_STEP}
+"""Bytes of one request whose blocks are fetched at once."""
 
 _MODIFYING = (c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES)
 _ENOSPC_BEYOND_END = (c.CMD_WRITE, c.CMD_WRITE_ZEROES)

@@ -19,6 +19,9 @@ from .locks import do_nothing
 
 Buffer = Union[bytes, bytearray, memoryview]
 
+FETCH_STEP = 16 << 20
+"""Bytes whose blocks one `Image.fetch` waits for at once; what lies behind them comes after."""
+
 
 class Extent(NamedTuple):
     """*length* bytes that are alike: all data, or all a *hole* that reads as zeros."""

@@ -17,7 +17,7 @@ from .blocks import BLOCK_SHIFT, block_count, block_start, block_stop, covered, 
 from .board import MISSES, TARGET, Board, Counts
 from .checkpoint import ProcessState
 from .fetch import Fetcher, Patience, Whereabouts
-from .image import Buffer, Extent, Image, NotLocal, Source, Ticket
+from .image import FETCH_STEP, Buffer, Extent, Image, NotLocal, Source, Ticket
 from .state import SharedState
 from .state_format import Steering
 from .streams import Streams
@@ -29,9 +29,6 @@ _STEP = 1 << 14
 """Blocks that are zeroed under one lock."""
 
 _SHORT = 32 << 10
-
-_CACHE_STEP = 16 << 20
-"""Bytes that one CMD_CACHE asks for at once."""
 
 
 class ProxyImage(Image):
@@ -201,7 +198,7 @@ class ProxyImage(Image):
 
     def fetch(self, offset: int, length: int) -> None:
         first, end = touched(offset, length)
-        step = _CACHE_STEP >> BLOCK_SHIFT
+        step = FETCH_STEP >> BLOCK_SHIFT
         while first < end:
             self._demand(first, min(first + step, end))
             first += step
