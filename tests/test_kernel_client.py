@@ -141,13 +141,13 @@ def check_snapshot(path: Path, directory: Path, noise: str) -> None:
 
 SWAPPING_PROCESS = """
 BEGIN {
-    for (i = 0; i < 8000; i++) page[i] = sprintf("%04000d", i)
+    for (i = 0; i < 12000; i++) page[i] = sprintf("%04000d", i)
     while ((getline line <"/proc/self/status") > 0) if (line ~ /VmSwap/) print line
-    for (i = 0; i < 8000; i++) if (page[i] != sprintf("%04000d", i)) { print "wrong", i; exit 1 }
+    for (i = 0; i < 12000; i++) if (page[i] != sprintf("%04000d", i)) { print "wrong", i; exit 1 }
     print "all right"
 }
 """
-"""Fills 32 MB of memory and looks at them again; for awk."""
+"""Fills 48 MB of memory and looks at them again; for awk."""
 
 
 @pytest.mark.parametrize("mode", MODES)
