@@ -739,6 +739,8 @@ def test_copy_does_not_ask_again_and_again_for_holes_that_another_process_has_in
 def test_steward_that_cannot_be_started_for_want_of_descriptors_starts_later(proxy: Proxy) -> None:
     master, log = proxy.server.pid, proxy.server.log
     proxy.server.expected_errors += ["the steward died", "the steward cannot be started"]
+    # A spare that is only forked now wants descriptors too.
+    proxy.server.expected_errors += ["worker cannot work: .*Too many open files", "spare worker .* died"]
     with proxy.raw() as client:
         steward, (_, hard) = proxy.steward(), resource.prlimit(master, resource.RLIMIT_NOFILE)
         used = max(int(fd.name) for fd in Path(f"/proc/{master}/fd").iterdir())
