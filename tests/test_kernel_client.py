@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
@@ -150,16 +151,24 @@ BEGIN {
 """Fills 48 MB of memory and looks at them again; for awk."""
 
 
+@contextmanager
+def swap_space(guest: Guest, port: int) -> Iterator[None]:
+    connect(guest, port, options="-swap")
+    guest.run("mkswap /dev/nbd0 && swapon /dev/nbd0")
+    try:
+        yield
+    finally:
+        guest.run("swapoff /dev/nbd0")
+        disconnect(guest)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_process_that_swaps(start: Start, tmp_path: Path, small_guest: Guest, mode: str) -> None:
     disk = Exported(start, tmp_path, mode, 256 * MIB)
-    connect(small_guest, disk.port, options="-swap")
-    small_guest.run("mkswap /dev/nbd0 && swapon /dev/nbd0")
-    said = small_guest.output(f"awk '{SWAPPING_PROCESS}'", timeout=300).split()
+    with swap_space(small_guest, disk.port):
+        said = small_guest.output(f"awk '{SWAPPING_PROCESS}'", timeout=300).split()
     assert said[-2:] == ["all", "right"]
     assert int(said[said.index("VmSwap:") + 1]) > 12 << 10
-    small_guest.run("swapoff /dev/nbd0")
-    disconnect(small_guest)
 
 
 def start_again(start: Start, disk: Exported) -> None:
