@@ -204,7 +204,7 @@ def test_bursts_of_signals_change_nothing(wrapper: Wrapper) -> None:
 def test_without_descriptors_clients_wait_until_there_are_some(wrapper: Wrapper) -> None:
     wrapper.expected_errors.append("cannot accept a client")
     pid = wrapper.process.pid
-    used = len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
+    used = len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208  # without the first client's, which is about to be closed
     with wrapper.client("disk.img") as before:
         soft, _ = resource.prlimit(pid, resource.RLIMIT_NOFILE, (used, used + 1000))
         with wrapper.connect() as waiting:
