@@ -44,6 +44,19 @@ def test_the_layout_is_least_significant_bit_first(bitmap_file: Path) -> None:
     assert bitmap_file.read_bytes()[:9] == bytes([1, 2, 0, 0, 0, 0, 0, 0, 1])
 
 
+def test_large_one_is_counted_whole(tmp_path: Path) -> None:
+    blocks = (5 << 20) * 8 // 2 + 3
+    fd = os.open(tmp_path / "bitmap", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, bitmap_size(blocks))
+    bitmap = Bitmap(fd, blocks)
+    os.close(fd)
+    edges = range(1 << 23, blocks, 1 << 23)
+    for edge in edges:
+        bitmap.set(edge - 3, edge + 2)
+    bitmap.set(blocks - 1, blocks)
+    assert bitmap.count() == 5 * len(edges) + 1
+
+
 RANGES = st.lists(st.tuples(st.integers(0, BLOCKS), st.integers(0, BLOCKS)).map(lambda pair: tuple(sorted(pair))))
 
 

@@ -8,7 +8,9 @@ import random
 import stat
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Dict, Iterator, Tuple
 
 import pytest
@@ -234,6 +236,32 @@ def test_mode_of_the_file_is_kept(path: Path, database: Database) -> None:
     path.chmod(0o600)
     database.change(EXPORTS)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Root may read any directory."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_directory_that_cannot_be_read_is_no_failure_of_a_change() -> None:
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "xnbd.state"
+        if os.geteuid() == 0:
+            os.chown(directory, 65_534, -1)
+        Path(directory).chmod(0o300)
+        with nobody():
+            database = Database(str(path))
+            database.change(EXPORTS)
+            database.close()
+        assert parse_database(path.read_bytes()) == EXPORTS
+        Path(directory).chmod(0o700)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"version": 1, "images": {}}'])

@@ -33,6 +33,10 @@ def count_bits(octets: bytes) -> int:
     return 8 * octets.count(b"\xff") + sum(octets.translate(_POPULATION, b"\xff\x00"))
 
 
+_COUNTED_AT_ONCE = 1 << 20
+"""Bytes of a bitmap that are copied to be counted: the one of 16 TiB has 512 MiB."""
+
+
 class Bitmap:
     """The bitmap of *blocks* blocks in the file behind *fd*, which has to have `bitmap_size` bytes.
 
@@ -86,7 +90,8 @@ class Bitmap:
 
     def count(self) -> int:
         """How many blocks are set."""
-        return count_bits(self.octets[: bitmap_size(self.blocks)])
+        size, step = bitmap_size(self.blocks), _COUNTED_AT_ONCE
+        return sum(count_bits(self.octets[at : min(at + step, size)]) for at in range(0, size, step))
 
     def shares(self, cells: int) -> List[float]:
         """Which share of the blocks is set, in each of *cells* parts of the disk; 1 only if all of them are."""

@@ -205,13 +205,14 @@ def _write_all(fd: int, data: bytes) -> None:
 
 def _sync_directory(path: str) -> None:
     """Make a new name durable; where that fails the file is there all the same, so it is no failure of the change."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     except OSError as error:
         log.warning("cannot sync directory %s: %s", path, error.strerror)
-    finally:
-        os.close(fd)
 
 
 def _reason(error: OSError) -> str:
