@@ -180,7 +180,11 @@ class Client(NamedTuple):
 
 
 def _watch_handshake() -> Watch:
+    """What a handshake is watched by; a signal that ends the wrapper ends this process at once."""
+    deadly = (signal.SIGTERM, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, deadly)
     watch = Watch()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in deadly:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, deadly)
     return watch
