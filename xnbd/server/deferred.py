@@ -183,9 +183,10 @@ class Deferred:
 
     def wait_for(self, ticket: Ticket) -> None:
         """Wait in the middle of a message until *ticket* is done or the disk has changed; the background goes on."""
-        background = self._disk.image.background
+        image = self._disk.image
+        background = image.background
         assert background is not None
-        while ticket.pending:
+        while ticket.pending and self._disk.image is image:  # going on with others may end in another one
             self._connection.watch.wait((), 0, mid_message=True, results=True)
             if self._disk.outdated:
                 self.renew()
