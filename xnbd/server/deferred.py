@@ -40,6 +40,7 @@ class Deferred:
         self._room = room
         self._leaves_at: Optional[float] = None
         self._hung_up_at: Optional[float] = None
+        self._parting = False
 
     # Doing requests
 
@@ -115,9 +116,21 @@ class Deferred:
 
     def send_first(self) -> None:
         """For what may take long: replies before it leave. Meanwhile the disk may have changed."""
-        self._replies.send()
+        if self._parting:
+            self.send_now()
+        else:
+            self._replies.send()
         if self._disk.outdated:
             self.renew()
+
+    def send_now(self) -> None:
+        """Send what leaves without a wait; a client that takes its leave need not be there any more."""
+        try:
+            self._replies.send(wait=False)
+        except Disconnected:
+            if not self._parting:
+                raise
+            self._replies.pieces.clear()
 
     # Waiting
 
@@ -169,6 +182,7 @@ class Deferred:
 
     def finish(self) -> None:
         """The client takes its leave: what it has asked for before is done for `_PATIENCE`, even if it has gone."""
+        self._parting = True
         until = monotonic() + _PATIENCE
         while len(self._room) and monotonic() < until:
             self._connection.watch.wait((), 0, 1.0, mid_message=True, results=True)
@@ -176,10 +190,7 @@ class Deferred:
                 self.renew()
             elif self._disk.image.background is not None:
                 self._go_on(self._disk.image.background)
-            try:
-                self._replies.send(wait=False)
-            except Disconnected:
-                self._replies.pieces.clear()
+            self.send_now()
 
     def wait_for(self, ticket: Ticket) -> None:
         """Wait in the middle of a message until *ticket* is done or the disk has changed; the background goes on."""

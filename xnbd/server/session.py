@@ -117,7 +117,7 @@ class Session:
 
     def _on_wait(self) -> None:
         """The image waits for another process: nobody else has to. The gate must not be left meanwhile."""
-        self._replies.send(wait=False)
+        self._deferred.send_now()
         self._connection.watch.check(mid_message=True)
 
     def _work(self) -> bool:
