@@ -1,12 +1,12 @@
 """Requests that cannot be answered yet: put aside, and done once more when their blocks have come.
 
-They raise `NotLocal` when they are done, and wait for its ticket then
-(`server.waiting`). The session's loop goes on with the requests behind them. As long
-as the image's background has anything to do, the loop receives by `Deferred.receive`,
-which does again what can be done.
+To do one raises `NotLocal`, with the ticket that it has to wait for; the session's
+loop goes on with those behind it. As long as the image's background has anything to
+do, the loop receives by `Deferred.receive`, which does again what can be done.
 
-In the middle of a request the disk may become another one wherever this process
-sleeps or leaves the gate: what waits is done on that one then, at once.
+Wherever this process sleeps or leaves the gate the disk may become another one, also
+in the middle of a request: what waits is done on that one then, at once. Whoever
+holds on to an image across such a place has to look whether it still is the disk's.
 """
 
 from __future__ import annotations
