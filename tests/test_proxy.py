@@ -749,6 +749,26 @@ def test_writes_that_wait_at_a_disc_are_done(behind_relay: Connected, relay: Rel
         assert [other.read(place, 4) for place in places] == 3 * [b"last"]
 
 
+def test_what_waits_at_a_disc_is_done_though_replies_before_it_cannot_leave(
+    behind_relay: Connected, relay: Relay
+) -> None:
+    """Zeroing sends what is ready first; all of this waits for one reply of the origin."""
+    proxy = behind_relay("--readahead", "0")
+    with proxy.raw() as client:
+        client.read(0, BLOCK)
+        relay.stall()
+        client.send(reads((MIB, 64 * BLOCK)))
+        client.request(WRITE_ZEROES, MIB + 1, 10)
+        client.request(WRITE, MIB + BLOCK + 1, 4, data=b"last")
+        proxy.wait_for_queue(3)
+        client.request(DISC)
+    relay.resume()
+    wait_until(lambda: not proxy.server.busy_workers(), "the spare worker")
+    with proxy.raw() as other:
+        assert other.read(MIB + 1, 10) == bytes(10)
+        assert other.read(MIB + BLOCK + 1, 4) == b"last"
+
+
 @pytest.mark.parametrize("how", ["close", "reset"])
 def test_client_that_leaves_while_its_queue_is_full_gives_its_worker_back(
     start: Start, tmp_path: Path, relay: Relay, how: str

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import select
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, List
 
@@ -13,8 +15,11 @@ from conftest import MIB, Start
 from launch import fails
 from ledger import Crowd, Ledger
 from model import ignore_chunk, read_all, wait_for_all
+from rawclient import READ, WRITE, WRITE_ZEROES, RawClient, pack_request
 from relay import Relay
 from server_process import Server, wait_until
+
+from xnbd.storage.locks import RangeLocks
 
 SIZE = 24 * MIB + 512
 CLIENTS = 8
@@ -140,3 +145,30 @@ def test_a_forced_switch_is_not_undone_by_a_restart(
     assert "switched to a plain target by force" in fails(*files.arguments(far.uri), "--unix", tmp_path / "s")[1]
     target = start("--target", files.image)
     assert bytes(connect(target.uri).pread(2 * BLOCK, 0)) == b"w" * BLOCK + bytes(BLOCK)
+
+
+def test_a_switch_while_replies_leave_slowly_lets_a_long_write_that_waits_for_its_last_block_go_on(
+    start: Start, files: CacheFiles, far: Server
+) -> None:
+    """In the middle of its payload others are answered; their replies are not taken, and meanwhile the disk changes."""
+    proxy = start(*files.arguments(far.uri, "--readahead", "0"))
+    behind, data = 10 * MIB, random.Random(1).randbytes(9 * MIB + 100)
+    with RawClient(proxy.connect()).negotiate() as client, files.bitmap.open("rb+") as bitmap:
+        locks = RangeLocks(bitmap.fileno())
+        assert locks.try_acquire(0, 8 * MIB >> 15)  # more than a session holds in memory
+        assert locks.try_acquire(len(data) >> 15, 1)
+        assert locks.try_acquire(behind >> 15, 8)
+        client.send(pack_request(READ, behind, 64 * BLOCK) * 16)
+        client.request(WRITE_ZEROES, behind + 1, 10)
+        wait_until(lambda: query(files.control)["queue"]["requests"] == 17, "requests that wait")
+        client.request(WRITE, 0, len(data), data=data)
+        locks.release(behind >> 15, 8)
+        wait_until(lambda: bool(select.select([client.sock], [], [], 0)[0]), "the first reply")
+        with ThreadPoolExecutor(1) as background:
+            switch = background.submit(ask, files.control, "switch", force=True)
+            wait_until(lambda: query(files.control)["mode"] == "target", "the switch")
+            assert [client.simple_reply(64 * BLOCK)[0] for _ in range(16)] == [0] * 16
+            assert [client.simple_reply()[0] for _ in range(2)] == [0, 0]
+            assert switch.result().get("done")
+        assert client.read(0, len(data)) == data
+    proxy.stop()

@@ -17,6 +17,9 @@ from ..protocol import constants as c
 from ..protocol import transmission as wire
 from .connection import Connection
 
+MAXIMUM_PIECES = 4096
+"""Pieces that may pile up before they are sent."""
+
 _IOV_MAX = 1024
 _PROBE = 1 << 20
 

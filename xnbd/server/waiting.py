@@ -12,6 +12,9 @@ from typing import Callable, Deque, Dict, List, NamedTuple, Optional
 from ..storage.image import Ticket
 from .replies import Piece
 
+Work = Callable[[List[Piece]], None]
+"""Does a request and appends its answer to the list; raises `NotLocal`, or the error to answer with instead."""
+
 
 class QueueLimits(NamedTuple):
     """At *requests* put aside, or *buffered* bytes of their payloads, receiving stops; 0 is no limit."""
@@ -29,7 +32,7 @@ class Waiting:
 
     __slots__ = ("again", "answer", "buffered", "command", "cookie", "in_line", "ready")
 
-    def __init__(self, command: int, cookie: bytes, again: Callable[[], None], buffered: int = 0) -> None:
+    def __init__(self, command: int, cookie: bytes, again: Work, buffered: int = 0) -> None:
         self.command = command
         self.cookie = cookie
         self.again = again

@@ -1,0 +1,107 @@
+"""WRITEs that the session's loop cannot do with one call: long ones, those with flags, those to refuse.
+
+A long payload goes to the disk piece by piece as it arrives, and is never held whole.
+Pieces that have to wait for blocks around them are kept, up to a bound; beyond it
+the rest of the payload is not received before they have come. A WRITE that is
+refused has a payload too, which has to be taken off the wire.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import List, Optional, Tuple
+
+from ..errors import RequestError
+from ..protocol import constants as c
+from ..protocol.transmission import REQUEST
+from ..storage.board import BYTES_WRITTEN
+from ..storage.image import NotLocal
+from .commands import Commands
+from .deferred import Deferred
+from .disk import Disk
+from .inbox import BUFFER_SIZE, Inbox
+from .replies import Piece
+
+_STREAM_FROM = BUFFER_SIZE // 2 - REQUEST.size
+"""Payloads from this size on go to the image as they arrive instead of being collected first."""
+
+_BUFFERED = 8 << 20
+"""Bytes of one write that may wait for blocks around them before the rest of it is received."""
+
+
+class Writes:
+    """Those that come in *inbox*, for *disk*."""
+
+    def __init__(self, inbox: Inbox, disk: Disk, commands: Commands, deferred: Deferred) -> None:
+        self._inbox = inbox
+        self._disk = disk
+        self._counts = disk.place.counts
+        self._commands = commands
+        self._deferred = deferred
+
+    def begin(self, flags: int, cookie: bytes, offset: int, length: int) -> bool:
+        """Do the WRITE that is next in the inbox; False if its payload is small and not all there yet.
+
+        Raises `ProtocolError` if it is fatal, and like `Connection.receive_rest`.
+        """
+        inbox = self._inbox
+        refusal: Optional[Exception] = None
+        try:
+            self._commands.check(c.CMD_WRITE, flags, offset, length)
+        except RequestError as error:
+            refusal = error
+        payload = inbox.start + REQUEST.size
+        if payload + length > inbox.end:
+            if length < _STREAM_FROM:
+                return False
+            self._deferred.send_first()
+        inbox.start = payload
+        left: List[Tuple[int, bytes]] = []
+        failure = self._write_pieces(offset, length, refusal, left)
+        work = partial(self.finish, flags, cookie, failure, left)
+        self._deferred.do(c.CMD_WRITE, cookie, work, sum(len(data) for _, data in left))
+        return True
+
+    def _write_pieces(
+        self, offset: int, length: int, failure: Optional[Exception], left: List[Tuple[int, bytes]]
+    ) -> Optional[Exception]:
+        """Write the payload piece by piece; after a *failure* only take it off the wire.
+
+        Pieces that have to wait for blocks around them are *left*.
+        """
+        held = 0
+        for at, piece in self._inbox.payload(offset, length):
+            while failure is None:
+                if self._disk.outdated:
+                    self._deferred.renew()
+                try:
+                    self._disk.image.write(at, piece)
+                    self._counts[BYTES_WRITTEN] += len(piece)
+                except NotLocal as missing:
+                    if held >= _BUFFERED:
+                        self._deferred.wait_for(missing.ticket)
+                        if missing.ticket.error:
+                            failure = RequestError(missing.ticket.error, "a block could not be fetched")
+                        continue
+                    left.append((at, bytes(piece)))
+                    held += len(piece)
+                except OSError as error:
+                    failure = error
+                break
+        return failure
+
+    def finish(
+        self,
+        flags: int,
+        cookie: bytes,
+        failure: Optional[Exception],
+        left: List[Tuple[int, bytes]],
+        out: List[Piece],
+    ) -> None:
+        """Write what was *left* of the payload, and acknowledge the whole in *out*, or raise *failure*."""
+        if failure is not None:
+            raise failure
+        while left:
+            self._disk.image.write(*left[-1])
+            self._counts[BYTES_WRITTEN] += len(left.pop()[1])
+        self._commands.acknowledge(cookie, flags, out)
