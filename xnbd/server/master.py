@@ -15,6 +15,7 @@ from time import monotonic
 from typing import Dict, List, NamedTuple, Optional, Sequence, Set
 
 from ..errors import ConfigurationError
+from ..forking import fork
 from ..logs import log
 from ..process import set_title
 from .service import Service
@@ -66,7 +67,7 @@ class Master:
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ORDERS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         self._poll.register(self._pipes.reports_master, select.POLLIN)
@@ -164,17 +165,11 @@ class Master:
 
     def _spawn(self) -> None:
         worker = Worker(self._service, self._listeners, self._pipes)
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            pid = os.fork()
-            if not pid:
-                worker.run()
-            self._spares.add(pid)
+            self._spares.add(fork("worker", worker.run))
         except OSError as error:
             log.error("cannot start a worker, trying again in a second: %s", error.strerror)
             self._retry_at = monotonic() + _RETRY
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _read_reports(self) -> None:
         reports = read_pipe(self._pipes.reports_master, _PIPE_SIZE)
