@@ -19,8 +19,8 @@ from __future__ import annotations
 import errno
 import select
 from collections import deque
-from time import monotonic
-from typing import Any, Deque, Dict, List, NamedTuple, Optional, Set, Tuple
+from time import monotonic, thread_time
+from typing import Any, Deque, Dict, List, NamedTuple, Optional, Set, Tuple, Union
 
 from ..logs import log
 from ..origin.address import OriginAddress, parse_origin
@@ -32,6 +32,7 @@ from .checkpoint import ProcessState
 from .image import Background, Ticket
 from .survey import Survey
 from .target import TargetImage
+from .turns import Turns
 from .window import Window
 
 PIECE = 64
@@ -41,13 +42,6 @@ _IN_FLIGHT = 8 << 20
 """Bytes asked for at once for those who wait; ahead of them, a `Window` that is never larger."""
 
 _LEAST_AHEAD = 512 << 10
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.008
-_PAUSE_EACH = 2e-4
-"""Seconds to pause, in the end, for each fetch that finds its blocks locked: to try takes a tenth of that."""
-
-_REST = 4
-"""Who finds blocks locked pauses for so many times as long as it takes to try again, if that is longer."""
-
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
 _MOST_DAMAGED = 1 << 12
 _PARTING = 1.0
@@ -81,7 +75,7 @@ class Patience(NamedTuple):
 class Fetch:
     """The blocks from *first* up to *end*. ``mixed`` tells that some of them may be there already."""
 
-    __slots__ = ("ahead", "asked_at", "end", "error", "first", "mixed", "pause", "since", "tickets")
+    __slots__ = ("ahead", "asked_at", "end", "error", "first", "mixed", "since", "tickets")
 
     def __init__(self, first: int, end: int, *, ahead: bool) -> None:
         self.first = first
@@ -90,7 +84,6 @@ class Fetch:
         self.tickets: List[Ticket] = []
         self.mixed = False
         self.error = 0
-        self.pause = _FIRST_PAUSE
         self.since = self.asked_at = 0.0
 
 
@@ -115,10 +108,7 @@ class Fetcher(Background):
         self._by_block: Dict[int, Fetch] = {}
         self._wanted: Deque[Fetch] = deque()
         self._ahead: Deque[Fetch] = deque()
-        self._locked_out: List[Tuple[float, Fetch]] = []
-        self._pauses: List[Ticket] = []
-        self._pause = _FIRST_PAUSE
-        self._pauses_end = self._released_at = 0.0
+        self._turns: Turns[Union[Fetch, Ticket]] = Turns()
         self._surveys = 0
         self._damaged: Dict[int, Set[int]] = {}  # pieces, and what was told of their blocks
         self._cache_error = 0  # the one that was told last, until something is written again
@@ -239,10 +229,7 @@ class Fetcher(Background):
 
     def claim(self, first: int, end: int) -> bool:
         """Lock these blocks to write them; False if another process has some. Else always followed by `give_back`."""
-        if not self._locks.claim(first, end):
-            return False
-        self._pause = _FIRST_PAUSE
-        return True
+        return self._locks.claim(first, end)
 
     def mark_local(self, first: int, end: int) -> None:
         """These blocks, which are claimed, were written: what is still fetched of them is not."""
@@ -261,18 +248,18 @@ class Fetcher(Background):
         """Let go of blocks that were claimed."""
         self._locks.give_back(first, end)
 
-    def pause(self) -> Ticket:
-        """A ticket that is done in a moment, for whoever found blocks locked. All of them try again together."""
+    def next_turn(self) -> Ticket:
+        """A ticket that is done when it is time to try again, for who could not claim blocks."""
         ticket = Ticket()
         ticket.pending = 1
-        self._pauses.append(ticket)
+        self._turns.lock_out(ticket)
         return ticket
 
     # Background
 
     @property
     def busy(self) -> bool:
-        return bool(self._by_block or self._pauses or self.finished or self._surveys or self._approach)
+        return bool(self._by_block or self._turns.busy or self.finished or self._surveys or self._approach)
 
     @property
     def quiet(self) -> bool:
@@ -290,9 +277,7 @@ class Fetcher(Background):
         return [(connection.fileno(), connection.events())] if connection is not None else []
 
     def deadline(self) -> Optional[float]:
-        times = [time for time, _ in self._locked_out]
-        if self._pauses:
-            times.append(self._pauses_end)
+        times = [] if self._turns.deadline is None else [self._turns.deadline]
         if self._connection is None:
             if self._wanted or self._ahead or self._approach:
                 times.append(self._connect_at)
@@ -307,11 +292,8 @@ class Fetcher(Background):
         return self._connection is not None and self._connection.ready
 
     def progress(self) -> None:
-        now = monotonic() if self._pauses or self._locked_out else 0.0
-        if self._pauses or self._released_at:
-            self._pass_time(now)
-        if self._locked_out:
-            self._retry_locked(now)
+        if self._turns.busy:
+            self._take_turns()
         if self._generation != self._whereabouts.generation:
             self._move()
         if self._patience.origin is not None and self._wanted and not self._reached:
@@ -338,27 +320,16 @@ class Fetcher(Background):
             self.finished.append(Ticket())
         connection.on_time()
 
-    def _pass_time(self, now: float) -> None:
-        """Begin a pause, or end it: those who have tried again in vain by the next call are back in `_pauses`."""
-        if not self._pauses:
-            self._released_at = 0.0
-        elif not self._pauses_end:
-            trying = now - self._released_at if self._released_at else 0.0
-            self._pauses_end = now + max(self._pause, _REST * trying)
-            self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
-            self._released_at = 0.0
-        elif now >= self._pauses_end:
-            for ticket in self._pauses:
-                ticket.pending = 0
-            self.finished += self._pauses
-            self._pauses = []
-            self._pauses_end, self._released_at = 0.0, now
-
-    def _retry_locked(self, now: float) -> None:
-        due = [fetch for time, fetch in self._locked_out if time <= now]
-        self._locked_out = [entry for entry in self._locked_out if entry[0] > now]
-        self._wanted.extendleft(reversed([fetch for fetch in due if not fetch.ahead]))
-        self._ahead.extendleft(reversed([fetch for fetch in due if fetch.ahead]))
+    def _take_turns(self) -> None:
+        """Have those who were locked out try again: fetches before all others, requests when they hear of it."""
+        turn = self._turns.take(monotonic(), thread_time())
+        for who in reversed(turn):
+            if isinstance(who, Fetch):
+                (self._ahead if who.ahead else self._wanted).appendleft(who)
+        for who in turn:
+            if isinstance(who, Ticket):
+                who.pending = 0
+                self.finished.append(who)
 
     # The connection
 
@@ -458,7 +429,7 @@ class Fetcher(Background):
             if self._bitmap.all_set(first, end):
                 self._finish(fetch, 0)
                 return
-            self._lock_out(fetch)
+            self._turns.lock_out(fetch)
             return
         if self._bitmap.any_set(first, end):
             fetch.mixed = True
@@ -471,13 +442,6 @@ class Fetcher(Background):
         self._in_flight += length
         fetch.asked_at = monotonic()
         connection.read(fetch, offset, length)
-
-    def _lock_out(self, fetch: Fetch) -> None:
-        """Try again later, together with all others that pause for as long."""
-        self._locked_out.append(((monotonic() // fetch.pause + 1) * fetch.pause, fetch))
-        others = len(self._wanted) + len(self._locked_out)
-        if fetch.pause < max(_LONGEST_PAUSE, _PAUSE_EACH * others):
-            fetch.pause *= 2
 
     def _split(self, fetch: Fetch, end: int) -> None:
         """Ask for the blocks from *end* on separately, next."""
