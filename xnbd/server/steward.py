@@ -27,7 +27,7 @@ from ..process import closed_on_error, set_title
 from ..storage.bitmap import Bitmap
 from ..storage.blocks import BLOCK, block_count
 from ..storage.board import COMPLETE, CONTROL, COPYING, PROXY, TARGET, Board
-from ..storage.fetch import PIECE
+from ..storage.fetches import PIECE
 from ..storage.proxy import ProxyImage, ProxySource
 from ..storage.snapshot import create_bitmap
 from ..storage.state_format import Steering
