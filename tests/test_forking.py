@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from server_process import PYTHON, ROOT, run
 
 PREAMBLE = f"""
@@ -140,3 +141,37 @@ tell(exit_code(pid))
     _, out, err = run(PYTHON, "-c", PREAMBLE + script)
     assert out == "1\n"
     assert "BrokenPipeError" in err
+
+
+# What a steward forks
+
+
+@pytest.mark.parametrize("ending", ["return 'result'", "raise TaskFailed('reason')"])
+def test_a_child_that_outlives_its_steward_keeps_its_result_to_itself(ending: str) -> None:
+    script = f"""
+from xnbd.errors import TaskFailed
+from xnbd.server.child import Child
+wait, go = os.pipe()
+def work():
+    os.read(wait, 1)
+    {ending}
+child = Child(lambda: os.close(go), work)
+os.close(child.fileno())
+os.close(go)
+tell(exit_code(child.pid))
+"""
+    assert output_of(script) == ("0\n" if "return" in ending else "1\n")
+
+
+def test_a_child_that_fails_before_its_work_is_a_failure_told_by_the_log() -> None:
+    script = """
+from xnbd.server.child import Child
+def fail():
+    raise ValueError("cannot let go")
+child = Child(fail, lambda: tell("working"))
+child.wait()
+tell(child.status, repr(child.message))
+"""
+    _, out, err = run(PYTHON, "-c", PREAMBLE + script)
+    assert out == "1 ''\n"
+    assert "a child of the steward failed\nTraceback" in err

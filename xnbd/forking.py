@@ -1,7 +1,8 @@
 """Forking: how every process of this program begins that is not another program.
 
-No child takes a signal with a handler, or a wake-up pipe, that is its parent's, and none gets back
-into what its parent was doing: it leaves through one ``os._exit``, whatever happens in it.
+No child takes a signal with a handler, or a wake-up pipe, that is its parent's, and
+none gets back into what its parent was doing: it leaves through one ``os._exit``,
+whatever happens in it.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from typing import Callable, NoReturn, Tuple
 from .logs import log
 from .process import closed_on_error
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
+"""All for which processes of this program have handlers."""
+
 
 def fork(role: str, live: Callable[[], int]) -> int:
     """Fork a child that runs *live* and leaves with the status that this returns; returns the child's process id.
 
-    All signals are blocked when *live* begins, until it calls `let_signals_in` or
-    `reset_signals`: those sent to it meanwhile are kept. The log tells of a child that fails
-    by its *role*. Raises `OSError` if there can be no more processes.
+    `SIGNALS` are blocked when *live* begins, until it calls `let_signals_in` or
+    `reset_signals`: those sent to it meanwhile are kept. The log tells of a child that
+    fails by its *role*. Raises `OSError` if there can be no more processes.
     """
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         pid = os.fork()
         if not pid:

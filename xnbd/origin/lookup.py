@@ -11,6 +11,7 @@ import fcntl
 import os
 import signal
 import socket
+from contextlib import suppress
 from functools import partial
 from typing import Any, List, Tuple
 
@@ -83,7 +84,8 @@ def _look_up(host: str, writing: int) -> int:
         answer = "\n".join(("", *_find(host)))
     except OSError as error:
         answer = error.strerror or str(error)
-    os.write(writing, answer.encode("utf-8", "replace")[:_LONGEST_ANSWER])
+    with suppress(BrokenPipeError):
+        os.write(writing, answer.encode("utf-8", "replace")[:_LONGEST_ANSWER])
     return 0
 
 

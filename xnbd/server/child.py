@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from functools import partial
 from time import sleep
 from typing import Callable, Optional
@@ -56,14 +57,16 @@ def _do(close_first: Callable[[], None], work: Callable[[], Optional[str]], writ
     """Life of the process: its exit status."""
     reset_signals(signal.SIGTERM, signal.SIGINT)  # until it has a `Watch` of its own
     close_first()
+    status, message = 1, ""
     try:
-        os.write(writing, (work() or "").encode())
-        return 0
+        message = work() or ""
+        status = 0
     except Stop:
-        return 0
+        status = 0
     except TaskFailed as failure:
-        reason = str(failure)
+        message = str(failure)
     except OSError as error:
-        reason = str(error.strerror or error)
-    os.write(writing, reason.encode()[:_LONGEST])
-    return 1
+        message = error.strerror or str(error)
+    with suppress(BrokenPipeError):  # the steward has ended first
+        os.write(writing, message.encode()[:_LONGEST])
+    return status

@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Dict, List, NamedTuple, Optional, Sequence, Set
 
 from ..errors import ConfigurationError
-from ..forking import fork
+from ..forking import SIGNALS, fork
 from ..logs import log
 from ..process import set_title
 from .service import Service
@@ -28,8 +28,6 @@ _STOP_TIME = GRACE + 1.5
 _KILL_TIME = 3.0
 ORDERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that must not end the process when they come before there is a `Master`: blocked until then."""
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
 
 
 class Limits(NamedTuple):
@@ -65,9 +63,9 @@ class Master:
         os.set_blocking(self._pipes.retirements, False)
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
-        for number in _SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         self._poll.register(self._pipes.reports_master, select.POLLIN)

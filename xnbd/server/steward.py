@@ -101,7 +101,8 @@ class Steward:
 
     def _complain(self, text: str) -> None:
         if self._report >= 0:
-            os.write(self._report, text.encode("utf-8", "surrogateescape"))
+            with suppress(BrokenPipeError):  # the parent has ended first
+                os.write(self._report, text.encode("utf-8", "surrogateescape"))
         else:
             log.error("%s", text)
 
