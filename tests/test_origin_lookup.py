@@ -11,6 +11,7 @@ from typing import Iterator, List
 import pytest
 from caching import BLOCK, CacheFiles, Reading, by_kind, connect, descendants, kill, query, wait_until_gone
 from conftest import MIB, Start
+from injection import NO_PROCESSES, injected
 from launch import fails, launched
 from name_server import NameServer
 from proxies import program
@@ -117,6 +118,26 @@ def test_a_lookup_that_was_killed_is_begun_again(proxy: Server, names: NameServe
     proxy.wait_for_log("cannot find the host: the process that looked was killed")
     names.release()
     waiting.assert_are_served(disk)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(NO_PROCESSES, "Resource temporarily unavailable"), ("pipe2:error=EMFILE", "Too many open files")],
+    ids=["processes", "descriptors"],
+)
+def test_short_of_what_a_lookup_takes_hits_are_served_and_misses_wait(
+    proxy: Server, disk: bytes, fault: str, reason: str
+) -> None:
+    others = by_kind(proxy)["worker for"]
+    client = connect(proxy.uri)
+    (worker,) = set(by_kind(proxy)["worker for"]) - set(others)
+    with injected(worker, fault):
+        reading = Reading(client, MIB, BLOCK)
+        client.poll(0)
+        proxy.wait_for_log(f"cannot find the host: no process can be started to look: {reason}")
+        assert client.pread(BLOCK, 0) == disk[:BLOCK]
+        assert not reading.is_done()
+    assert reading.content() == disk[MIB : MIB + BLOCK]
 
 
 def test_a_name_that_nobody_knows_is_told_once_and_looked_up_again(

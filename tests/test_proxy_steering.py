@@ -17,12 +17,13 @@ import sys
 import termios
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from conftest import MIB, Start
+from injection import NO_PROCESSES, injected
 from launch import fails
 from origin_programs import is_listening
 from proxies import BLOCK, DISK, Proxy, ask, bgctl, make_disk, program, query, reads, refused, replies
@@ -30,8 +31,9 @@ from rawclient import DISC, READ, WRITE, RawClient, pack_request
 from relay import Relay
 from server_process import STOP_TIME, Server, children_of, command, is_alive, title_of, wait_until
 
+from xnbd.storage.board import Board
 from xnbd.storage.locks import RangeLocks
-from xnbd.storage.state import open_state
+from xnbd.storage.state import BOARD_SUFFIX, open_state
 from xnbd.storage.state_format import BEGUN, CHECKPOINT, SUCCEEDED
 
 BLOCKS = -(-DISK // BLOCK)
@@ -754,19 +756,6 @@ def test_steward_that_cannot_be_started_for_want_of_descriptors_starts_later(pro
     assert "Traceback" not in log()
 
 
-@contextmanager
-def injected(pid: int, fault: str) -> Iterator[None]:
-    """What process *pid* suffers, in the words of strace, from when it is attached until it is let go."""
-    words = ["strace", "-o", "/dev/null", "-p", str(pid), "-e", f"inject={fault}"]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as tracer:
-        assert tracer.stderr is not None
-        assert "attached" in tracer.stderr.readline()
-        try:
-            yield
-        finally:
-            tracer.terminate()
-
-
 def test_switch_of_a_cache_that_cannot_be_made_durable_is_refused(proxy: Proxy) -> None:
     proxy.bgctl("--cache-all")
     wait_until(lambda: "every block is cached" in proxy.server.log(), "a proxy without a need of its origin")
@@ -803,6 +792,41 @@ def test_flush_does_not_wait_for_a_checkpoint_of_the_steward_that_was_killed(pro
         assert client.works()
         state.close()
         files.close()
+
+
+@pytest.mark.parametrize("command", ["cache-all", "reconnect"])
+def test_command_that_no_process_can_be_started_for_is_refused(proxy: Proxy, origin: Server, command: str) -> None:
+    steward, arguments = proxy.steward(), {"uri": origin.uri} if command == "reconnect" else {"wait": True}
+    with injected(steward, NO_PROCESSES):
+        refusal = ask(proxy.control, command=command, **arguments)["error"]
+        assert refusal == "the server cannot start a process: Resource temporarily unavailable"
+    assert proxy.steward() == steward
+    assert "error" not in ask(proxy.control, command=command, **arguments)
+    assert proxy.server.stop() == 0
+
+
+def test_checkpoint_that_no_process_can_be_started_for_is_made_later(proxy: Proxy) -> None:
+    proxy.server.expected_errors.append("cannot make the cache durable: the server cannot start a process")
+    steward, complaint = proxy.steward(), proxy.server.expected_errors[0]
+    with proxy.raw() as client:
+        with injected(steward, NO_PROCESSES):
+            assert client.write(0, b"w" * BLOCK) == 0
+            proxy.server.wait_for_log(complaint)
+            before = proxy.query()["checkpoint"]["completed"]
+        wait_until(lambda: proxy.query()["checkpoint"]["completed"] > before, "a checkpoint")
+    assert proxy.steward() == steward
+    assert proxy.server.log().count(complaint) == 1
+
+
+def test_copy_of_a_server_that_has_ended_waits_until_a_process_can_be_started(proxy: Proxy) -> None:
+    proxy.server.expected_errors.append("cannot go on copying: the server cannot start a process")
+    steward = proxy.steward()
+    with closing(Board(os.open(f"{proxy.bitmap}{BOARD_SUFFIX}", os.O_RDWR))) as board:
+        with injected(steward, NO_PROCESSES):
+            board.wanted_copy = 0
+            proxy.server.wait_for_log(proxy.server.expected_errors[0])
+        proxy.wait_for_cached(BLOCKS)
+    assert proxy.steward() == steward
 
 
 def test_copy_ends_with_its_steward_and_goes_on_with_the_next_one(proxy: Proxy) -> None:

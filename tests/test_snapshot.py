@@ -21,6 +21,7 @@ from typing import ContextManager, Iterator, List
 
 import pytest
 from conftest import MIB, Start
+from injection import NO_PROCESSES, injected
 from launch import Launched, launched
 from mounts import small_tmpfs
 from origin_programs import is_listening
@@ -276,6 +277,29 @@ def test_a_proxy_refuses_sigusr1(start: Start, image: Path, tmp_path: Path) -> N
     status, _, err = bgctl("--snapshot", tmp_path / "proxy-control", check=False)
     assert status == 1
     assert "a proxy has no snapshots" in err
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (NO_PROCESSES, "the server cannot start a process: Resource temporarily unavailable"),
+        ("memfd_create:error=EMFILE", "Too many open files"),
+    ],
+    ids=["processes", "descriptors"],
+)
+def test_short_of_what_a_snapshot_takes_there_is_none_and_the_steward_lives(
+    target: Server, disk: Path, control: Path, fault: str, reason: str
+) -> None:
+    wait_until(lambda: is_listening(control), "the steward")
+    steward = steward_of(target)
+    assert steward is not None
+    with injected(steward, fault):
+        _, _, err = bgctl("--snapshot", control, check=False)
+        assert err == f"xnbd-bgctl: no snapshot: {reason}\n"
+        os.kill(target.pid, signal.SIGUSR1)
+        wait_until(lambda: target.log().count(f"WARNING: no snapshot: {reason}") == 2, "the second line in the log")
+    assert steward_of(target) == steward
+    take_by_signal(target, disk)
 
 
 def test_a_block_device_is_refused(start: Start, image: Path, control: Path) -> None:

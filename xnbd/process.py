@@ -1,4 +1,4 @@
-"""This process as the operating system sees it: streams, title, daemon, pid file."""
+"""This process as the operating system sees it: descriptors, title, daemon, pid file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import re
 import socket
 import stat
 import sys
-from typing import Optional
+from contextlib import contextmanager
+from typing import Iterator, Optional
 
 from .errors import ConfigurationError
 
@@ -63,6 +64,16 @@ def _is_open(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def closed_on_error(fd: int) -> Iterator[None]:
+    """Close *fd* if something goes wrong before its owner has it."""
+    try:
+        yield
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def set_title(role: str, *details: str, program: str = "xnbd-server") -> None:
@@ -156,11 +167,8 @@ class PidFile:
 def _open_locked(path: str) -> int:
     """A descriptor of the file at *path*, made if there is none. Raises `OSError` if another process has locked it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    try:
+    with closed_on_error(fd):
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise
     return fd
 
 

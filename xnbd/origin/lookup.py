@@ -11,9 +11,12 @@ import fcntl
 import os
 import signal
 import socket
-from typing import Any, List, NoReturn, Tuple
+from contextlib import suppress
+from functools import partial
+from typing import Any, List, Tuple
 
 from ..errors import XnbdError
+from ..forking import fork_with_pipe, reset_signals
 from ..process import set_title
 
 Candidate = Tuple[int, Any]
@@ -45,18 +48,10 @@ class Lookup:
     """The addresses of *host* on their way; always followed by `close`. Raises `HostNotFound` if that cannot be."""
 
     def __init__(self, host: str) -> None:
-        self._fd, writing = os.pipe()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            self._pid = os.fork()
-            if not self._pid:
-                _look_up_and_exit(host, writing)
+            self._pid, self._fd = fork_with_pipe("looking a host up", partial(_look_up, host))
         except OSError as error:
-            os.close(self._fd)
             raise HostNotFound(f"no process can be started to look: {error.strerror}") from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            os.close(writing)
 
     def fileno(self) -> int:
         """The descriptor that becomes readable when the answer is there."""
@@ -80,19 +75,18 @@ class Lookup:
             pass  # it has ended, and with SIGCHLD ignored nobody has to wait for it
 
 
-def _look_up_and_exit(host: str, writing: int) -> NoReturn:
+def _look_up(host: str, writing: int) -> int:
     """Life of the child."""
+    _let_go_of_all_but(writing)
+    _end_with_the_reader_of(writing)
+    set_title("looking up", host)
     try:
-        _let_go_of_all_but(writing)
-        _end_with_the_reader_of(writing)
-        set_title("looking up", host)
-        try:
-            answer = "\n".join(("", *_find(host)))
-        except OSError as error:
-            answer = error.strerror or str(error)
+        answer = "\n".join(("", *_find(host)))
+    except OSError as error:
+        answer = error.strerror or str(error)
+    with suppress(BrokenPipeError):
         os.write(writing, answer.encode("utf-8", "replace")[:_LONGEST_ANSWER])
-    finally:
-        os._exit(0)
+    return 0
 
 
 def _let_go_of_all_but(kept: int) -> None:
@@ -109,10 +103,7 @@ def _let_go_of_all_but(kept: int) -> None:
 
 def _end_with_the_reader_of(writing: int) -> None:
     """Have SIGIO, which kills, when nobody holds the pipe's other end any more, however the parent ends."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGIO):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    reset_signals(signal.SIGTERM, signal.SIGINT, signal.SIGIO)
     fcntl.fcntl(writing, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(writing, fcntl.F_SETFL, fcntl.fcntl(writing, fcntl.F_GETFL) | os.O_ASYNC)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
+from functools import partial
 from time import sleep
 from typing import Callable, Optional
 
 from ..errors import TaskFailed
-from ..logs import log
+from ..forking import fork_with_pipe, reset_signals
 from .watch import Stop
 from .worker import read_pipe
 
@@ -19,20 +21,12 @@ class Child:
     """A process that does one thing; ``message`` is what it came to, or why it failed."""
 
     def __init__(self, close_first: Callable[[], None], work: Callable[[], Optional[str]]) -> None:
-        reading, writing = os.pipe()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-        self.pid = os.fork()
-        if not self.pid:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)  # until it has a `Watch` of its own
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            os.close(reading)
-            close_first()
-            _do_and_exit(work, writing)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        os.close(writing)
-        os.set_blocking(reading, False)
-        self._reading = reading
+        """In the process *close_first* lets go of what is its parent's. Raises `TaskFailed` if there can be no more."""
+        try:
+            self.pid, self._reading = fork_with_pipe("a child of the steward", partial(_do, close_first, work))
+        except OSError as error:
+            raise TaskFailed(f"the server cannot start a process: {error.strerror}") from error
+        os.set_blocking(self._reading, False)
         self.status: Optional[int] = None
         self.message = ""
 
@@ -59,18 +53,20 @@ class Child:
             sleep(0.005)
 
 
-def _do_and_exit(work: Callable[[], Optional[str]], writing: int) -> None:
-    status = 1
+def _do(close_first: Callable[[], None], work: Callable[[], Optional[str]], writing: int) -> int:
+    """Life of the process: its exit status."""
+    reset_signals(signal.SIGTERM, signal.SIGINT)  # until it has a `Watch` of its own
+    close_first()
+    status, message = 1, ""
     try:
-        os.write(writing, (work() or "").encode())
+        message = work() or ""
         status = 0
     except Stop:
         status = 0
     except TaskFailed as failure:
-        os.write(writing, str(failure).encode()[:_LONGEST])
+        message = str(failure)
     except OSError as error:
-        os.write(writing, str(error.strerror or error).encode()[:_LONGEST])
-    except BaseException:
-        log.exception("a child of the steward failed")
-    finally:
-        os._exit(status)
+        message = error.strerror or str(error)
+    with suppress(BrokenPipeError):  # the steward has ended first
+        os.write(writing, message.encode()[:_LONGEST])
+    return status

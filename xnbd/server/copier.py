@@ -15,7 +15,7 @@ from typing import Dict, Iterator, NamedTuple, Optional, Tuple
 
 from ..errors import TaskFailed
 from ..storage.blocks import BLOCK, block_count
-from ..storage.fetch import PIECE
+from ..storage.fetches import PIECE
 from ..storage.image import Ticket
 from ..storage.proxy import ProxyImage
 from ..storage.survey import Survey

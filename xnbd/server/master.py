@@ -15,6 +15,7 @@ from time import monotonic
 from typing import Dict, List, NamedTuple, Optional, Sequence, Set
 
 from ..errors import ConfigurationError
+from ..forking import SIGNALS, fork
 from ..logs import log
 from ..process import set_title
 from .service import Service
@@ -27,8 +28,6 @@ _STOP_TIME = GRACE + 1.5
 _KILL_TIME = 3.0
 ORDERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that must not end the process when they come before there is a `Master`: blocked until then."""
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
 
 
 class Limits(NamedTuple):
@@ -64,9 +63,9 @@ class Master:
         os.set_blocking(self._pipes.retirements, False)
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
-        for number in _SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ORDERS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         self._poll.register(self._pipes.reports_master, select.POLLIN)
@@ -164,17 +163,11 @@ class Master:
 
     def _spawn(self) -> None:
         worker = Worker(self._service, self._listeners, self._pipes)
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            pid = os.fork()
-            if not pid:
-                worker.run()
-            self._spares.add(pid)
+            self._spares.add(fork("worker", worker.run))
         except OSError as error:
             log.error("cannot start a worker, trying again in a second: %s", error.strerror)
             self._retry_at = monotonic() + _RETRY
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _read_reports(self) -> None:
         reports = read_pipe(self._pipes.reports_master, _PIPE_SIZE)

@@ -18,18 +18,18 @@ from time import monotonic
 from typing import Callable, Dict, Generator, Iterator, List, Optional, Tuple
 
 from ..errors import CommandError, ConfigurationError, TaskFailed
+from ..forking import fork_with_pipe, let_signals_in
 from ..logs import log
 from ..origin.address import OriginAddress, parse_origin
 from ..origin.connection import OriginLost
 from ..origin.probe import probe
-from ..process import set_title
+from ..process import closed_on_error, set_title
 from ..storage.bitmap import Bitmap
 from ..storage.blocks import BLOCK, block_count
 from ..storage.board import COMPLETE, CONTROL, COPYING, PROXY, TARGET, Board
-from ..storage.fetch import PIECE
+from ..storage.fetches import PIECE
 from ..storage.proxy import ProxyImage, ProxySource
 from ..storage.snapshot import create_bitmap
-from ..storage.state_files import closed_on_error
 from ..storage.state_format import Steering
 from ..storage.target import reopen
 from .child import Child
@@ -64,17 +64,16 @@ class Steward:
 
         It ends when *lifeline* breaks; *close_first* lets go of what belongs to the parent.
         """
+
+        def live(report: int) -> int:
+            self._report = report
+            close_first()
+            return self._run(lifeline)
+
         try:
-            verdict, self._report = os.pipe()
-            with closed_on_error(verdict), closed_on_error(self._report):
-                pid = self._fork()
+            pid, verdict = fork_with_pipe("steward", live)
         except OSError as error:
             raise ConfigurationError(f"the steward cannot be started: {error.strerror}") from error
-        if not pid:
-            os.close(verdict)
-            close_first()
-            self._run(lifeline)
-        os.close(self._report)
         with os.fdopen(verdict, "rb") as answer:
             complaint = answer.read().decode("utf-8", "surrogateescape")
         if complaint:
@@ -82,42 +81,28 @@ class Steward:
             raise ConfigurationError(complaint)
         return pid
 
-    def _fork(self) -> int:
-        """Signals stay blocked in the child."""
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        pid = -1
-        try:
-            pid = os.fork()
-        finally:
-            if pid:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        return pid
-
-    def _run(self, lifeline: int) -> None:
-        """Life of the child."""
-        status = 1
+    def _run(self, lifeline: int) -> int:
+        """Life of the child: its exit status."""
         try:
             watch = Watch(lifeline)
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            let_signals_in()
             set_title("steward", self._service.source.name)
             work = _Stewardship(self._service, self._path, watch, must_listen=self._must_listen)
             os.close(self._report)
             self._report = -1
-            status = work.run()
+            return work.run()
         except Stop:
-            status = 0
+            return 0
         except ConfigurationError as error:
             self._complain(str(error))
         except OSError as error:
             self._complain(f"the steward cannot work: {error}")
-        except BaseException:
-            log.exception("steward failed")
-        finally:
-            os._exit(status)
+        return 1
 
     def _complain(self, text: str) -> None:
         if self._report >= 0:
-            os.write(self._report, text.encode("utf-8", "surrogateescape"))
+            with suppress(BrokenPipeError):  # the parent has ended first
+                os.write(self._report, text.encode("utf-8", "surrogateescape"))
         else:
             log.error("%s", text)
 
@@ -199,7 +184,7 @@ class _Stewardship:
         if self._copy is not None and self._copy.is_done():
             self._on_copied(self._copy)
         elif self._board.wanted_copy is not None and not self._watch.stopping and not self._is_copying():
-            self._start_copy(CopyOptions(rate=self._board.wanted_copy))  # a server that has ended has left it
+            self._resume_copy(self._board.wanted_copy)
         if self._state is not None:
             self._keep_durable()
 
@@ -244,7 +229,10 @@ class _Stewardship:
             self._board.mode = COMPLETE
             log.info("every block is cached")
         if self._state.changed:
-            self._checkpoint = self._start(self._make_durable)
+            try:
+                self._checkpoint = self._start(self._make_durable)
+            except TaskFailed as failure:
+                self._tell_once("cannot make the cache durable", str(failure))
 
     def _make_durable(self) -> None:
         assert self._proxy is not None and self._state is not None
@@ -252,17 +240,21 @@ class _Stewardship:
 
     def _on_checkpoint(self, child: Child) -> None:
         assert self._state is not None
-        failure = child.message or f"status {child.status}"
         if child.status == 0:
             self._board.note_checkpoint()
             self._failing = ""
-        elif failure != self._failing:
-            log.error("cannot make the cache durable: %s", failure)
-            self._failing = failure
-        if child.status:
+        else:
+            self._tell_once("cannot make the cache durable", child.message or f"status {child.status}")
             self._state.abandon_checkpoint()
 
+    def _tell_once(self, what: str, failure: str) -> None:
+        """What is tried again and again; a *failure* that has several of them fail is told of one."""
+        if failure != self._failing:
+            log.error("%s: %s", what, failure)
+        self._failing = failure
+
     def _start(self, work: Callable[[], Optional[str]]) -> Child:
+        """Raises `TaskFailed` if there can be no more processes."""
         return Child(self._close_control, work)
 
     def _close_control(self) -> None:
@@ -313,7 +305,16 @@ class _Stewardship:
             return not self._copy.is_done()
         return self._board.is_locked(COPYING)
 
+    def _resume_copy(self, rate: int) -> None:
+        """Go on with what a server that has ended has left."""
+        try:
+            self._start_copy(CopyOptions(rate=rate))
+        except TaskFailed as failure:
+            self._tell_once("cannot go on copying", str(failure))
+
     def _start_copy(self, options: CopyOptions) -> None:
+        """Raises `TaskFailed`."""
+
         def work() -> None:
             set_title("copying", self._source.name)
             watch = Watch(self._watch.lifeline)
@@ -378,9 +379,15 @@ class _Stewardship:
             raise CommandError("a proxy has no snapshots: its disk is not whole here")
         while self._snapshot is not None:
             yield None
-        bitmap_fd = create_bitmap(self._source.size)
-        bitmap = Bitmap(bitmap_fd, self._blocks)
-        child = self._snapshot = self._start(partial(self._make_snapshot, bitmap_fd))
+        try:
+            bitmap_fd = create_bitmap(self._source.size)
+            with closed_on_error(bitmap_fd):
+                bitmap = Bitmap(bitmap_fd, self._blocks)
+                child = self._snapshot = self._start(partial(self._make_snapshot, bitmap_fd))
+        except TaskFailed as failure:
+            raise _no_snapshot(str(failure)) from failure
+        except OSError as error:
+            raise _no_snapshot(error.strerror or str(error)) from error
         try:
             while not child.is_done():
                 yield {"progress": {"copied_bytes": bitmap.count() * BLOCK, "total_bytes": self._blocks * BLOCK}}
@@ -397,9 +404,7 @@ class _Stewardship:
             bitmap.octets.close()
             os.close(bitmap_fd)
         if child.status or not child.message:
-            failure = f"no snapshot: {child.message or 'its process was stopped'}"
-            log.warning("%s", failure)
-            raise CommandError(failure)
+            raise _no_snapshot(child.message or "its process was stopped")
         yield {"done": True, **json.loads(child.message)}
 
     def _make_snapshot(self, bitmap_fd: int) -> str:
@@ -524,3 +529,9 @@ class _Stewardship:
             return str(probe(address, timeout=self._proxy.patience.connect).size)
         except OriginLost as lost:
             raise TaskFailed(str(lost)) from lost
+
+
+def _no_snapshot(reason: str) -> CommandError:
+    """What whoever wanted a snapshot is told, after the log."""
+    log.warning("no snapshot: %s", reason)
+    return CommandError(f"no snapshot: {reason}")

@@ -1,10 +1,10 @@
 """A worker: one process, one client at a time.
 
-`Worker.__init__` runs in the master, `Worker.run` in the child, which never
-returns from it. A spare worker has its image open and waits for a client; it
-accepts and negotiates itself, so that no client waits for a fork or for another
-client's handshake. When its client has left it is a spare again, with the image's
-pages mapped already, unless the master has enough of them.
+`Worker.__init__` runs in the master, `Worker.run` in the child. A spare worker has
+its image open and waits for a client; it accepts and negotiates itself, so that no
+client waits for a fork or for another client's handshake. When its client has left
+it is a spare again, with the image's pages mapped already, unless the master has
+enough of them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import errno
 import gc
 import os
 import select
-import signal
 import socket
 from typing import NamedTuple, Optional, Sequence
 
+from ..forking import let_signals_in
 from ..logs import log
 from ..process import set_title
 from .connection import Connection
@@ -53,20 +53,15 @@ class Worker:
         self._listeners = listeners
         self._pipes = pipes
 
-    def run(self) -> None:
-        """Life of the child; signals are blocked when it begins."""
-        status = 1
+    def run(self) -> int:
+        """Life of the child: its exit status. Signals are blocked when it begins."""
         try:
-            watch = self._init_process()
-            status = self._work(watch)
+            return self._work(self._init_process())
         except Stop:
-            status = 0
+            return 0
         except OSError as error:
             log.error("worker cannot work: %s", error)
-        except BaseException:
-            log.exception("worker failed")
-        finally:
-            os._exit(status)
+            return 1
 
     def _init_process(self) -> Watch:
         os.close(self._pipes.lifeline_master)
@@ -74,7 +69,7 @@ class Worker:
         os.close(self._pipes.retirements_master)
         gc.set_threshold(GARBAGE_THRESHOLD)
         watch = Watch(self._pipes.lifeline)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        let_signals_in()
         return watch
 
     def _work(self, watch: Watch) -> int:

@@ -1,7 +1,7 @@
 """Bringing blocks from the origin into the cache, while others go on.
 
-A `Fetch` is a run of blocks that are asked for with one READ. Whoever needs its
-blocks holds a `Ticket`. The rules that keep the cache right:
+What is to be fetched is the business of `storage.fetches`, when to try locked blocks
+again that of `storage.turns`. The rules that keep the cache right:
 
 - A block is written by the process that holds the lock of its byte of the bitmap.
   A lock that another process holds is tried again later, never waited for.
@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import errno
 import select
-from collections import deque
-from time import monotonic
-from typing import Any, Deque, Dict, List, NamedTuple, Optional, Set, Tuple
+from time import monotonic, thread_time
+from typing import Any, List, NamedTuple, Optional, Tuple, Union
 
 from ..logs import log
 from ..origin.address import OriginAddress, parse_origin
@@ -29,27 +28,18 @@ from .block_locks import BlockLocks
 from .blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop
 from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, TARGET, UNREACHABLE, Board, Counts
 from .checkpoint import ProcessState
+from .fetches import Fetch, Fetches
 from .image import Background, Ticket
 from .survey import Survey
 from .target import TargetImage
+from .turns import Turns
 from .window import Window
-
-PIECE = 64
-"""Blocks that one READ asks for at most, and a multiple of which none goes across."""
 
 _IN_FLIGHT = 8 << 20
 """Bytes asked for at once for those who wait; ahead of them, a `Window` that is never larger."""
 
 _LEAST_AHEAD = 512 << 10
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.008
-_PAUSE_EACH = 2e-4
-"""Seconds to pause, in the end, for each fetch that finds its blocks locked: to try takes a tenth of that."""
-
-_REST = 4
-"""Who finds blocks locked pauses for so many times as long as it takes to try again, if that is longer."""
-
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
-_MOST_DAMAGED = 1 << 12
 _PARTING = 1.0
 _QUIET = 0.005
 
@@ -78,22 +68,6 @@ class Patience(NamedTuple):
     origin: Optional[float] = None
 
 
-class Fetch:
-    """The blocks from *first* up to *end*. ``mixed`` tells that some of them may be there already."""
-
-    __slots__ = ("ahead", "asked_at", "end", "error", "first", "mixed", "pause", "since", "tickets")
-
-    def __init__(self, first: int, end: int, *, ahead: bool) -> None:
-        self.first = first
-        self.end = end
-        self.ahead = ahead
-        self.tickets: List[Ticket] = []
-        self.mixed = False
-        self.error = 0
-        self.pause = _FIRST_PAUSE
-        self.since = self.asked_at = 0.0
-
-
 class Fetcher(Background):
     """Fills *cache* for this process; everything between two sleeps happens in one thread."""
 
@@ -112,15 +86,11 @@ class Fetcher(Background):
         self._connect_at = 0.0
         self._in_flight = 0
         self._window = Window(_LEAST_AHEAD)
-        self._by_block: Dict[int, Fetch] = {}
-        self._wanted: Deque[Fetch] = deque()
-        self._ahead: Deque[Fetch] = deque()
-        self._locked_out: List[Tuple[float, Fetch]] = []
-        self._pauses: List[Ticket] = []
-        self._pause = _FIRST_PAUSE
-        self._pauses_end = self._released_at = 0.0
+        self._fetches = Fetches(timed=patience.origin is not None)
+        self.need_block = self._fetches.need_block
+        """What `need` does, for one block that is not local."""
+        self._turns: Turns[Union[Fetch, Ticket]] = Turns()
         self._surveys = 0
-        self._damaged: Dict[int, Set[int]] = {}  # pieces, and what was told of their blocks
         self._cache_error = 0  # the one that was told last, until something is written again
         self._approach = False
         self._closing = False
@@ -132,76 +102,14 @@ class Fetcher(Background):
         ticket = Ticket()
         for run_first, run_end, local in self._bitmap.runs(first, end):
             if not local:
-                self._need_run(ticket, run_first, run_end)
+                self._fetches.need(ticket, run_first, run_end)
         return ticket if ticket.pending else None
-
-    def need_block(self, block: int) -> Ticket:
-        """What `need` does, for one block that is not local."""
-        ticket = Ticket()
-        ticket.pending = 1
-        fetch = self._by_block.get(block)
-        if fetch is None:
-            fetch = self._add(self._wanted, block, block + 1, ahead=False)
-        elif fetch.ahead:
-            self._prefer(fetch)
-        fetch.tickets.append(ticket)
-        return ticket
-
-    def _prefer(self, fetch: Fetch) -> None:
-        """Somebody waits for what was to be fetched ahead."""
-        fetch.ahead = False
-        if fetch in self._ahead:
-            self._ahead.remove(fetch)
-            self._wanted.append(fetch)
-
-    def _need_run(self, ticket: Ticket, first: int, end: int) -> None:
-        by_block = self._by_block
-        while first < end:
-            fetch = by_block.get(first)
-            if fetch is None:
-                fetch = self._add(self._wanted, first, self._free_until(first, end), ahead=False)
-            elif fetch.ahead:
-                self._prefer(fetch)
-            if not fetch.tickets or fetch.tickets[-1] is not ticket:
-                fetch.tickets.append(ticket)
-                ticket.pending += 1
-            first = fetch.end
 
     def bring_ahead(self, first: int, end: int) -> None:
         """Fetch what is missing of these blocks, after everything that is needed."""
-        by_block = self._by_block
         for run_first, run_end, local in self._bitmap.runs(first, end):
-            while not local and run_first < run_end:
-                stop = run_first + 1
-                if run_first not in by_block:
-                    stop = self._free_until(run_first, run_end)
-                    self._add(self._ahead, run_first, stop, ahead=True)
-                run_first = stop
-
-    def _free_until(self, first: int, end: int) -> int:
-        """Where a fetch from *first* on has to end: at *end*, at a piece's end, or where another one begins."""
-        by_block = self._by_block
-        piece = first // PIECE
-        stop = min(end, (piece + 1) * PIECE) if piece not in self._damaged else first + 1
-        if stop - first == 1 or by_block.keys().isdisjoint(range(first + 1, stop)):
-            return stop
-        return next(block for block in range(first + 1, stop) if block in by_block)
-
-    def _add(self, queue: Deque[Fetch], first: int, end: int, *, ahead: bool) -> Fetch:
-        last = queue[-1] if queue else None
-        if last is not None and last.end == first and first % PIECE and first // PIECE not in self._damaged:
-            last.end = end
-            fetch = last
-        else:
-            fetch = Fetch(first, end, ahead=ahead)
-            if self._patience.origin is not None:
-                fetch.since = monotonic()
-            queue.append(fetch)
-        if end - first == 1:
-            self._by_block[first] = fetch
-        else:
-            self._by_block.update(dict.fromkeys(range(first, end), fetch))
-        return fetch
+            if not local:
+                self._fetches.bring_ahead(run_first, run_end)
 
     def survey(self, first: int, end: int) -> Optional[Survey]:
         """Ask about these blocks, of less than 4 GiB; None if the origin cannot tell, or is not there."""
@@ -239,40 +147,29 @@ class Fetcher(Background):
 
     def claim(self, first: int, end: int) -> bool:
         """Lock these blocks to write them; False if another process has some. Else always followed by `give_back`."""
-        if not self._locks.claim(first, end):
-            return False
-        self._pause = _FIRST_PAUSE
-        return True
+        return self._locks.claim(first, end)
 
     def mark_local(self, first: int, end: int) -> None:
         """These blocks, which are claimed, were written: what is still fetched of them is not."""
         self._bitmap.set(first, end)
-        by_block = self._by_block
-        if len(by_block) < end - first:
-            for block, fetch in by_block.items():
-                if first <= block < end:
-                    fetch.mixed = True
-        elif by_block:
-            for block in range(first, end):
-                if block in by_block:
-                    by_block[block].mixed = True
+        self._fetches.note_written(first, end)
 
     def give_back(self, first: int, end: int) -> None:
         """Let go of blocks that were claimed."""
         self._locks.give_back(first, end)
 
-    def pause(self) -> Ticket:
-        """A ticket that is done in a moment, for whoever found blocks locked. All of them try again together."""
+    def next_turn(self) -> Ticket:
+        """A ticket that is done when it is time to try again, for who could not claim blocks."""
         ticket = Ticket()
         ticket.pending = 1
-        self._pauses.append(ticket)
+        self._turns.lock_out(ticket)
         return ticket
 
     # Background
 
     @property
     def busy(self) -> bool:
-        return bool(self._by_block or self._pauses or self.finished or self._surveys or self._approach)
+        return bool(self._fetches or self._turns.busy or self.finished or self._surveys or self._approach)
 
     @property
     def quiet(self) -> bool:
@@ -290,34 +187,36 @@ class Fetcher(Background):
         return [(connection.fileno(), connection.events())] if connection is not None else []
 
     def deadline(self) -> Optional[float]:
-        times = [time for time, _ in self._locked_out]
-        if self._pauses:
-            times.append(self._pauses_end)
+        times = [] if self._turns.deadline is None else [self._turns.deadline]
         if self._connection is None:
-            if self._wanted or self._ahead or self._approach:
+            if self._has_work:
                 times.append(self._connect_at)
         elif self._connection.deadline is not None:
             times.append(self._connection.deadline)
-        if self._patience.origin is not None and self._wanted and not self._reached:
-            times.append(min(fetch.since for fetch in self._wanted) + self._patience.origin)
+        if self._patience.origin is not None and not self._reached:
+            since = self._fetches.waits_since()
+            if since is not None:
+                times.append(since + self._patience.origin)
         return min(times) if times else None
 
     @property
     def _reached(self) -> bool:
         return self._connection is not None and self._connection.ready
 
+    @property
+    def _has_work(self) -> bool:
+        """Whether there is anything to ask the origin."""
+        return bool(self._fetches.wanted or self._fetches.ahead or self._approach)
+
     def progress(self) -> None:
-        now = monotonic() if self._pauses or self._locked_out else 0.0
-        if self._pauses or self._released_at:
-            self._pass_time(now)
-        if self._locked_out:
-            self._retry_locked(now)
+        if self._turns.busy:
+            self._take_turns()
         if self._generation != self._whereabouts.generation:
             self._move()
-        if self._patience.origin is not None and self._wanted and not self._reached:
-            self._give_up(monotonic(), self._patience.origin)
+        if self._patience.origin is not None and self._fetches.wanted and not self._reached:
+            self._give_up(monotonic() - self._patience.origin)
         try:
-            if self._connection is None and (self._wanted or self._ahead or self._approach):
+            if self._connection is None and self._has_work:
                 self._connect()
             if self._connection is not None:
                 self._work_with(self._connection)
@@ -330,7 +229,7 @@ class Fetcher(Background):
             connection.on_events(select.POLLIN)
         else:
             connection.wait(0.0)
-        if connection.ready and (self._wanted or self._ahead):
+        if connection.ready and (self._fetches.wanted or self._fetches.ahead):
             self._ask(connection)
             connection.on_events(0)
         if connection.ready and self._approach:
@@ -338,27 +237,16 @@ class Fetcher(Background):
             self.finished.append(Ticket())
         connection.on_time()
 
-    def _pass_time(self, now: float) -> None:
-        """Begin a pause, or end it: those who have tried again in vain by the next call are back in `_pauses`."""
-        if not self._pauses:
-            self._released_at = 0.0
-        elif not self._pauses_end:
-            trying = now - self._released_at if self._released_at else 0.0
-            self._pauses_end = now + max(self._pause, _REST * trying)
-            self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
-            self._released_at = 0.0
-        elif now >= self._pauses_end:
-            for ticket in self._pauses:
-                ticket.pending = 0
-            self.finished += self._pauses
-            self._pauses = []
-            self._pauses_end, self._released_at = 0.0, now
-
-    def _retry_locked(self, now: float) -> None:
-        due = [fetch for time, fetch in self._locked_out if time <= now]
-        self._locked_out = [entry for entry in self._locked_out if entry[0] > now]
-        self._wanted.extendleft(reversed([fetch for fetch in due if not fetch.ahead]))
-        self._ahead.extendleft(reversed([fetch for fetch in due if fetch.ahead]))
+    def _take_turns(self) -> None:
+        """Have those who were locked out try again: fetches before all others, requests when they hear of it."""
+        turn = self._turns.take(monotonic(), thread_time())
+        for who in reversed(turn):
+            if isinstance(who, Fetch):
+                self._fetches.put_back(who)
+        for who in turn:
+            if isinstance(who, Ticket):
+                who.pending = 0
+                self.finished.append(who)
 
     # The connection
 
@@ -379,7 +267,8 @@ class Fetcher(Background):
         assert connection is not None
         unfinished = connection.unfinished()
         if reason != self.trouble:
-            log.warning("%s; %d requests wait for it, trying again", reason, len(self._wanted) + len(unfinished))
+            waiting = len(self._fetches.wanted) + len(unfinished)
+            log.warning("%s; %d requests wait for it, trying again", reason, waiting)
         self.trouble = reason
         self._connect_at = monotonic() + self._delay
         self._delay = min(_LONGEST_DELAY, max(_FIRST_DELAY, 2 * self._delay))
@@ -397,23 +286,20 @@ class Fetcher(Background):
             self._locks.let_go(fetch.first, fetch.end)
             fetch.error = 0
             if fetch.tickets:
-                self._wanted.appendleft(fetch)
+                self._fetches.put_back(fetch)
             else:
-                self._forget(fetch)
-        for fetch in self._ahead:
-            self._forget(fetch)
-        self._ahead.clear()
+                self._fetches.forget(fetch)
+        self._fetches.forget_ahead()
 
-    def _give_up(self, now: float, limit: float) -> None:
-        """End what has waited for more than *limit* seconds."""
-        for fetch in [fetch for fetch in self._wanted if fetch.since + limit <= now]:
-            self._wanted.remove(fetch)
+    def _give_up(self, time: float) -> None:
+        """End what has waited since *time* or longer."""
+        for fetch in self._fetches.take_older(time):
             self._finish(fetch, errno.EIO)
 
     def _move(self) -> None:
         """The origin is elsewhere now: ask there for all that has not come."""
         self._generation = self._whereabouts.generation
-        self._damaged.clear()
+        self._fetches.forget_damage()
         self._delay = self._connect_at = 0.0
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -428,8 +314,8 @@ class Fetcher(Background):
         """
         until = monotonic() + (0.0 if self._whereabouts.board.mode == TARGET else _PARTING)
         self._closing = True
-        self._wanted.clear()
-        self._ahead.clear()
+        self._fetches.wanted.clear()
+        self._fetches.ahead.clear()
         connection = self._connection
         try:
             while connection is not None and connection.ready and connection.outstanding and monotonic() < until:
@@ -443,22 +329,23 @@ class Fetcher(Background):
     # Asking
 
     def _ask(self, connection: OriginConnection) -> None:
-        while self._wanted and self._in_flight < _IN_FLIGHT:
-            self._ask_for(connection, self._wanted.popleft())
-        while self._ahead and self._in_flight < self._window.size:
-            self._ask_for(connection, self._ahead.popleft())
+        wanted, ahead = self._fetches.wanted, self._fetches.ahead
+        while wanted and self._in_flight < _IN_FLIGHT:
+            self._ask_for(connection, wanted.popleft())
+        while ahead and self._in_flight < self._window.size:
+            self._ask_for(connection, ahead.popleft())
 
     def _ask_for(self, connection: OriginConnection, fetch: Fetch) -> None:
         first, end = fetch.first, fetch.end
         most = connection.maximum_read >> BLOCK_SHIFT
         if end - first > most:
-            self._split(fetch, first + max(1, most))
+            self._fetches.split(fetch, first + max(1, most))
             end = fetch.end
         if not self._locks.hold(first, end):
             if self._bitmap.all_set(first, end):
                 self._finish(fetch, 0)
                 return
-            self._lock_out(fetch)
+            self._turns.lock_out(fetch)
             return
         if self._bitmap.any_set(first, end):
             fetch.mixed = True
@@ -471,23 +358,6 @@ class Fetcher(Background):
         self._in_flight += length
         fetch.asked_at = monotonic()
         connection.read(fetch, offset, length)
-
-    def _lock_out(self, fetch: Fetch) -> None:
-        """Try again later, together with all others that pause for as long."""
-        self._locked_out.append(((monotonic() // fetch.pause + 1) * fetch.pause, fetch))
-        others = len(self._wanted) + len(self._locked_out)
-        if fetch.pause < max(_LONGEST_PAUSE, _PAUSE_EACH * others):
-            fetch.pause *= 2
-
-    def _split(self, fetch: Fetch, end: int) -> None:
-        """Ask for the blocks from *end* on separately, next."""
-        rest = Fetch(end, fetch.end, ahead=fetch.ahead)
-        rest.since, rest.mixed, rest.tickets = fetch.since, fetch.mixed, list(fetch.tickets)
-        for ticket in rest.tickets:
-            ticket.pending += 1
-        self._by_block.update(dict.fromkeys(range(end, fetch.end), rest))
-        fetch.end = end
-        (self._ahead if fetch.ahead else self._wanted).appendleft(rest)
 
     # Replies (`origin.replies.Sink`)
 
@@ -543,32 +413,12 @@ class Fetcher(Background):
             self._cache_error = 0
         self._locks.let_go(first, end)
         if error and not token.error:
-            error = self._on_damage(first, end, error)
+            if self._fetches.note_damage(first, end):
+                count, offset = (end - first) * BLOCK, block_start(first)
+                log.warning("the origin cannot read %d bytes at %d: error %d", count, offset, error)
+            if end - first > 1:
+                error = 0  # who needs them asks again, for one after the other
         self._finish(token, token.error or error)
 
-    def _on_damage(self, first: int, end: int, error: int) -> int:
-        """The origin cannot read all of these blocks: the error to tell, 0 if they are to be asked for one by one."""
-        if len(self._damaged) >= _MOST_DAMAGED:
-            self._damaged.clear()
-        told = self._damaged.setdefault(first // PIECE, set())
-        single = end - first == 1
-        if not single or first not in told:
-            log.warning("the origin cannot read %d bytes at %d: error %d", (end - first) * BLOCK, first * BLOCK, error)
-        if single:
-            told.add(first)
-        return error if single else 0
-
     def _finish(self, fetch: Fetch, error: int) -> None:
-        self._forget(fetch)
-        for ticket in fetch.tickets:
-            ticket.error = ticket.error or error
-            ticket.pending -= 1
-            if not ticket.pending:
-                self.finished.append(ticket)
-
-    def _forget(self, fetch: Fetch) -> None:
-        by_block, first = self._by_block, fetch.first
-        del by_block[first]
-        if fetch.end - first > 1:
-            for block in range(first + 1, fetch.end):
-                del by_block[block]
+        self.finished += self._fetches.finish(fetch, error)

@@ -149,7 +149,7 @@ class ProxyImage(Image):
 
     def _claim(self, first: int, end: int) -> None:
         if not self.fetcher.claim(first, end):
-            raise NotLocal(self.fetcher.pause())
+            raise NotLocal(self.fetcher.next_turn())
 
     def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
         if fast and covered(offset, length, self.size) != touched(offset, length):

@@ -31,11 +31,12 @@ from typing import NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..logs import log
+from ..process import closed_on_error
 from . import state_files as files
 from .board import TARGET, Board, board_size
 from .checkpoint import ProcessState
 from .locks import RangeLocks
-from .state_files import NEW, closed_on_error
+from .state_files import NEW
 from .state_format import NO_BOOT, OPENING, BadHeader, Header, Layout, Steering, identity, layout_of, readable
 from .target import reopen
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Iterator, NamedTuple
 
 from ..errors import ConfigurationError
+from ..process import closed_on_error
 from . import space
 from .bitmap import count_bits
 from .locks import RangeLocks, do_nothing
@@ -72,15 +73,6 @@ def opening(state_fd: int) -> Iterator[None]:
         yield
     finally:
         locks.release(OPENING, 1)
-
-
-@contextmanager
-def closed_on_error(fd: int) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        os.close(fd)
-        raise
 
 
 def is_alone(state_fd: int) -> bool:

@@ -1,16 +1,15 @@
 """The wrapper's child processes: forked, remembered, buried.
 
-A child runs one function, or another program in its place, and leaves through one
-``os._exit``. Signals are blocked across the fork, so that none is taken for the
-wrapper's.
+A child runs one function, or another program in its place.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from typing import Callable, Dict, Iterable, List, NoReturn
+from typing import Callable, Dict, Iterable, List
 
+from .. import forking
 from ..logs import log
 
 Body = Callable[[], int]
@@ -37,26 +36,15 @@ class Children:
 
         Raises `OSError` if there can be no more processes.
         """
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            pid = os.fork()
-            if not pid:
-                self._live(body)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+        def live() -> int:
+            self._after_fork()
+            _reset_signals()
+            return body()
+
+        pid = forking.fork("a process of the wrapper", live)
         self._on_end[pid] = on_end
         return pid
-
-    def _live(self, body: Body) -> NoReturn:
-        status = 1
-        try:
-            self._after_fork()
-            reset_signals()
-            status = body()
-        except BaseException:
-            log.exception("child process failed")
-        finally:
-            os._exit(status)
 
     def reap(self) -> None:
         """Bury all that have ended."""
@@ -77,19 +65,16 @@ class Children:
         return list(self._on_end)
 
 
-def reset_signals() -> None:
+def _reset_signals() -> None:
     """Signals as a program finds them at its start."""
-    signal.set_wakeup_fd(-1)
-    for number in (*SIGNALS, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    forking.reset_signals(*SIGNALS, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def execute(words: List[str]) -> int:
     """Run the program *words* in place of this process; returns, with a status, only if that is not possible."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ignored by Python, and would stay so
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    reset_signals()
+    _reset_signals()
     try:
         os.execvp(words[0], words)
     except OSError as error:
