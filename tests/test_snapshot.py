@@ -266,18 +266,6 @@ def test_interrupting_the_command_ends_its_snapshot(target: Server, disk: Path, 
     take_by_command(control)
 
 
-def test_a_proxy_refuses_sigusr1(start: Start, image: Path, tmp_path: Path) -> None:
-    origin = start("--target", image, tcp=True)
-    proxy = start(
-        "--proxy", "127.0.0.1", origin.port, tmp_path / "cache", tmp_path / "bitmap", tmp_path / "proxy-control"
-    )
-    os.kill(proxy.pid, signal.SIGUSR1)
-    proxy.wait_for_log("WARNING: SIGUSR1: a proxy has no snapshots")
-    status, _, err = bgctl("--snapshot", tmp_path / "proxy-control", check=False)
-    assert status == 1
-    assert "a proxy has no snapshots" in err
-
-
 def test_a_block_device_is_refused(start: Start, image: Path, control: Path) -> None:
     os.truncate(image, 8 * MIB)
     device = run("losetup", "--find", "--show", image)[1].strip()

@@ -58,8 +58,10 @@ class Disk:
             files = open_files(*snapshot)
             if files is not None:
                 self.image = KeepingImage(self.image, Keeper(self.image, files))
+                return
         except (OSError, ValueError) as error:
             log.error("cannot keep old blocks for the snapshot, which is given up: %s", error)
+        if self.board.snapshot == snapshot:
             self.board.end_snapshot()
 
     def let_go(self) -> None:
