@@ -18,7 +18,7 @@ from conftest import MIB, Start
 from mounts import loop_mount, small_tmpfs
 from proxies import BLOCK, DISK, Proxy, make_disk
 from rawclient import WRITE, pack_request
-from server_process import Server, children_of, is_alive, kill_all, run, title_of, wait_until
+from server_process import Server, children_of, is_alive, kill_all, run, state_of, title_of, wait_until
 from snapshots import Taken, bgctl_command, held_snapshot, snapshots_of, take_by_command, take_by_signal
 from stamps import DISK_SIZE, UNTOUCHED, check_cut, noise_disk, writers
 
@@ -318,9 +318,12 @@ def test_the_snapshot_of_a_server_that_is_killed_is_ended_by_another(
     before = free(other.cache)
     with other.raw() as client:
         with held_snapshot(switched.server) as held:
-            snapshotter = held.snapshotter
+            snapshotter, steward = held.snapshotter, switched.steward()
             held.let_workers_keep(2048)
             assert client.write(MIB, b"n" * MIB) == 0
+            os.kill(steward, signal.SIGSTOP)  # or it would end the snapshot
+            wait_until(lambda: state_of(steward) == "T", "the steward to stand still")
+            os.kill(snapshotter, signal.SIGKILL)
             kill_all(switched.server.pid)
             wait_until(lambda: not is_alive(snapshotter), "the end of the snapshotting process")
             held.go_on()
