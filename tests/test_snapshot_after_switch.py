@@ -318,15 +318,19 @@ def test_the_snapshot_of_a_server_that_is_killed_is_ended_by_another(
     before = free(other.cache)
     with other.raw() as client:
         with held_snapshot(switched.server) as held:
-            snapshotter, steward = held.snapshotter, switched.steward()
+            snapshotter, stewards = held.snapshotter, [switched.steward(), other.steward()]
             held.let_workers_keep(2048)
             assert client.write(MIB, b"n" * MIB) == 0
-            os.kill(steward, signal.SIGSTOP)  # or it would end the snapshot
-            wait_until(lambda: state_of(steward) == "T", "the steward to stand still")
+            for steward in stewards:  # the one would end the snapshot, and the other is not to be the first
+                os.kill(steward, signal.SIGSTOP)
+            wait_until(lambda: [*map(state_of, stewards)] == ["T", "T"], "the stewards to stand still")
             os.kill(snapshotter, signal.SIGKILL)
             kill_all(switched.server.pid)
             wait_until(lambda: not is_alive(snapshotter), "the end of the snapshotting process")
             held.go_on()
+            with other.raw() as newcomer:
+                assert newcomer.write(3 * MIB, b"new") == 0
+            os.kill(stewards[1], signal.SIGCONT)
         wait_until(lambda: free(other.cache) >= before - MIB // 2, "the space")
         assert client.write(0, b"after") == 0
         assert snapshots_of(other.cache) == []
