@@ -105,13 +105,13 @@ def held_snapshot(server: Server, *, by: Optional[Path] = None) -> Iterator[Held
     wait_until(lambda: steward_of(server) is not None, "the steward")
     steward = steward_of(server)
     assert steward is not None
-    gate = os.open(_descriptor(server.pid, "xnbd-board"), os.O_RDWR)
+    gate = os.open(_board_of(server), os.O_RDWR)
     board = Board(gate)
     command: Optional[subprocess.Popen[bytes]] = None
     held: Optional[Held] = None
     try:
         locks = RangeLocks(gate)
-        assert locks.try_acquire(GATE, 1)
+        wait_until(lambda: locks.try_acquire(GATE, 1), "the gate")
         if by is None:
             os.kill(server.pid, signal.SIGUSR1)
         else:
@@ -133,12 +133,19 @@ def held_snapshot(server: Server, *, by: Optional[Path] = None) -> Iterator[Held
 @contextmanager
 def shut_gate(server: Server) -> Iterator[None]:
     """Nobody works on requests meanwhile."""
-    board = Board(os.open(_descriptor(server.pid, "xnbd-board"), os.O_RDWR))
+    board = Board(os.open(_board_of(server), os.O_RDWR))
     try:
         with board.closed(10):
             yield
     finally:
         board.close()
+
+
+def _board_of(server: Server) -> Path:
+    """A file of its own, or for a proxy one beside the bitmap."""
+    board = _find(server.pid, ".board") or _find(server.pid, "xnbd-board")
+    assert board is not None
+    return board
 
 
 def _descriptor(pid: int, name: str) -> Path:

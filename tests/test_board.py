@@ -24,6 +24,7 @@ from xnbd.storage.board import (
     MISSES,
     PROXY,
     REQUESTS,
+    SNAPSHOT,
     TARGET,
     UNREACHABLE,
     Board,
@@ -157,6 +158,56 @@ def test_checkpoints_are_counted(family: Family) -> None:
     assert count == 2
     assert last is not None
     assert before <= last <= time.time()
+
+
+def test_complete_is_what_was_a_proxy(family: Family) -> None:
+    assert family.board.note_complete()
+    assert family.board.mode == COMPLETE
+    assert not family.board.note_complete()
+
+
+def test_a_switch_is_not_taken_back_by_another_server_that_finds_the_disk_complete(family: Family) -> None:
+    def switch(board: Board) -> None:
+        with board.closed(PATIENCE):
+            os.write(say, b"!")
+            assert os.read(wait, 1) == b"!"
+            board.mode = TARGET
+
+    (wait, go), (told, say) = os.pipe(), os.pipe()
+    pid = family.spawn(switch)
+    assert os.read(told, 1) == b"!"
+    assert not family.board.note_complete()
+    os.write(go, b"!")
+    family.wait(pid)
+    assert not family.board.note_complete()
+    assert family.board.mode == TARGET
+    for fd in (wait, go, told, say):
+        os.close(fd)
+
+
+# Snapshots
+
+
+def begin_snapshot(board: Board) -> None:
+    assert board.try_lock(SNAPSHOT)
+    board.begin_snapshot(os.getpid(), 5, 6)
+
+
+def test_a_snapshot_is_ended_by_others_only_when_its_process_is_dead(family: Family) -> None:
+    with process(family, begin_snapshot) as pid:
+        assert not family.board.end_dead_snapshot()
+        assert family.board.snapshot == (pid, 5, 6)
+        family.kill(pid)
+        assert family.board.end_dead_snapshot()
+        assert family.board.snapshot is None
+        assert not family.board.end_dead_snapshot()
+
+
+def test_after_the_end_of_a_dead_snapshot_the_next_one_may_begin(family: Family) -> None:
+    for _ in range(2):
+        with process(family, begin_snapshot) as pid:
+            family.kill(pid)
+        assert family.board.end_dead_snapshot()
 
 
 # Lines

@@ -1020,3 +1020,10 @@ def test_newcomer_after_a_switch_of_its_siblings_is_a_target(siblings: Siblings,
     assert newcomer.read(0, DISK) == disk.read_bytes()
     assert newcomer.write(5, b"x") == 0
     assert siblings.clients[0].read(5, 1) == b"x"
+
+
+def test_siblings_make_no_snapshots(siblings: Siblings) -> None:
+    siblings.add().read(0, 10)
+    wait_until(siblings.answers, "the control socket")
+    bgctl("--force", "--switch", siblings.control)
+    assert refused("--snapshot", siblings.control) == "a server of --inetd or --connected-fd makes no snapshots"

@@ -26,7 +26,7 @@ Commands:
   --reconnect           Use the disk at REMOTE_HOST REMOTE_PORT, or at an NBD
                         URI, as origin.
   --snapshot            Make an image of the disk as it is now, and print its
-                        path.
+                        path. A proxy has to be switched first.
 
 Options:
   --json                Print the server's answer as JSON, for programs.

@@ -104,8 +104,9 @@ Other options:
   --version             Show the version.
 
 Signals, to the master: TERM or INT stops it in good order, a second one at
-once. USR1 makes a snapshot, DISK_IMAGE.snapshot.SECONDS, while clients go on.
-USR2 makes a proxy a plain target, if every block is cached.
+once. USR1 makes a snapshot, DISK_IMAGE.snapshot.SECONDS, while clients go on;
+a proxy refuses. USR2 makes a proxy a plain target, if every block is cached;
+from then on it has snapshots too, CACHE_DISK_IMAGE.snapshot.SECONDS.
 """
 
 from __future__ import annotations

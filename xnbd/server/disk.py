@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..logs import log
-from ..storage.board import TARGET, Board
+from ..storage.board import SNAPSHOT, TARGET, Board
 from ..storage.image import Image, Source
 from ..storage.locks import do_nothing
 from ..storage.snapshot import Keeper, KeepingImage, open_files
@@ -54,12 +54,18 @@ class Disk:
         snapshot = self.board.snapshot
         if snapshot is None:
             return
+        reason = "its process is alive, and cannot be found"
         try:
             files = open_files(*snapshot)
             if files is not None:
                 self.image = KeepingImage(self.image, Keeper(self.image, files))
+                return
+            if not self.board.is_locked(SNAPSHOT):
+                return  # a steward ends what a dead process has begun, and wakes those who keep blocks for it
         except (OSError, ValueError) as error:
-            log.error("cannot keep old blocks for the snapshot, which is given up: %s", error)
+            reason = str(error)
+        if self.board.snapshot == snapshot:
+            log.warning("cannot keep old blocks for the snapshot, which is given up: %s", reason)
             self.board.end_snapshot()
 
     def let_go(self) -> None:

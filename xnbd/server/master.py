@@ -129,9 +129,6 @@ class Master:
             self._steward_at = monotonic() + _RETRY
 
     def _ask_for_snapshot(self) -> None:
-        if self._service.source.mode == "proxy":
-            log.warning("SIGUSR1: a proxy has no snapshots; after a switch restart it with --target, which has them")
-            return
         if self._steward is None:
             self._start_steward_again()
         if self._steward is not None:

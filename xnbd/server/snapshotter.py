@@ -13,13 +13,14 @@ from ..errors import TaskFailed
 from ..logs import log
 from ..storage import snapshot
 from ..storage.blocks import BLOCK, steps
-from ..storage.board import Board
+from ..storage.board import SNAPSHOT, Board
 from ..storage.image import Image, Source
 from ..storage.snapshot import Keeper, SnapshotFiles
 from ..storage.target import TargetImage
 from .watch import Watch
 
 _GATE_TIMEOUT = 10.0
+_TURN_EVERY = 0.1
 _DATA_STEP, _HOLE_STEP = 256 << 10, 64 << 20
 
 
@@ -36,6 +37,7 @@ class Snapshotter:
 
     def run(self) -> str:
         """The snapshot's name and times, as JSON. Raises `TaskFailed`, and `Stop`."""
+        self._wait_for_turn()
         began = monotonic()
         path = self._source.path
         try:
@@ -54,11 +56,19 @@ class Snapshotter:
         log.info("snapshot %s: %d bytes in %.2f s, clients held for %.1f ms", name, self._source.size, seconds, held)
         return json.dumps({"path": name, "seconds": round(seconds, 3), "held_ms": round(held, 1)})
 
+    def _wait_for_turn(self) -> None:
+        """Another server of the same cache may be making one."""
+        while not self._board.try_lock(SNAPSHOT):
+            self._watch.pause(_TURN_EVERY)
+        self._board.end_snapshot()  # of a dead process
+
     def _fill(self, image: Image, output: int) -> None:
         image.flush()  # or a clone would write all of that with everybody waiting
         if isinstance(image, TargetImage) and snapshot.can_clone(image.fd, output):
             with self._gate():
                 snapshot.clone(image.fd, output)
+            if os.fstat(output).st_size > image.size:
+                os.ftruncate(output, image.size)  # a proxy's cache file may be larger than its disk
             return
         self._check_space(output)
         place = os.getpid(), output, self._bitmap_fd
@@ -66,6 +76,7 @@ class Snapshotter:
             self._board.begin_snapshot(*place)
         try:
             self._copy(image, snapshot.duplicate(SnapshotFiles(output, self._bitmap_fd)))
+            self._watch.check()  # or nobody would be told of it
             if self._board.snapshot != place:  # all blocks are kept by now: what ends it later does no harm
                 raise TaskFailed("somebody could not keep old blocks, or has ended it")
         except BaseException:

@@ -26,7 +26,7 @@ from ..origin.probe import probe
 from ..process import closed_on_error, set_title
 from ..storage.bitmap import Bitmap
 from ..storage.blocks import BLOCK, block_count
-from ..storage.board import COMPLETE, CONTROL, COPYING, PROXY, TARGET, Board
+from ..storage.board import CONTROL, COPYING, PROXY, TARGET, Board
 from ..storage.fetches import PIECE
 from ..storage.proxy import ProxyImage, ProxySource
 from ..storage.snapshot import create_bitmap
@@ -131,7 +131,7 @@ class _Stewardship:
         self._pending: List[Tuple[str, Reply]] = []
         self._snapshot: Optional[Child] = None
         self._snapshot_wanted = False
-        self._board.end_snapshot()  # of a process that is no more: its parent was this one's predecessor
+        self._has_master = must_listen
         signal.signal(signal.SIGUSR1, self._on_snapshot_signal)
         self._report = Report(service, self._board)
         if must_listen and path is not None:
@@ -185,6 +185,8 @@ class _Stewardship:
             self._on_copied(self._copy)
         elif self._board.wanted_copy is not None and not self._watch.stopping and not self._is_copying():
             self._resume_copy(self._board.wanted_copy)
+        if self._board.end_dead_snapshot():
+            self._wake_all()
         if self._state is not None:
             self._keep_durable()
 
@@ -194,9 +196,10 @@ class _Stewardship:
             for answer in reply:
                 if answer is None:
                     return
+        except TaskFailed:
+            pass  # the log has it already
         except (CommandError, ConfigurationError) as error:
-            if signal_name != "SIGUSR1":  # of a snapshot the log tells anyway
-                log.warning("%s: %s", signal_name, error)
+            log.warning("%s: %s", signal_name, error)
         self._pending.remove((signal_name, reply))
 
     def _on_snapshot_signal(self, _number: int, _frame: object) -> None:
@@ -225,8 +228,7 @@ class _Stewardship:
         if monotonic() < self._next_checkpoint:
             return
         self._next_checkpoint = monotonic() + _CHECKPOINT_EVERY
-        if self._board.mode == PROXY and self._progress.complete:
-            self._board.mode = COMPLETE
+        if self._board.mode == PROXY and self._progress.complete and self._board.note_complete():
             log.info("every block is cached")
         if self._state.changed:
             try:
@@ -373,10 +375,10 @@ class _Stewardship:
     # Snapshots
 
     def _take_snapshot(self, _request: Message) -> Reply:
-        if self._proxy is not None:
-            if self._board.mode == TARGET:
-                raise CommandError("no snapshots of what was started as a proxy: start it as a target first")
-            raise CommandError("a proxy has no snapshots: its disk is not whole here")
+        if not self._has_master:
+            raise CommandError("a server of --inetd or --connected-fd makes no snapshots")
+        if not self._source.is_whole(self._board):
+            raise CommandError("a proxy has no snapshots before it is switched: its disk is not whole here")
         while self._snapshot is not None:
             yield None
         try:
@@ -398,7 +400,7 @@ class _Stewardship:
         finally:
             child.stop()
             child.wait()
-            self._board.end_snapshot()
+            self._board.end_dead_snapshot()
             self._wake_all()
             self._snapshot = None
             bitmap.octets.close()
@@ -531,7 +533,7 @@ class _Stewardship:
             raise TaskFailed(str(lost)) from lost
 
 
-def _no_snapshot(reason: str) -> CommandError:
+def _no_snapshot(reason: str) -> TaskFailed:
     """What whoever wanted a snapshot is told, after the log."""
     log.warning("no snapshot: %s", reason)
-    return CommandError(f"no snapshot: {reason}")
+    return TaskFailed(f"no snapshot: {reason}")

@@ -64,9 +64,13 @@ _PEER = struct.Struct("=64s")
 _TROUBLE_AT = 176
 _TROUBLE = struct.Struct("=80s")
 
-GATE, CONTROL, COPYING = 0, 1, 2
+GATE, CONTROL, COPYING, SNAPSHOT = 0, 1, 2, 3
 _LINES = 1 << 16
-"""Locks on bytes of the file: `CONTROL` has who answers the control socket, `COPYING` who copies all blocks."""
+"""Locks on bytes of the file.
+
+`CONTROL` has who answers the control socket, `COPYING` who copies all blocks, and
+`SNAPSHOT` who makes a snapshot: without it what the board says of one is a dead process's.
+"""
 
 _UNUSED = 64
 """Lines without a process in a row after which there are no more: the first free one is always taken."""
@@ -132,6 +136,18 @@ class Board:
         self._map[_MODE] = mode
         self._note_change()
 
+    def note_complete(self) -> bool:
+        """No block is missing: `PROXY` becomes `COMPLETE`. False if it does not, for somebody switches, or has."""
+        if not self._locks.try_acquire(GATE, 1):
+            return False
+        try:
+            if self.mode != PROXY:
+                return False
+            self.mode = COMPLETE
+            return True
+        finally:
+            self._locks.release(GATE, 1)
+
     def _note_change(self) -> None:
         (number,) = _U32.unpack_from(self._map, _CHANGES)
         _U32.pack_into(self._map, _CHANGES, (number + 1) & 0xFFFFFFFF)
@@ -155,7 +171,7 @@ class Board:
             self._map[_COPY_WANTED] = 1
 
     def begin_snapshot(self, pid: int, output: int, bitmap: int) -> None:
-        """From now on old blocks are kept; the gate is closed."""
+        """From now on old blocks are kept; the gate is closed, and this process has the lock `SNAPSHOT`."""
         _SNAPSHOT.pack_into(self._map, _SNAPSHOT_AT, pid, output, bitmap)
         self._note_change()
 
@@ -163,6 +179,17 @@ class Board:
         if self.snapshot:
             _SNAPSHOT.pack_into(self._map, _SNAPSHOT_AT, 0, 0, 0)
             self._note_change()
+
+    def end_dead_snapshot(self) -> bool:
+        """End what a process that is no more has begun; tells whether there was such a thing."""
+        if not self.snapshot or not self.try_lock(SNAPSHOT):
+            return False
+        try:
+            found = self.snapshot is not None
+            self.end_snapshot()
+        finally:
+            self.unlock(SNAPSHOT)
+        return found
 
     @property
     def generation(self) -> int:
@@ -250,11 +277,11 @@ class Board:
             self._locks.release(GATE, 1)
 
     def try_lock(self, what: int) -> bool:
-        """Take the lock `CONTROL` or `COPYING` for as long as this process lives; False if another has it."""
+        """Take one of the locks but `GATE` for as long as this process lives; False if another has it."""
         return self._locks.try_acquire(what, 1)
 
     def is_locked(self, what: int) -> bool:
-        """Whether another process has the lock `CONTROL` or `COPYING`; to look does not keep anybody from taking it."""
+        """Whether another process has the lock; to look does not keep anybody from taking it."""
         return self._locks.held_elsewhere(what, 1)
 
     def unlock(self, what: int) -> None:

@@ -193,6 +193,11 @@ class Source(ABC):
     def open(self, board: Board) -> Image:
         """The disk for this process, whose *board* it is. Called after the fork; raises `OSError`."""
 
+    def is_whole(self, board: Board) -> bool:
+        """Whether all of the disk is here, so that there can be snapshots of it."""
+        del board  # but for a proxy's it is
+        return True
+
     def allocated(self) -> int:
         """Bytes of storage that the disk's content takes, about."""
         return self.size

@@ -262,6 +262,12 @@ class ProxySource(Source):
             readahead=settings.readahead,
         )
 
+    def is_whole(self, board: Board) -> bool:
+        return board.mode == TARGET
+
+    def allocated(self) -> int:
+        return os.fstat(self.cache_fd).st_blocks * 512
+
     def board_fd(self, processes: int) -> int:
         return self._state.board_fd
 
