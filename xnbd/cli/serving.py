@@ -207,7 +207,9 @@ def _serve_many(arguments: Arguments) -> int:
     try:
         service = _open_service(arguments, processes=limits.processes)
         _listen(arguments, listeners)
-        return _run_master(service, listeners, limits, daemon)
+        status = _run_master(service, listeners, limits, daemon)
+        service.source.close()  # before the pid file goes: who waits for that may use the image in another way
+        return status
     except ConfigurationError as error:
         if daemon:
             daemon.failed(error.exit_status)

@@ -200,7 +200,8 @@ class _Stewardship:
             self._on_copied(self._copy)
         elif self._board.wanted_copy is not None and not self._watch.stopping and not self._is_copying():
             self._start_copy(CopyOptions(rate=self._board.wanted_copy))  # a server that has ended has left it
-        if self._state is not None:
+        if self._proxy is not None:
+            self._proxy.follow_switch(self._board)
             self._keep_durable()
 
     def _go_on(self, signal_name: str, reply: Reply) -> None:
@@ -429,6 +430,7 @@ class _Stewardship:
             raise CommandError(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}; try again") from None
         except OSError as error:
             raise CommandError(f"the cache cannot be made durable: {error.strerror}; nothing was changed") from error
+        self._proxy.follow_switch(self._board)
         workers = yield from self._have_followed()
         log.info("switched to a plain target of %s; held for %.1f ms", self._source.name, pause * 1e3)
         yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
