@@ -18,7 +18,7 @@ from conftest import MIB, Start
 from launch import fails, serving, stop_daemon
 from origin_programs import is_listening
 from rawclient import LIST, RawClient
-from server_process import command, free_port, is_alive, run, title_of, wait_until
+from server_process import children_of, command, free_port, is_alive, run, title_of, wait_until
 
 from xnbd.process import PidFile
 
@@ -246,6 +246,14 @@ def test_daemon_is_on_its_own(image: Path) -> None:
         assert os.getsid(pid) not in (os.getsid(0), pid)
         assert (process / "cwd").readlink() == Path("/")
         assert [os.fspath((process / "fd" / str(fd)).readlink()) for fd in range(3)] == ["/dev/null"] * 3
+
+
+def test_no_process_of_a_daemon_keeps_what_its_starter_reads(image: Path) -> None:
+    """The steward is started before the terminal is let go: ``$(xnbd-server --daemonize ...)`` waited for its end."""
+    with daemon(image.parent, "--control", "ctl", image.name) as pid:
+        for process in (pid, *children_of(pid)):
+            streams = [os.fspath(Path(f"/proc/{process}/fd/{fd}").readlink()) for fd in range(3)]
+            assert streams == ["/dev/null"] * 3
 
 
 def test_daemon_logs_to_its_file(image: Path) -> None:

@@ -84,6 +84,15 @@ def set_title(role: str, *details: str, program: str = "xnbd-server") -> None:
     setproctitle(title.encode("utf-8", "backslashreplace").decode())
 
 
+def leave_terminal() -> None:
+    """Keep nobody waiting who reads what this process might say."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    if null > 2:
+        os.close(null)
+
+
 class Daemon:
     """The way into the background: the parent stays until the child is ready or has failed."""
 
@@ -104,11 +113,7 @@ class Daemon:
 
     def ready(self) -> None:
         """Let the parent leave with success, and the terminal go."""
-        null = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(null, stream)
-        if null > 2:
-            os.close(null)
+        leave_terminal()
         os.write(self._report, b"0")
         os.close(self._report)
 

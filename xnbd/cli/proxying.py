@@ -14,6 +14,7 @@ from ..origin.connection import OriginLost
 from ..origin.probe import probe
 from ..server.waiting import QueueLimits
 from ..storage import space
+from ..storage.claims import ImageInUse
 from ..storage.fetch import Patience
 from ..storage.proxy import DEFAULT_READAHEAD, ProxySettings, ProxySource
 from ..storage.state import Known, known_state, open_state
@@ -41,7 +42,15 @@ def open_proxy(arguments: Arguments, *, alone: bool) -> ProxySource:
     size = _find_size(address, known, patience.connect, ask=alone)
     cache_fd = _open_cache(cache_path, size, must_exist=not arguments["--clear-bitmap"] and _has_bits(bitmap_path))
     grow = space.device_size(cache_fd) < size
-    state = open_state(bitmap_path, cache_fd, disk_size=size, origin=str(address), clear=arguments["--clear-bitmap"])
+    try:
+        state = open_state(
+            bitmap_path, cache_fd, disk_size=size, origin=str(address), clear=arguments["--clear-bitmap"]
+        )
+    except ImageInUse:
+        raise ConfigurationError(
+            f"{cache_path} is served as a disk by itself (--target, --cow-target, or a proxy that was switched): "
+            "stop that server first"
+        ) from None
     if grow:
         _grow(cache_fd, cache_path, size)
     settings = ProxySettings(

@@ -12,7 +12,15 @@ from typing import Any, Dict, Iterator, Optional
 from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
-from ..process import Daemon, PidFile, keep_standard_streams, notify_service_manager, set_title, take_client_socket
+from ..process import (
+    Daemon,
+    PidFile,
+    keep_standard_streams,
+    leave_terminal,
+    notify_service_manager,
+    set_title,
+    take_client_socket,
+)
 from ..protocol.constants import MAXIMUM_STRING
 from ..protocol.negotiation import Agreement
 from ..server.connection import Connection
@@ -22,6 +30,7 @@ from ..server.service import Service
 from ..server.waiting import QueueLimits
 from ..server.watch import Watch
 from ..storage.image import Source
+from ..storage.locks import do_nothing
 from ..storage.target import TargetSource, create_sparse
 from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_same_file, refuse_together
 
@@ -207,7 +216,9 @@ def _serve_many(arguments: Arguments) -> int:
     try:
         service = _open_service(arguments, processes=limits.processes)
         _listen(arguments, listeners)
-        return _run_master(service, listeners, limits, daemon)
+        status = _run_master(service, listeners, limits, daemon)
+        service.source.close()  # before the pid file goes: who waits for that may use the image in another way
+        return status
     except ConfigurationError as error:
         if daemon:
             daemon.failed(error.exit_status)
@@ -230,7 +241,7 @@ def _listen(arguments: Arguments, listeners: Listeners) -> None:
 def _run_master(service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon]) -> int:
     master = Master(service, listeners.sockets, limits)
     if service.needs_steward:
-        master.start_steward()
+        master.start_steward(leave_terminal if daemon else do_nothing)
     log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, listeners)
     if daemon:
         daemon.ready()

@@ -12,12 +12,13 @@ import select
 import signal
 import socket
 from time import monotonic
-from typing import Dict, List, NamedTuple, Optional, Sequence, Set
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Set
 
 from ..errors import ConfigurationError
 from ..forking import SIGNALS, fork
 from ..logs import log
 from ..process import set_title
+from ..storage.locks import do_nothing
 from .service import Service
 from .watch import GRACE
 from .worker import REPORT_SIZE, Pipes, Worker, parse_report, read_pipe
@@ -107,12 +108,17 @@ class Master:
 
     # The steward
 
-    def start_steward(self) -> None:
-        """Raises `ConfigurationError` if it cannot listen where it should."""
+    def start_steward(self, prepare: Callable[[], None] = do_nothing) -> None:
+        """The steward does *prepare* first. Raises `ConfigurationError` if it cannot listen where it should."""
         from .steward import Steward
 
         steward = Steward(self._service, self._service.control_path, must_listen=True)
-        self._steward = steward.spawn(self._pipes.lifeline, self._close_in_steward)
+
+        def close_first() -> None:
+            self._close_in_steward()
+            prepare()
+
+        self._steward = steward.spawn(self._pipes.lifeline, close_first)
 
     def _close_in_steward(self) -> None:
         for fd in (self._pipes.lifeline_master, self._pipes.reports_master, self._pipes.retirements_master):

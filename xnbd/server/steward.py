@@ -187,7 +187,8 @@ class _Stewardship:
             self._resume_copy(self._board.wanted_copy)
         if self._board.end_dead_snapshot():
             self._wake_all()
-        if self._state is not None:
+        if self._proxy is not None:
+            self._proxy.follow_switch(self._board)
             self._keep_durable()
 
     def _go_on(self, signal_name: str, reply: Reply) -> None:
@@ -436,6 +437,7 @@ class _Stewardship:
             raise CommandError(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}; try again") from None
         except OSError as error:
             raise CommandError(f"the cache cannot be made durable: {error.strerror}; nothing was changed") from error
+        self._proxy.follow_switch(self._board)
         workers = yield from self._have_followed()
         log.info("switched to a plain target of %s; held for %.1f ms", self._source.name, pause * 1e3)
         yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
-from . import space
+from . import claims, space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, block_count, block_start, block_stop, bytes_of, covered, steps, touched
 from .board import Board
@@ -45,6 +45,7 @@ class CowSource(Source):
 
     def __init__(self, path: str, *, readonly: bool, directory: Optional[str] = None) -> None:
         self._base = open_disk(path, readonly=True)
+        claims.claim_disk(self._base, path)
         self.path = path
         self.name = os.path.basename(path)
         self.description = f"copy-on-write disk over {self.name}"
@@ -80,6 +81,10 @@ class CowSource(Source):
 
     def flush(self) -> None:
         """Nothing: the overlay ends with the server."""
+
+    def close(self) -> None:
+        for fd in (self._base, self._overlay, self._bitmap):
+            os.close(fd)
 
 
 class CowImage(Image):

@@ -209,3 +209,7 @@ class Source(ABC):
     @abstractmethod
     def flush(self) -> None:
         """What `Image.flush` does, for the master."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the image in this process; once all of the server's have, others may use it as they like."""

@@ -13,7 +13,7 @@ import fcntl
 import os
 import struct
 import time
-from typing import Callable, Optional
+from typing import Callable, Optional, Tuple
 
 _FLOCK = struct.Struct("hhqqi4x")
 _BUSY = (errno.EAGAIN, errno.EACCES)
@@ -33,7 +33,7 @@ class RangeLocks:
     def try_acquire(self, start: int, count: int) -> bool:
         """Lock *count* bytes from *start* on, all or none of them; False if some are locked elsewhere."""
         try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0))
+            _set(self._fd, fcntl.F_WRLCK, start, count)
         except OSError as error:
             if error.errno in _BUSY:
                 return False
@@ -53,10 +53,40 @@ class RangeLocks:
             pause = min(_LONGEST_PAUSE, pause + 1e-5)
 
     def release(self, start: int, count: int) -> None:
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, start, count, 0))
+        _set(self._fd, fcntl.F_UNLCK, start, count)
 
     def held_elsewhere(self, start: int, count: int) -> bool:
         """Whether some of these bytes are locked through another descriptor than this one."""
-        question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0)
-        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, question)
-        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+        return _first_in_the_way(self._fd, start, count)[0] != fcntl.F_UNLCK
+
+
+class SharedLocks:
+    """Locks on single bytes of the file behind *fd*, opened for reading, that several may hold at once.
+
+    They belong to all processes that have inherited *fd*, and end with the last of them.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def acquire(self, byte: int) -> None:
+        """Raises `OSError`, also if somebody has an exclusive lock there."""
+        _set(self._fd, fcntl.F_RDLCK, byte, 1)
+
+    def release(self, byte: int) -> None:
+        _set(self._fd, fcntl.F_UNLCK, byte, 1)
+
+    def held_elsewhere(self, byte: int) -> bool:
+        """Whether such a lock is held through another opening of the file; a longer one is somebody else's business."""
+        return _first_in_the_way(self._fd, byte, 1) == (fcntl.F_RDLCK, byte, 1)
+
+
+def _set(fd: int, kind: int, start: int, count: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, count, 0))
+
+
+def _first_in_the_way(fd: int, start: int, count: int) -> Tuple[int, int, int]:
+    """Kind, start and length of a lock that would keep *fd* from an exclusive one; the kind is F_UNLCK without any."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0))
+    kind, _, found_start, found_count, _ = _FLOCK.unpack(answer)
+    return kind, found_start, found_count

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import closing
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..origin.address import OriginAddress
+from . import claims
 from .blocks import BLOCK_SHIFT, block_count, block_start, block_stop, covered, touched
 from .board import MISSES, TARGET, Board, Counts
 from .checkpoint import ProcessState
@@ -232,6 +234,7 @@ class ProxySource(Source):
         self.cache_fd = cache_fd
         self._state = state
         self._settings = settings
+        self._is_disk = False
         self.address = settings.address
         self.patience = settings.patience
         self.path = settings.path
@@ -246,6 +249,7 @@ class ProxySource(Source):
 
     def open(self, board: Board) -> Image:
         if board.mode == TARGET:
+            self.follow_switch(board)
             return TargetImage(reopen(self.cache_fd, readonly=False), self.size, readonly=self.readonly)
         return self.open_proxy(board)
 
@@ -279,9 +283,21 @@ class ProxySource(Source):
         """Have servers of another day begin with *steering*; raises like `SharedState.steer`."""
         self._state.steer(steering)
 
+    def follow_switch(self, board: Board) -> None:
+        """Once the server is a plain target, have other servers know: for any of its processes, at any time."""
+        if not self._is_disk and board.mode == TARGET:
+            claims.turn_into_disk(self.cache_fd)
+            self._is_disk = True
+
     def flush(self) -> None:
         """Called when the workers are gone: everything is durable, and marked so unless others use the files."""
+        with closing(self._state.open_board()) as board:
+            self.follow_switch(board)
         self._state.mark_clean(self.cache_fd)
+
+    def close(self) -> None:
+        os.close(self.cache_fd)
+        self._state.close()
 
 
 class ProxySettings(NamedTuple):

@@ -26,12 +26,13 @@ new file that is to become it.
 from __future__ import annotations
 
 import os
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..logs import log
 from ..process import closed_on_error
+from . import claims
 from . import state_files as files
 from .board import TARGET, Board, board_size
 from .checkpoint import ProcessState
@@ -57,14 +58,18 @@ def open_state(
     For the master, before it forks. *cache_fd* is the cache image: it is synced
     before the durable copy speaks of it. With *clear* no block is cached, whatever
     the files said, if nobody uses them. *origin* is where the disk was when the
-    bitmap was made, or where it has been moved to since. Raises `ConfigurationError`.
+    bitmap was made, or where it has been moved to since. Raises `ConfigurationError`,
+    and `claims.ImageInUse` if another server serves the cache image as a disk by itself.
     """
     path = os.path.realpath(bitmap_path)
     try:
         header = Header(disk_size, identity(origin), _read_boot_id(boot_id_path), clean=False)
-        return _Opening(path, cache_fd, layout_of(disk_size), header).run(clear)
+        for _ in claims.attempts():
+            with suppress(claims.ImageInUse):
+                return _Opening(path, cache_fd, layout_of(disk_size), header).run(clear)
     except OSError as error:
         raise ConfigurationError(f"cannot use cache bitmap {path} with its state file: {error.strerror}") from error
+    raise claims.ImageInUse
 
 
 class Known(NamedTuple):
@@ -107,12 +112,17 @@ def is_switched(bitmap_path: str) -> bool:
     try:
         if files.is_alone(state_fd):
             return _was_switched(path, state_fd, _read_boot_id(BOOT_ID))
-        with closing(Board(files.open_regular(path + BOARD_SUFFIX))) as board:
-            return board.mode == TARGET
+        return _board_says_target(path)
     except (OSError, ValueError, ConfigurationError, BadHeader):
         return False
     finally:
         os.close(state_fd)
+
+
+def _board_says_target(path: str) -> bool:
+    """Raises `OSError`, `ValueError` and `ConfigurationError` if there is no board to be read."""
+    with closing(Board(files.open_regular(path + BOARD_SUFFIX))) as board:
+        return board.mode == TARGET
 
 
 def _was_switched(path: str, state_fd: int, boot_id: bytes) -> bool:
@@ -125,8 +135,7 @@ def _was_switched(path: str, state_fd: int, boot_id: bytes) -> bool:
     if files.read_header(state_fd).boot_id != boot_id:
         return True  # and nobody knows what a power failure has left of the board
     try:
-        with closing(Board(files.open_regular(path + BOARD_SUFFIX))) as board:
-            return board.mode == TARGET
+        return _board_says_target(path)
     except (OSError, ValueError, ConfigurationError):
         return True
 
@@ -294,6 +303,7 @@ class _Opening:
     def _create(self, state_fd: int, clear: bool) -> None:
         """Make the new file behind *state_fd* the state file; there is none yet, or it may go."""
         try:
+            self._claim_cache(alone=True)
             os.ftruncate(state_fd, 0)
             files.allocate(state_fd, self._layout.size)
             if not clear and os.path.lexists(self._path):
@@ -352,6 +362,7 @@ class _Opening:
             self._refuse_if_incomplete(state_fd, recover=not same_boot and not found.clean)
         if not alone and not same_boot:
             raise ConfigurationError(f"cache bitmap {self._path} is in use on another machine: stop that server first")
+        self._claim_cache(alone=alone)
         if found.boot_id == NO_BOOT:
             self._make_bitmap()
             files.publish(self._path)
@@ -367,6 +378,20 @@ class _Opening:
                 os.close(bitmap_fd)
         if found != self._header:
             files.write_header(state_fd, self._header)
+
+    def _claim_cache(self, *, alone: bool) -> None:
+        """Before anything is changed. Raises `claims.ImageInUse`, but not for siblings that have been switched."""
+        if claims.try_claim(self._cache_fd, claims.CACHE):
+            return
+        if alone or not self._siblings_are_targets():
+            raise claims.ImageInUse
+        claims.turn_into_disk(self._cache_fd)
+
+    def _siblings_are_targets(self) -> bool:
+        try:
+            return _board_says_target(self._path)
+        except (OSError, ValueError):
+            return False
 
     def _settle(self, bitmap_fd: int, state_fd: int, *, recover: bool) -> None:
         """Make live bitmap and durable copy agree; nobody else uses them."""

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Callable, Iterator, List
 
 from ..errors import ConfigurationError
-from . import space
+from . import claims, space
 from .board import Board
 from .extents import file_data_until, file_extents
 from .image import Buffer, Extent, Image, Source
@@ -75,6 +75,16 @@ _ADVICE = {
 }
 
 
+def usable_size(path: str, *, readonly: bool) -> int:
+    """Bytes of the disk at *path*, if a target could serve it. Raises `ConfigurationError` like `TargetSource`."""
+    fd = open_disk(path, readonly=readonly)
+    try:
+        claims.refuse_cache(fd, path)
+        return space.device_size(fd)
+    finally:
+        os.close(fd)
+
+
 def reopen(fd: int, *, readonly: bool) -> int:
     """A second, independent descriptor of the file behind *fd*, also if it was renamed since."""
     return os.open(f"/proc/self/fd/{fd}", (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
@@ -101,6 +111,7 @@ class TargetSource(Source):
 
     def __init__(self, path: str, *, readonly: bool) -> None:
         self._fd = open_disk(path, readonly=readonly)
+        claims.claim_disk(self._fd, path)
         self.path = path
         self.name = os.path.basename(path)
         self.description = f"disk image {self.name}"
@@ -122,6 +133,9 @@ class TargetSource(Source):
 
     def allocated(self) -> int:
         return os.fstat(self._fd).st_blocks * 512
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 class TargetImage(Image):

@@ -23,9 +23,8 @@ from ..protocol.negotiation import Export as Offer
 from ..server.connection import Connection
 from ..server.handshake import negotiate
 from ..server.watch import Watch
-from ..storage import space
 from ..storage.state import is_switched, known_size
-from ..storage.target import open_disk
+from ..storage.target import usable_size
 from .database import Database
 from .exports import Export, ProxyExport, TargetExport
 from .servers import Servers
@@ -129,11 +128,7 @@ class Catalogue:
         if isinstance(export, ProxyExport):
             size = known_size(export.bitmap_path)
             return probe(export.origin, timeout=_PROBE_TIME).size if size is None else size
-        fd = open_disk(export.image_path, readonly=self._servers.readonly or self._servers.cow)
-        try:
-            return space.device_size(fd)
-        finally:
-            os.close(fd)
+        return usable_size(export.image_path, readonly=self._servers.readonly or self._servers.cow)
 
 
 class Client(NamedTuple):

@@ -14,7 +14,7 @@ from ..errors import CommandError, ConfigurationError
 from ..logs import log
 from ..sockets import is_listening
 from ..storage.state import known_size
-from ..storage.target import open_disk
+from ..storage.target import usable_size
 from .attendant import Attendant
 from .children import Body, Children
 from .database import Database
@@ -115,7 +115,7 @@ class Commands:
                 os.stat(path)
             except OSError as error:
                 raise CommandError(f"cannot use {path}: {error.strerror}") from error
-            os.close(open_disk(path, readonly=readonly))
+            usable_size(path, readonly=readonly)
 
         job = Job(self._children, check(open_it))
         try:
