@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Iterator, List
 
@@ -61,6 +63,16 @@ def lookups(server: Server) -> List[int]:
     return [pid for pid in descendants(server.pid) if f"looking up {NAME}" in title_of(pid)]
 
 
+def has_pipe_and_socket(pid: int) -> bool:
+    """Whether a process has just these open, beside the standard streams."""
+    kinds = []
+    for fd in os.scandir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed just now
+            if int(fd.name) > 2:
+                kinds.append(os.readlink(fd.path).partition(":")[0])
+    return sorted(kinds) == ["pipe", "socket"]
+
+
 class Waiting:
     """Two clients of *proxy* whose misses wait for the name server's answers."""
 
@@ -107,9 +119,10 @@ def test_a_killed_worker_takes_its_lookup_with_it(proxy: Server, names: NameServ
 
 def test_a_lookup_holds_no_descriptor_of_its_worker(proxy: Server, names: NameServer) -> None:
     _waiting = Waiting(proxy, names)
-    for pid in lookups(proxy):
-        held = [os.readlink(fd.path) for fd in os.scandir(f"/proc/{pid}/fd") if int(fd.name) > 2]
-        assert sorted(what.partition(":")[0] for what in held) == ["pipe", "socket"]  # to its worker, and to us
+    looking = lookups(proxy)
+    assert len(looking) == 2
+    for pid in looking:  # one of them may be between two questions
+        wait_until(partial(has_pipe_and_socket, pid), "a pipe to its worker, and a socket to us")
 
 
 def test_a_lookup_that_was_killed_is_begun_again(proxy: Server, names: NameServer, disk: bytes) -> None:
