@@ -1,12 +1,49 @@
-"""File systems that a test mounts, as root, and unmounts at its end."""
+"""File systems and loop devices that a test makes, as root, and takes away at its end."""
 
 from __future__ import annotations
 
+import fcntl
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
-from server_process import run
+from server_process import run, wait_until
+
+
+def attach(backing: Path, *options: str) -> Path:
+    """The new loop device of the file *backing*.
+
+    Only one at a time: who finds a device that somebody else has just found makes it busy for a moment.
+    """
+    with open(Path(tempfile.gettempdir()) / "xnbd-tests-loop.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return Path(run("losetup", *options, "--find", "--show", backing)[1].strip())
+
+
+def detach(device: Path) -> None:
+    run("losetup", "--detach", device)
+
+
+@contextmanager
+def mounted(backing: Path, directory: Path, *options: str) -> Iterator[Path]:
+    """The file system in *backing*, at *directory*; in the end its device is not in use any more."""
+    device = attach(backing)
+    try:
+        run("mount", *options, device, directory)
+        try:
+            yield directory
+        finally:
+            unmount(directory, device)
+    finally:
+        detach(device)
+
+
+def unmount(directory: Path, device: Path) -> None:
+    """Returns when no mount namespace, which another test may have made meanwhile, has it any more."""
+    run("umount", directory)
+    in_use = [Path("/proc/fs/ext4") / device.name, Path("/sys/fs/xfs") / device.name]
+    wait_until(lambda: not any(path.exists() for path in in_use), "the end of the file system")
 
 
 @contextmanager
@@ -28,11 +65,13 @@ def loop_mount(directory: Path, kind: str, megabytes: int) -> Iterator[Path]:
     with open(backing, "wb") as file:
         file.truncate(megabytes << 20)
     run(*_MAKE[kind], backing)
-    run("mount", "-o", "loop", backing, directory)
+    device = attach(backing)
     try:
+        run("mount", device, directory)
         yield directory
     finally:
-        run("umount", "-l", directory)
+        run("umount", "-l", directory, check=False)
+        detach(device)
         backing.unlink()
 
 

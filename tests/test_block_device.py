@@ -15,6 +15,7 @@ import pytest
 from conftest import MIB, Start, StartWrapper
 from launch import fails
 from model import Model
+from mounts import attach, detach
 from server_process import run
 
 SECTOR = 512
@@ -33,16 +34,16 @@ def backing(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def device(backing: Path) -> Iterator[str]:
-    path = run("losetup", "--show", "-f", backing)[1].strip()
-    yield path
-    run("losetup", "-d", path)
+    path = attach(backing)
+    yield str(path)
+    detach(path)
 
 
 @pytest.fixture
 def read_only_device(backing: Path) -> Iterator[str]:
-    path = run("losetup", "--show", "-r", "-f", backing)[1].strip()
-    yield path
-    run("losetup", "-d", path)
+    path = attach(backing, "--read-only")
+    yield str(path)
+    detach(path)
 
 
 def connect(uri: str) -> nbd.NBD:
@@ -145,10 +146,10 @@ def device_that_cannot_zero(tmp_path: Path) -> Iterator[str]:
     run("mount", "-t", "ramfs", "ramfs", directory)
     try:
         (directory / "backing").write_bytes(b"\xdd" * MIB)
-        path = run("losetup", "--show", "-f", directory / "backing")[1].strip()
-        assert Path(f"/sys/block/{Path(path).name}/queue/write_zeroes_max_bytes").read_text() == "0\n"
-        yield path
-        run("losetup", "-d", path)
+        path = attach(directory / "backing")
+        assert Path(f"/sys/block/{path.name}/queue/write_zeroes_max_bytes").read_text() == "0\n"
+        yield str(path)
+        detach(path)
     finally:
         run("umount", "-l", directory)
 

@@ -18,6 +18,7 @@ import pytest
 from caching import BLOCK, CacheFiles, ask, bgctl, connect, hold, kill_server, wait_until_gone
 from conftest import MIB, Start, StartWrapper
 from launch import Launched, fails, launched, stop_daemon
+from mounts import attach, detach
 from rawclient import RawClient
 from server_process import PYTHON, ROOT, Server, command, run, wait_until
 from wrapper_process import Wrapper
@@ -249,9 +250,9 @@ def test_another_programs_lock_on_the_whole_file_is_not_minded(
 def test_a_block_device_is_a_disk_or_a_cache(start: Start, far: Server, files: CacheFiles, tmp_path: Path) -> None:
     backing = tmp_path / "backing"
     backing.write_bytes(bytes(SIZE))
-    device = run("losetup", "--show", "-f", backing)[1].strip()
+    device = attach(backing)
     try:
-        files.image = Path(device)
+        files.image = device
         targets = [start("--target", device), start("--cow-target", "--cow-dir", tmp_path, device)]
         assert f"{device} is served as a disk" in fails(*files.arguments(far.uri), "--unix", tmp_path / "s")[1]
         for target in targets:
@@ -260,7 +261,7 @@ def test_a_block_device_is_a_disk_or_a_cache(start: Start, far: Server, files: C
         assert f"{device} is the cache" in fails("--target", device, "--unix", tmp_path / "s")[1]
         proxy.stop()
     finally:
-        run("losetup", "-d", device)
+        detach(device)
 
 
 # Switched

@@ -17,7 +17,7 @@ import nbd
 import pytest
 from conftest import MIB, Start
 from model import Model
-from mounts import small_tmpfs
+from mounts import mounted, small_tmpfs
 from rawclient import FAST_ZERO, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, RawClient, pack_request
 from server_process import STOP_TIME, Server, command, is_alive, run, wait_until
 
@@ -158,19 +158,13 @@ def test_file_system_made_on_the_disk_mounts_and_is_clean(start: Start, tmp_path
     try:
         wait_until(lambda: fuse.stat().st_size == 64 * MIB, "nbdfuse")
         run("mkfs.ext4", "-q", "-F", fuse)
-        run("mount", "-o", "loop", fuse, mountpoint)
-        try:
-            noise = random.Random(1).randbytes(20 * MIB)
+        noise = random.Random(1).randbytes(20 * MIB)
+        with mounted(fuse, mountpoint):
             (mountpoint / "noise").write_bytes(noise)
             run("sync", "-f", mountpoint / "noise")
-        finally:
-            run("umount", mountpoint)
         run("fsck.ext4", "-f", "-n", fuse)
-        run("mount", "-o", "loop,ro", fuse, mountpoint)
-        try:
+        with mounted(fuse, mountpoint, "-r"):
             assert (mountpoint / "noise").read_bytes() == noise
-        finally:
-            run("umount", mountpoint)
     finally:
         run("fusermount3", "-u", fuse, check=False)
         nbdfuse.wait(20)
@@ -283,8 +277,7 @@ def test_server_starts_on_a_full_file_system(start: Start, base: Path, tmp_path:
     os.truncate(disk, 4 * MIB)
     run("mkfs.ext4", "-q", "-m", 0, disk)
     full.mkdir()
-    run("mount", "-o", "loop", disk, full)
-    try:
+    with mounted(disk, full):
         fill(full / "filler")
         server = start("--cow-target", "--cow-dir", full, base)
         with RawClient(server.connect()) as client:
@@ -292,8 +285,6 @@ def test_server_starts_on_a_full_file_system(start: Start, base: Path, tmp_path:
             assert client.write(0, b"no room") == 28
             assert client.read(0, 100) == base.read_bytes()[:100]
         server.stop()
-    finally:
-        run("umount", "-l", full)
 
 
 def fill(path: Path) -> None:

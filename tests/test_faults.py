@@ -22,6 +22,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Callable, Dict, Iterator, List, Tuple
 
+import mounts
 import pytest
 from conftest import MIB, Start
 from launch import fails, launched
@@ -168,14 +169,14 @@ def loop_device(small_disk: Path) -> Iterator[Callable[[Path], Path]]:
     devices: List[Path] = []
 
     def attach(backing: Path) -> Path:
-        devices.append(Path(run("losetup", "--find", "--show", backing)[1].strip()))
+        devices.append(mounts.attach(backing))
         return devices[-1]
 
     try:
         yield attach
     finally:
         for device in devices:
-            run("losetup", "--detach", device)
+            mounts.detach(device)
 
 
 @needs_root

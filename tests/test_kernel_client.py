@@ -10,6 +10,7 @@ from typing import Iterator
 import pytest
 from conftest import MIB, Start
 from exported import MODES, Exported, check_ext4
+from mounts import mounted
 from server_process import kill_all, run, wait_until
 from snapshots import take_by_signal
 from xnbdguest.initramfs import add_python, basic_system
@@ -128,14 +129,8 @@ done
 
 def check_snapshot(path: Path, directory: Path, noise: str) -> None:
     directory.mkdir(exist_ok=True)
-    run("mount", "-o", "loop", path, directory)
-    device = Path(run("findmnt", "--noheadings", "--output", "SOURCE", directory)[1].strip())
-    try:
+    with mounted(path, directory):
         digest = hashlib.md5((directory / "data").read_bytes()).hexdigest()
-    finally:
-        run("umount", directory)
-    in_use = Path("/proc/fs/ext4") / device.name  # by a mount namespace that another test has made meanwhile
-    wait_until(lambda: not in_use.exists(), "the end of the file system")
     assert digest == noise
     run("e2fsck", "-fn", path)
 

@@ -14,8 +14,9 @@ from caching import BLOCK, CacheFiles, ask, bgctl, connect, kill_server, query
 from conftest import MIB, Start
 from ledger import Crowd, Ledger
 from model import Model, read_all, wait_for_all
+from mounts import attach, detach
 from relay import Relay
-from server_process import Server, command, run, wait_until
+from server_process import Server, command, wait_until
 
 Content = Callable[[random.Random, int], bytes]
 
@@ -251,9 +252,9 @@ def device(tmp_path: Path, rng: random.Random) -> Iterator[Path]:
     """A loop device full of garbage."""
     backing = tmp_path / "backing.img"
     backing.write_bytes(rng.randbytes(4 * MIB + 512))
-    path = run("losetup", "--show", "-f", backing)[1].strip()
-    yield Path(path)
-    run("losetup", "-d", path)
+    path = attach(backing)
+    yield path
+    detach(path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="loop devices are made by root only")

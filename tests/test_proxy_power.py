@@ -30,6 +30,7 @@ from caching import BLOCK, CacheFiles, bgctl, connect, hold, kill_server, wait_u
 from conftest import MIB, Start
 from ledger import SECTOR, Crowd, Ledger
 from model import read_all
+from mounts import attach, detach, unmount
 from server_process import Server, run, state_of, wait_until
 
 SECONDS = 9.0
@@ -55,7 +56,7 @@ class Disk:
         with backing.open("wb") as file:
             file.truncate(96 * MIB)
         run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,nodiscard", backing)
-        self._device = run("losetup", "--show", "-f", backing)[1].strip()
+        self._device = attach(backing)
         path.mkdir()
         self.mount()
 
@@ -64,9 +65,7 @@ class Disk:
 
     def unmount(self) -> None:
         """Returns when no namespace has it any more."""
-        run("umount", self.path)
-        in_use = Path("/proc/fs/ext4") / Path(self._device).name
-        wait_until(lambda: not in_use.exists(), "the end of the file system")
+        unmount(self.path, self._device)
 
     def fail(self) -> None:
         """From now on nothing reaches the device, the journal included."""
@@ -89,7 +88,7 @@ class Disk:
 
     def remove(self) -> None:
         run("umount", "-l", self.path, check=False)  # a server that a failed test has left may use it
-        run("losetup", "-d", self._device)
+        detach(self._device)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import pytest
 from conftest import MIB, Start
 from injection import NO_PROCESSES, injected
 from launch import Launched, launched
-from mounts import small_tmpfs
+from mounts import attach, detach, small_tmpfs
 from origin_programs import is_listening
 from rawclient import FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, RawClient, bystander, pack_request
 from server_process import Server, command, is_alive, run, wait_until
@@ -292,7 +292,7 @@ def test_short_of_what_a_snapshot_takes_there_is_none_and_the_steward_lives(
 
 def test_a_block_device_is_refused(start: Start, image: Path, control: Path) -> None:
     os.truncate(image, 8 * MIB)
-    device = run("losetup", "--find", "--show", image)[1].strip()
+    device = attach(image)
     try:
         server = start("--target", device, "--control", control)
         status, _, err = bgctl("--snapshot", control, check=False)
@@ -302,7 +302,7 @@ def test_a_block_device_is_refused(start: Start, image: Path, control: Path) -> 
         )
         server.stop()
     finally:
-        run("losetup", "--detach", device)
+        detach(device)
 
 
 # Faults
