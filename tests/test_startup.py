@@ -18,7 +18,7 @@ from conftest import MIB, Start
 from launch import fails, serving, stop_daemon
 from origin_programs import is_listening
 from rawclient import LIST, RawClient
-from server_process import children_of, command, free_port, is_alive, run, title_of, wait_until
+from server_process import START_TIME, children_of, command, free_port, is_alive, run, title_of, wait_until
 
 from xnbd.process import PidFile
 
@@ -197,16 +197,16 @@ def test_create_of_more_than_the_file_system_can_leaves_nothing(tmp_path: Path) 
 
 
 @contextmanager
-def daemon(directory: Path, *arguments: object) -> Iterator[int]:
+def daemon(directory: Path, *arguments: object, mode: str = "--target") -> Iterator[int]:
     """The process id of a daemon that was started in *directory*; it is stopped at the end."""
     pid_file = directory / "pid"
     try:
         done = subprocess.run(
-            command("--target", "--daemonize", "--pidfile", "pid", "--logpath", "log", "--unix", "sock", *arguments),
+            command(mode, "--daemonize", "--pidfile", "pid", "--logpath", "log", "--unix", "sock", *arguments),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=START_TIME,
             cwd=directory,
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -254,6 +254,14 @@ def test_no_process_of_a_daemon_keeps_what_its_starter_reads(image: Path) -> Non
         for process in (pid, *children_of(pid)):
             streams = [os.fspath(Path(f"/proc/{process}/fd/{fd}").readlink()) for fd in range(3)]
             assert streams == ["/dev/null"] * 3
+
+
+def test_daemon_finds_its_origin_where_it_was_started(start: Start, image: Path) -> None:
+    origin = start("--target", "--readonly", image)
+    proxy = f"nbd+unix:///?socket={origin.socket.name}", "cache", "bitmap", "ctl"
+    with daemon(image.parent, *proxy, mode="--proxy"), connect(image.parent / "sock") as client:
+        client.negotiate()
+        assert client.read(0, 100) == image.read_bytes()[:100]
 
 
 def test_daemon_logs_to_its_file(image: Path) -> None:

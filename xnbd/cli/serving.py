@@ -73,6 +73,10 @@ def serve(program: str, arguments: Arguments, client: Optional[int]) -> int:
     for option in _PATHS:
         if arguments[option]:
             arguments[option] = os.path.abspath(arguments[option])
+    if arguments["REMOTE_URI"]:
+        from .proxying import origin_of
+
+        arguments["REMOTE_URI"] = str(origin_of(arguments))  # with the socket's whole path
     refuse_same_file({name: arguments[name] for name in _PATHS})
     _set_up_logs(program, arguments)
     if arguments["--inetd"] or arguments["--connected-fd"]:
