@@ -72,6 +72,7 @@ def error_of(client: RawClient, option: int, data: bytes = b"") -> int:
 
 def serves_a_newcomer(server: Server) -> bool:
     with RawClient(server.connect()) as newcomer:
+        newcomer.sock.settimeout(60)  # there may be a crowd before it
         return newcomer.negotiate().works()
 
 

@@ -106,11 +106,13 @@ def test_a_forced_switch_lets_nothing_from_the_origin_come_over_what_is_written(
         for number, reader in enumerate(readers):
             reader.aio_pread(nbd.Buffer(1), (5000 + 100 * number) * BLOCK)
         wait_for_all(readers)
+        relay.stall()
         for number, reader in enumerate(readers):
             reader.aio_pread_structured(nbd.Buffer(64 * BLOCK), number * 64 * BLOCK, ignore_chunk, errors.on_completion)
         wait_until(lambda: query(files.control)["queue"]["requests"] == 4, "the readers to wait")
         for block in blocks:
             writer.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"w" * BLOCK)), block * BLOCK, errors.on_completion)
+        relay.resume()
         assert ask(files.control, "switch", force=True).get("done")
         wait_for_all(clients)
         assert errors.found == [0] * (4 + len(blocks))
