@@ -124,7 +124,8 @@ def _xnbd_steered(place: Place) -> List[str]:
 
 
 def _qemu_storage_daemon(place: Place) -> List[str]:
-    disk = f"driver=file,node-name=disk,filename={place.image},cache.direct=off,aio=threads"
+    # Without locks: qemu-nbd, which other measurements keep, has the same image.
+    disk = f"driver=file,node-name=disk,filename={place.image},cache.direct=off,aio=threads,locking=off"
     listening = f"addr.type=inet,addr.host=127.0.0.1,addr.port={place.port},max-connections=0"
     return [
         *["qemu-storage-daemon", "--blockdev", disk, "--nbd-server", listening],
