@@ -166,7 +166,7 @@ def test_file_system_made_on_the_disk_mounts_and_is_clean(start: Start, tmp_path
         with mounted(fuse, mountpoint, "-r"):
             assert (mountpoint / "noise").read_bytes() == noise
     finally:
-        run("fusermount3", "-u", fuse, check=False)
+        run("fusermount3", "-u", "-z", fuse, check=False)  # when its loop device has let go
         nbdfuse.wait(20)
     assert base.stat().st_blocks == 0
 
