@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Callable, Iterator, List
 
 import pytest
+from caching import CacheFiles
 from hypothesis import HealthCheck, settings
 from server_process import Server
 from wrapper_process import Wrapper
@@ -62,6 +63,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for server in servers:
         unexpected = unexpected_lines(server.log(), server.expected_errors)
         assert not unexpected, "\n".join(unexpected)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> CacheFiles:
+    """Where a proxy keeps its cache."""
+    return CacheFiles(tmp_path)
 
 
 @pytest.fixture

@@ -34,11 +34,6 @@ TIME = 60.0
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> CacheFiles:
-    return CacheFiles(tmp_path)
-
-
-@pytest.fixture
 def content() -> bytes:
     return random.Random(8).randbytes(SIZE)
 

@@ -31,11 +31,6 @@ def names(tmp_path: Path) -> Iterator[NameServer]:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> CacheFiles:
-    return CacheFiles(tmp_path)
-
-
-@pytest.fixture
 def origin(start: Start, names: NameServer, image: Path) -> Server:
     """It listens on 127.0.0.1, and has the name."""
     names.hosts[NAME] = ["127.0.0.1"]

@@ -33,11 +33,6 @@ OPTIONS = [
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> CacheFiles:
-    return CacheFiles(tmp_path)
-
-
-@pytest.fixture
 def rng(seed: int) -> random.Random:
     return random.Random(seed)
 

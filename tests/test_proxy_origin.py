@@ -30,11 +30,6 @@ SIZE = 6 * MIB + 512
 TROUBLE = r"the origin cannot read|cannot write to the cache image"
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> CacheFiles:
-    return CacheFiles(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def disk() -> bytes:
     """Noise, with zeros from 1 MiB to 2 MiB."""

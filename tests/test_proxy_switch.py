@@ -26,11 +26,6 @@ CLIENTS = 8
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> CacheFiles:
-    return CacheFiles(tmp_path)
-
-
-@pytest.fixture
 def content() -> bytes:
     return random.Random(4).randbytes(SIZE)
 

@@ -76,6 +76,15 @@ def read_exactly(fd: int, length: int, offset: int, what: str = "file") -> bytes
     return data
 
 
+def sync_directory(path: str) -> None:
+    """Make the names in the directory *path* durable. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def write_zero_bytes(fd: int, offset: int, length: int) -> None:
     """Zeros the slow way, which works everywhere."""
     zeros = memoryview(_ZEROS)

@@ -119,11 +119,7 @@ def allocate(fd: int, size: int) -> None:
 def publish(path: str) -> None:
     """Put the new file, which is whole and synced, into the place of *path*; durable on return."""
     os.rename(path + NEW, path)
-    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    space.sync_directory(os.path.dirname(path))
 
 
 def remove_unfinished(path: str) -> None:

@@ -67,7 +67,7 @@ class Children:
 
 def _reset_signals() -> None:
     """Signals as a program finds them at its start."""
-    forking.reset_signals(*SIGNALS, signal.SIGUSR1, signal.SIGUSR2)
+    forking.reset_signals(*forking.SIGNALS)
 
 
 def execute(words: List[str]) -> int:

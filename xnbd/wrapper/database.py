@@ -16,6 +16,7 @@ from typing import Any, Dict, List, Tuple
 
 from ..errors import ConfigurationError
 from ..logs import log
+from ..storage import space
 from .exports import Export, check_name, export_from_fields, fields_of
 
 VERSION = 2
@@ -206,11 +207,7 @@ def _write_all(fd: int, data: bytes) -> None:
 def _sync_directory(path: str) -> None:
     """Make a new name durable; where that fails the file is there all the same, so it is no failure of the change."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        space.sync_directory(path)
     except OSError as error:
         log.warning("cannot sync directory %s: %s", path, error.strerror)
 
