@@ -6,6 +6,7 @@ import mmap
 import os
 import signal
 import socket
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Tuple
 
@@ -14,6 +15,7 @@ from rawclient import RawClient
 
 from xnbd.errors import Disconnected, ProtocolError
 from xnbd.protocol import transmission as wire
+from xnbd.protocol.reply_format import reply_format
 from xnbd.server.connection import Connection
 from xnbd.server.replies import Replies
 from xnbd.server.watch import Watch
@@ -41,11 +43,24 @@ def watch() -> Iterator[Watch]:
 
 @pytest.fixture
 def ends(watch: Watch) -> Iterator[Ends]:
-    """A client, and the replies that go to it."""
+    """A client, and the simple replies that go to it."""
+    with connected(watch, structured=False) as both:
+        yield both
+
+
+@pytest.fixture
+def structured_ends(watch: Watch) -> Iterator[Ends]:
+    """A client, and the structured replies that go to it."""
+    with connected(watch, structured=True) as both:
+        yield both
+
+
+@contextmanager
+def connected(watch: Watch, *, structured: bool) -> Iterator[Ends]:
     ours, theirs = socket.socketpair()
     ours.settimeout(20)
     with RawClient(ours) as client, theirs:
-        yield client, Replies(Connection(theirs, watch))
+        yield client, Replies(Connection(theirs, watch), reply_format(structured=structured))
 
 
 def mapped(path: Path, size: int, left: int) -> memoryview:
@@ -78,8 +93,10 @@ def test_simple_reply_that_cannot_be_read_is_an_error_and_the_others_are_intact(
         assert client.simple_reply(PAGE) == expected
 
 
-def test_chunk_that_cannot_be_read_is_an_error_chunk_and_the_others_are_intact(ends: Ends, gone: memoryview) -> None:
-    client, replies = ends
+def test_chunk_that_cannot_be_read_is_an_error_chunk_and_the_others_are_intact(
+    structured_ends: Ends, gone: memoryview
+) -> None:
+    client, replies = structured_ends
     for number, data in enumerate((GOOD, gone, GOOD)):
         replies.pieces += [wire.pack_data_chunk(cookie(number), number << 20, len(data)), data]
     replies.send()
@@ -94,8 +111,10 @@ def test_chunk_that_cannot_be_read_is_an_error_chunk_and_the_others_are_intact(e
 
 
 @pytest.mark.parametrize("flags", [0, 1])
-def test_error_chunk_ends_the_reply_only_if_its_data_would_have(ends: Ends, gone: memoryview, flags: int) -> None:
-    client, replies = ends
+def test_error_chunk_ends_the_reply_only_if_its_data_would_have(
+    structured_ends: Ends, gone: memoryview, flags: int
+) -> None:
+    client, replies = structured_ends
     replies.pieces += [wire.pack_data_chunk(cookie(1), 0, len(gone), flags), gone]
     replies.send()
     chunk = client.chunk()

@@ -16,6 +16,7 @@ from ..logs import log
 from ..protocol import constants as c
 from ..protocol import transmission as wire
 from ..protocol.negotiation import ALLOCATION_CONTEXT, Agreement
+from ..protocol.reply_format import ReplyFormat
 from ..storage.board import BYTES_READ
 from .disk import Disk
 from .holes import HOLE_MINIMUM, Holes
@@ -47,12 +48,12 @@ _ENOSPC_BEYOND_END = (c.CMD_WRITE, c.CMD_WRITE_ZEROES)
 
 
 class Commands:
-    """The commands of the client *peer* over *disk*, as agreed in the handshake."""
+    """The commands of the client *peer* over *disk*, as agreed in the handshake; *replies* is the format of theirs."""
 
-    def __init__(self, disk: Disk, agreement: Agreement, peer: str) -> None:
+    def __init__(self, disk: Disk, agreement: Agreement, replies: ReplyFormat, peer: str) -> None:
         self._disk = disk
         self._counts = disk.place.counts
-        self._structured = agreement.structured
+        self._format = replies
         self._allocation = agreement.allocation
         self._peer = peer
         self.renew()
@@ -103,16 +104,13 @@ class Commands:
         """Answer with *error*."""
         log.debug("%s: command %d refused: %s", self._peer, command, error)
         number = wire.nbd_error(getattr(error, "errno", None) or errno.EIO)
-        if self._structured and command in (c.CMD_READ, c.CMD_BLOCK_STATUS):
-            out.append(wire.pack_error_chunk(cookie, number, str(error)))
-        else:
-            out.append(wire.pack_simple_reply(cookie, number))
+        out.append(self._format.error(command, cookie, number, str(error)))
 
     def acknowledge(self, cookie: bytes, flags: int, out: List[Piece]) -> None:
         """Success of a command that returns nothing, durable if *flags* ask for it."""
         if flags & c.CMD_FLAG_FUA:
             self._flush_image()
-        out.append(wire.OK_PREFIX + cookie)
+        out.append(self._format.success(cookie))
 
     def _flush_image(self) -> None:
         """Outside the gate: it changes nothing, and may take long."""
@@ -127,15 +125,11 @@ class Commands:
     def _read(self, flags: int, cookie: bytes, offset: int, length: int, out: List[Piece]) -> None:
         if length and self.read_ahead.active:
             self.read_ahead.announce(offset, length)
-        if not self._structured:
-            if flags & c.CMD_FLAG_DF:
-                raise RequestError(errno.EINVAL, "DF needs structured replies")
-            data = self._image.read(offset, length)
-            out.append(wire.OK_PREFIX + cookie)
-            out.extend(data)
-        elif not length:
-            out.append(wire.pack_done(cookie))
-        elif flags & c.CMD_FLAG_DF or length < HOLE_MINIMUM:
+        if flags & c.CMD_FLAG_DF and not self._format.chunked:
+            raise RequestError(errno.EINVAL, "DF needs structured replies")
+        if not length:
+            out.append(self._format.nothing_read(cookie))
+        elif flags & c.CMD_FLAG_DF or length < HOLE_MINIMUM or not self._format.chunked:
             self._append_data(cookie, offset, length, c.REPLY_FLAG_DONE, out)
         else:
             self._read_around_holes(cookie, offset, length, out)
@@ -144,7 +138,7 @@ class Commands:
     def read_fresh(self, cookie: bytes, offset: int, length: int, out: List[Piece]) -> None:
         """A plain READ without long holes, which had been checked before it had to wait for its blocks."""
         data = self._image.read_fresh(offset, length)
-        out.append(wire.pack_data_chunk(cookie, offset, length) if self._structured else wire.OK_PREFIX + cookie)
+        out.append(self._format.data_header(cookie, offset, length))
         out.extend(data)
         self._counts[BYTES_READ] += length
 
@@ -162,7 +156,7 @@ class Commands:
 
     def _append_data(self, cookie: bytes, offset: int, length: int, flags: int, out: List[Piece]) -> None:
         data = self._image.read(offset, length)
-        out.append(wire.pack_data_chunk(cookie, offset, length, flags))
+        out.append(self._format.data_header(cookie, offset, length, flags))
         out.extend(data)
 
     # The other commands

@@ -13,8 +13,7 @@ import os
 from typing import Iterator, List, Tuple, Union
 
 from ..errors import Disconnected, ProtocolError
-from ..protocol import constants as c
-from ..protocol import transmission as wire
+from ..protocol.reply_format import ReplyFormat
 from .connection import Connection
 
 MAXIMUM_PIECES = 4096
@@ -27,10 +26,11 @@ Piece = Union[bytes, memoryview]
 
 
 class Replies:
-    """What has to be sent to one client. The session appends to ``pieces`` directly."""
+    """What has to be sent to one client, in its format. The session appends to ``pieces`` directly."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, reply_format: ReplyFormat) -> None:
         self.pieces: List[Piece] = []
+        self._format = reply_format
         self._send_some = connection.send_some
 
     def send(self, *, wait: bool = True) -> int:
@@ -77,7 +77,9 @@ class Replies:
             if not all(map(_can_be_read, data)):
                 if not header:
                     raise ProtocolError("the data of a reply that has begun cannot be read")
-                self.pieces[position : position + length] = [_error_instead(header)]
+                self.pieces[position : position + length] = [
+                    self._format.error_instead(header, "the data cannot be read")
+                ]
                 return
             position += length
         raise ProtocolError("replies cannot be sent: bad address")
@@ -109,11 +111,3 @@ def _can_be_read(data: memoryview) -> bool:
     finally:
         os.close(scratch)
     return True
-
-
-def _error_instead(header: bytes) -> bytes:
-    cookie = header[wire.COOKIE_IN_REPLY]
-    if header.startswith(wire.OK_PREFIX):
-        return wire.pack_simple_reply(cookie, c.EIO)
-    flags = wire.CHUNK.unpack_from(header)[1]
-    return wire.pack_error_chunk(cookie, c.EIO, "the data cannot be read", flags)

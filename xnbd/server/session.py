@@ -22,6 +22,7 @@ from ..errors import Disconnected, ProtocolError
 from ..protocol import constants as c
 from ..protocol import transmission as wire
 from ..protocol.negotiation import Agreement
+from ..protocol.reply_format import reply_format
 from ..storage.board import BYTES_READ, BYTES_WRITTEN, REQUESTS
 from ..storage.image import FETCH_STEP, NotLocal
 from .commands import MAXIMUM_REQUEST, Commands
@@ -58,11 +59,11 @@ class Session:
         self._connection = connection
         self._disk = disk
         self._counts = disk.place.counts
-        self._structured = agreement.structured
+        self._format = reply_format(structured=agreement.structured)
         self._inbox = Inbox(connection)
-        self._replies = Replies(connection)
+        self._replies = Replies(connection, self._format)
         self._room = WaitingRoom(self._replies.pieces, limits, ordered=agreement.ordered)
-        self._commands = Commands(disk, agreement, connection.peer)
+        self._commands = Commands(disk, agreement, self._format, connection.peer)
         self._deferred = Deferred(connection, disk, self._replies, self._commands, self._room)
         self._writes = Writes(self._inbox, disk, self._commands, self._deferred)
         self._left = False
@@ -124,19 +125,19 @@ class Session:
         """Work through the complete requests that were received; True if there may be more than fit in one go."""
         inbox, commands, image = self._inbox, self._commands, self._disk.image
         buffer, view, read_ahead = inbox.buffer, inbox.view, commands.read_ahead
-        unpack_request, pack_data_chunk, ok_prefix = wire.REQUEST.unpack_from, wire.pack_data_chunk, wire.OK_PREFIX
+        unpack_request, header_size, ok_prefix = wire.REQUEST.unpack_from, wire.REQUEST.size, wire.OK_PREFIX
         pieces = self._replies.pieces
         append, extend = pieces.append, pieces.extend
-        structured, room = self._structured, self._room
+        data_header, room = self._format.data_header if self._format.chunked else None, self._room
         readable = min(image.readable(), image.size)
         flat, read, write = image.flat, image.read, image.write
         writable = -1 if image.readonly else readable
         announce = read_ahead.announce if read_ahead.active else None
-        longest_read = HOLE_MINIMUM - 1 if structured else MAXIMUM_REQUEST
+        longest_read = HOLE_MINIMUM - 1 if data_header else MAXIMUM_REQUEST
         position, end = inbox.start, inbox.end
         counts, done = self._counts, 0
         for done in range(1, _BATCH + 1):
-            if end - position < 28:
+            if end - position < header_size:
                 done -= 1
                 break
             word, cookie, offset, length = unpack_request(buffer, position)
@@ -144,9 +145,9 @@ class Session:
             if word == _READ and stop <= readable and 0 < length <= longest_read and not room.blocked:
                 if announce:
                     announce(offset, length)
-                position += 28
+                position += header_size
                 if flat is not None:
-                    append(pack_data_chunk(cookie, offset, length) if structured else ok_prefix + cookie)
+                    append(data_header(cookie, offset, length) if data_header else ok_prefix + cookie)
                     append(flat[offset:stop])
                     counts[BYTES_READ] += length
                     continue
@@ -158,13 +159,13 @@ class Session:
                     if room.full:
                         break
                     continue
-                append(pack_data_chunk(cookie, offset, length) if structured else ok_prefix + cookie)
+                append(data_header(cookie, offset, length) if data_header else ok_prefix + cookie)
                 extend(data)
                 counts[BYTES_READ] += length
                 if len(data) > 1 and len(pieces) > MAXIMUM_PIECES:
                     break
-            elif word == _WRITE and stop <= writable and position + 28 + length <= end and not room.blocked:
-                payload = position + 28
+            elif word == _WRITE and stop <= writable and position + header_size + length <= end and not room.blocked:
+                payload = position + header_size
                 position = payload + length
                 try:
                     write(offset, view[payload:position])
@@ -191,7 +192,7 @@ class Session:
         inbox.start = position
         if position == end:
             inbox.start = inbox.end = 0
-        return end - position >= 28 and not room.full
+        return end - position >= header_size and not room.full
 
     def _execute(self, word: int, cookie: bytes, offset: int, length: int) -> bool:
         """Any request that is next in the inbox; False if it has to wait for more bytes, or is the last."""
