@@ -1,8 +1,7 @@
-"""A client's socket: the few ways in which bytes come and go.
+"""A client's connection: how this process waits for bytes to come and go.
 
-The descriptor stays blocking, because whoever handed it over shares its flags;
-every call asks not to wait, and waiting is done in `Watch`, where a stop and the
-master's death are noticed too.
+They come and go by `server.transport`. Waiting is done in `Watch`, where a stop and
+the master's death are noticed too.
 """
 
 from __future__ import annotations
@@ -10,15 +9,14 @@ from __future__ import annotations
 import select
 import socket
 from time import monotonic
-from typing import Optional, Sequence, Union
+from typing import Optional
 
 from ..errors import Disconnected, ProtocolError
 from ..sockets import set_socket_options
 from .spin import Spin
+from .transport import Buffers, PlainTransport, Transport
 from .watch import Stop, Watch
 
-_DONT_WAIT = socket.MSG_DONTWAIT
-_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _LINGER = 1.0
 
 
@@ -26,28 +24,27 @@ class Connection:
     """One client's connection; *spin* is the longest time in seconds to poll before sleeping."""
 
     def __init__(self, sock: socket.socket, watch: Watch, spin: float = 0.0) -> None:
-        self.sock = sock
+        set_socket_options(sock)
         self.peer = describe_peer(sock)
+        self.transport: Transport = PlainTransport(sock)
         self.watch = watch
         self.waits = 0  # how often the client did not take what was to be sent at once
         self._fds = (sock.fileno(),)
-        self._recv_into = sock.recv_into
-        self._sendmsg = sock.sendmsg
+        self._receive_into = self.transport.receive_into
+        self._send = self.transport.send
         self._spin = Spin(spin)
         ready = select.poll()
         ready.register(sock, select.POLLIN)
         self._ready = ready.poll
-        sock.setblocking(True)
-        set_socket_options(sock)
 
     def receive(self, view: memoryview) -> Optional[int]:
         """Receive the next requests into *view*: the number of bytes, 0 at the end, None if the process was woken.
 
         Between messages: raises `Stop` as soon as the worker is to leave.
         """
-        recv_into = self._recv_into
+        receive_into = self._receive_into
         try:
-            return recv_into(view, 0, _DONT_WAIT)
+            return receive_into(view)
         except BlockingIOError:
             pass
         spin, began = self._spin, monotonic()
@@ -57,7 +54,7 @@ class Connection:
             if not poll(0):
                 continue
             try:
-                received = recv_into(view, 0, _DONT_WAIT)
+                received = receive_into(view)
             except BlockingIOError:
                 continue
             spin.hit()
@@ -66,7 +63,7 @@ class Connection:
             if not self.watch.wait(self._fds, select.POLLIN, results=True):
                 return None
             try:
-                received = recv_into(view, 0, _DONT_WAIT)
+                received = receive_into(view)
             except BlockingIOError:
                 continue
             spin.missed(monotonic() - began)
@@ -75,7 +72,7 @@ class Connection:
     def receive_now(self, view: memoryview) -> Optional[int]:
         """Receive what is there: the number of bytes, 0 at the end, None if there is nothing yet."""
         try:
-            return self._recv_into(view, 0, _DONT_WAIT)
+            return self._receive_into(view)
         except BlockingIOError:
             return None
 
@@ -114,7 +111,7 @@ class Connection:
         """
         while True:
             try:
-                received = self._recv_into(view, 0, _DONT_WAIT)
+                received = self._receive_into(view)
             except BlockingIOError:
                 self.watch.wait(self._fds, select.POLLIN, mid_message=True)
                 continue
@@ -132,7 +129,7 @@ class Connection:
         view = memoryview(data)
         while view:
             try:
-                received = self._recv_into(view, 0, _DONT_WAIT)
+                received = self._receive_into(view)
             except BlockingIOError:
                 self._wait_until(select.POLLIN, deadline)
                 continue
@@ -146,7 +143,7 @@ class Connection:
         view = memoryview(data)
         while view:
             try:
-                view = view[self.sock.send(view, _SEND_FLAGS) :]
+                view = view[self._send((view,)) :]
             except BlockingIOError:
                 self._wait_until(select.POLLOUT, deadline)
 
@@ -155,7 +152,7 @@ class Connection:
         if remaining <= 0 or not self.watch.wait(self._fds, events, remaining):
             raise ProtocolError("handshake took too long")
 
-    def send_some(self, buffers: Sequence[Union[bytes, memoryview]], *, wait: bool = True) -> int:
+    def send_some(self, buffers: Buffers, *, wait: bool = True) -> int:
         """Send the beginning of *buffers*, at most IOV_MAX of them: the number of bytes.
 
         Raises `OSError` (EFAULT) if the next byte lies in memory that cannot be
@@ -164,7 +161,7 @@ class Connection:
         """
         while True:
             try:
-                return self._sendmsg(buffers, (), _SEND_FLAGS)
+                return self._send(buffers)
             except BlockingIOError:
                 if not wait:
                     raise
@@ -174,7 +171,7 @@ class Connection:
     def linger(self) -> None:
         """Part without loss: a close with unread bytes would take back replies that are on their way."""
         try:
-            self.sock.shutdown(socket.SHUT_WR)
+            self.transport.shutdown()
             rest = memoryview(bytearray(64 << 10))
             until = monotonic() + _LINGER
             while monotonic() < until and self._drain(rest, until):
@@ -184,12 +181,12 @@ class Connection:
 
     def _drain(self, scratch: memoryview, until: float) -> int:
         try:
-            return self._recv_into(scratch, 0, _DONT_WAIT)
+            return self._receive_into(scratch)
         except BlockingIOError:
             return self.watch.wait(self._fds, select.POLLIN, max(0.0, until - monotonic()), mid_message=True)
 
     def close(self) -> None:
-        self.sock.close()
+        self.transport.close()
 
 
 def describe_peer(sock: socket.socket) -> str:
