@@ -89,8 +89,8 @@ Process options:
   --control PATH        Listen there for xnbd-bgctl: --query and --snapshot. A
                         proxy has its own argument for that.
   --spin MICROSECONDS   Poll for the next request for so long before sleeping;
-                        adapts by itself to a slower client, 0 never polls
-                        [default: 150].
+                        adapts by itself to a slower client, 0 never polls,
+                        10000 at most [default: 150].
 
 Logging options:
   --logpath FILE        Append to FILE. Without it: standard error, or syslog

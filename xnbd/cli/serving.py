@@ -23,7 +23,7 @@ from ..process import (
 )
 from ..protocol.constants import MAXIMUM_STRING
 from ..protocol.negotiation import Agreement
-from ..server.connection import Connection
+from ..server.connection import LONGEST_SPIN, Connection
 from ..server.listen import DEFAULT_PORT, Listeners
 from ..server.master import ORDERS, Limits, Master
 from ..server.service import Service
@@ -107,7 +107,7 @@ def _open_service(arguments: Arguments, processes: int) -> Service:
         export_name=name,
         oldstyle=arguments["--oldstyle"],
         handshake_timeout=timeout,
-        spin=spin / 1e6,
+        spin=min(spin / 1e6, LONGEST_SPIN),
         limits=limits,
         control_path=arguments["CONTROL_SOCKET_PATH"] or arguments["--control"],
     )

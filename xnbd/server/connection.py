@@ -19,6 +19,9 @@ from .watch import Stop, Watch
 
 _LINGER = 1.0
 
+LONGEST_SPIN = 0.01
+"""Seconds: a worker polls inside the gate, and who closes that waits for it."""
+
 
 class Connection:
     """One client's connection; *spin* is the longest time in seconds to poll before sleeping."""
@@ -29,6 +32,7 @@ class Connection:
         self.transport: Transport = PlainTransport(sock)
         self.watch = watch
         self.waits = 0  # how often the client did not take what was to be sent at once
+        self._waited = False
         self._fds = (sock.fileno(),)
         self._receive_into = self.transport.receive_into
         self._send = self.transport.send
@@ -42,23 +46,28 @@ class Connection:
 
         Between messages: raises `Stop` as soon as the worker is to leave.
         """
-        receive_into = self._receive_into
-        try:
-            return receive_into(view)
-        except BlockingIOError:
-            pass
-        spin, began = self._spin, monotonic()
-        until = began + spin.seconds
-        poll = self._ready
-        while monotonic() < until:
-            if not poll(0):
-                continue
+        receive_into, poll, spin = self._receive_into, self._ready, self._spin
+        if (
+            not self._waited
+        ):  # else it comes later than this most likely, and to look costs less than to receive nothing
             try:
-                received = receive_into(view)
+                return receive_into(view)
             except BlockingIOError:
-                continue
-            spin.hit()
-            return received
+                self._waited = True
+        elif poll(0):
+            self._waited = False
+        began = monotonic()
+        until = began + spin.seconds
+        while True:
+            if poll(0):
+                try:
+                    received = receive_into(view)
+                except BlockingIOError:
+                    continue
+                spin.hit()
+                return received
+            if monotonic() >= until:
+                break
         while True:
             if not self.watch.wait(self._fds, select.POLLIN, results=True):
                 return None

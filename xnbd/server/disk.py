@@ -25,7 +25,7 @@ class Disk:
         self._open()
 
     def _open(self) -> None:
-        self._changes = self.place.changes
+        self.changes = self.place.changes
         self._mode = self.board.mode
         self.image: Image = self._source.open(self.board)
         self.image.count_in(self.place.counts)
@@ -35,7 +35,7 @@ class Disk:
     @property
     def outdated(self) -> bool:
         """Whether the disk has become a plain target, or a snapshot of it begun or ended, since `renew`."""
-        return self.place.changes != self._changes
+        return self.place.changes != self.changes
 
     def renew(self) -> None:
         """Go on with the disk as it is now. Called inside the gate."""
@@ -44,7 +44,7 @@ class Disk:
             self.image.close()
             self._open()
         else:
-            self._changes = self.place.changes
+            self.changes = self.place.changes
             if isinstance(self.image, KeepingImage):
                 self.image = self.image.release()
             self._keep_for_snapshot()

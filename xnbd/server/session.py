@@ -38,6 +38,12 @@ from .writes import Writes
 _BATCH = 4096
 """Requests answered in one go: many enough to cost little each, few enough to keep their replies in memory."""
 
+_SEVERAL = 3
+"""Requests from which on it pays to unpack all of them at once."""
+
+_ROUNDS = 16
+"""Batches after which others are shown what was counted, and the worker looks whether it is to stop."""
+
 _NO_LIMITS = QueueLimits()
 
 _LONG = 1 << 20
@@ -85,36 +91,24 @@ class Session:
             raise
 
     def _run(self) -> None:
-        connection, replies, disk, place = self._connection, self._replies, self._disk, self._disk.place
-        inbox, commands, deferred = self._inbox, self._commands, self._deferred
-        check, receive, view, work = connection.watch.check, connection.receive, inbox.view, self._work
+        connection, disk, inbox, deferred = self._connection, self._disk, self._inbox, self._deferred
         while not self._left:
-            check(mid_message=True)  # what has come already is answered; the next sleep ends it
+            connection.watch.check(mid_message=True)  # what has come already is answered; the next sleep ends it
             if inbox.start > BUFFER_SIZE // 2:
                 inbox.move_to_front()
             background = disk.image.background
             received: Optional[int]
             if background is not None and background.busy:
-                received = deferred.receive(view[inbox.end :])
+                received = deferred.receive(inbox.view[inbox.end :])
             elif not inbox.end:
-                received = receive(view)
+                received = connection.receive(inbox.view)
             else:
-                received = connection.receive_rest(view[inbox.end :])
+                received = connection.receive_rest(inbox.view[inbox.end :])
             if received == 0:
                 return
             inbox.end += received or 0
-            more = True
-            while more:
-                place.enter()
-                if disk.outdated:
-                    deferred.renew()
-                more = work()
-                place.leave()
-                began, waits, pieces = monotonic(), connection.waits, len(replies.pieces)
-                length = replies.send()
-                if connection.waits == waits:  # else it was the client that took its time
-                    commands.read_ahead.sent(pieces, length, monotonic() - began)
-                place.tell()
+            while self._work():
+                pass
 
     def _on_wait(self) -> None:
         """The image waits for another process: nobody else has to. The gate must not be left meanwhile."""
@@ -122,77 +116,123 @@ class Session:
         self._connection.watch.check(mid_message=True)
 
     def _work(self) -> bool:
-        """Work through the complete requests that were received; True if there may be more than fit in one go."""
-        inbox, commands, image = self._inbox, self._commands, self._disk.image
-        buffer, view, read_ahead = inbox.buffer, inbox.view, commands.read_ahead
-        unpack_request, header_size, ok_prefix = wire.REQUEST.unpack_from, wire.REQUEST.size, wire.OK_PREFIX
-        pieces = self._replies.pieces
-        append, extend = pieces.append, pieces.extend
-        data_header, room = self._format.data_header if self._format.chunked else None, self._room
-        readable = min(image.readable(), image.size)
-        flat, read, write = image.flat, image.read, image.write
-        writable = -1 if image.readonly else readable
-        announce = read_ahead.announce if read_ahead.active else None
+        """Work through the complete requests that were received, and answer them; True if there may be more.
+
+        Goes on with what comes next while it is plain reads and writes, of a disk that
+        stays as it is: what is bound here once would cost as much as a request.
+        """
+        disk, inbox, connection, room = self._disk, self._inbox, self._connection, self._room
+        place, deferred = disk.place, self._deferred
+        place.enter()
+        if disk.outdated:
+            deferred.renew()
+        commands, image = self._commands, disk.image
+        buffer, view, read_ahead, background = inbox.buffer, inbox.view, commands.read_ahead, image.background
+        unpack_request, unpack_requests = wire.REQUEST.unpack_from, wire.REQUEST.iter_unpack
+        ok_prefix, header_size, several = wire.OK_PREFIX, wire.REQUEST.size, _SEVERAL * wire.REQUEST.size
+        data_header = self._format.data_header if self._format.chunked else None
         longest_read = HOLE_MINIMUM - 1 if data_header else MAXIMUM_REQUEST
-        position, end = inbox.start, inbox.end
-        counts, done = self._counts, 0
-        for done in range(1, _BATCH + 1):
-            if end - position < header_size:
-                done -= 1
-                break
-            word, cookie, offset, length = unpack_request(buffer, position)
-            stop = offset + length
-            if word == _READ and stop <= readable and 0 < length <= longest_read and not room.blocked:
-                if announce:
-                    announce(offset, length)
-                position += header_size
-                if flat is not None:
+        pieces, counts, send = self._replies.pieces, self._counts, self._replies.send
+        append, extend = pieces.append, pieces.extend
+        size, read, write, readable_now, changes = image.size, image.read, image.write, image.readable, disk.changes
+        batches, plain, complete = 0, True, True
+        while True:
+            readable, flat = min(readable_now(), size), image.flat
+            writable = -1 if image.readonly else readable
+            announce = read_ahead.announce if read_ahead.active else None
+            position, end, read_first = inbox.start, inbox.end, 0
+            if end - position >= several and flat is not None and not announce and not room.blocked:
+                # Most batches are nothing but reads of what is here, which need not be looked at one by one.
+                total, first = 0, len(pieces)
+                usable = min((end - position) // header_size, _BATCH) * header_size
+                for word, cookie, offset, length in unpack_requests(view[position : position + usable]):
+                    stop = offset + length
+                    if word != _READ or stop > readable or not 0 < length <= longest_read:
+                        break
                     append(data_header(cookie, offset, length) if data_header else ok_prefix + cookie)
                     append(flat[offset:stop])
+                    total += length
+                read_first = (len(pieces) - first) >> 1
+                position += read_first * header_size
+                counts[BYTES_READ] += total
+            done = read_first
+            for done in range(read_first + 1, _BATCH + 1):
+                if end - position < header_size:
+                    done -= 1
+                    break
+                word, cookie, offset, length = unpack_request(buffer, position)
+                stop = offset + length
+                if word == _READ and stop <= readable and 0 < length <= longest_read and not room.blocked:
+                    if announce:
+                        announce(offset, length)
+                    position += header_size
+                    if flat is not None:
+                        append(data_header(cookie, offset, length) if data_header else ok_prefix + cookie)
+                        append(flat[offset:stop])
+                        counts[BYTES_READ] += length
+                        continue
+                    try:
+                        data = read(offset, length)
+                    except NotLocal as missing:
+                        again = partial(commands.read_fresh, cookie, offset, length)
+                        room.enter(missing.ticket, Waiting(c.CMD_READ, cookie, again, _notes(length)))
+                        if room.full:
+                            break
+                        continue
+                    append(data_header(cookie, offset, length) if data_header else ok_prefix + cookie)
+                    extend(data)
                     counts[BYTES_READ] += length
-                    continue
-                try:
-                    data = read(offset, length)
-                except NotLocal as missing:
-                    again = partial(commands.read_fresh, cookie, offset, length)
-                    room.enter(missing.ticket, Waiting(c.CMD_READ, cookie, again, _notes(length)))
-                    if room.full:
+                    if len(data) > 1 and len(pieces) > MAXIMUM_PIECES:
                         break
-                    continue
-                append(data_header(cookie, offset, length) if data_header else ok_prefix + cookie)
-                extend(data)
-                counts[BYTES_READ] += length
-                if len(data) > 1 and len(pieces) > MAXIMUM_PIECES:
-                    break
-            elif word == _WRITE and stop <= writable and position + header_size + length <= end and not room.blocked:
-                payload = position + header_size
-                position = payload + length
-                try:
-                    write(offset, view[payload:position])
-                except NotLocal as missing:
-                    left = [(offset, bytes(view[payload:position]))]
-                    again = partial(self._writes.finish, 0, cookie, None, left)
-                    room.enter(missing.ticket, Waiting(c.CMD_WRITE, cookie, again, length))
-                    if room.full:
-                        break
-                except OSError as error:
-                    commands.refuse(c.CMD_WRITE, cookie, error, pieces)
+                elif (
+                    word == _WRITE and stop <= writable and position + header_size + length <= end and not room.blocked
+                ):
+                    payload = position + header_size
+                    position = payload + length
+                    try:
+                        write(offset, view[payload:position])
+                    except NotLocal as missing:
+                        left = [(offset, bytes(view[payload:position]))]
+                        again = partial(self._writes.finish, 0, cookie, None, left)
+                        room.enter(missing.ticket, Waiting(c.CMD_WRITE, cookie, again, length))
+                        if room.full:
+                            break
+                    except OSError as error:
+                        commands.refuse(c.CMD_WRITE, cookie, error, pieces)
+                    else:
+                        append(ok_prefix + cookie)
+                        counts[BYTES_WRITTEN] += length
                 else:
-                    append(ok_prefix + cookie)
-                    counts[BYTES_WRITTEN] += length
+                    inbox.start, plain = position, False
+                    complete = self._execute(word, cookie, offset, length)
+                    position, end = inbox.start, inbox.end
+                    if not complete:
+                        done -= 1
+                        break
+                    if room.full or image is not disk.image or disk.outdated or len(pieces) > MAXIMUM_PIECES:
+                        break
             else:
-                inbox.start = position
-                if not self._execute(word, cookie, offset, length):
-                    counts[REQUESTS] += done - 1
-                    return False
-                position, end = inbox.start, inbox.end
-                if room.full or image is not self._disk.image or self._disk.outdated or len(pieces) > MAXIMUM_PIECES:
-                    break
-        counts[REQUESTS] += done
-        inbox.start = position
-        if position == end:
-            inbox.start = inbox.end = 0
-        return end - position >= header_size and not room.full
+                plain = False
+            counts[REQUESTS] += done
+            inbox.start = position
+            if position == end:
+                inbox.start = inbox.end = 0
+            if pieces:
+                began, waits, count = monotonic(), connection.waits, len(pieces)
+                length = send()
+                if connection.waits == waits:  # else it was the client that took its time
+                    commands.read_ahead.sent(count, length, monotonic() - began)
+            batches += 1
+            if not plain or position != end or batches == _ROUNDS or (background is not None and background.busy):
+                place.tell()
+                return complete and end - position >= header_size and not room.full
+            received = connection.receive(view)
+            if not received:
+                self._left = received == 0
+                return not self._left  # woken: the disk may be another one
+            inbox.end = received
+            if place.disturbed(changes):
+                return True
 
     def _execute(self, word: int, cookie: bytes, offset: int, length: int) -> bool:
         """Any request that is next in the inbox; False if it has to wait for more bytes, or is the last."""

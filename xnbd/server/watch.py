@@ -11,13 +11,15 @@ import os
 import select
 import signal
 from time import monotonic
-from typing import Callable, Container, Iterator, Optional, Sequence, Tuple
+from typing import Callable, Container, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..storage.image import Background
 from .disk import Disk
 
 GRACE = 2.0
 """Seconds that a message under way may still take once the worker is to stop."""
+
+_POLLS = 16
 
 
 class Stop(Exception):
@@ -49,9 +51,7 @@ class Watch:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._wake = wake
         self.lifeline = -1 if lifeline is None else lifeline
-        self._poll = select.poll()
-        for fd, events in self._own_interests():
-            self._poll.register(fd, events)
+        self._polls: Dict[Tuple[Sequence[int], int], Callable[[Optional[float]], List[Tuple[int, int]]]] = {}
 
     def _on_stop(self, _number: int, _frame: object) -> None:
         if not self.stopping:
@@ -87,15 +87,17 @@ class Watch:
         disk = self.disk
         if disk is None:
             return self._sleep(fds, events, until, mid_message, results)
-        inside = disk.place.inside
-        disk.place.leave()
+        place, background = disk.place, disk.image.background
+        inside = place.inside
+        place.tell()
+        place.leave()
         try:
-            if disk.image.background is None or not disk.image.background.busy:
+            if background is None or not background.busy:
                 return self._sleep(fds, events, until, mid_message, results)
             return self._work_and_sleep(disk, fds, events, until, mid_message, results)
         finally:
             if inside:
-                disk.place.enter()
+                place.enter()
 
     def wait_for(self, interests: Sequence[Tuple[int, int]], timeout: Optional[float]) -> None:
         """Sleep until one of *interests*, each with its events, is ready, or somebody has woken this process.
@@ -119,26 +121,32 @@ class Watch:
         self.wait((), 0, seconds)
 
     def _sleep(self, fds: Sequence[int], events: int, until: Optional[float], mid_message: bool, results: bool) -> bool:
-        poll = self._poll
-        for fd in fds:
-            poll.register(fd, events)
-        try:
-            while True:
-                self.check(mid_message=mid_message)
-                if self._woken and self.disk is not None:
-                    self.disk.let_go()
-                ready = {fd for fd, _ in poll.poll(self._milliseconds(until))}
-                self._attend(ready)
-                if not ready.isdisjoint(fds):
-                    return True
-                if results and self._woken:
-                    self._woken = False
-                    return False
-                if not ready and until is not None and monotonic() >= until:
-                    return False
-        finally:
-            for fd in fds:
-                poll.unregister(fd)
+        poll = self._plain_poll(fds, events)
+        while True:
+            self.check(mid_message=mid_message)
+            if self._woken and self.disk is not None:
+                self.disk.let_go()
+            ready = {fd for fd, _ in poll(self._milliseconds(until))}
+            self._attend(ready)
+            if not ready.isdisjoint(fds):
+                return True
+            if results and self._woken:
+                self._woken = False
+                return False
+            if not ready and until is not None and monotonic() >= until:
+                return False
+
+    def _plain_poll(self, fds: Sequence[int], events: int) -> Callable[[Optional[float]], List[Tuple[int, int]]]:
+        """Poll for these *events*, and for what every sleep ends by: made once for each of the few there are."""
+        poll = self._polls.get((fds, events))
+        if poll is None:
+            if len(self._polls) >= _POLLS:
+                self._polls.clear()
+            made = select.poll()
+            for fd, wanted in (*self._own_interests(), *((fd, events) for fd in fds)):
+                made.register(fd, wanted)
+            poll = self._polls[fds, events] = made.poll
+        return poll
 
     def _work_and_sleep(
         self, disk: Disk, fds: Sequence[int], events: int, until: Optional[float], mid_message: bool, results: bool

@@ -324,6 +324,11 @@ class Place:
         """Another number whenever mode or snapshot are others."""
         return self._map[_CHANGES : _CHANGES + 4]
 
+    def disturbed(self, changes: bytes) -> bool:
+        """Whether who is inside has to leave: for somebody who closes the gate, or since there are other *changes*."""
+        memory = self._map
+        return bool(memory[_FLAG]) or memory[_CHANGES : _CHANGES + 4] != changes
+
     def tell_mode(self, mode: int) -> None:
         """This process works in *mode* now."""
         self._map[self._at + _OWN_MODE] = mode
