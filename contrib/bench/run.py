@@ -109,7 +109,7 @@ def _select(patterns: List[str]) -> List[Measurement]:
 def _run(plan: Plan) -> Tuple[List[Result], Dict[str, Any]]:
     flavours = flavours_of(plan.measurements)
     setting_up.require_programs(flavours, fio=_uses_fio(plan.measurements))
-    nbdload = setting_up.compile_nbdload()
+    nbdload = setting_up.compile_programs(flavours)
     parent = setting_up.choose_directory(plan.directory, plan.size + setting_up.room_besides(flavours, plan.size))
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 XNBD_SERVER = [sys.executable, str(ROOT / "bin" / "xnbd-server")]
 XNBD_BGCTL = [sys.executable, str(ROOT / "bin" / "xnbd-bgctl")]
+LIMIT_SOURCE = ROOT / "contrib" / "bench" / "limit.c"
 _RELAY = [sys.executable, str(ROOT / "contrib" / "bench" / "wanrelay.py")]
 
 ORIGIN_SIZE = 256 << 20
@@ -68,7 +69,8 @@ class Flavour(NamedTuple):
     servers that remember what they have done. ``daemon`` is for those that cannot
     stay in the foreground: they write ``Place.pid_file``. ``origin`` is the flavour
     that a proxy or a relay has behind it, and which is kept running. ``version`` is
-    empty where another flavour's says it.
+    empty where another flavour's says it. ``compiled`` is for what the benchmark
+    brings along in C.
     """
 
     command: Callable[[Place], List[str]]
@@ -78,6 +80,7 @@ class Flavour(NamedTuple):
     fresh: bool = False
     daemon: bool = False
     origin: str = ""
+    compiled: bool = False
 
 
 def _xnbd(place: Place) -> List[str]:
@@ -86,6 +89,18 @@ def _xnbd(place: Place) -> List[str]:
 
 def _xnbd_listening(place: Place) -> List[str]:
     return ["--laddr", "127.0.0.1", "--lport", str(place.port)]
+
+
+def _xnbd_sleeping(place: Place) -> List[str]:
+    return [*_xnbd(place), "--spin", "0"]
+
+
+def _limit(place: Place) -> List[str]:
+    return [str(LIMIT_SOURCE.with_suffix("")), str(place.port), str(place.image)]
+
+
+def _limit_sleeping(place: Place) -> List[str]:
+    return [*_limit(place), "--spin", "0"]
 
 
 def _nbdkit(place: Place) -> List[str]:
@@ -209,6 +224,9 @@ def _proxy(origin: str, fresh: bool = True) -> Flavour:
 
 FLAVOURS: Dict[str, Flavour] = {
     "xnbd": Flavour(_xnbd, _XNBD_VERSION),
+    "xnbd --spin 0": Flavour(_xnbd_sleeping, _XNBD_VERSION),
+    "limit": Flavour(_limit, [], compiled=True),
+    "limit --spin 0": Flavour(_limit_sleeping, [], compiled=True),
     "xnbd-new": Flavour(_xnbd, _XNBD_VERSION, fresh=True),
     "nbdkit": Flavour(_nbdkit, _NBDKIT_VERSION, "nbdkit"),
     "qemu-nbd": Flavour(_qemu_nbd, _QEMU_NBD_VERSION, "qemu-utils"),

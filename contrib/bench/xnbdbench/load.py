@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Iterator, List
@@ -117,6 +119,23 @@ class Crowded:
     def __call__(self, trial: Trial) -> Sample:
         with idle_clients(trial, self.idle):
             return self.load(trial)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What *load* measures while a loop of low priority (nice 10) runs on each processor."""
+
+    load: Load
+
+    def __call__(self, trial: Trial) -> Sample:
+        loop = ["nice", "-n", "10", sys.executable, "-c", "while True: pass"]
+        neighbours = [subprocess.Popen(loop, stdin=subprocess.DEVNULL) for _ in range(os.cpu_count() or 1)]
+        try:
+            return self.load(trial)
+        finally:
+            for neighbour in neighbours:
+                neighbour.kill()
+                neighbour.wait()
 
 
 def nbdload(trial: Trial, *options: str) -> List[str]:

@@ -10,8 +10,8 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 from .caching import CacheAll, Cold, ColdLatency, FetchedShare, HitLatency, Warmed
 from .flavours import FLAVOURS, ORIGIN_SIZE
 from .footprint import IdleCpu, WorkerMemory
-from .load import KIB, MIB, Crowded, Filled, Fio, FirstRead, Load
-from .results import Goal, Panel, Unit, at_least, at_most, ratio
+from .load import KIB, MIB, Beside, Crowded, Filled, Fio, FirstRead, Load
+from .results import LIMIT, Goal, Panel, Unit, at_least, at_most, ratio
 from .snapshots import Writes, take_qemu, take_xnbd
 from .startup import InetdTime, VersionTime
 from .trial import Probe
@@ -52,6 +52,16 @@ def compare(probe: Probe, subject: str = "xnbd", others: Optional[List[str]] = N
     return {name: Contender(name, probe) for name in [subject, *(PEERS if others is None else others)]}
 
 
+def _compare_with_limit(probe: Probe) -> Dict[str, Contender]:
+    """The same *probe* on ours, on all peers, and on the C program that has our technique, which is only shown."""
+    return {**compare(probe), LIMIT: Contender(LIMIT, probe)}
+
+
+def asleep(name: str, title: str, goal: Goal, probe: Probe) -> Measurement:
+    """What is left where nobody polls, of which the C program of the same technique has the most there is."""
+    return Measurement(name, title, "iops", goal, compare(probe, "xnbd --spin 0", ["limit --spin 0"]))
+
+
 def alone(probe: Probe) -> Dict[str, Contender]:
     """A *probe* of xnbd that nothing is compared with."""
     return {"xnbd": Contender("xnbd", probe)}
@@ -64,13 +74,13 @@ def process(probe: Probe) -> Dict[str, Contender]:
 
 def small(name: str, title: str, goal: Goal, probe: Probe) -> Measurement:
     """4 KiB requests, counted per second."""
-    return Measurement(name, title, "iops", goal, compare(probe), "small")
+    return Measurement(name, title, "iops", goal, _compare_with_limit(probe), "small", references=(LIMIT,))
 
 
 def large(name: str, title: str, goal: Goal, op: str, size: int) -> Measurement:
     """Sequential requests of *size* bytes, 4 in flight, as throughput."""
     probe = Load(op, bytes=size, depth=4, unit="mb_per_s")
-    return Measurement(name, title, "MB/s", goal, compare(probe), "throughput")
+    return Measurement(name, title, "MB/s", goal, _compare_with_limit(probe), "throughput", references=(LIMIT,))
 
 
 def copied(name: str, title: str, probe: Probe, others: List[str]) -> Measurement:
@@ -152,6 +162,8 @@ _WRITE = Load("randwrite", depth=32)
 
 MEASUREMENTS: List[Measurement] = [
     small("randread-1", "random read, 1 in flight", ratio(1.5), Load(depth=1)),
+    small("randread-1-busy", "random read, 1 in flight, busy neighbours", ratio(1.0), Beside(Load(depth=1))),
+    asleep("randread-1-asleep", "random read, 1 in flight, without polling", ratio(0.95), Load(depth=1)),
     small("randread-16", "random read, 16 in flight", ratio(2.3), Load(depth=16)),
     small("randread-64", "random read, 64 in flight", ratio(4.0), Load(depth=64)),
     small("randwrite-32", "random write, 32 in flight", ratio(3.3), Load("randwrite", depth=32)),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from .errors import BenchmarkError
-from .results import TIMES, Panel, Result
+from .results import LIMIT, TIMES, Panel, Result
 
 _COLOURS = ["#1f6fb4", "#b8bec6", "#969da6", "#747b84", "#565c64"]
 """The subject's, then the others' in their order."""
@@ -47,7 +47,7 @@ def draw(results: List[Result], about: Dict[str, Any], path: Path) -> None:
 
 
 def _draw_panel(axis: Any, group: List[Result], title: str) -> None:
-    contenders = group[0].contenders
+    contenders = [name for name in group[0].contenders if not name.startswith(LIMIT)]
     width = _BAR_GROUP_WIDTH / len(contenders)
     for index, name in enumerate(contenders):
         places = [row + width * (index - (len(contenders) - 1) / 2) for row in range(len(group))]

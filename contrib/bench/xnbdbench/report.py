@@ -49,13 +49,17 @@ def _format_head(about: Dict[str, Any]) -> str:
 def _format_group(group: List[Result]) -> str:
     contenders = group[0].contenders
     compared = len(contenders) > 1
-    head = ["", *contenders, *(["ratio", "in rounds"] if compared else []), "target", "reached"]
-    return _align([head, *(_format_row(result, compared) for result in group)])
+    limited = any(result.share_of_limit is not None for result in group)
+    ratios = [*(["ratio", "in rounds"] if compared else []), *(["of limit"] if limited else [])]
+    head = ["", *contenders, *ratios, "target", "reached"]
+    return _align([head, *(_format_row(result, compared, limited) for result in group)])
 
 
-def _format_row(result: Result, compared: bool) -> List[str]:
+def _format_row(result: Result, compared: bool, limited: bool) -> List[str]:
     values = [format_value(result.median(name), result.unit) for name in result.contenders]
     ratios = [_format_ratio(result.ratio), _format_range(result.ratio_range)] if compared else []
+    if limited:
+        ratios.append("-" if result.share_of_limit is None else f"{result.share_of_limit:.2f}")
     return [result.title, *values, *ratios, format_goal(result), "yes" if result.is_reached else "NO"]
 
 

@@ -6,6 +6,9 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, List, Literal, Optional, Tuple
 
+LIMIT = "limit"
+"""The reference that does in C what the subject does."""
+
 Unit = Literal["iops", "MB/s", "ms", "µs", "s", "MiB", "%", "disks"]
 Panel = Literal["", "small", "throughput"]
 
@@ -90,6 +93,12 @@ class Result:
         return (min(known), max(known)) if known else None
 
     @property
+    def share_of_limit(self) -> Optional[float]:
+        """How near the subject's median comes to that of the C program of the same technique, if that was measured."""
+        limits = [name for name in self.references if name.startswith(LIMIT)]
+        return self._times_better(self.median(self.subject), self.median(limits[0])) if limits else None
+
+    @property
     def is_reached(self) -> bool:
         reached = self.ratio if self.goal.kind == "ratio" else self.median(self.subject)
         if reached is None:
@@ -103,6 +112,7 @@ class Result:
             "medians": {name: self.median(name) for name in self.contenders},
             "best_rival": self.best_rival,
             "ratio": self.ratio,
+            "share_of_limit": self.share_of_limit,
             "reached": self.is_reached,
         }
 

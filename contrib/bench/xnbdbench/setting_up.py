@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Iterable, List, Optional
 
 from .errors import BenchmarkError
-from .flavours import FLAVOURS, ORIGIN_SIZE, SMALL_ORIGIN_SIZE, SNAPSHOT_FLAVOURS
+from .flavours import FLAVOURS, LIMIT_SOURCE, ORIGIN_SIZE, SMALL_ORIGIN_SIZE, SNAPSHOT_FLAVOURS
 
-SOURCE = Path(__file__).resolve().parent.parent / "nbdload.c"
+NBDLOAD = Path(__file__).resolve().parent.parent / "nbdload.c"
+"""The load generator."""
 
 _SHARED_MEMORY = Path("/dev/shm")
 _ROOM_TO_SPARE = 64 << 20
@@ -32,19 +33,26 @@ def require_programs(flavours: Iterable[str], *, fio: bool) -> None:
         raise BenchmarkError(f"programs are missing: apt-get install {' '.join(sorted(missing))}")
 
 
-def compile_nbdload() -> Path:
-    """The load generator beside its source, compiled anew if that has changed."""
-    program = SOURCE.with_suffix("")
-    if program.exists() and program.stat().st_mtime > SOURCE.stat().st_mtime:
+def compile_programs(flavours: Iterable[str]) -> Path:
+    """The load generator, and what *flavours* need beside it; returns the former."""
+    if any(FLAVOURS[name].compiled for name in flavours):
+        _compile(LIMIT_SOURCE)
+    return _compile(NBDLOAD)
+
+
+def _compile(source: Path) -> Path:
+    """The program beside its *source*, compiled anew if that has changed."""
+    program = source.with_suffix("")
+    if program.exists() and program.stat().st_mtime > source.stat().st_mtime:
         return program
     # Replaced in one step, for another run may be using it.
     fresh = program.with_name(f"{program.name}.{os.getpid()}")
     try:
         done = subprocess.run(
-            ["cc", "-O2", "-pthread", "-o", str(fresh), str(SOURCE)], capture_output=True, text=True, timeout=120
+            ["cc", "-O2", "-pthread", "-o", str(fresh), str(source)], capture_output=True, text=True, timeout=120
         )
         if done.returncode:
-            raise BenchmarkError(f"cannot compile {SOURCE}:\n{done.stderr}")
+            raise BenchmarkError(f"cannot compile {source}:\n{done.stderr}")
         fresh.replace(program)
     finally:
         fresh.unlink(missing_ok=True)
