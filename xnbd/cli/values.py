@@ -129,6 +129,15 @@ def parse_seconds(text: str, option: str) -> float:
     raise ConfigurationError(f"{option} {text}: expected a number of seconds above 0", USAGE_ERROR)
 
 
+def rename_options(arguments: Dict[str, Any], old_names: Dict[str, str]) -> None:
+    """Move the values of options to today's names. Raises `ConfigurationError` if both names are given."""
+    for old, new in old_names.items():
+        refuse_together(arguments, old, [new])
+        value = arguments.pop(old)
+        if value is not None:
+            arguments[new] = value
+
+
 def refuse_together(arguments: Dict[str, Any], first: str, others: List[str]) -> None:
     """Raises `ConfigurationError` if option *first* is given with one of *others*."""
     if not arguments[first]:

@@ -100,8 +100,8 @@ class Catalogue:
         entries = self._entries()
         if not name and len(entries) == 1:
             return next(iter(entries.items()))
-        export = entries.get(name)
-        return None if export is None else (name, export)
+        real_name = self._database.real_name(name)
+        return None if real_name is None else (real_name, entries[real_name])
 
     def _entries(self) -> Dict[str, Export]:
         try:
