@@ -63,11 +63,12 @@ Proxy options:
                         hold.
   -Q, --max-queue-size N
                         Requests of one client that may wait for the other
-                        server before no more are received from it, 0 for any
-                        number (default: 4096).
+                        server before no more are received from it (default: 0,
+                        any number).
   -B, --max-buf-size BYTES
-                        Data of one client that may wait likewise, 0 for any
-                        amount (default: 64M).
+                        Data of one client that may wait likewise (default: 0,
+                        any amount). Whatever these two say, a client is not
+                        listened to while memory is short.
   --readahead SIZE      Fetch up to so much ahead of a client that reads in
                         order; adapts by itself up to that; 0 fetches nothing
                         ahead (default: 8M).

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import shutil
+import sys
 from functools import partial
 from typing import Any, Dict, List, Optional
 
@@ -59,7 +60,7 @@ def wrap(program: str, arguments: Arguments) -> int:
 def _settings(arguments: Arguments, syslog: bool) -> Settings:
     server = _command(arguments["--xnbd-server"], "--xnbd-server")
     if arguments["--max-queue-size"]:
-        parse_integer(arguments["--max-queue-size"], "--max-queue-size", 0, 1 << 30)
+        parse_integer(arguments["--max-queue-size"], "--max-queue-size", 0, sys.maxsize)
     if arguments["--max-buf-size"] not in (None, "0"):
         parse_size(arguments["--max-buf-size"], "--max-buf-size")
     servers = Servers(
