@@ -712,12 +712,12 @@ def test_version() -> None:
     [
         [],
         ["--query"],
-        ["x"],
+        ["-q"],
         ["--query", ""],
         ["--query", "--switch", "x"],
-        ["--json", "--switch", "x"],
-        ["--force", "--query", "x"],
-        ["--cache-all2", "--progress", "x"],
+        ["-qs", "x"],
+        ["-x", "x"],
+        ["x", "host"],
         ["--nothing", "x"],
         ["--reconnect", "x"],
         ["--reconnect", "x", "host"],
@@ -727,7 +727,7 @@ def test_version() -> None:
         ["--cache-all", "--limit-rate", "fast", "x"],
         ["--cache-all", "--limit-rate", "0", "x"],
         ["--cache-all", "--blocks-per-request", "0", "x"],
-        ["--cache-all", "--blocks-per-request", "8193", "x"],
+        ["--cache-all", "--blocks-per-request", "many", "x"],
     ],
     ids=" ".join,
 )
@@ -735,6 +735,71 @@ def test_senseless_command_line(words: List[str]) -> None:
     code, reason = fails(*words)
     assert code == 2
     assert reason
+
+
+# What the C xNBD's xnbd-bgctl takes
+
+
+@pytest.mark.parametrize("words", [[], ["-q"], ["--exportname", "disk one", "--query"]], ids=" ".join)
+def test_query_is_what_is_done_without_a_command(serve: Serve, words: List[str]) -> None:
+    """A C xNBD's wrapper asks for everything with the export's name before it."""
+    _, out, _ = run(*command(*words, serve({"query": Canned(proxy_answer())})))
+    assert out.startswith("disk.img: proxy, 16 GiB")
+
+
+@pytest.mark.parametrize(
+    ("letter", "arguments", "name", "answer"),
+    [
+        ("-s", [], "switch", {"done": True}),
+        ("-C", [], "cache-all", {"done": True, "pid": 5}),
+        ("-c", [], "cache-all", {"done": True, "cached_bytes": 1, "total_bytes": 1, "fetched_bytes": 0}),
+        ("-r", ["192.0.2.1", "8520"], "reconnect", {"done": True, "address": "nbd://192.0.2.1:8520"}),
+    ],
+)
+def test_letters_stand_for_commands(
+    serve: Serve, letter: str, arguments: List[str], name: str, answer: Message
+) -> None:
+    canned = Canned(answer)
+    bgctl(letter, serve({name: canned}), *arguments)
+    assert [request["command"] for request in canned.requests] == [name]
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "ignored"),
+    [
+        (["--exportname", "x", "--switch"], "switch", "--exportname is ignored: --switch has no use for it"),
+        (["--exportname", "x", "--cache-all2"], "cache-all", "--exportname is ignored: --cache-all2 has no use for it"),
+        (["--cache-all2", "--progress"], "cache-all", "--progress is ignored: --cache-all2 has no use for it"),
+        (["--force", "--query"], "query", "--force is ignored: --query has no use for it"),
+        (["--json", "--switch"], "switch", "--json is ignored: --switch has no use for it"),
+        (["--blocks-per-request", "9"], "query", "--blocks-per-request is ignored: --query has no use for it"),
+    ],
+)
+def test_options_that_do_not_matter_are_ignored_with_a_warning(
+    serve: Serve, words: List[str], name: str, ignored: str
+) -> None:
+    canned = Canned({"done": True, "pid": 5})
+    _, _, err = run(*command(*words, serve({name: canned})))
+    assert err == f"xnbd-bgctl: {ignored}\n"
+    assert not canned.requests[0].keys() & {"force", "exportname"} or canned.requests[0] == {
+        "command": "switch",
+        "force": False,
+    }
+
+
+@pytest.mark.parametrize("count", ["8193", "1000000000000"])
+def test_more_blocks_per_request_than_the_server_takes_are_cut(serve: Serve, count: str) -> None:
+    canned = Canned({"done": True, "pid": 5})
+    _, _, err = run(*command("-C", "--blocks-per-request", count, serve({"cache-all": canned})))
+    assert err == (
+        f"xnbd-bgctl: --blocks-per-request {count} is cut to 8192, the most that a server asks for at once\n"
+    )
+    assert canned.requests[0]["blocks_per_request"] == 8192
+
+
+@pytest.mark.parametrize("words", [["--reconnect", "x"], ["-r", "x"]], ids=" ".join)
+def test_a_senseless_command_line_is_told_the_form_that_was_meant(words: List[str]) -> None:
+    assert "expected xnbd-bgctl [options] --reconnect CONTROL_SOCKET" in fails(*words)[1]
 
 
 def test_tqdm_and_psutil_are_imported_only_where_used(serve: Serve) -> None:

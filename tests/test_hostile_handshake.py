@@ -373,7 +373,7 @@ def test_options_in_odd_order_and_repeated(client: RawClient) -> None:
     first = client.go(option=INFO)
     assert client.go(option=INFO) == first
     (kind, listed), acknowledged = client.option(LIST)
-    assert (kind, listed[:12], acknowledged) == (REP_SERVER, string("disk.img"), (ACK, b""))
+    assert (kind, listed, acknowledged) == (REP_SERVER, string("disk.img"), (ACK, b""))
     assert client.go() == first
     assert client.works()
 

@@ -116,7 +116,7 @@ def test_full_at_so_many_bytes(replies: List[Piece]) -> None:
 def test_no_limits(replies: List[Piece]) -> None:
     room = WaitingRoom(replies, QueueLimits(0, 0), ordered=False)
     for number in range(10_000):
-        room.enter(Ticket(), request(number, 1 << 20))
+        room.enter(Ticket(), request(number, 10))
     assert not room.full
 
 

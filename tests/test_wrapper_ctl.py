@@ -117,6 +117,44 @@ def test_what_is_not_there_cannot_be_removed(wrapper: Wrapper, tmp_path: Path) -
     assert "no export of" in wrapper.refuses("--remove-by-file", tmp_path / "nothing")
 
 
+# What the C xNBD's xnbd-wrapper-ctl takes
+
+
+def test_add_names_an_export_as_its_file_is_written(wrapper: Wrapper, image: Path, tmp_path: Path) -> None:
+    command = [*program("xnbd-wrapper-ctl"), "-s", wrapper.control]
+    run(*command, "--add", image)
+    run("env", "-C", tmp_path, *command, "-a", "./disk.img")
+    assert wrapper.stored().keys() == {"disk.img", str(image), "./disk.img"}
+    assert {entry["image_path"] for entry in wrapper.stored().values()} == {str(image)}
+    with wrapper.client(str(image)) as client:
+        assert client.works()
+
+
+def test_remove_takes_the_index_that_the_list_shows(wrapper: Wrapper, image: Path) -> None:
+    """An index stays what it was when others go, and is not given again: a script may remove one after the other."""
+    for name in ("second", "third"):
+        wrapper.ctl("--add-target", name, image)
+    assert wrapper.ctl("--remove", 1) == "removed disk.img\n"
+    assert "no export with the index 1" in wrapper.refuses("--remove", 1)
+    assert wrapper.ctl("-r", 2) == "removed second\n"
+    wrapper.ctl("--add-target", "disk.img", image)
+    assert {name: about["index"] for name, about in wrapper.listed().items()} == {"third": 3, "disk.img": 4}
+
+
+def test_letters_stand_for_list_and_shutdown(wrapper: Wrapper) -> None:
+    command = [*program("xnbd-wrapper-ctl"), "-s", wrapper.control]
+    assert run(*command, "-l")[1].splitlines()[1].split()[:2] == ["1", "disk.img"]
+    run(*command, "-d")
+    assert wrapper.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("words", [["--remove", "x"], ["-r", "0"], ["--remove"], ["--add"], ["-l", "-d"]])
+def test_letters_do_not_make_sense_of_nonsense(wrapper: Wrapper, words: List[str]) -> None:
+    command = [*program("xnbd-wrapper-ctl"), "-s", wrapper.control, *words]
+    status, out, err = run(*command, check=False)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
 def test_exports_come_and_go_under_load(wrapper: Wrapper, image: Path, seed: int) -> None:
     content, failures, stop = image.read_bytes(), [], threading.Event()
 
@@ -160,18 +198,19 @@ def test_list_shows_a_table_with_clients(wrapper: Wrapper, image: Path) -> None:
     with wrapper.client("disk.img"), wrapper.client("disk.img"):
         wait_until(lambda: wrapper.listed()["disk.img"]["clients"] == 2, "two clients")
         head, first, second, third = wrapper.ctl("--list").splitlines()
-        assert head.split() == ["NAME", "MODE", "CLIENTS", "IMAGE", "ORIGIN"]
-        assert first.split() == ["disk.img", "target", "2", str(image)]
-        assert second.split() == ["far", "proxy", "0", "/c/cache", "192.0.2.1", "8520"]
-        assert third.split() == ["near", "proxy", "0", "/n/cache", "nbd+unix:///x%20y?socket=/n/s"]
+        assert head.split() == ["INDEX", "NAME", "MODE", "CLIENTS", "IMAGE", "ORIGIN"]
+        assert first.split() == ["1", "disk.img", "target", "2", str(image)]
+        assert second.split() == ["2", "far", "proxy", "0", "/c/cache", "192.0.2.1", "8520"]
+        assert third.split() == ["3", "near", "proxy", "0", "/n/cache", "nbd+unix:///x%20y?socket=/n/s"]
     wait_until(lambda: wrapper.listed()["disk.img"]["clients"] == 0, "their leaving")
 
 
 def test_list_as_json_is_complete(wrapper: Wrapper, image: Path) -> None:
     wrapper.ctl("--target-exportname", "their name", "--add-proxy", "far", "::1", 99, "/c/cache", "/c/bitmap", "/c/ctl")
     assert json.loads(wrapper.ctl("--list", "--json")) == [
-        {"name": "disk.img", "mode": "target", "image_path": str(image), "clients": 0},
+        {"index": 1, "name": "disk.img", "mode": "target", "image_path": str(image), "clients": 0},
         {
+            "index": 2,
             "name": "far",
             "mode": "proxy",
             "image_path": "/c/cache",

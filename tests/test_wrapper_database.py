@@ -18,7 +18,7 @@ from server_process import ROOT
 
 from xnbd.errors import ConfigurationError
 from xnbd.wrapper.database import Database, pack_database, parse_database
-from xnbd.wrapper.exports import Export, ProxyExport, TargetExport, check_name, check_room, fields_of
+from xnbd.wrapper.exports import Export, ProxyExport, TargetExport, check_name, check_room, fields_of, find_export
 
 PROXY = ProxyExport("/c/cache.img", "/c/cache.bitmap", "/run/p.ctl", "origin.example", "8520", "disk one")
 NEAR = ProxyExport("/c/near.img", "/c/near.bitmap", "/run/n.ctl", "", "", remote_uri="nbd+unix:///x?socket=/run/n.s")
@@ -150,9 +150,8 @@ def test_port_as_a_number_and_no_export_name_are_understood() -> None:
         (b'{"version": "2", "images": {}}', "no version"),
         (b'{"version": 1, "images": {}}', "version 1"),
         (b'{"version": 3, "images": {}}', "version 3"),
-        (b'{"version": 2}', "images"),
         (b'{"version": 2, "images": []}', "images"),
-        (b'{"version": 2, "images": {}, "more": 1}', "nothing else"),
+        (b'{"version": 2, "images": null}', "images"),
         (b'{"version": 2, "images": {"a": {}, "a": {}}}', "twice"),
         (with_entry([]), "'x'"),
         (with_entry({}), "mode"),
@@ -160,9 +159,9 @@ def test_port_as_a_number_and_no_export_name_are_understood() -> None:
         (with_entry({"mode": "cow", "image_path": "/a"}), "mode"),
         (with_entry({"mode": "target"}), "'image_path' is missing"),
         (with_entry({"mode": "target", "image_path": 5}), "no text"),
-        (with_entry({"mode": "target", "image_path": "a"}), "no absolute path"),
+        (with_entry({"mode": "target", "image_path": ""}), "no absolute path"),
+        (with_entry({"mode": "target", "image_path": "a\0b"}), "no text"),
         (with_entry({"mode": "target", "image_path": "/a\0b"}), "no text"),
-        (with_entry({**TARGET_FIELDS, "remote_host": "h"}), "'remote_host'"),
         (with_entry({**PROXY_FIELDS, "remote_port": "70000"}), "70000"),
         (with_entry({**PROXY_FIELDS, "remote_port": True}), "no text"),
         (with_entry({**PROXY_FIELDS, "remote_host": "nbd://h"}), "not a URI"),
@@ -183,7 +182,102 @@ def test_what_makes_no_sense_is_refused(data: bytes, reason: str) -> None:
     assert reason in refusal(data)
 
 
+# What a C xNBD writes and reads
+
+OF_C = b"""{
+    "images": {
+        "/srv/disk1": {
+            "image_path": "/srv/disk1",
+            "mode": "target"
+        },
+        "far": {
+            "bitmap_path": "/c/far.bitmap",
+            "control_socket_path": "/run/far.ctl",
+            "image_path": "/c/far.img",
+            "mode": "proxy",
+            "remote_export_name": null,
+            "remote_host": "192.0.2.1",
+            "remote_port": "8520"
+        }
+    },
+    "version": 2
+}"""
+"""As its wrapper writes it, byte by byte."""
+
+
+def test_what_a_c_xnbd_has_written_it_gets_back(path: Path) -> None:
+    """It takes an empty name for a name, and asks its origin for that."""
+    path.write_bytes(OF_C)
+    database = Database(str(path))
+    assert database.exports == {
+        "/srv/disk1": TargetExport("/srv/disk1"),
+        "far": ProxyExport("/c/far.img", "/c/far.bitmap", "/run/far.ctl", "192.0.2.1", "8520"),
+    }
+    database.change(database.exports)
+    database.close()
+    assert json.loads(path.read_bytes()) == json.loads(OF_C)
+    assert b'"remote_export_name": null' in path.read_bytes()
+
+
+def test_all_that_a_c_xnbd_needs_is_text_or_null() -> None:
+    port_as_number = {**PROXY_FIELDS, "remote_port": 8520, "remote_export_name": ""}
+    (entry,) = json.loads(pack_database(parse_database(with_entry(port_as_number))))["images"].values()
+    assert entry == {**PROXY_FIELDS, "remote_export_name": None}
+
+
+def test_no_images_are_none() -> None:
+    assert parse_database(b'{"version": 2}') == {}
+
+
+def test_relative_paths_are_those_of_the_working_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry = {**PROXY_FIELDS, "image_path": "a", "bitmap_path": "./b/c", "control_socket_path": "../d"}
+    (export,) = parse_database(with_entry(entry)).values()
+    assert export[:3] == (f"{tmp_path}/a", f"{tmp_path}/b/c", f"{tmp_path.parent}/d")
+
+
+def test_a_relative_path_without_a_working_directory_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "working directory is gone" in refusal(with_entry({"mode": "target", "image_path": "a"}))
+    assert parse_database(with_entry(TARGET_FIELDS)) == {"x": TargetExport("/a")}
+
+
+def test_what_is_not_known_is_kept_as_long_as_its_export_is_there(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entry = {**TARGET_FIELDS, "remote_host": "h", "comment": ["a", {"b": None}]}
+    content = {"version": 2, "made by": {"x": 1.5}, "images": {"x": entry, "y": TARGET_FIELDS}}
+    path.write_text(json.dumps(content))
+    database = Database(str(path))
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"database {path}: the file has what is not known, and keeps it: ['made by']",
+        f"database {path}: the export 'x' has what is not known, and keeps it: ['remote_host', 'comment']",
+    ]
+    exports = dict(database.exports)
+    database.change({**exports, "z": TargetExport("/z")})
+    content["images"]["z"] = {**TARGET_FIELDS, "image_path": "/z"}  # type: ignore[index]
+    assert json.loads(path.read_text()) == content
+    database.change({})
+    database.change(exports)
+    database.close()
+    assert json.loads(path.read_text()) == {**content, "images": {"x": TARGET_FIELDS, "y": TARGET_FIELDS}}
+
+
 # Names and files
+
+
+def test_own_names_go_before_aliases_and_an_alias_means_its_image() -> None:
+    one, other = TargetExport("/1"), TargetExport("/2")
+    assert find_export({"a": one}, {"./a": one}, "./a") == "a"
+    assert find_export({"a": one, "./a": other}, {"./a": one}, "./a") == "./a"
+    assert find_export({"a": other}, {"./a": one}, "./a") is None
+    assert find_export({"b": one}, {"./a": one}, "./a") == "b"
+    assert find_export({"a": one}, {}, "./a") is None
 
 
 def test_names_up_to_the_protocol_s_limit_are_fine() -> None:

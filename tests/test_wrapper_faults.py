@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -289,14 +290,11 @@ def test_a_start_that_cannot_be_says_why_in_one_line(
     assert (found, words in message) == (status, True)
 
 
-def test_images_of_one_name_are_refused_and_one_image_twice_is_not(tmp_path: Path, image: Path) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / image.name).write_bytes(b"x" * 512)
-    images = ["--imgfile", image, "--imgfile", image.parent / "." / image.name]
-    status, message = fails(
-        tmp_path, "--dbpath", tmp_path / "db", *images, "--imgfile", tmp_path / "other" / image.name
-    )
-    assert (status, "'disk.img'" in message) == (1, True)
+def test_an_image_whose_names_others_have_is_refused(tmp_path: Path, image: Path) -> None:
+    other = {"mode": "target", "image_path": "/other"}
+    (tmp_path / "db").write_text(json.dumps({"version": 2, "images": {"disk.img": other, str(image): other}}))
+    status, message = fails(tmp_path, "--dbpath", tmp_path / "db", "--imgfile", image)
+    assert (status, f"there is an export '{image}' already" in message) == (1, True)
 
 
 def test_a_port_in_use_is_named(wrapper: Wrapper, tmp_path: Path) -> None:

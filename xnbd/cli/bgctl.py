@@ -1,46 +1,46 @@
 """xnbd-bgctl: steer a running xnbd-server through its control socket.
 
 Usage:
-  xnbd-bgctl --query [--json] [--map] CONTROL_SOCKET
-  xnbd-bgctl [--force] (--switch | --shutdown) CONTROL_SOCKET
-  xnbd-bgctl [--progress] [--blocks-per-request COUNT] [--limit-rate RATE]
-             --cache-all CONTROL_SOCKET
-  xnbd-bgctl [--blocks-per-request COUNT] [--limit-rate RATE]
-             --cache-all2 CONTROL_SOCKET
-  xnbd-bgctl [--exportname NAME]
-             --reconnect CONTROL_SOCKET REMOTE_HOST REMOTE_PORT
-  xnbd-bgctl [--exportname NAME] --reconnect CONTROL_SOCKET ORIGIN_URI
-  xnbd-bgctl --snapshot [--progress] CONTROL_SOCKET
+  xnbd-bgctl [options] [--query] CONTROL_SOCKET
+  xnbd-bgctl [options] (--switch | --shutdown) CONTROL_SOCKET
+  xnbd-bgctl [options] (--cache-all | --cache-all2) CONTROL_SOCKET
+  xnbd-bgctl [options] --reconnect CONTROL_SOCKET REMOTE_HOST REMOTE_PORT
+  xnbd-bgctl [options] --reconnect CONTROL_SOCKET ORIGIN_URI
+  xnbd-bgctl [options] --snapshot CONTROL_SOCKET
   xnbd-bgctl --help
   xnbd-bgctl --version
 
 Commands:
-  --query               Show what the server does, how much is cached, and its
-                        clients.
-  --switch              Make a proxy a plain target on its cache file, with its
+  -q, --query           Show what the server does, how much is cached, and its
+                        clients. This is done if no command is given.
+  -s, --switch          Make a proxy a plain target on its cache file, with its
                         clients connected; refused while blocks are missing.
   --shutdown            The old name of --switch.
-  --cache-all           Copy what is not cached yet, and wait for it. Ctrl-C
+  -c, --cache-all       Copy what is not cached yet, and wait for it. Ctrl-C
                         stops the copy and nothing else; run again, it goes on.
-  --cache-all2          The same, but return at once.
-  --reconnect           Use the disk at REMOTE_HOST REMOTE_PORT, or at an NBD
+  -C, --cache-all2      The same, but return at once.
+  -r, --reconnect       Use the disk at REMOTE_HOST REMOTE_PORT, or at an NBD
                         URI, as origin.
   --snapshot            Make an image of the disk as it is now, and print its
                         path. A proxy has to be switched first.
 
-Options:
-  --json                Print the server's answer as JSON, for programs.
-  --map                 Draw which parts of the disk are cached.
-  --force               Switch although blocks are missing: they read as zeros
-                        then.
-  --progress            Show how far it is, how fast, and how long it will
-                        take.
+Options, ignored with a warning by a command that has no use for them:
+  --json                With --query, print the server's answer as JSON, for
+                        programs.
+  --map                 With --query, draw which parts of the disk are cached.
+  --force               With --switch, do it although blocks are missing: they
+                        read as zeros then.
+  --progress            With --cache-all and --snapshot, show how far it is, how
+                        fast, and how long it will take.
   --blocks-per-request COUNT
-                        Ask the origin for so many blocks of 4 KiB at once, at
-                        most 8192.
-  --limit-rate RATE     Copy no more bytes a second than RATE: 200M, 512K, ...
-  --exportname NAME     The export to ask the new origin for (default: its
-                        default one).
+                        With --cache-all and --cache-all2, ask the origin for so
+                        many blocks of 4 KiB at once, at most 8192.
+  --limit-rate RATE     With those two, copy no more bytes a second than RATE:
+                        200M, 512K, ...
+  --exportname NAME     With --reconnect, the export to ask the new origin for
+                        (default: its default one).
+
+Other options:
   -h, --help            Show this text.
   --version             Show the version.
 

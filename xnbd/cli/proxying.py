@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -22,9 +23,6 @@ from ..storage.target import create_sparse, open_disk
 from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size
 
 Arguments = Dict[str, Any]
-
-DEFAULT_QUEUE = 4096
-DEFAULT_BUFFER = 64 << 20
 
 _NOT_EMPTY = re.compile(rb"[^\x00]")
 
@@ -68,8 +66,8 @@ def queue_limits(arguments: Arguments) -> QueueLimits:
     """Raises `ConfigurationError`."""
     requests = arguments["--max-queue-size"]
     return QueueLimits(
-        DEFAULT_QUEUE if requests is None else parse_integer(requests, "--max-queue-size", 0, 1 << 30),
-        _size_or_zero(arguments, "--max-buf-size", DEFAULT_BUFFER),
+        0 if requests is None else parse_integer(requests, "--max-queue-size", 0, sys.maxsize),
+        _size_or_zero(arguments, "--max-buf-size", 0),
     )
 
 

@@ -13,12 +13,12 @@ Usage:
   xnbd-server --version
 
 Mode options:
-  --target              Serve DISK_IMAGE, a file or a block device; clients'
+  -t, --target          Serve DISK_IMAGE, a file or a block device; clients'
                         writes go to it.
-  --cow-target          Serve BASE_DISK_IMAGE, which never changes: what
+  -c, --cow-target      Serve BASE_DISK_IMAGE, which never changes: what
                         clients write goes to a file without a name, which is
                         gone when the server ends.
-  --proxy               Serve the disk of another NBD server, REMOTE_HOST
+  -p, --proxy           Serve the disk of another NBD server, REMOTE_HOST
                         REMOTE_PORT or an NBD URI. What clients read is kept in
                         CACHE_DISK_IMAGE, and so is what they write, which
                         never goes to the other server. The files are made if
@@ -26,14 +26,14 @@ Mode options:
                         CONTROL_SOCKET_PATH.
 
 Listening options:
-  --lport PORT          TCP port (default: 8520); 0 picks a free one.
+  -l, --lport PORT      TCP port (default: 8520); 0 picks a free one.
   --laddr ADDRESS       Address to listen on, may be given several times
                         (default: all addresses, IPv4 and IPv6).
   --unix PATH           Listen on a Unix socket; without --lport and --laddr on
                         nothing else.
-  --inetd               Serve the one client on standard input, negotiation
+  -i, --inetd           Serve the one client on standard input, negotiation
                         included.
-  --connected-fd NUMBER
+  -F, --connected-fd NUMBER
                         Serve the one client on this descriptor, with whom a
                         wrapper has negotiated already; begin with its first
                         request.
@@ -48,7 +48,7 @@ Disk options:
                         512M, 1G, ...
   --cow-dir DIR         Directory for what clients of a --cow-target write
                         (default: beside the image, else $TMPDIR).
-  --readonly            Disconnect a client that writes.
+  -r, --readonly        Disconnect a client that writes.
   --exportname NAME     Name to answer to besides the empty one (default: file
                         name of the image).
   --oldstyle            Speak the oldstyle negotiation, for old clients and
@@ -61,11 +61,14 @@ Proxy options:
   --clear-bitmap        Forget which blocks are cached, what clients have
                         written included. Default: go on with what the files
                         hold.
-  --max-queue-size N    Requests of one client that may wait for the other
-                        server before no more are received from it, 0 for any
-                        number (default: 4096).
-  --max-buf-size BYTES  Data of one client that may wait likewise, 0 for any
-                        amount (default: 64M).
+  -Q, --max-queue-size N
+                        Requests of one client that may wait for the other
+                        server before no more are received from it (default: 0,
+                        any number).
+  -B, --max-buf-size BYTES
+                        Data of one client that may wait likewise (default: 0,
+                        any amount). Whatever these two say, a client is not
+                        listened to while memory is short.
   --readahead SIZE      Fetch up to so much ahead of a client that reads in
                         order; adapts by itself up to that; 0 fetches nothing
                         ahead (default: 8M).
@@ -77,7 +80,7 @@ Proxy options:
                         other server (default: wait, and try again, for ever).
 
 Process options:
-  --daemonize           Go into the background once the server listens.
+  -d, --daemonize       Go into the background once the server listens.
   --pidfile FILE        Write the master's process id to FILE, and remove it at
                         the end.
   --max-clients N       Serve N clients at once, let others wait
@@ -93,15 +96,15 @@ Process options:
                         10000 at most [default: 150].
 
 Logging options:
-  --logpath FILE        Append to FILE. Without it: standard error, or syslog
+  -L, --logpath FILE    Append to FILE. Without it: standard error, or syslog
                         with --daemonize or --inetd.
-  --syslog              Log to syslog; also to FILE if --logpath is given.
+  -S, --syslog          Log to syslog; also to FILE if --logpath is given.
   --verbose             Log more.
   --quiet               Log warnings and errors only.
 
 Other options:
   -h, --help            Show this text.
-  --version             Show the version.
+  -v, --version         Show the version.
 
 Signals, to the master: TERM or INT stops it in good order, a second one at
 once. USR1 makes a snapshot, DISK_IMAGE.snapshot.SECONDS, while clients go on;
@@ -111,6 +114,7 @@ from then on it has snapshots too, CACHE_DISK_IMAGE.snapshot.SECONDS.
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import List, NoReturn, Optional
 
@@ -121,11 +125,14 @@ from .values import parse_command_line
 
 PROGRAM = "xnbd-server"
 
+_INETD = re.compile(r"--in|-[tcprdS]*i")
+"""Begin of a word that says ``--inetd``, abbreviated perhaps, or its letter after others that take no value."""
+
 
 def main(argv: Optional[List[str]] = None) -> NoReturn:
     """The program: leaves with status 0, 1 (it failed) or 2 (its command line makes no sense)."""
     words = sys.argv[1:] if argv is None else argv
-    client = take_client_socket(0) if "--inetd" in words or is_super_servers_child() else None
+    client = take_client_socket(0) if any(map(_INETD.match, words)) or is_super_servers_child() else None
     try:
         arguments = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
         from .serving import serve

@@ -7,9 +7,10 @@ import os
 import shutil
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 from ..errors import ConfigurationError
+from .bgctl import PROGRAM
 from .conversation import Conversation, Message, shown
 from .quantities import counted, duration, percentage, size
 from .values import parse_integer, parse_size
@@ -28,8 +29,12 @@ _MOST_BLOCKS = 8192
 
 
 def steer(arguments: Arguments) -> None:
-    """Do what the command line says. Raises `ConfigurationError`."""
-    run = next(run for command, run in _COMMANDS.items() if arguments[command])
+    """Do what the command line says, or query. Raises `ConfigurationError`."""
+    command = next((command for command in _COMMANDS if arguments[command]), "--query")
+    run, of_use = _COMMANDS[command]
+    for option in _OPTIONS:
+        if arguments[option] and option not in of_use:
+            _warn(f"{option} is ignored: {command} has no use for it")
     try:
         run(arguments)
     except (KeyError, TypeError) as error:
@@ -72,13 +77,23 @@ def _switch(arguments: Arguments) -> None:
 
 
 def _copy_request(arguments: Arguments, *, wait: bool) -> Message:
-    count, limit = arguments["--blocks-per-request"], arguments["--limit-rate"]
+    limit = arguments["--limit-rate"]
     return {
         "command": "cache-all",
         "wait": wait,
-        "blocks_per_request": count and parse_integer(count, "--blocks-per-request", 1, _MOST_BLOCKS),
+        "blocks_per_request": _blocks_per_request(arguments["--blocks-per-request"]),
         "limit_rate": limit and parse_size(limit, "--limit-rate"),
     }
+
+
+def _blocks_per_request(text: Optional[str]) -> Optional[int]:
+    """What the server takes of that number."""
+    if text is None:
+        return None
+    count = parse_integer(text, "--blocks-per-request", 1, sys.maxsize)
+    if count > _MOST_BLOCKS:
+        _warn(f"--blocks-per-request {count} is cut to {_MOST_BLOCKS}, the most that a server asks for at once")
+    return min(count, _MOST_BLOCKS)
 
 
 def _cache_all(arguments: Arguments) -> None:
@@ -139,15 +154,23 @@ def _snapshot(arguments: Arguments) -> None:
     _print_path(answer["path"])
 
 
-_COMMANDS: Dict[str, Callable[[Arguments], None]] = {
-    "--query": _query,
-    "--switch": _switch,
-    "--shutdown": _switch,
-    "--cache-all": _cache_all,
-    "--cache-all2": _cache_all_in_background,
-    "--reconnect": _reconnect,
-    "--snapshot": _snapshot,
+_COPY_OPTIONS = ("--blocks-per-request", "--limit-rate")
+_COMMANDS: Dict[str, Tuple[Callable[[Arguments], None], Tuple[str, ...]]] = {
+    "--query": (_query, ("--json", "--map")),
+    "--switch": (_switch, ("--force",)),
+    "--shutdown": (_switch, ("--force",)),
+    "--cache-all": (_cache_all, (*_COPY_OPTIONS, "--progress")),
+    "--cache-all2": (_cache_all_in_background, _COPY_OPTIONS),
+    "--reconnect": (_reconnect, ("--exportname",)),
+    "--snapshot": (_snapshot, ("--progress",)),
 }
+"""What each command does, and the options that are of use for it."""
+
+_OPTIONS = tuple(dict.fromkeys(option for _, options in _COMMANDS.values() for option in options))
+
+
+def _warn(text: str) -> None:
+    print(f"{PROGRAM}: {text}", file=sys.stderr)
 
 
 def _connect(arguments: Arguments) -> Conversation:

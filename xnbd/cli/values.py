@@ -61,7 +61,7 @@ def _reason(error: BaseException, usage: str, argv: List[str]) -> str:
     if not argv:
         return "nothing to do"
     for word in argv:
-        option = word.partition("=")[0]
+        option = _option(word)
         end = "" if option.startswith("--") else r"(?![\w-])"  # long ones may be abbreviated
         if option.startswith("-") and not re.search(rf"(?<![\w-]){re.escape(option)}{end}", usage):
             return f"there is no option {option}"
@@ -72,14 +72,26 @@ def _reason(error: BaseException, usage: str, argv: List[str]) -> str:
 
 def _expected(usage: str, argv: List[str]) -> str:
     """The first line of *usage* that has one of the commands in *argv*, or the commands, one of which is missing."""
-    options = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    commands: List[str] = []
-    for form in _forms(usage):
-        of_this_form = re.findall(r"--[\w-]+", re.sub(r"\[.*?\]", "", form))
-        if not of_this_form or any(command.startswith(option) for option in options for command in of_this_form):
+    options = [_long_form(usage, _option(word)) for word in argv if word.startswith("-")]
+    forms = {form: re.findall(r"--[\w-]+", re.sub(r"\[.*?\]", "", form)) for form in _forms(usage)}
+    for form, commands in forms.items():
+        if any(command.startswith(option) for option in options for command in commands):
             return f"expected {form}"
-        commands += of_this_form
-    return f"expected one of {', '.join(dict.fromkeys(commands))}"
+    for form, commands in forms.items():
+        if not commands:
+            return f"expected {form}"
+    return f"expected one of {', '.join(dict.fromkeys(command for commands in forms.values() for command in commands))}"
+
+
+def _option(word: str) -> str:
+    """The option in *word*, without its value, or the first of several letters."""
+    return word.partition("=")[0] if word.startswith("--") else word[:2]
+
+
+def _long_form(usage: str, option: str) -> str:
+    """What *usage* has the letter *option* stand for."""
+    found = re.search(rf"^ +{re.escape(option)}(?: [A-Z]+)?, (--[\w-]+)", usage, re.MULTILINE)
+    return found[1] if found else option
 
 
 def _forms(usage: str) -> List[str]:
@@ -115,6 +127,15 @@ def parse_seconds(text: str, option: str) -> float:
     if 0 < seconds < 365 * 86400:
         return seconds
     raise ConfigurationError(f"{option} {text}: expected a number of seconds above 0", USAGE_ERROR)
+
+
+def rename_options(arguments: Dict[str, Any], old_names: Dict[str, str]) -> None:
+    """Move the values of options to today's names. Raises `ConfigurationError` if both names are given."""
+    for old, new in old_names.items():
+        refuse_together(arguments, old, [new])
+        value = arguments.pop(old)
+        if value is not None:
+            arguments[new] = value
 
 
 def refuse_together(arguments: Dict[str, Any], first: str, others: List[str]) -> None:

@@ -6,9 +6,9 @@ Usage:
   xnbd-wrapper --version
 
 Disk options:
-  --imgfile IMAGE       Add IMAGE to the database as a target; its export name
-                        is the file's name without directories. May be given
-                        several times.
+  -f, --imgfile IMAGE   Add IMAGE to the database as a target; its export name
+                        is the file's name without directories, and IMAGE as
+                        it stands there is another. May be given several times.
   --dbpath PATH         Database of the exports, made if it does not exist
                         [default: /var/lib/xnbd/xnbd.state].
   --cow                 Every client of a target gets a copy-on-write disk of
@@ -16,32 +16,37 @@ Disk options:
   --readonly            Disconnect a client that writes.
 
 Listening options:
-  --lport PORT          TCP port [default: 8520]; 0 picks a free one.
-  --laddr ADDRESS       Address to listen on, may be given several times
+  -p, --lport PORT      TCP port (default: 8520); 0 picks a free one.
+  --port PORT           The old name of --lport.
+  -l, --laddr ADDRESS   Address to listen on, may be given several times
                         (default: all addresses, IPv4 and IPv6).
-  --socket PATH         Socket for xnbd-wrapper-ctl
+  -s, --socket PATH     Socket for xnbd-wrapper-ctl
                         [default: /var/run/xnbd-wrapper.ctl].
   --handshake-timeout SECONDS
                         Drop a client that has not negotiated by then
                         [default: 10].
 
 Server options:
-  --xnbd-server COMMAND
+  -b, --xnbd-server COMMAND
                         Run COMMAND for each client. Without it the wrapper's
                         own process goes on as xnbd-server, which is quicker.
+  --xnbd-binary COMMAND
+                        The old name of --xnbd-server.
   --xnbd-bgctl COMMAND  Steer proxies with COMMAND instead of the xnbd-bgctl
                         that comes with this program.
-  --max-queue-size N    Passed on to the servers of proxies, see
+  -Q, --max-queue-size N
+                        Passed on to the servers of proxies, see
                         xnbd-server(8).
-  --max-buf-size BYTES  Likewise.
+  -B, --max-buf-size BYTES
+                        Likewise.
 
 Process options:
-  --daemonize           Go into the background once the wrapper listens.
+  -d, --daemonize       Go into the background once the wrapper listens.
   --max-clients N       Serve N clients at once, let others wait
                         [default: 4096].
-  --logpath FILE        Append the log to FILE, the servers' too. Without it:
+  -L, --logpath FILE    Append the log to FILE, the servers' too. Without it:
                         standard error, or syslog with --daemonize.
-  --syslog              Log to syslog, the servers too; with --logpath to both.
+  -S, --syslog          Log to syslog, the servers too; with --logpath to both.
 
 Other options:
   -h, --help            Show this text.

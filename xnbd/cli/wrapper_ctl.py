@@ -3,6 +3,7 @@
 Usage:
   xnbd-wrapper-ctl [--socket PATH] --list [--json]
   xnbd-wrapper-ctl [--socket PATH] --add-target NAME FILE
+  xnbd-wrapper-ctl [--socket PATH] --add FILE
   xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --add-proxy NAME
                    REMOTE_HOST REMOTE_PORT
                    CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
@@ -10,6 +11,7 @@ Usage:
                    REMOTE_URI CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
   xnbd-wrapper-ctl [--socket PATH] --remove-by-exportname NAME
   xnbd-wrapper-ctl [--socket PATH] --remove-by-file FILE
+  xnbd-wrapper-ctl [--socket PATH] --remove INDEX
   xnbd-wrapper-ctl [--socket PATH] --bgctl-query NAME
   xnbd-wrapper-ctl [--socket PATH] --bgctl-cache-all NAME
   xnbd-wrapper-ctl [--socket PATH] --bgctl-switch NAME
@@ -22,14 +24,17 @@ Usage:
   xnbd-wrapper-ctl --version
 
 Commands:
-  --list                Show the exports and how many clients each has.
+  -l, --list            Show the exports and how many clients each has.
   --add-target          Serve FILE, a disk image or a block device, under NAME.
+  -a, --add             The same, with FILE as it stands there as its name.
   --add-proxy           Serve the disk of another server, at REMOTE_HOST
                         REMOTE_PORT or an NBD URI, under NAME; cache it here.
   --remove-by-exportname
                         Refuse new clients of NAME; the connected ones stay.
   --remove-by-file      The same for all exports whose disk or cache image is
                         FILE.
+  -r, --remove          The same for the export that has INDEX in the list, as
+                        long as the wrapper runs.
   --bgctl-query         Show how much of a proxy is cached.
   --bgctl-cache-all     Copy what is not cached yet, and wait for it.
   --bgctl-switch        Make a proxy, all of which is cached, a target; its
@@ -39,10 +44,10 @@ Commands:
   --save                Write the database, which the wrapper does at every
                         change anyway.
   --orphan              End the wrapper and leave the servers to their clients.
-  --shutdown            End the wrapper and all servers.
+  -d, --shutdown        End the wrapper and all servers.
 
 Options:
-  --socket PATH         Control socket of the wrapper
+  -s, --socket PATH     Control socket of the wrapper
                         [default: /var/run/xnbd-wrapper.ctl].
   --json                Print the list as JSON, for programs.
   --target-exportname NAME

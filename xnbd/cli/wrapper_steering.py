@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Tuple
 from ..errors import ConfigurationError
 from ..sockets import is_listening
 from .conversation import Conversation, shown
+from .values import parse_integer
 
 Arguments = Dict[str, Any]
 Message = Dict[str, Any]
@@ -18,9 +19,11 @@ Message = Dict[str, Any]
 _COMMANDS = (
     "list",
     "add-target",
+    "add",
     "add-proxy",
     "remove-by-exportname",
     "remove-by-file",
+    "remove",
     "bgctl-query",
     "bgctl-cache-all",
     "bgctl-switch",
@@ -29,6 +32,9 @@ _COMMANDS = (
     "orphan",
     "shutdown",
 )
+_REQUESTS = {"add": "add-target", "remove": "remove-by-index"}
+"""What the wrapper calls those that have another name there."""
+
 _FIELDS = {
     "FILE": "image_path",
     "CACHE_IMAGE": "image_path",
@@ -52,7 +58,7 @@ def steer(arguments: Arguments) -> int:
     path = arguments["--socket"]
     patience = None if command.startswith("bgctl-") else _ANSWER_TIME
     with Conversation(path, patience) as conversation:
-        replies = conversation.follow(command=command, **request)
+        replies = conversation.follow(command=_REQUESTS.get(command, command), **request)
         if command == "list":
             return _show_list([reply["export"] for reply in replies if "export" in reply], arguments["--json"])
         status = 0
@@ -70,6 +76,10 @@ def _request(arguments: Arguments) -> Message:
         value = arguments[argument]
         if value is not None:
             request[field] = os.path.abspath(value) if argument in _PATHS else value
+    if arguments["--add"]:
+        request["name"] = arguments["FILE"]
+    if arguments["INDEX"] is not None:
+        request["index"] = parse_integer(arguments["INDEX"], "--remove", 1, sys.maxsize)
     if arguments["REMOTE_URI"] is not None:
         from ..origin.address import parse_origin
 
@@ -97,7 +107,7 @@ def _show_list(exports: List[Message], as_json: bool) -> int:
     if as_json:
         print(json.dumps(exports, indent=2))
         return 0
-    rows = [("NAME", "MODE", "CLIENTS", "IMAGE", "ORIGIN")]
+    rows: List[Tuple[str, ...]] = [("INDEX", "NAME", "MODE", "CLIENTS", "IMAGE", "ORIGIN")]
     rows += [_row(export) for export in exports]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -105,15 +115,14 @@ def _show_list(exports: List[Message], as_json: bool) -> int:
     return 0
 
 
-def _row(export: Message) -> Tuple[str, str, str, str, str]:
+def _row(export: Message) -> Tuple[str, ...]:
     origin = ""
     if "remote_uri" in export:
         origin = export["remote_uri"]
     elif export["mode"] == "proxy":
         origin = " ".join(filter(None, (export["remote_host"], export["remote_port"], export["remote_export_name"])))
-    cells = (export["name"], export["mode"], str(export["clients"]), export["image_path"], origin)
-    name, mode, clients, image, origin = map(shown, cells)
-    return name, mode, clients, image, origin
+    cells = (export["index"], export["name"], export["mode"], export["clients"], export["image_path"], origin)
+    return tuple(map(shown, cells))
 
 
 def _wait_for_the_end(path: str) -> None:

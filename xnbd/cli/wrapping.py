@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import shutil
+import sys
 from functools import partial
 from typing import Any, Dict, List, Optional
 
@@ -13,7 +14,7 @@ from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
 from ..process import Daemon, keep_standard_streams, notify_service_manager
-from ..server.listen import Listeners
+from ..server.listen import DEFAULT_PORT, Listeners
 from ..wrapper.children import Body
 from ..wrapper.database import Database
 from ..wrapper.exports import TargetExport, check_name, check_room
@@ -21,21 +22,24 @@ from ..wrapper.jobs import program
 from ..wrapper.servers import Servers, is_extended
 from ..wrapper.wrapper import Settings, Wrapper
 from .inside import load_server, run_bgctl, run_server
-from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_same_file
+from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_same_file, rename_options
 
 Arguments = Dict[str, Any]
 
 _PATHS = ("--dbpath", "--socket", "--logpath")
+_OLD_NAMES = {"--port": "--lport", "--xnbd-binary": "--xnbd-server"}
 
 
 def wrap(program: str, arguments: Arguments) -> int:
     """Serve until the end; the exit status. Raises `ConfigurationError` if that cannot begin."""
     keep_standard_streams()
+    rename_options(arguments, _OLD_NAMES)
     for option in _PATHS:
         if arguments[option]:
             arguments[option] = os.path.abspath(arguments[option])
-    images = [os.path.abspath(path) for path in arguments["--imgfile"]]
-    refuse_same_file({**{f"--imgfile {path}": path for path in images}, **{name: arguments[name] for name in _PATHS}})
+    images = {path: os.path.abspath(path) for path in arguments["--imgfile"]}
+    different = {f"--imgfile {path}": path for path in images.values()}
+    refuse_same_file({**different, **{name: arguments[name] for name in _PATHS}})
     path, syslog = arguments["--logpath"], arguments["--syslog"]
     syslog = syslog or bool(arguments["--daemonize"] and not path)
     logs.set_up(program, path=path, syslog=syslog, stderr=not (path or syslog), level=logging.INFO)
@@ -56,7 +60,7 @@ def wrap(program: str, arguments: Arguments) -> int:
 def _settings(arguments: Arguments, syslog: bool) -> Settings:
     server = _command(arguments["--xnbd-server"], "--xnbd-server")
     if arguments["--max-queue-size"]:
-        parse_integer(arguments["--max-queue-size"], "--max-queue-size", 0, 1 << 30)
+        parse_integer(arguments["--max-queue-size"], "--max-queue-size", 0, sys.maxsize)
     if arguments["--max-buf-size"] not in (None, "0"):
         parse_size(arguments["--max-buf-size"], "--max-buf-size")
     servers = Servers(
@@ -96,14 +100,16 @@ def _bgctl(command: List[str], words: List[str]) -> Body:
 
 
 def _run(
-    arguments: Arguments, images: List[str], settings: Settings, listeners: Listeners, daemon: Optional[Daemon]
+    arguments: Arguments, images: Dict[str, str], settings: Settings, listeners: Listeners, daemon: Optional[Daemon]
 ) -> int:
     database = Database(arguments["--dbpath"])
     _add_images(database, images)
     if not settings.servers.command:
         load_server(settings.servers)
     if arguments["--laddr"] or not listeners.sockets:
-        listeners.listen_tcp(arguments["--laddr"], parse_integer(arguments["--lport"], "--lport", 0, 65535))
+        port = arguments["--lport"]
+        number = DEFAULT_PORT if port is None else parse_integer(port, "--lport", 0, 65535)
+        listeners.listen_tcp(arguments["--laddr"], number)
     wrapper = Wrapper(listeners, database, arguments["--socket"], settings)
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
     if not settings.servers.extended:
@@ -114,15 +120,22 @@ def _run(
     return wrapper.run()
 
 
-def _add_images(database: Database, paths: List[str]) -> None:
-    """Add targets named by their files; one that is there already stays. Raises `ConfigurationError`."""
+def _add_images(database: Database, images: Dict[str, str]) -> None:
+    """Add targets, by what the command line says the whole paths; one that is there already stays.
+
+    It is named by its file, or, where another disk has that name, by what the command
+    line says, which in any case is an alias. Raises `ConfigurationError`.
+    """
     exports = dict(database.exports)
-    for path in paths:
+    for given, path in images.items():
         if not os.path.exists(path):
             raise ConfigurationError(f"--imgfile {path}: there is no such file (truncate -s 1G {path} makes one)")
-        name, export = check_name(os.path.basename(path)), TargetExport(path)
-        if exports.get(name) == export:
+        export = TargetExport(path)
+        names = [check_name(os.path.basename(path)), check_name(given)]
+        database.aliases[given] = export
+        if any(exports.get(name) == export for name in names):
             continue
+        name = next((name for name in names if name not in exports), names[-1])
         check_room(exports, name, export)
         exports[name] = export
     if exports != database.exports:

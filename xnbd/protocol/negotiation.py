@@ -56,7 +56,7 @@ class Agreement(NamedTuple):
 
 
 class Exports(NamedTuple):
-    """Where a negotiation finds disks: *names* and *describe* for LIST, *find* for all the rest.
+    """Where a negotiation finds disks: *names* for LIST, *find* for all the rest.
 
     *find* may raise `RequestError` for a disk that is there but cannot be had now.
     Without *structured* clients are offered simple replies only.
@@ -64,7 +64,6 @@ class Exports(NamedTuple):
 
     names: Callable[[], Sequence[str]]
     find: Callable[[str], Optional[Export]]
-    describe: Optional[Callable[[str], str]] = None
     structured: bool = True
 
 
@@ -177,19 +176,13 @@ class Negotiation:
         return _pack_reply(option, c.REP_ACK)
 
     def _on_list(self, option: int, data: bytes) -> bytes:
+        """The names alone: some clients fail on a description behind one, which INFO_DESCRIPTION brings as well."""
         _refuse_data(data)
         servers = []
         for name in self._exports.names():
             encoded = _encode(name)
-            description = _encode(self._describe_for_list(name))
-            servers.append(_pack_reply(option, c.REP_SERVER, _U32.pack(len(encoded)) + encoded + description))
+            servers.append(_pack_reply(option, c.REP_SERVER, _U32.pack(len(encoded)) + encoded))
         return b"".join(servers) + _pack_reply(option, c.REP_ACK)
-
-    def _describe_for_list(self, name: str) -> str:
-        if self._exports.describe:
-            return self._exports.describe(name)
-        export = self._exports.find(name)
-        return export.description if export else ""
 
     def _on_info(self, option: int, data: bytes) -> bytes:
         return self._describe(option, data)[2]

@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Optional
 
 from ..errors import Disconnected, RequestError
+from ..logs import log
 from ..storage.image import Background, NotLocal, Ticket
 from .commands import MAY_TAKE_LONG, Commands
 from .connection import Connection
@@ -41,6 +42,7 @@ class Deferred:
         self._leaves_at: Optional[float] = None
         self._hung_up_at: Optional[float] = None
         self._parting = False
+        self._told_short = False
 
     # Doing requests
 
@@ -100,6 +102,13 @@ class Deferred:
         self._tell()
 
     def _tell(self) -> None:
+        if self._room.short and not self._told_short:
+            self._told_short = True
+            log.warning(
+                "%s: memory is short, nothing is received from it before some of its %d waiting requests are answered",
+                self._connection.peer,
+                len(self._room),
+            )
         self._disk.place.tell_queue(len(self._room), self._room.buffered)
         self._disk.tell_health()
 

@@ -12,6 +12,7 @@ from ..storage.board import REACHED, TARGET, UNREACHABLE, Board, Counts, Line
 from ..storage.checkpoint import ProcessState
 from ..storage.proxy import ProxySource
 from .control import Message
+from .memory import share
 from .processes import UsageMeter
 from .progress import Progress, Rate
 from .service import Service
@@ -78,6 +79,7 @@ class Report:
             "requests_limit": limits.requests,
             "bytes": sum(line.queued_bytes for line in lines),
             "bytes_limit": limits.buffered,
+            "memory_limit": share(),
         }
 
     def _origin(self, proxy: ProxySource, lines: List[Line]) -> Message:

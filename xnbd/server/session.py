@@ -46,8 +46,8 @@ _ROUNDS = 16
 
 _NO_LIMITS = QueueLimits()
 
-_LONG = 1 << 20
-"""Bytes from which on a request that waits for all of its blocks takes memory worth counting."""
+_LONG = 64 << 10
+"""Bytes from which on a request that waits for all of its blocks takes more memory than any other."""
 
 _AT_ONCE = {c.CMD_READ: MAXIMUM_REQUEST, c.CMD_CACHE: FETCH_STEP}
 """Bytes of one request whose blocks are fetched at once."""

@@ -7,6 +7,7 @@ that are ready stand in line behind those that are not.
 from __future__ import annotations
 
 from collections import deque
+from time import monotonic
 from typing import Callable, Deque, Dict, List, NamedTuple, Optional
 
 from ..storage.image import Ticket
@@ -14,6 +15,17 @@ from .replies import Piece
 
 Work = Callable[[List[Piece]], None]
 """Does a request and appends its answer to the list; raises `NotLocal`, or the error to answer with instead."""
+
+
+REQUEST_SIZE = 3 << 10
+"""Bytes of a waiting request, with what the proxy notes of its blocks if they are few; measured: 0.6 to 2.6 KiB."""
+
+LEAST = 1 << 20
+"""Bytes that any client's requests may hold: a process for a client takes more than that already."""
+
+_STEP = 1 << 20
+_STEPS_OF_SHARE = 128
+_VALID = 1.0
 
 
 class QueueLimits(NamedTuple):
@@ -41,11 +53,31 @@ class Waiting:
         self.answer: List[Piece] = []
 
 
+class Allowance:
+    """What the waiting requests of one client may hold: measured again as that grows, and as seconds pass."""
+
+    def __init__(self) -> None:
+        self._until = 0
+        self._valid = 0.0
+
+    def covers(self, held: int) -> bool:
+        """Whether a client whose requests hold so many bytes may send more."""
+        if held < LEAST or (held < self._until and monotonic() < self._valid):
+            return True
+        from .memory import share
+
+        limit = share()
+        self._until = min(limit, held + max(_STEP, limit // _STEPS_OF_SHARE))
+        self._valid = monotonic() + _VALID
+        return held < limit
+
+
 class WaitingRoom:
     """All requests of one session that are put aside. With *ordered*, ready replies keep their place too.
 
-    ``blocked`` tells whether later replies have to stand in line; ``full`` that no
-    more requests should come; ``buffered`` is the bytes held for those that wait.
+    ``blocked`` tells whether later replies have to stand in line; ``buffered`` is the
+    bytes held for those that wait; ``short`` that it is for want of memory that no
+    more should come.
     """
 
     def __init__(self, replies: List[Piece], limits: QueueLimits, *, ordered: bool) -> None:
@@ -54,6 +86,8 @@ class WaitingRoom:
         self._replies = replies
         self._limits = limits
         self._ordered = ordered
+        self._allowance = Allowance()
+        self.short = False
         self._by_ticket: Dict[Ticket, Waiting] = {}
         self._line: Deque[Waiting] = deque()
 
@@ -63,10 +97,13 @@ class WaitingRoom:
 
     @property
     def full(self) -> bool:
+        """Whether no more requests should come, which does not change before one has left."""
         requests, buffered = self._limits
-        if 0 < requests <= max(len(self._by_ticket), len(self._line)):
+        count = max(len(self._by_ticket), len(self._line))
+        if self.short or 0 < requests <= count or 0 < buffered <= self.buffered:
             return True
-        return 0 < buffered <= self.buffered
+        self.short = count > 0 and not self._allowance.covers(count * REQUEST_SIZE + self.buffered)
+        return self.short
 
     def enter(self, ticket: Ticket, request: Waiting) -> None:
         """*request* waits for *ticket*."""
@@ -80,6 +117,7 @@ class WaitingRoom:
         request = self._by_ticket.pop(ticket, None)
         if request is not None:
             self.buffered -= request.buffered
+            self.short = False
         return request
 
     def tickets(self) -> List[Ticket]:
@@ -93,6 +131,7 @@ class WaitingRoom:
     def answered(self, request: Waiting) -> None:
         """The answer of *request* is complete: it leaves, unless it has to keep its place."""
         request.ready = True
+        self.short = False
         if not self._ordered:
             self._replies += request.answer
             return

@@ -80,7 +80,6 @@ class Catalogue:
         return Exports(
             names=lambda: list(self._entries()),
             find=self.offer,
-            describe=self._describe,
             structured=self._servers.extended,
         )
 
@@ -101,8 +100,8 @@ class Catalogue:
         entries = self._entries()
         if not name and len(entries) == 1:
             return next(iter(entries.items()))
-        export = entries.get(name)
-        return None if export is None else (name, export)
+        real_name = self._database.real_name(name)
+        return None if real_name is None else (real_name, entries[real_name])
 
     def _entries(self) -> Dict[str, Export]:
         try:
@@ -110,10 +109,6 @@ class Catalogue:
         except ConfigurationError as error:
             log.error("%s", error)
             return {}
-
-    def _describe(self, name: str) -> str:
-        export = self._entries().get(name)
-        return "" if export is None else self._servers.describe(export)
 
     def _size(self, name: str, export: Export) -> int:
         if export not in self._sizes:

@@ -68,6 +68,7 @@ class Commands:
             "add-proxy": self._add,
             "remove-by-exportname": self._remove_by_name,
             "remove-by-file": self._remove_by_file,
+            "remove-by-index": self._remove_by_index,
             "bgctl-query": self._query,
             "bgctl-cache-all": self._cache_all,
             "bgctl-switch": self._switch,
@@ -87,7 +88,8 @@ class Commands:
     def _list(self, request: Message) -> Reply:
         clients = self._steering.count_clients()
         for name, export in list(self._database.exports.items()):
-            yield {"export": {"name": name, **fields_of(export), "clients": clients.get(name, 0)}}
+            index = self._database.index_of(name)
+            yield {"export": {"index": index, "name": name, **fields_of(export), "clients": clients.get(name, 0)}}
 
     def _add(self, request: Message) -> Reply:
         name = check_name(request.get("name"))
@@ -99,7 +101,7 @@ class Commands:
             yield from self._check_disk(export.image_path)
             check_room(self._database.exports, name, export)  # somebody may have been quicker
         self._database.change({**self._database.exports, name: export})
-        log.info("export %r added: %s", name, " ".join(fields_of(export).values()))
+        log.info("export %r added: %s", name, _summary(export))
 
     def _check_origin(self, export: Export) -> None:
         """Raises `CommandError` if the servers could not find it."""
@@ -127,10 +129,18 @@ class Commands:
             job.forget()
 
     def _remove_by_name(self, request: Message) -> Reply:
-        name = str(request.get("name"))
-        if name not in self._database.exports:
-            raise CommandError(f"there is no export {name!r}")
+        asked = str(request.get("name"))
+        name = self._database.real_name(asked)
+        if name is None:
+            raise CommandError(f"there is no export {asked!r}")
         return self._remove([name])
+
+    def _remove_by_index(self, request: Message) -> Reply:
+        index = request.get("index")
+        names = [name for name in self._database.exports if self._database.index_of(name) == index]
+        if not names:
+            raise CommandError(f"there is no export with the index {index}")
+        return self._remove(names)
 
     def _remove_by_file(self, request: Message) -> Reply:
         path = request.get("image_path")
@@ -206,7 +216,7 @@ class Commands:
             log.warning("export %r was changed or removed meanwhile and stays as it is", name)
             return
         self._database.change({key: new if key == name else export for key, export in exports.items()})
-        log.info("export %r is now: %s", name, " ".join(fields_of(new).values()))
+        log.info("export %r is now: %s", name, _summary(new))
 
     def _steer(
         self,
@@ -312,3 +322,7 @@ class Commands:
         self._steering.end(orphan)
         while not self._steering.has_ended():
             yield None
+
+
+def _summary(export: Export) -> str:
+    return " ".join(filter(None, fields_of(export).values()))

@@ -1,7 +1,8 @@
 """The exports on disk: a JSON file, locked while a wrapper runs, replaced at every change.
 
 What cannot be understood is refused, whole, and never written over. The file is
-``{"version": 2, "images": {NAME: {"mode": ..., ...}}}``.
+``{"version": 2, "images": {NAME: {"mode": ..., ...}}}``; members beyond those are
+kept as they are.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import json
 import mmap
 import os
 import stat
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..logs import log
 from ..storage import space
-from .exports import Export, check_name, export_from_fields, fields_of
+from .exports import Export, check_name, export_from_fields, fields_of, find_export, split_fields
 
 VERSION = 2
 _LARGEST = 64 << 20
@@ -25,13 +26,28 @@ _READ = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-def pack_database(exports: Dict[str, Export]) -> bytes:
-    images = {name: fields_of(export) for name, export in exports.items()}
-    return json.dumps({"version": VERSION, "images": images}, indent=2).encode() + b"\n"
+class Unknown(NamedTuple):
+    """Members of a database that this program does not know: beside the images, and by an export's name in it."""
+
+    beside: Mapping[str, Any]
+    within: Mapping[str, Mapping[str, Any]]
+
+
+_NOTHING = Unknown({}, {})
+
+
+def pack_database(exports: Dict[str, Export], unknown: Unknown = _NOTHING) -> bytes:
+    images = {name: {**fields_of(export), **unknown.within.get(name, {})} for name, export in exports.items()}
+    return json.dumps({"version": VERSION, "images": images, **unknown.beside}, indent=2).encode() + b"\n"
 
 
 def parse_database(data: bytes) -> Dict[str, Export]:
     """The exports in *data*; raises `ConfigurationError` unless all of it makes sense."""
+    return parse_all(data)[0]
+
+
+def parse_all(data: bytes) -> Tuple[Dict[str, Export], Unknown]:
+    """The exports in *data*, and what it has besides; raises `ConfigurationError` unless all of it makes sense."""
     try:
         content = json.loads(data.decode(), object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
@@ -40,17 +56,22 @@ def parse_database(data: bytes) -> Dict[str, Export]:
         raise ConfigurationError("it has no version")
     if content["version"] != VERSION:
         raise ConfigurationError(f"it is of version {content['version']}, and this program knows version {VERSION}")
-    images = content.get("images")
-    if not isinstance(images, dict) or set(content) != {"version", "images"}:
-        raise ConfigurationError('it has to have "version" and "images", and nothing else')
-    return {check_name(name): _parse_entry(name, fields) for name, fields in images.items()}
+    images = content.pop("images", {})
+    if not isinstance(images, dict):
+        raise ConfigurationError('its "images" are no JSON object')
+    entries = {check_name(name): _parse_entry(name, fields) for name, fields in images.items()}
+    exports = {name: export for name, (export, _) in entries.items()}
+    del content["version"]
+    return exports, Unknown(content, {name: rest for name, (_, rest) in entries.items() if rest})
 
 
-def _parse_entry(name: str, fields: object) -> Export:
+def _parse_entry(name: str, fields: object) -> Tuple[Export, Dict[str, Any]]:
+    """An export, and the fields of its entry that are not known."""
     if not isinstance(fields, dict):
         raise ConfigurationError(f"the entry of {name!r} is no JSON object")
     try:
-        return export_from_fields(fields)
+        known, unknown = split_fields(fields)
+        return export_from_fields(known), unknown
     except ConfigurationError as error:
         raise ConfigurationError(f"the entry of {name!r}: {error}") from error
 
@@ -69,16 +90,20 @@ def _one_line(error: Exception) -> str:
 class Database:
     """The exports of the wrapper that holds the file at *path*.
 
-    ``exports`` is what the file says; it is changed by `change` only.
+    ``exports`` is what the file says; it is changed by `change` only. ``aliases``
+    are further names, not in the file, of what they stand for: see `find_export`.
     """
 
     def __init__(self, path: str) -> None:
         """Open or make the file and lock it. Raises `ConfigurationError`."""
         self.path = path
+        self.aliases: Dict[str, Export] = {}
+        self._indexes: Dict[str, int] = {}
+        self._last_index = 0
         self._generation = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the processes forked later
         try:
             self._fd = self._open()
-            self.exports = parse_database(_read_all(self._fd))
+            self.exports, self._unknown = parse_all(_read_all(self._fd))
         except OSError as error:
             raise ConfigurationError(f"cannot use database {path}: {_reason(error)}") from error
         except ConfigurationError as error:
@@ -87,16 +112,22 @@ class Database:
             ) from error
         self._known = os.fstat(self._fd)
         self._seen = self._read_generation()
+        self._number()
+        self._tell_unknown()
 
     def change(self, exports: Dict[str, Export]) -> None:
         """Make *exports* the content, on disk first. Raises `ConfigurationError`, then nothing has changed."""
         try:
             self._refuse_foreign_changes()
-            fd = self._write_new(pack_database(exports))
+            fd = self._write_new(pack_database(exports, self._unknown))
         except OSError as error:
             raise ConfigurationError(f"cannot write database {self.path}: {_reason(error)}") from error
         os.close(self._fd)
         self._fd, self._known, self.exports = fd, os.fstat(fd), exports
+        self._unknown = Unknown(
+            self._unknown.beside, {name: rest for name, rest in self._unknown.within.items() if name in exports}
+        )
+        self._number()
         self._seen += 1
         self._generation[:8] = self._seen.to_bytes(8, "little")
 
@@ -114,6 +145,28 @@ class Database:
                 raise ConfigurationError(f"cannot read database {self.path}: {error.strerror}") from error
             self._seen = generation
         return self.exports
+
+    def index_of(self, name: str) -> int:
+        """The number of the export *name*, which it has from its coming on and nobody gets after it."""
+        return self._indexes[name]
+
+    def real_name(self, name: str) -> Optional[str]:
+        """The name in ``exports`` of what an operator or a client calls *name*."""
+        return find_export(self.exports, self.aliases, name)
+
+    def _number(self) -> None:
+        for name in self.exports:
+            if name not in self._indexes:
+                self._last_index += 1
+                self._indexes[name] = self._last_index
+        self._indexes = {name: index for name, index in self._indexes.items() if name in self.exports}
+
+    def _tell_unknown(self) -> None:
+        """A field that is not known may be one that was mistyped."""
+        places = {f"export {name!r}": rest for name, rest in self._unknown.within.items()}
+        for place, rest in {"file": self._unknown.beside, **places}.items():
+            if rest:
+                log.warning("database %s: the %s has what is not known, and keeps it: %s", self.path, place, list(rest))
 
     def close(self) -> None:
         """Let the next wrapper have it."""

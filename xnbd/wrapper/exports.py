@@ -6,7 +6,7 @@ Pure: nothing here opens a file or asks an origin.
 from __future__ import annotations
 
 import os
-from typing import Any, Dict, List, NamedTuple, Type, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, Union
 
 from ..errors import ConfigurationError
 from ..origin.address import OriginAddress, parse_origin
@@ -110,13 +110,40 @@ def _checked(export: Export) -> Export:
     return export
 
 
-def fields_of(export: Export) -> Dict[str, str]:
-    """The entry of the database for *export*."""
-    fields = {"mode": export.mode, **export._asdict()}
+def fields_of(export: Export) -> Dict[str, Optional[str]]:
+    """The entry of the database for *export*; None stands for the origin's default export, as in the C xNBD's."""
+    fields: Dict[str, Optional[str]] = {"mode": export.mode, **export._asdict()}
     if isinstance(export, ProxyExport):
         for name in _HOST_AND_NAME if export.remote_uri else ["remote_uri"]:
             del fields[name]
+        if fields.get("remote_export_name") == "":
+            fields["remote_export_name"] = None
     return fields
+
+
+def split_fields(fields: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """An entry of the database: what its mode has, with whole paths, and what is not known.
+
+    Relative paths are those of the working directory, as for the C xNBD. Raises
+    `ConfigurationError` if there is none.
+    """
+    kind = _KINDS.get(fields["mode"]) if isinstance(fields.get("mode"), str) else None
+    known, unknown = {}, {}
+    for name, value in fields.items():
+        if kind is not None and name not in kind._fields and name != "mode":
+            unknown[name] = value
+            continue
+        known[name] = value
+        if name in _PATHS and isinstance(value, str) and value and "\0" not in value and not os.path.isabs(value):
+            known[name] = _whole_path(name, value)
+    return known, unknown
+
+
+def _whole_path(field: str, path: str) -> str:
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise ConfigurationError(f"{field} {path!r} is relative, and the working directory is gone") from None
 
 
 def paths_of(export: Export) -> Dict[str, str]:
@@ -134,6 +161,16 @@ def check_name(name: object) -> str:
     if len(encoded) > MAXIMUM_STRING:
         raise ConfigurationError(f"an export's name has at most {MAXIMUM_STRING} bytes, this one {len(encoded)}")
     return name
+
+
+def find_export(exports: Mapping[str, Export], aliases: Mapping[str, Export], name: str) -> Optional[str]:
+    """The name in *exports* of what is asked for as *name*, which may be one of *aliases*; the own names go first."""
+    if name in exports:
+        return name
+    wanted = aliases.get(name)
+    if wanted is None:
+        return None
+    return next((real for real, export in exports.items() if export == wanted), None)
 
 
 def check_room(exports: Dict[str, Export], name: str, new: Export) -> None:
