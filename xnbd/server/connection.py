@@ -25,9 +25,9 @@ _LINGER = 1.0
 class Connection:
     """One client's connection; *spin* is the longest time in seconds to poll before sleeping."""
 
-    def __init__(self, sock: socket.socket, watch: Watch, spin: float = 0.0) -> None:
+    def __init__(self, sock: socket.socket, watch: Watch, spin: float = 0.0, peer: str = "") -> None:
         self.sock = sock
-        self.peer = describe_peer(sock)
+        self.peer = peer or describe_peer(sock)
         self.watch = watch
         self.waits = 0  # how often the client did not take what was to be sent at once
         self._fds = (sock.fileno(),)

@@ -21,7 +21,7 @@ from ..process import set_title
 from ..storage.locks import do_nothing
 from .service import Service
 from .watch import GRACE
-from .worker import REPORT_SIZE, Pipes, Worker, parse_report, read_pipe
+from .worker import REPORT_SIZE, Pipes, Pool, Worker, parse_report, read_pipe
 
 _RETRY = 1.0
 _PIPE_SIZE = 64 << 10
@@ -60,6 +60,7 @@ class Master:
         self._steward: Optional[int] = None
         self._steward_at = 0.0
         self._pipes = Pipes(*os.pipe(), *os.pipe(), *os.pipe())
+        self._pool = Pool(*socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
         os.set_blocking(self._pipes.reports_master, False)
         os.set_blocking(self._pipes.retirements, False)
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -123,8 +124,8 @@ class Master:
     def _close_in_steward(self) -> None:
         for fd in (self._pipes.lifeline_master, self._pipes.reports_master, self._pipes.retirements_master):
             os.close(fd)
-        for listener in self._listeners:
-            listener.close()
+        for sock in (*self._listeners, *self._pool):
+            sock.close()
 
     def _start_steward_again(self) -> None:
         self._steward_at = 0.0
@@ -165,7 +166,7 @@ class Master:
             self._retiring += excess
 
     def _spawn(self) -> None:
-        worker = Worker(self._service, self._listeners, self._pipes)
+        worker = Worker(self._service, self._listeners, self._pipes, self._pool)
         try:
             self._spares.add(fork("worker", worker.run))
         except OSError as error:

@@ -130,6 +130,7 @@ class _Stewardship:
         self._failing = ""
         self._pending: List[Tuple[str, Reply]] = []
         self._snapshot: Optional[Child] = None
+        self._question: Optional[Child] = None
         self._snapshot_wanted = False
         self._has_master = must_listen
         signal.signal(signal.SIGUSR1, self._on_snapshot_signal)
@@ -164,7 +165,7 @@ class _Stewardship:
 
     def _at_work(self) -> List[Child]:
         """The children for whose end somebody may wait."""
-        children = (self._copy, self._snapshot)
+        children = (self._copy, self._snapshot, self._question)
         return [child for child in children if child is not None and child.status is None]
 
     def _work(self) -> None:
@@ -515,7 +516,7 @@ class _Stewardship:
 
     def _ask_size(self, address: OriginAddress) -> Generator[Optional[Message], None, int]:
         """Bytes of the disk at *address*, asked by a child: an origin or a name server may take its time."""
-        child = self._start(partial(self._probe, address))
+        child = self._question = self._start(partial(self._probe, address))
         try:
             while not child.is_done():
                 yield None

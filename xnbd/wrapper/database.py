@@ -17,6 +17,7 @@ from typing import Any, Dict, List, Tuple
 from ..errors import ConfigurationError
 from ..logs import log
 from ..storage import space
+from ..text import is_writable
 from .exports import Export, check_name, export_from_fields, fields_of
 
 VERSION = 2
@@ -36,6 +37,8 @@ def parse_database(data: bytes) -> Dict[str, Export]:
         content = json.loads(data.decode(), object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"it is no complete JSON ({_one_line(error)})") from None
+    if not is_writable(json.dumps(content, ensure_ascii=False)):
+        raise ConfigurationError("half of a UTF-16 pair stands alone in it, which no name or path can have")
     if not isinstance(content, dict) or type(content.get("version")) is not int:
         raise ConfigurationError("it has no version")
     if content["version"] != VERSION:
