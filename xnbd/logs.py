@@ -98,6 +98,31 @@ def open_log(path: str, flags: int) -> int:
     return fd
 
 
+class Seldom:
+    """Lines of one kind, at most one in *interval* seconds; how many were left out the next one says, or `rest`."""
+
+    def __init__(self, interval: float = 1.0) -> None:
+        self._interval = interval
+        self._next = 0.0
+        self._left_out = 0
+
+    def log(self, level: int, message: str, *arguments: object) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            self._left_out += 1
+            return
+        self._next = now + self._interval
+        left_out, self._left_out = self._left_out, 0
+        more = f" (and {left_out} more like this since the last line)" if left_out else ""
+        log.log(level, f"{message}%s", *arguments, more)
+
+    def rest(self, level: int, what: str) -> None:
+        """At the end: how many there were besides."""
+        left_out, self._left_out = self._left_out, 0
+        if left_out:
+            log.log(level, "%s: %d more like the last line", what, left_out)
+
+
 class _SyslogHandler(logging.Handler):
     """The C library's ``syslog(3)``: it needs no connection and survives forks and restarts of the daemon."""
 

@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from ..errors import CommandError, XnbdError
 from ..logs import log
+from ..polling import poll_patiently
 from ..text import is_writable
 from .listen import UnixSocket
 
@@ -81,7 +82,7 @@ class ControlSocket:
         poll = select.poll()
         for fd, mask in self.interests():
             poll.register(fd, mask)
-        ready = dict(poll.poll(0))
+        ready = dict(poll_patiently(poll, 0))
         if self._accept_at is not None and monotonic() >= self._accept_at:
             self._accept_at = None
         for connection in list(self._connections):

@@ -14,10 +14,11 @@ import select
 import socket
 import struct
 from collections import OrderedDict
+from logging import WARNING
 from time import monotonic
 from typing import List, NamedTuple, Optional
 
-from ..logs import log
+from ..logs import Seldom, log
 from ..protocol.negotiation import pack_greeting
 from .connection import describe_peer
 
@@ -44,6 +45,7 @@ class Lobby:
         self._timeout = timeout
         self._guests: OrderedDict[int, Guest] = OrderedDict()
         self._epoll = select.epoll()
+        self._sparing = Seldom()
         self._most = max(1, min(_MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
     def __len__(self) -> int:
@@ -68,7 +70,8 @@ class Lobby:
     def _take_in(self, guest: Guest) -> None:
         """At the limit the one that has been silent for longest gives way."""
         if len(self._guests) >= self._most:
-            self._dismiss(next(iter(self._guests)), "it was silent, and others wait")
+            guest = self._part_from(next(iter(self._guests)))
+            self._sparing.log(WARNING, "%s: disconnected: it was silent, and others wait", guest.peer)
         self._guests[guest.sock.fileno()] = guest
         self._epoll.register(guest.sock, select.EPOLLIN)
 
@@ -83,13 +86,13 @@ class Lobby:
         """Part from those whose time is over."""
         now = monotonic()
         for fd in [fd for fd, guest in self._guests.items() if now >= guest.deadline]:
-            self._dismiss(fd, "handshake took too long")
+            log.warning("%s: disconnected: handshake took too long", self._part_from(fd).peer)
 
-    def _dismiss(self, fd: int, reason: str) -> None:
+    def _part_from(self, fd: int) -> Guest:
         guest = self._guests.pop(fd)
         self._epoll.unregister(fd)
         guest.sock.close()
-        log.warning("%s: disconnected: %s", guest.peer, reason)
+        return guest
 
     def close(self) -> None:
         """In a process that has no use for it."""

@@ -248,7 +248,8 @@ class _Stewardship:
             self._board.note_checkpoint()
             self._failing = ""
         else:
-            self._tell_once("cannot make the cache durable", child.message or f"status {child.status}")
+            if not child.was_stopped:
+                self._tell_once("cannot make the cache durable", child.message or f"status {child.status}")
             self._state.abandon_checkpoint()
 
     def _tell_once(self, what: str, failure: str) -> None:

@@ -7,13 +7,17 @@ that are ready stand in line behind those that are not.
 from __future__ import annotations
 
 from collections import deque
-from typing import Callable, Deque, Dict, List, NamedTuple, Optional
+from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Tuple
 
 from ..storage.image import Ticket
 from .replies import Piece
 
 Work = Callable[[List[Piece]], None]
 """Does a request and appends its answer to the list; raises `NotLocal`, or the error to answer with instead."""
+
+
+Where = Tuple[int, int]
+"""The bytes that a request is about: offset and length."""
 
 
 class QueueLimits(NamedTuple):
@@ -30,12 +34,13 @@ class Waiting:
     is what it holds in memory, in bytes.
     """
 
-    __slots__ = ("again", "answer", "buffered", "command", "cookie", "in_line", "ready")
+    __slots__ = ("again", "answer", "buffered", "command", "cookie", "in_line", "ready", "where")
 
-    def __init__(self, command: int, cookie: bytes, again: Work, buffered: int = 0) -> None:
+    def __init__(self, command: int, cookie: bytes, again: Work, where: Where, buffered: int = 0) -> None:
         self.command = command
         self.cookie = cookie
         self.again = again
+        self.where = where
         self.buffered = buffered
         self.ready = self.in_line = False
         self.answer: List[Piece] = []

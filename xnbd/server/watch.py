@@ -13,6 +13,7 @@ import signal
 from time import monotonic
 from typing import Callable, Container, Iterator, Optional, Sequence, Tuple
 
+from ..polling import poll_patiently
 from ..storage.image import Background
 from .disk import Disk
 
@@ -107,7 +108,7 @@ class Watch:
         for fd, events in (*self._own_interests(), *interests):
             poll.register(fd, events)
         until = None if timeout is None else monotonic() + timeout
-        self._attend({fd for fd, _ in poll.poll(self._milliseconds(until))})
+        self._attend({fd for fd, _ in poll_patiently(poll, self._milliseconds(until))})
 
     def woken(self) -> bool:
         """Whether somebody has woken this process since this was asked last."""
@@ -127,7 +128,7 @@ class Watch:
                 self.check(mid_message=mid_message)
                 if self._woken and self.disk is not None:
                     self.disk.let_go()
-                ready = {fd for fd, _ in poll.poll(self._milliseconds(until))}
+                ready = {fd for fd, _ in poll_patiently(poll, self._milliseconds(until))}
                 self._attend(ready)
                 if not ready.isdisjoint(fds):
                     return True
@@ -161,7 +162,7 @@ class Watch:
                 return False
             poll = self._poll_for((*fds, -1, events, *background.interests()), fds, events, background)
             times = [time for time in (until, background.deadline()) if time is not None]
-            ready = {fd for fd, _ in poll.poll(self._milliseconds(min(times) if times else None))}
+            ready = {fd for fd, _ in poll_patiently(poll, self._milliseconds(min(times) if times else None))}
             self._attend(ready)
             if not ready.isdisjoint(fds):
                 return True

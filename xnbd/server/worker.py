@@ -15,11 +15,12 @@ import gc
 import os
 import select
 import socket
+from logging import ERROR
 from time import monotonic
 from typing import NamedTuple, Optional, Sequence
 
 from ..forking import let_signals_in
-from ..logs import log
+from ..logs import Seldom, log
 from ..process import set_title
 from .connection import Connection, describe_peer
 from .lobby import Guest, Lobby
@@ -27,6 +28,7 @@ from .service import Service
 from .watch import Stop, Watch
 
 _RETRY_ACCEPT = 1.0
+_TELL_OF_SHORTAGE = 30.0
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 GARBAGE_THRESHOLD = 50_000
@@ -63,6 +65,7 @@ class Worker:
         self._pool = pool
         self._listeners = listeners
         self._pipes = pipes
+        self._shortages = Seldom(_TELL_OF_SHORTAGE)
 
     def run(self) -> int:
         """Life of the child: its exit status. Signals are blocked when it begins."""
@@ -88,6 +91,7 @@ class Worker:
         disk = watch.disk = service.open_disk()
         watch.farewell = self._close_listeners  # a successor may listen there already
         lobby = Lobby(service.handshake_timeout)
+        self._report("")  # it can work
         while True:
             set_title("spare worker", service.source.name)
             guest = self._next_client(watch, lobby)
@@ -138,7 +142,7 @@ class Worker:
         except OSError as error:
             if error.errno not in _SHORTAGES:
                 return None  # another worker was faster, or the client has changed its mind (``accept(2)``)
-            log.error("cannot accept a client, trying again in a second: %s", error.strerror)
+            self._shortages.log(ERROR, "cannot accept a client, trying again every second: %s", error.strerror)
             watch.pause(_RETRY_ACCEPT)
             return None
 

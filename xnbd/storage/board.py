@@ -368,7 +368,8 @@ class Place:
 
     def tell_origin(self, health: int, trouble: str) -> None:
         _U32.pack_into(self._map, self._at + _ORIGIN_AT, health)
-        _TROUBLE.pack_into(self._map, self._at + _TROUBLE_AT, trouble.encode()[: _TROUBLE.size])
+        text = trouble.encode("utf-8", "backslashreplace")
+        _TROUBLE.pack_into(self._map, self._at + _TROUBLE_AT, text[: _TROUBLE.size])
 
 
 def board_size(processes: int) -> int:

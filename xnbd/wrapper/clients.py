@@ -158,7 +158,8 @@ class Clients:
 
     def _on_end(self, pid: int, status: int) -> None:
         report = self._reports.pop(pid, None)
-        if not status or not self._listeners.sockets:  # without them the wrapper is ending
+        stopped = status in (-signal.SIGTERM, -signal.SIGINT)  # by Ctrl-C to all processes, or an operator
+        if not status or stopped or not self._listeners.sockets:  # without them the wrapper is ending
             return
         reason = f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
         if report is None:
