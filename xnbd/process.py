@@ -76,6 +76,17 @@ def whole_path(path: str, name: str) -> str:
         ) from None
 
 
+def require_descriptors(number: int) -> None:
+    """Raises `ConfigurationError` unless a process of this program can open so many more files."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    used = os.dup(0)  # the lowest that is free
+    os.close(used)
+    if limit - used < number:
+        raise ConfigurationError(f"ulimit -n is {limit}, which is too low: {used + number} are needed here")
+
+
 @contextmanager
 def closed_on_error(fd: int) -> Iterator[None]:
     """Close *fd* if something goes wrong before its owner has it."""

@@ -18,6 +18,7 @@ from ..process import (
     keep_standard_streams,
     leave_terminal,
     notify_service_manager,
+    require_descriptors,
     set_title,
     take_client_socket,
     whole_path,
@@ -162,6 +163,7 @@ def _serve_one(arguments: Arguments, client: Optional[int]) -> int:
     agreement = _parse_agreement(arguments["--negotiated"] or "") if arguments["--connected-fd"] else None
     sock = _client_socket(arguments["--connected-fd"], client)
     service = _open_service(arguments, processes=1)
+    require_descriptors(_DESCRIPTORS[service.source.mode])
     with _steward_for_one(service, sock):
         watch = Watch()
         disk = watch.disk = service.open_disk()
@@ -262,10 +264,15 @@ def _listen(arguments: Arguments, listeners: Listeners) -> None:
         listeners.listen_unix(path)
 
 
+_DESCRIPTORS = {"target": 16, "cow": 24, "proxy": 32}
+"""What a process opens besides what it has from the master, with some to spare, by the mode."""
+
+
 def _run_master(
     service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon], pid_file: Optional[PidFile]
 ) -> int:
     master = Master(service, listeners.sockets, limits)
+    require_descriptors(_DESCRIPTORS[service.source.mode])
     if service.needs_steward:
         master.start_steward(leave_terminal if daemon else do_nothing)
     log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, listeners)

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Optional
 from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
-from ..process import Daemon, keep_standard_streams, notify_service_manager, whole_path
+from ..process import Daemon, keep_standard_streams, notify_service_manager, require_descriptors, whole_path
 from ..server.listen import Listeners
 from ..wrapper.children import Body
 from ..wrapper.database import Database
@@ -24,6 +24,9 @@ from .inside import load_server, run_bgctl, run_server
 from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_lost_log, refuse_same_file
 
 Arguments = Dict[str, Any]
+
+_DESCRIPTORS = 48
+"""What the wrapper, or a server of one client, opens besides what it has at the start, with some to spare."""
 
 _PATHS = ("--dbpath", "--socket", "--logpath")
 
@@ -111,6 +114,7 @@ def _run(
         load_server(settings.servers)
     if arguments["--laddr"] or not listeners.sockets:
         listeners.listen_tcp(arguments["--laddr"], parse_integer(arguments["--lport"], "--lport", 0, 65535))
+    require_descriptors(_DESCRIPTORS)
     wrapper = Wrapper(listeners, database, arguments["--socket"], settings)
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
     if not settings.servers.extended:
