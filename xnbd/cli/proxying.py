@@ -110,7 +110,8 @@ def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *
         size = probe(here, timeout=timeout).size
     except OriginLost as lost:
         if known is None:
-            raise ConfigurationError(f"{lost}; a proxy's first start needs its origin") from lost
+            advice = "" if lost.refused else "; a proxy's first start needs its origin"
+            raise ConfigurationError(f"{lost}{advice}") from lost
         log.warning("%s; cached blocks are served, the others wait", lost)
         return known.size
     if not size:

@@ -2,21 +2,22 @@
 
 Usage:
   xnbd-wrapper-ctl [--socket PATH] --list [--json]
-  xnbd-wrapper-ctl [--socket PATH] --add-target NAME FILE
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --add-proxy NAME
-                   REMOTE_HOST REMOTE_PORT
+  xnbd-wrapper-ctl [--socket PATH] --add-target [--] NAME FILE
+  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
+                   --add-proxy [--] NAME REMOTE_HOST REMOTE_PORT
                    CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --add-proxy NAME
-                   REMOTE_URI CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
-  xnbd-wrapper-ctl [--socket PATH] --remove-by-exportname NAME
-  xnbd-wrapper-ctl [--socket PATH] --remove-by-file FILE
-  xnbd-wrapper-ctl [--socket PATH] --bgctl-query NAME
-  xnbd-wrapper-ctl [--socket PATH] --bgctl-cache-all NAME
-  xnbd-wrapper-ctl [--socket PATH] --bgctl-switch NAME
   xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
-                   --bgctl-reconnect NAME REMOTE_HOST REMOTE_PORT
+                   --add-proxy [--] NAME REMOTE_URI
+                   CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
+  xnbd-wrapper-ctl [--socket PATH] --remove-by-exportname [--] NAME
+  xnbd-wrapper-ctl [--socket PATH] --remove-by-file [--] FILE
+  xnbd-wrapper-ctl [--socket PATH] --bgctl-query [--] NAME
+  xnbd-wrapper-ctl [--socket PATH] --bgctl-cache-all [--] NAME
+  xnbd-wrapper-ctl [--socket PATH] --bgctl-switch [--] NAME
   xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
-                   --bgctl-reconnect NAME REMOTE_URI
+                   --bgctl-reconnect [--] NAME REMOTE_HOST REMOTE_PORT
+  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
+                   --bgctl-reconnect [--] NAME REMOTE_URI
   xnbd-wrapper-ctl [--socket PATH] (--save | --orphan | --shutdown)
   xnbd-wrapper-ctl --help
   xnbd-wrapper-ctl --version
@@ -50,6 +51,8 @@ Options:
                         default one).
   -h, --help            Show this text.
   --version             Show the version.
+
+A NAME or FILE that begins with a dash has -- before it.
 
 Exit status: 0, 1 if the wrapper says no or cannot be reached, 2 if the command
 line makes no sense, 130 after Ctrl-C; with --bgctl-... that of xnbd-bgctl.

@@ -241,8 +241,8 @@ class Master:
         """Let the workers finish what they have in hand; a second signal or `_STOP_TIME` ends that."""
         log.info("stopping; clients connected: %d", len(self._clients))
         self._stopping = True
-        for listener in self._listeners:
-            listener.close()
+        for sock in (*self._listeners, *self._pool):
+            sock.close()
         self._signal_workers(signal.SIGTERM)
         deadline = monotonic() + _STOP_TIME
         hurry = False

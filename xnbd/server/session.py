@@ -160,6 +160,9 @@ class Session:
                     if room.full:
                         break
                     continue
+                except OSError as error:
+                    commands.refuse(c.CMD_READ, cookie, error, pieces, (offset, length))
+                    continue
                 append(pack_data_chunk(cookie, offset, length) if structured else ok_prefix + cookie)
                 extend(data)
                 counts[BYTES_READ] += length
