@@ -172,8 +172,10 @@ class PidFile:
                 self._remove()
         except OSError as error:
             raise ConfigurationError(_pid_file_trouble(path, error)) from error
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            raise ConfigurationError(f"cannot write pid file {path}: its directory does not exist")
+        directory = os.path.dirname(path)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            number = errno.EACCES if os.path.isdir(directory) else errno.ENOENT
+            raise ConfigurationError(f"cannot write pid file {path}: {os.strerror(number)}")
 
     def write(self) -> None:
         """Make the file, in the process whose id it is to hold. Raises `ConfigurationError` like the constructor."""

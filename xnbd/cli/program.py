@@ -33,7 +33,7 @@ def run_program(program: str, body: Callable[[], int], complain: Optional[Callab
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 0
     except ConfigurationError as error:
-        complain(one_line(str(error)))
+        complain(one_line(f"{error}{_advice(error.__cause__)}"))
         status = error.exit_status
     except KeyboardInterrupt:
         status = INTERRUPTED
@@ -52,7 +52,11 @@ def trouble(error: BaseException) -> str:
     if error.errno == errno.ENOENT and str(error.filename).startswith(("/proc/", "/sys/")):
         return f"cannot go on without {error.filename}: mount /proc"
     where = f" {error.filename}" if error.filename else ""
-    return f"cannot go on:{where} {error.strerror or error}{_ADVICE.get(error.errno or 0, '')}"
+    return f"cannot go on:{where} {error.strerror or error}{_advice(error)}"
+
+
+def _advice(cause: Optional[BaseException]) -> str:
+    return _ADVICE.get(cause.errno or 0, "") if isinstance(cause, OSError) else ""
 
 
 def say(line: str) -> None:
@@ -83,7 +87,7 @@ def _write(output: Union[str, bytes]) -> Optional[OSError]:
     """Write on standard output; what went wrong, the first time."""
     stream = sys.stdout
     if stream is None:
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - /dev/null, see `process.keep_standard_streams`
         return OSError(errno.EBADF, os.strerror(errno.EBADF))
     try:
         if isinstance(output, bytes):

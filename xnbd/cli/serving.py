@@ -272,12 +272,16 @@ def _run_master(
     service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon], pid_file: Optional[PidFile]
 ) -> int:
     master = Master(service, listeners.sockets, limits)
-    require_descriptors(_DESCRIPTORS[service.source.mode])
-    if service.needs_steward:
-        master.start_steward(leave_terminal if daemon else do_nothing)
+    try:
+        require_descriptors(_DESCRIPTORS[service.source.mode])
+        if service.needs_steward:
+            master.start_steward(leave_terminal if daemon else do_nothing)
+        if pid_file:
+            pid_file.write()
+    except ConfigurationError:
+        master.abandon()
+        raise
     log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, listeners)
-    if pid_file:
-        pid_file.write()
     if daemon:
         daemon.ready()
     notify_service_manager("READY=1")

@@ -76,6 +76,11 @@ class Master:
         self._poll.register(self._wake, select.POLLIN)
         self._poll.register(self._pipes.reports_master, select.POLLIN)
 
+    def abandon(self) -> None:
+        """Instead of `run`: the start has failed. A steward ends by itself."""
+        for sock in self._pool:
+            sock.close()
+
     def run(self) -> int:
         """The exit status: 0 after an orderly stop, 1 if it had to be cut short."""
         set_title("master", self._service.source.name)

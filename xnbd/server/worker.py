@@ -15,6 +15,7 @@ import gc
 import os
 import select
 import socket
+from contextlib import closing
 from logging import ERROR
 from time import monotonic
 from typing import NamedTuple, Optional, Sequence
@@ -23,6 +24,7 @@ from ..forking import let_signals_in
 from ..logs import Seldom, log
 from ..process import set_title
 from .connection import Connection, describe_peer
+from .disk import Disk
 from .lobby import Guest, Lobby
 from .service import Service
 from .watch import Stop, Watch
@@ -90,8 +92,12 @@ class Worker:
         service = self._service
         disk = watch.disk = service.open_disk()
         watch.farewell = self._close_listeners  # a successor may listen there already
-        lobby = Lobby(service.handshake_timeout)
-        self._report("")  # it can work
+        with closing(Lobby(service.handshake_timeout)) as lobby:
+            self._report("")  # it can work
+            return self._serve_clients(watch, disk, lobby)
+
+    def _serve_clients(self, watch: Watch, disk: Disk, lobby: Lobby) -> int:
+        service = self._service
         while True:
             set_title("spare worker", service.source.name)
             guest = self._next_client(watch, lobby)
