@@ -70,8 +70,8 @@ class Lobby:
     def _take_in(self, guest: Guest) -> None:
         """At the limit the one that has been silent for longest gives way."""
         if len(self._guests) >= self._most:
-            guest = self._part_from(next(iter(self._guests)))
-            self._sparing.log(WARNING, "%s: disconnected: it was silent, and others wait", guest.peer)
+            oldest = self._part_from(next(iter(self._guests)))
+            self._sparing.log(WARNING, "%s: disconnected: it was silent, and others wait", oldest.peer)
         self._guests[guest.sock.fileno()] = guest
         self._epoll.register(guest.sock, select.EPOLLIN)
 
