@@ -29,6 +29,7 @@ from xnbd.storage.board import (
     UNREACHABLE,
     Board,
     Counts,
+    clock,
     create_board,
 )
 from xnbd.storage.target import reopen
@@ -151,13 +152,13 @@ def test_address_that_is_half_written_is_none(family: Family) -> None:
 
 
 def test_checkpoints_are_counted(family: Family) -> None:
-    before = time.time()
+    before = clock()
     family.board.note_checkpoint()
     family.board.note_checkpoint()
     count, last = family.board.checkpoints()
     assert count == 2
     assert last is not None
-    assert before <= last <= time.time()
+    assert before <= last <= clock()
 
 
 def test_complete_is_what_was_a_proxy(family: Family) -> None:
@@ -225,10 +226,10 @@ def serve_somebody(board: Board) -> None:
 
 
 def test_line_tells_of_its_process(family: Family) -> None:
-    before = time.time()
+    before = clock()
     with process(family, serve_somebody) as pid:
         (line,) = family.board.lines()
-        assert before <= line.since <= time.time()
+        assert before <= line.since <= clock()
         assert line._replace(since=0.0) == (
             pid,
             PROXY,

@@ -416,7 +416,7 @@ def test_a_worker_that_cannot_open_its_descriptors_is_replaced_later(start: Star
         old = limit(server.pid, resource.RLIMIT_NOFILE, 3)
         for _ in range(4):
             clients.enter_context(RawClient(server.connect()))
-        server.wait_for_log("the next one starts in a second")
+        server.wait_for_log("the next one starts in 1 s")
         before = cpu_seconds(server.pid)
         first = server.log().count("the next one")
         wait_until(lambda: server.log().count("the next one") >= first + 2, "two more attempts")

@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Iterator, List
@@ -42,7 +43,7 @@ from rawclient import (
     pack_option,
     string,
 )
-from server_process import STOP_TIME, Server, wait_until
+from server_process import PATIENCE, STOP_TIME, Server, wait_until
 
 GIB = 1 << 30
 
@@ -180,14 +181,40 @@ def test_client_is_not_timed_out_once_it_has_negotiated(start: Start, image: Pat
         assert patient.works()
 
 
-def test_500_silent_clients_keep_nobody_from_being_served(start: Start, image: Path) -> None:
-    server = start("--target", image, "--handshake-timeout", "600")
-    with bystander(server), ExitStack() as crowd:
-        for _ in range(500):
+@pytest.mark.parametrize("places", [1, 2, 200])
+def test_1000_silent_clients_keep_nobody_from_being_served(start: Start, image: Path, places: int) -> None:
+    """They take no places and no processes; those that have been silent for longest give way."""
+    server = start("--target", image, "--handshake-timeout", "600", "--max-clients", places)
+    with ExitStack() as crowd:
+        for _ in range(1000):
             crowd.enter_context(RawClient(server.connect()))
-        assert serves_a_newcomer(server)
-        wait_until(lambda: len(server.busy_workers()) >= 501, "a worker for each of them", 60)
-        assert serves_a_newcomer(server)
+        began = time.monotonic()
+        for _ in range(3):
+            assert serves_a_newcomer(server)
+        assert time.monotonic() - began < PATIENCE
+        assert len(server.workers()) <= 12
+
+
+def test_silent_clients_are_handed_on_when_one_of_them_speaks(start: Start, image: Path) -> None:
+    """One process may have them all; each is served when it speaks, whoever has it then."""
+    server = start("--target", image, "--spare-workers", "1", "--handshake-timeout", "600")
+    with ExitStack() as crowd:
+        clients = [crowd.enter_context(RawClient(server.connect())) for _ in range(20)]
+        for client in reversed(clients):
+            assert client.negotiate().works()
+        wait_until(lambda: len(server.busy_workers()) == len(clients), "a worker for each of them")
+
+
+def test_silent_client_waits_for_a_place_when_it_has_spoken(start: Start, image: Path) -> None:
+    server = start("--target", image, "--max-clients", "1", "--handshake-timeout", "600")
+    with RawClient(server.connect()) as first, RawClient(server.connect()) as second:
+        second.receive(18)  # both are greeted by the one process that is there
+        assert first.negotiate().works()
+        second.send(struct.pack(">I", 3))
+        assert not select.select([second.sock], [], [], 0.2)[0]  # it has spoken, and its place is taken
+        first.sock.close()
+        assert second.go()[-1][0] == ACK
+        assert second.works()
 
 
 # Client flags

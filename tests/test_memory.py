@@ -162,7 +162,7 @@ def test_a_room_that_is_full_for_want_of_memory_stays_so_until_one_leaves(shares
     tickets = [Ticket() for _ in range(LEAST // REQUEST_SIZE + 1)]
     for ticket in tickets:
         assert not room.full
-        room.enter(ticket, Waiting(READ, b"", lambda _answer: None))
+        room.enter(ticket, Waiting(READ, b"", lambda _answer: None, (0, 4096)))
     assert room.full and room.full and room.short
     room.leave(tickets[0])
     assert not room.full and not room.short

@@ -31,7 +31,7 @@ ROUNDS_PER_CACHE = 10
 
 EXPECTED = [
     r"worker \d+ .*died: killed by SIGKILL",
-    r"the steward died, status 9",
+    r"the steward died: killed by SIGKILL",
     r"cannot make the cache durable: status -9",
 ]
 """What kills leave in the log, and no other error may be there."""

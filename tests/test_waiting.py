@@ -13,7 +13,7 @@ from xnbd.storage.image import Ticket
 
 
 def request(number: int, buffered: int = 0) -> Waiting:
-    waiting = Waiting(0, b"cookie", lambda _answer: None, buffered)
+    waiting = Waiting(0, b"cookie", lambda _answer: None, (0, 0), buffered)
     waiting.answer.append(b"%d" % number)
     return waiting
 

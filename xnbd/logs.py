@@ -1,6 +1,7 @@
-"""Where log lines go: standard error, a file, syslog.
+"""Where log lines go: standard error or output, a file, syslog.
 
 A log file may be moved away at any time; every process opens it again by itself.
+Whatever a message quotes, it stays one line.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import sys
 import time
 from typing import IO, List, Optional
 
 from .errors import ConfigurationError
+from .text import one_line
 
 log = logging.getLogger("xnbd")
 
@@ -22,13 +25,14 @@ def set_up(program: str, *, path: Optional[str], syslog: bool, stderr: bool, lev
 
     Raises `ConfigurationError` if the file at *path* cannot be opened.
     """
-    formatter = logging.Formatter(f"%(asctime)s {program}[%(process)d] %(levelname)s: %(message)s")
+    formatter = _Formatter(f"%(asctime)s {program}[%(process)d] %(levelname)s: %(message)s")
     formatter.converter = time.gmtime
     formatter.default_time_format = "%Y-%m-%dT%H:%M:%S"
     formatter.default_msec_format = "%s.%03dZ"
     handlers: List[logging.Handler] = []
     if path is not None:
-        handlers.append(_file_handler(path))
+        stream = standard_stream(path)
+        handlers.append(_file_handler(path) if stream is None else _stream_handler(stream))
     if stderr:
         handlers.append(logging.StreamHandler())
     for handler in handlers:
@@ -40,6 +44,23 @@ def set_up(program: str, *, path: Optional[str], syslog: bool, stderr: bool, lev
     log.propagate = False
     logging.raiseExceptions = False
     logging.logThreads = logging.logMultiprocessing = False
+
+
+class _Formatter(logging.Formatter):
+    """What a message quotes may have line ends and escapes; a traceback of our own keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
+
+
+def standard_stream(path: str) -> Optional[int]:
+    """The descriptor of ``/dev/stdout`` or ``/dev/stderr``: a pipe or a socket perhaps, which has no other name."""
+    return {"/dev/stdout": 1, "/dev/stderr": 2}.get(path)
+
+
+def _stream_handler(fd: int) -> logging.Handler:
+    return logging.StreamHandler(open(fd, "a", encoding="utf-8", errors="backslashreplace", closefd=False))
 
 
 def _file_handler(path: str) -> logging.Handler:
@@ -60,14 +81,46 @@ def _file_handler(path: str) -> logging.Handler:
     except OSError as error:
         if error.errno == errno.ELOOP:
             message = f"log file {path} is a symbolic link, which is not followed: name the file itself"
+        elif error.errno in (errno.ENXIO, errno.ESPIPE):
+            message = f"log file {path} is a pipe or a socket: name a file, or /dev/stdout or /dev/stderr"
         else:
             message = f"cannot open log file {path}: {error.strerror}"
         raise ConfigurationError(message) from error
 
 
 def open_log(path: str, flags: int) -> int:
-    """A descriptor of a log file, which is no symbolic link."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+    """A descriptor of a log file, which is no symbolic link, and nothing that waits for a reader. Raises `OSError`."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o640)
+    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE), path)
+    os.set_blocking(fd, True)
+    return fd
+
+
+class Seldom:
+    """Lines of one kind, at most one in *interval* seconds; how many were left out the next one says, or `rest`."""
+
+    def __init__(self, interval: float = 1.0) -> None:
+        self._interval = interval
+        self._next = 0.0
+        self._left_out = 0
+
+    def log(self, level: int, message: str, *arguments: object) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            self._left_out += 1
+            return
+        self._next = now + self._interval
+        left_out, self._left_out = self._left_out, 0
+        more = f" (and {left_out} more like this since the last line)" if left_out else ""
+        log.log(level, f"{message}%s", *arguments, more)
+
+    def rest(self, level: int, what: str) -> None:
+        """At the end: how many there were besides."""
+        left_out, self._left_out = self._left_out, 0
+        if left_out:
+            log.log(level, "%s: %d more like the last line", what, left_out)
 
 
 class _SyslogHandler(logging.Handler):
@@ -76,6 +129,8 @@ class _SyslogHandler(logging.Handler):
     def __init__(self, program: str) -> None:
         super().__init__()
         import syslog
+
+        self.setFormatter(_Formatter())
 
         self._syslog = syslog
         syslog.openlog(program, syslog.LOG_PID, syslog.LOG_DAEMON)
@@ -93,9 +148,13 @@ def complain(program: str, message: str, *, super_server: bool) -> None:
 
     Under a *super_server* standard error may lead nowhere, and syslog has to do.
     """
-    print(f"{program}: {message}", file=sys.stderr)
+    try:
+        if sys.stderr is not None:
+            print(f"{program}: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # full, or nobody reads it
     if super_server and not log.handlers:
         log.addHandler(_SyslogHandler(program))
     for handler in log.handlers:
-        if type(handler) is not logging.StreamHandler:
+        if getattr(handler, "stream", None) is not sys.stderr:
             handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "%s", (message,), None))

@@ -9,7 +9,7 @@ import re
 import socket
 import stat
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Iterator, Optional
 
 from .errors import ConfigurationError
@@ -64,6 +64,27 @@ def _is_open(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def whole_path(path: str, name: str) -> str:
+    """*path*, which *name* is given, from the root on. Raises `ConfigurationError` if the working directory is gone."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{name} {path}: the working directory does not exist any more: give the whole path"
+        ) from None
+
+
+def require_descriptors(number: int) -> None:
+    """Raises `ConfigurationError` unless a process of this program can open so many more files."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    used = os.dup(0)  # the lowest that is free
+    os.close(used)
+    if limit - used < number:
+        raise ConfigurationError(f"ulimit -n is {limit}, which is too low: {used + number} are needed here")
 
 
 @contextmanager
@@ -135,44 +156,77 @@ _PID_FILE = re.compile(rb"[\d\n\0]{0,32}")
 
 
 class PidFile:
-    """A file with the master's process id, locked for as long as the master lives."""
+    """A file with the master's process id from when it can be reached; locked for as long as the master lives."""
 
     def __init__(self, path: str) -> None:
-        """Raises `ConfigurationError` if another live process holds *path*, or if that is no pid file."""
+        """What a dead process has left there goes: who waits for the file must not find it too early.
+
+        Raises `ConfigurationError` if another live process holds *path*, or if that is no pid file.
+        """
         self._path = path
-        self._pid = os.getpid()
+        self._fd: Optional[int] = None
+        self._pid = 0
         try:
-            self._fd = _open_locked(path)
-            while not self._is_in_place():  # a server that was just ending has removed it before it was locked
-                os.close(self._fd)
-                self._fd = _open_locked(path)
-            if not _PID_FILE.fullmatch(os.read(self._fd, 512)):
-                raise ConfigurationError(f"{path} is no pid file: remove it, or choose another --pidfile")
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, f"{self._pid}\n".encode(), 0)
+            with suppress(FileNotFoundError):
+                self._take(_open_locked(path))
+                self._remove()
         except OSError as error:
             raise ConfigurationError(_pid_file_trouble(path, error)) from error
+        directory = os.path.dirname(path)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            number = errno.EACCES if os.path.isdir(directory) else errno.ENOENT
+            raise ConfigurationError(f"cannot write pid file {path}: {os.strerror(number)}")
+
+    def write(self) -> None:
+        """Make the file, in the process whose id it is to hold. Raises `ConfigurationError` like the constructor."""
+        try:
+            self._take(_open_locked(self._path, os.O_CREAT))
+            while not self._is_in_place():  # a server that was just ending has removed it before it was locked
+                os.close(self._held)
+                self._take(_open_locked(self._path, os.O_CREAT))
+            self._pid = os.getpid()
+            os.ftruncate(self._held, 0)
+            os.pwrite(self._held, f"{self._pid}\n".encode(), 0)
+        except OSError as error:
+            raise ConfigurationError(_pid_file_trouble(self._path, error)) from error
+
+    @property
+    def _held(self) -> int:
+        assert self._fd is not None
+        return self._fd
+
+    def _take(self, fd: int) -> None:
+        """Hold *fd* if it is of a pid file."""
+        with closed_on_error(fd):
+            if not _PID_FILE.fullmatch(os.read(fd, 512)):
+                raise ConfigurationError(f"{self._path} is no pid file: remove it, or choose another --pidfile")
+        self._fd = fd
 
     def remove(self) -> None:
-        """Remove the file, unless somebody else's stands in its place."""
-        if os.getpid() != self._pid:
-            return
+        """Remove the file, if this process has written it and nobody else's stands in its place."""
+        if self._fd is not None and os.getpid() == self._pid:
+            self._remove()
+
+    def _remove(self) -> None:
         if self._is_in_place():
             os.unlink(self._path)
-        os.close(self._fd)
+        os.close(self._held)
+        self._fd = None
 
     def _is_in_place(self) -> bool:
         """Whether the file that is locked is the one at the path."""
         try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._fd))
+            return os.path.samestat(os.stat(self._path), os.fstat(self._held))
         except FileNotFoundError:
             return False
 
 
-def _open_locked(path: str) -> int:
-    """A descriptor of the file at *path*, made if there is none. Raises `OSError` if another process has locked it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+def _open_locked(path: str, flags: int = 0) -> int:
+    """A descriptor of the file at *path*. Raises `OSError` if another process has locked it."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o644)
     with closed_on_error(fd):
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ConfigurationError(f"{path} is no regular file: choose another --pidfile")
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return fd
 

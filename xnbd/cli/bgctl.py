@@ -54,7 +54,8 @@ import sys
 from typing import List, NoReturn, Optional
 
 from .. import __version__
-from ..errors import ConfigurationError
+from ..process import keep_standard_streams
+from .program import run_program
 from .values import parse_command_line
 
 PROGRAM = "xnbd-bgctl"
@@ -62,17 +63,14 @@ PROGRAM = "xnbd-bgctl"
 
 def main(argv: Optional[List[str]] = None) -> NoReturn:
     """The program: leaves with one of the statuses that the usage text lists."""
-    status = 0
-    try:
-        arguments = parse_command_line(
-            PROGRAM, __doc__, sys.argv[1:] if argv is None else argv, f"{PROGRAM} {__version__}"
-        )
+    words = sys.argv[1:] if argv is None else argv
+
+    def body() -> int:
+        keep_standard_streams()
+        arguments = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
         from .steering import steer
 
         steer(arguments)
-    except ConfigurationError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        status = error.exit_status
-    except KeyboardInterrupt:
-        status = 130
-    sys.exit(status)
+        return 0
+
+    run_program(PROGRAM, body)

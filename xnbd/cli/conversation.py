@@ -11,6 +11,7 @@ import struct
 from typing import Any, Dict, Iterator, Optional
 
 from ..errors import ConfigurationError
+from ..text import one_line
 
 Message = Dict[str, Any]
 
@@ -91,7 +92,7 @@ class Conversation:
 
 def shown(text: object) -> str:
     """*text* in one line, without what a terminal might obey: parts of it come from other computers."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text))
+    return one_line(str(text))
 
 
 def _trouble(path: str, error: OSError) -> str:

@@ -15,9 +15,11 @@ from .. import __version__
 from ..errors import ConfigurationError
 from ..protocol.negotiation import Agreement
 from ..server.worker import GARBAGE_THRESHOLD
+from ..text import one_line
 from ..wrapper.exports import ProxyExport, TargetExport
 from ..wrapper.servers import Servers
 from . import server
+from .program import trouble
 from .values import parse_command_line
 
 Arguments = Dict[str, Any]
@@ -87,23 +89,26 @@ def run_server(words: List[str]) -> int:
         from .serving import serve
 
         return serve(server.PROGRAM, arguments, None)
-    except ConfigurationError as error:
+    except (ConfigurationError, OSError, MemoryError) as error:
         from ..logs import complain
 
-        complain(server.PROGRAM, str(error), super_server=False)
-        return error.exit_status
+        ours = isinstance(error, ConfigurationError)
+        complain(server.PROGRAM, one_line(str(error) if ours else trouble(error)), super_server=False)
+        return error.exit_status if isinstance(error, ConfigurationError) else 1
+
+
+def _stream(fd: int) -> io.TextIOWrapper:
+    file = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
+    return io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def run_bgctl(words: List[str]) -> int:
     """What the program xnbd-bgctl does with the arguments *words*; its exit status."""
     from .bgctl import main
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)
+    # What the wrapper itself had there may be closed or full; this process has files in their place.
+    sys.stdout, sys.stderr = _stream(1), _stream(2)
     try:
         main(words)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()

@@ -8,6 +8,7 @@ from collections import deque
 from typing import Any, Deque, MutableMapping, Optional, Protocol, Tuple
 
 from ..errors import ConfigurationError
+from .program import say
 from .quantities import duration, percentage, rate, size
 
 _LINE_INTERVAL = 5.0
@@ -64,7 +65,7 @@ class ProgressLines:
         self._pace.add(now, done)
         if now >= self._next:
             self._next = now + _LINE_INTERVAL
-            print(f"{percentage(done, total)}: {status(done, total, self._pace.rate())}", file=sys.stderr, flush=True)
+            say(f"{percentage(done, total)}: {status(done, total, self._pace.rate())}")
 
     def close(self) -> None:
         """Nothing is left to do."""

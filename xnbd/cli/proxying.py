@@ -108,7 +108,8 @@ def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *
         size = probe(here, timeout=timeout).size
     except OriginLost as lost:
         if known is None:
-            raise ConfigurationError(f"{lost}; a proxy's first start needs its origin") from lost
+            advice = "" if lost.refused else "; a proxy's first start needs its origin"
+            raise ConfigurationError(f"{lost}{advice}") from lost
         log.warning("%s; cached blocks are served, the others wait", lost)
         return known.size
     if not size:
@@ -119,10 +120,15 @@ def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *
 def _has_bits(bitmap_path: str) -> bool:
     """Whether some block is cached, as far as the live bitmap says."""
     try:
-        with open(bitmap_path, "rb") as file:
+        with open(bitmap_path, "rb", opener=_open_without_waiting) as file:
             return any(_NOT_EMPTY.search(part) for part in iter(lambda: file.read(1 << 20), b""))
     except OSError:
         return False
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A FIFO keeps nobody waiting; whoever opens it to use it refuses it."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _open_cache(path: str, size: int, *, must_exist: bool) -> int:

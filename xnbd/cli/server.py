@@ -119,8 +119,8 @@ import sys
 from typing import List, NoReturn, Optional
 
 from .. import __version__
-from ..errors import ConfigurationError
 from ..process import is_super_servers_child, take_client_socket
+from .program import run_program
 from .values import parse_command_line
 
 PROGRAM = "xnbd-server"
@@ -132,15 +132,19 @@ _INETD = re.compile(r"--in|-[tcprdS]*i")
 def main(argv: Optional[List[str]] = None) -> NoReturn:
     """The program: leaves with status 0, 1 (it failed) or 2 (its command line makes no sense)."""
     words = sys.argv[1:] if argv is None else argv
-    client = take_client_socket(0) if any(map(_INETD.match, words)) or is_super_servers_child() else None
-    try:
+    client: Optional[int] = None
+
+    def body() -> int:
+        nonlocal client
+        client = take_client_socket(0) if any(map(_INETD.match, words)) or is_super_servers_child() else None
         arguments = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
         from .serving import serve
 
-        status = serve(PROGRAM, arguments, client)
-    except ConfigurationError as error:
+        return serve(PROGRAM, arguments, client)
+
+    def complain(message: str) -> None:
         from ..logs import complain
 
-        complain(PROGRAM, str(error), super_server=client is not None)
-        status = error.exit_status
-    sys.exit(status)
+        complain(PROGRAM, message, super_server=client is not None)
+
+    run_program(PROGRAM, body, complain)

@@ -18,8 +18,10 @@ from ..process import (
     keep_standard_streams,
     leave_terminal,
     notify_service_manager,
+    require_descriptors,
     set_title,
     take_client_socket,
+    whole_path,
 )
 from ..protocol.constants import MAXIMUM_STRING
 from ..protocol.negotiation import Agreement
@@ -32,7 +34,15 @@ from ..server.watch import Watch
 from ..storage.image import Source
 from ..storage.locks import do_nothing
 from ..storage.target import TargetSource, create_sparse
-from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_same_file, refuse_together
+from .values import (
+    USAGE_ERROR,
+    parse_integer,
+    parse_seconds,
+    parse_size,
+    refuse_lost_log,
+    refuse_same_file,
+    refuse_together,
+)
 
 Arguments = Dict[str, Any]
 
@@ -72,20 +82,31 @@ def serve(program: str, arguments: Arguments, client: Optional[int]) -> int:
         raise ConfigurationError("--create is not for --proxy: the cache is made as large as the disk", USAGE_ERROR)
     for option in _PATHS:
         if arguments[option]:
-            arguments[option] = os.path.abspath(arguments[option])
+            arguments[option] = whole_path(arguments[option], option)
     if arguments["REMOTE_URI"]:
         from .proxying import origin_of
 
         arguments["REMOTE_URI"] = str(origin_of(arguments))  # with the socket's whole path
-    refuse_same_file({name: arguments[name] for name in _PATHS})
+    refuse_same_file({**{name: arguments[name] for name in _PATHS}, **_files_of_bitmap(arguments)})
     _set_up_logs(program, arguments)
     if arguments["--inetd"] or arguments["--connected-fd"]:
         return _serve_one(arguments, client)
     return _serve_many(arguments)
 
 
+def _files_of_bitmap(arguments: Arguments) -> Dict[str, str]:
+    """What is made beside a proxy's bitmap."""
+    path = arguments["CACHE_BITMAP_IMAGE"]
+    if not path:
+        return {}
+    from ..storage.state import BOARD_SUFFIX, SUFFIX
+
+    return {f"CACHE_BITMAP_IMAGE{suffix}": path + suffix for suffix in (SUFFIX, BOARD_SUFFIX)}
+
+
 def _set_up_logs(program: str, arguments: Arguments) -> None:
     path = arguments["--logpath"]
+    refuse_lost_log(arguments)
     unattended = arguments["--daemonize"] or arguments["--inetd"]
     syslog = arguments["--syslog"] or (unattended and not path)
     level = logging.DEBUG if arguments["--verbose"] else logging.WARNING if arguments["--quiet"] else logging.INFO
@@ -142,6 +163,7 @@ def _serve_one(arguments: Arguments, client: Optional[int]) -> int:
     agreement = _parse_agreement(arguments["--negotiated"] or "") if arguments["--connected-fd"] else None
     sock = _client_socket(arguments["--connected-fd"], client)
     service = _open_service(arguments, processes=1)
+    require_descriptors(_DESCRIPTORS[service.source.mode])
     with _steward_for_one(service, sock):
         watch = Watch()
         disk = watch.disk = service.open_disk()
@@ -220,7 +242,7 @@ def _serve_many(arguments: Arguments) -> int:
     try:
         service = _open_service(arguments, processes=limits.processes)
         _listen(arguments, listeners)
-        status = _run_master(service, listeners, limits, daemon)
+        status = _run_master(service, listeners, limits, daemon, pid_file)
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
     except ConfigurationError as error:
@@ -242,10 +264,23 @@ def _listen(arguments: Arguments, listeners: Listeners) -> None:
         listeners.listen_unix(path)
 
 
-def _run_master(service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon]) -> int:
+_DESCRIPTORS = {"target": 16, "cow": 24, "proxy": 32}
+"""What a process opens besides what it has from the master, with some to spare, by the mode."""
+
+
+def _run_master(
+    service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon], pid_file: Optional[PidFile]
+) -> int:
     master = Master(service, listeners.sockets, limits)
-    if service.needs_steward:
-        master.start_steward(leave_terminal if daemon else do_nothing)
+    try:
+        require_descriptors(_DESCRIPTORS[service.source.mode])
+        if service.needs_steward:
+            master.start_steward(leave_terminal if daemon else do_nothing)
+        if pid_file:
+            pid_file.write()
+    except ConfigurationError:
+        master.abandon()
+        raise
     log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, listeners)
     if daemon:
         daemon.ready()

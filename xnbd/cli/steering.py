@@ -7,11 +7,12 @@ import os
 import shutil
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from ..errors import ConfigurationError
 from .bgctl import PROGRAM
 from .conversation import Conversation, Message, shown
+from .program import INTERRUPTED, print_answer, print_outcome, say
 from .quantities import counted, duration, percentage, size
 from .values import parse_integer, parse_size
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from .progress_display import Display
 
 Arguments = Dict[str, Any]
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C."""
 
 _QUERY_TIMEOUT = 30.0
 _MAP_CELLS_FOR_PROGRAMS = 1024
@@ -59,7 +57,8 @@ def _query(arguments: Arguments) -> None:
         return
     lines = report(answer)
     if answer.get("map"):
-        lines += ["", *draw(answer["map"], answer["disk_size"], columns, sys.stdout.encoding)]
+        encoding = sys.stdout.encoding if sys.stdout is not None else "ascii"
+        lines += ["", *draw(answer["map"], answer["disk_size"], columns, encoding)]
     elif cells:
         lines += ["", "No map: only a proxy has one."]
     _print(lines)
@@ -73,7 +72,7 @@ def _switch(arguments: Arguments) -> None:
         line += f"; {counted(answer['workers'], 'worker')} switched"
     if "longest_pause_ms" in answer:
         line += f", longest pause {answer['longest_pause_ms']:.1f} ms"
-    _print([line])
+    print_outcome(f"{line}\n")
 
 
 def _copy_request(arguments: Arguments, *, wait: bool) -> Message:
@@ -107,7 +106,7 @@ def _cache_all(arguments: Arguments) -> None:
                 display.show(reached["cached_bytes"], reached["total_bytes"])
     except KeyboardInterrupt:
         raise _interrupted(f"stopped{_reached(reached)}; run again, it goes on from there") from None
-    _print([_outcome(answer)])
+    print_outcome(f"{_outcome(answer)}\n")
 
 
 def _reached(progress: Message) -> str:
@@ -126,7 +125,7 @@ def _cache_all_in_background(arguments: Arguments) -> None:
     request = _copy_request(arguments, wait=False)
     with _connect(arguments) as server:
         answer = server.ask(**request)
-    _print([f"process {answer['pid']} copies; --query shows how far it is"])
+    print_outcome(f"process {answer['pid']} copies; --query shows how far it is\n")
 
 
 def _reconnect(arguments: Arguments) -> None:
@@ -138,7 +137,7 @@ def _reconnect(arguments: Arguments) -> None:
     request: Message = {"host": address.host, "port": port} if port else {"uri": str(address)}
     with _interruptible("interrupted; --query tells which origin the server uses"), _connect(arguments) as server:
         answer = server.ask(command="reconnect", exportname=name, **request)
-    _print([f"the origin is {shown(answer['address'])} now"])
+    print_outcome(f"the origin is {shown(answer['address'])} now\n")
 
 
 def _snapshot(arguments: Arguments) -> None:
@@ -150,7 +149,7 @@ def _snapshot(arguments: Arguments) -> None:
                 display.show(answer["progress"]["copied_bytes"], answer["progress"]["total_bytes"])
     if arguments["--progress"]:
         held = f", clients were held for {answer['held_ms']:.1f} ms" if "held_ms" in answer else ""
-        print(f"the snapshot took {duration(answer['seconds'])}{held}", file=sys.stderr)
+        say(f"the snapshot took {duration(answer['seconds'])}{held}")
     _print_path(answer["path"])
 
 
@@ -183,7 +182,7 @@ def _displayed(arguments: Arguments) -> Iterator[Display]:
     from .progress_display import NoProgress, ProgressBar, ProgressLines
 
     display: Display
-    if not arguments["--progress"]:
+    if not arguments["--progress"] or sys.stderr is None:
         display = NoProgress()
     else:
         display = ProgressBar() if sys.stderr.isatty() else ProgressLines()
@@ -207,24 +206,12 @@ def _interrupted(what: str) -> ConfigurationError:
 
 
 def _print(lines: List[str]) -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    _write("".join(f"{line}\n" for line in lines))
+    print_answer("".join(f"{line}\n" for line in lines))
 
 
 def _print_path(path: str) -> None:
     """The exact bytes, whatever the terminal can show: scripts use them."""
-    _write(os.fsencode(path) + b"\n")
-
-
-def _write(output: Union[str, bytes]) -> None:
-    """Raises `ConfigurationError` if standard output cannot take it; a reader that has seen enough is none."""
     try:
-        if isinstance(output, bytes):
-            sys.stdout.buffer.write(output)
-        else:
-            sys.stdout.write(output)
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
-        if not isinstance(error, BrokenPipeError):
-            raise ConfigurationError(f"cannot write the answer: {error.strerror}") from error
+        print_answer(os.fsencode(path) + b"\n")
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error}; the snapshot is {shown(path)}") from None

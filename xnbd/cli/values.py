@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import sys
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List
@@ -45,11 +47,14 @@ def _printing() -> Iterator[None]:
     try:
         try:
             yield
+        except SystemExit as end:
+            if sys.stdout is None and not end.code:  # what there was to print went nowhere
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+            raise
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         if isinstance(error, BrokenPipeError):
             sys.exit(0)
         raise ConfigurationError(f"cannot write to standard output: {error.strerror}") from error
@@ -147,12 +152,36 @@ def refuse_together(arguments: Dict[str, Any], first: str, others: List[str]) ->
             raise ConfigurationError(f"{first} and {other} do not go together", USAGE_ERROR)
 
 
+def refuse_lost_log(arguments: Dict[str, Any]) -> None:
+    """Raises `ConfigurationError` if the log is to go where a daemon has nothing any more."""
+    path = arguments["--logpath"]
+    if path in ("/dev/stdout", "/dev/stderr") and arguments["--daemonize"]:
+        raise ConfigurationError(f"--daemonize lets go of {path}: name a file for --logpath", USAGE_ERROR)
+
+
 def refuse_same_file(paths: Dict[str, Any]) -> None:
-    """Raises `ConfigurationError` if two of *paths*, by what they are for, are one file; a path may be None."""
-    found: Dict[str, str] = {}
+    """Raises `ConfigurationError` if two of *paths*, by what they are for, are one file; a path may be None.
+
+    A file can have several names: links of both kinds are seen through.
+    """
+    found: Dict[object, str] = {}
     for name, path in paths.items():
         if path is None:
             continue
-        other = found.setdefault(os.path.realpath(path), name)
-        if other != name:
-            raise ConfigurationError(f"{other} and {name} are the same file, {path}: each needs its own", USAGE_ERROR)
+        for identity in _identities(path):
+            other = found.setdefault(identity, name)
+            if other != name:
+                raise ConfigurationError(
+                    f"{other} and {name} are the same file, {path}: each needs its own", USAGE_ERROR
+                )
+
+
+def _identities(path: str) -> Iterator[object]:
+    """What a file that is at *path*, or will be, has in common with no other."""
+    yield os.path.realpath(path)
+    try:
+        status = os.stat(path)
+    except OSError:
+        return
+    if not stat.S_ISCHR(status.st_mode):  # /dev/null is everybody's
+        yield status.st_dev, status.st_ino

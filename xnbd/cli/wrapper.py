@@ -63,7 +63,7 @@ import sys
 from typing import List, NoReturn, Optional
 
 from .. import __version__
-from ..errors import ConfigurationError
+from .program import run_program
 from .values import parse_command_line
 
 PROGRAM = "xnbd-wrapper"
@@ -72,14 +72,16 @@ PROGRAM = "xnbd-wrapper"
 def main(argv: Optional[List[str]] = None) -> NoReturn:
     """The program: leaves with status 0, 1 (it failed) or 2 (its command line makes no sense)."""
     words = sys.argv[1:] if argv is None else argv
-    try:
+
+    def body() -> int:
         arguments = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
         from .wrapping import wrap
 
-        status = wrap(PROGRAM, arguments)
-    except ConfigurationError as error:
+        return wrap(PROGRAM, arguments)
+
+    def complain(message: str) -> None:
         from ..logs import complain
 
-        complain(PROGRAM, str(error), super_server=False)
-        status = error.exit_status
-    sys.exit(status)
+        complain(PROGRAM, message, super_server=False)
+
+    run_program(PROGRAM, body, complain)

@@ -2,23 +2,24 @@
 
 Usage:
   xnbd-wrapper-ctl [--socket PATH] --list [--json]
-  xnbd-wrapper-ctl [--socket PATH] --add-target NAME FILE
-  xnbd-wrapper-ctl [--socket PATH] --add FILE
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --add-proxy NAME
-                   REMOTE_HOST REMOTE_PORT
+  xnbd-wrapper-ctl [--socket PATH] --add-target [--] NAME FILE
+  xnbd-wrapper-ctl [--socket PATH] --add [--] FILE
+  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
+                   --add-proxy [--] NAME REMOTE_HOST REMOTE_PORT
                    CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME] --add-proxy NAME
-                   REMOTE_URI CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
-  xnbd-wrapper-ctl [--socket PATH] --remove-by-exportname NAME
-  xnbd-wrapper-ctl [--socket PATH] --remove-by-file FILE
+  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
+                   --add-proxy [--] NAME REMOTE_URI
+                   CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
+  xnbd-wrapper-ctl [--socket PATH] --remove-by-exportname [--] NAME
+  xnbd-wrapper-ctl [--socket PATH] --remove-by-file [--] FILE
   xnbd-wrapper-ctl [--socket PATH] --remove INDEX
-  xnbd-wrapper-ctl [--socket PATH] --bgctl-query NAME
-  xnbd-wrapper-ctl [--socket PATH] --bgctl-cache-all NAME
-  xnbd-wrapper-ctl [--socket PATH] --bgctl-switch NAME
+  xnbd-wrapper-ctl [--socket PATH] --bgctl-query [--] NAME
+  xnbd-wrapper-ctl [--socket PATH] --bgctl-cache-all [--] NAME
+  xnbd-wrapper-ctl [--socket PATH] --bgctl-switch [--] NAME
   xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
-                   --bgctl-reconnect NAME REMOTE_HOST REMOTE_PORT
+                   --bgctl-reconnect [--] NAME REMOTE_HOST REMOTE_PORT
   xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
-                   --bgctl-reconnect NAME REMOTE_URI
+                   --bgctl-reconnect [--] NAME REMOTE_URI
   xnbd-wrapper-ctl [--socket PATH] (--save | --orphan | --shutdown)
   xnbd-wrapper-ctl --help
   xnbd-wrapper-ctl --version
@@ -56,6 +57,8 @@ Options:
   -h, --help            Show this text.
   --version             Show the version.
 
+A NAME or FILE that begins with a dash has -- before it.
+
 Exit status: 0, 1 if the wrapper says no or cannot be reached, 2 if the command
 line makes no sense, 130 after Ctrl-C; with --bgctl-... that of xnbd-bgctl.
 """
@@ -66,25 +69,22 @@ import sys
 from typing import List, NoReturn, Optional
 
 from .. import __version__
-from ..errors import ConfigurationError
+from ..process import keep_standard_streams
+from .program import run_program
 from .values import parse_command_line
 
 PROGRAM = "xnbd-wrapper-ctl"
-_INTERRUPTED = 130
 
 
 def main(argv: Optional[List[str]] = None) -> NoReturn:
     """The program: leaves with one of the statuses that the usage text lists."""
-    try:
-        arguments = parse_command_line(
-            PROGRAM, __doc__, sys.argv[1:] if argv is None else argv, f"{PROGRAM} {__version__}"
-        )
+    words = sys.argv[1:] if argv is None else argv
+
+    def body() -> int:
+        keep_standard_streams()
+        arguments = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
         from .wrapper_steering import steer
 
-        status = steer(arguments)
-    except ConfigurationError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        status = error.exit_status
-    except KeyboardInterrupt:
-        status = _INTERRUPTED
-    sys.exit(status)
+        return steer(arguments)
+
+    run_program(PROGRAM, body)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 from ..errors import ConfigurationError
+from ..process import whole_path
 from ..sockets import is_listening
 from .conversation import Conversation, shown
+from .program import print_answer, print_outcome, say
 from .values import parse_integer
 
 Arguments = Dict[str, Any]
@@ -61,9 +62,10 @@ def steer(arguments: Arguments) -> int:
         replies = conversation.follow(command=_REQUESTS.get(command, command), **request)
         if command == "list":
             return _show_list([reply["export"] for reply in replies if "export" in reply], arguments["--json"])
+        show = print_answer if command == "bgctl-query" else print_outcome
         status = 0
         for reply in replies:
-            status = _show(reply) or status
+            status = _show(reply, show) or status
     if command in ("orphan", "shutdown"):
         _wait_for_the_end(path)
     return status
@@ -75,7 +77,7 @@ def _request(arguments: Arguments) -> Message:
     for argument, field in _FIELDS.items():
         value = arguments[argument]
         if value is not None:
-            request[field] = os.path.abspath(value) if argument in _PATHS else value
+            request[field] = whole_path(value, argument) if argument in _PATHS else value
     if arguments["--add"]:
         request["name"] = arguments["FILE"]
     if arguments["INDEX"] is not None:
@@ -88,13 +90,15 @@ def _request(arguments: Arguments) -> Message:
     return request
 
 
-def _show(reply: Message) -> int:
+def _show(reply: Message, show: Callable[[str], None]) -> int:
     """Print one line of a reply; the exit status of ``xnbd-bgctl`` if it is in there."""
-    sys.stdout.write(_without_controls(reply.get("output", "")))
-    sys.stdout.flush()
-    sys.stderr.write(_without_controls(reply.get("errors", "")))
+    output, errors = _without_controls(reply.get("output", "")), _without_controls(reply.get("errors", ""))
+    if output:
+        show(output)
+    if errors:
+        say(errors.rstrip("\n"))
     if "removed" in reply:
-        print(f"removed {shown(reply['removed'])}")
+        show(f"removed {shown(reply['removed'])}\n")
     status = int(reply.get("status", 0))
     return status if status >= 0 else 1
 
@@ -105,13 +109,13 @@ def _without_controls(text: str) -> str:
 
 def _show_list(exports: List[Message], as_json: bool) -> int:
     if as_json:
-        print(json.dumps(exports, indent=2))
+        print_answer(json.dumps(exports, indent=2) + "\n")
         return 0
     rows: List[Tuple[str, ...]] = [("INDEX", "NAME", "MODE", "CLIENTS", "IMAGE", "ORIGIN")]
     rows += [_row(export) for export in exports]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    print_answer("".join(f"{line}\n" for line in lines))
     return 0
 
 

@@ -13,18 +13,29 @@ from typing import Any, Dict, List, Optional
 from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
-from ..process import Daemon, keep_standard_streams, notify_service_manager
+from ..process import Daemon, keep_standard_streams, notify_service_manager, require_descriptors, whole_path
 from ..server.listen import DEFAULT_PORT, Listeners
 from ..wrapper.children import Body
 from ..wrapper.database import Database
-from ..wrapper.exports import TargetExport, check_name, check_room
+from ..wrapper.exports import TargetExport, check_name, check_room, paths_of
 from ..wrapper.jobs import program
 from ..wrapper.servers import Servers, is_extended
 from ..wrapper.wrapper import Settings, Wrapper
 from .inside import load_server, run_bgctl, run_server
-from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_same_file, rename_options
+from .values import (
+    USAGE_ERROR,
+    parse_integer,
+    parse_seconds,
+    parse_size,
+    refuse_lost_log,
+    refuse_same_file,
+    rename_options,
+)
 
 Arguments = Dict[str, Any]
+
+_DESCRIPTORS = 48
+"""What the wrapper, or a server of one client, opens besides what it has at the start, with some to spare."""
 
 _PATHS = ("--dbpath", "--socket", "--logpath")
 _OLD_NAMES = {"--port": "--lport", "--xnbd-binary": "--xnbd-server"}
@@ -36,10 +47,13 @@ def wrap(program: str, arguments: Arguments) -> int:
     rename_options(arguments, _OLD_NAMES)
     for option in _PATHS:
         if arguments[option]:
-            arguments[option] = os.path.abspath(arguments[option])
-    images = {path: os.path.abspath(path) for path in arguments["--imgfile"]}
-    different = {f"--imgfile {path}": path for path in images.values()}
-    refuse_same_file({**different, **{name: arguments[name] for name in _PATHS}})
+            arguments[option] = whole_path(arguments[option], option)
+    images = {path: whole_path(path, "--imgfile") for path in arguments["--imgfile"]}
+    ours = {name: arguments[name] for name in _PATHS}
+    refuse_same_file(ours)
+    for image in images.values():
+        refuse_same_file({f"--imgfile {image}": image, **ours})
+    refuse_lost_log(arguments)
     path, syslog = arguments["--logpath"], arguments["--syslog"]
     syslog = syslog or bool(arguments["--daemonize"] and not path)
     logs.set_up(program, path=path, syslog=syslog, stderr=not (path or syslog), level=logging.INFO)
@@ -91,7 +105,7 @@ def _command(text: Optional[str], option: str) -> List[str]:
     found = shutil.which(words[0]) if words else None
     if found is None:
         raise ConfigurationError(f"{option} {text}: there is no such program")
-    return [os.path.abspath(found), *words[1:]]
+    return [whole_path(found, option), *words[1:]]
 
 
 def _bgctl(command: List[str], words: List[str]) -> Body:
@@ -103,6 +117,9 @@ def _run(
     arguments: Arguments, images: Dict[str, str], settings: Settings, listeners: Listeners, daemon: Optional[Daemon]
 ) -> int:
     database = Database(arguments["--dbpath"])
+    for name, export in database.exports.items():
+        for path in paths_of(export).values():
+            refuse_same_file({f"a file of the export {name!r}": path, **{name: arguments[name] for name in _PATHS}})
     _add_images(database, images)
     if not settings.servers.command:
         load_server(settings.servers)
@@ -110,6 +127,7 @@ def _run(
         port = arguments["--lport"]
         number = DEFAULT_PORT if port is None else parse_integer(port, "--lport", 0, 65535)
         listeners.listen_tcp(arguments["--laddr"], number)
+    require_descriptors(_DESCRIPTORS)
     wrapper = Wrapper(listeners, database, arguments["--socket"], settings)
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
     if not settings.servers.extended:

@@ -11,6 +11,8 @@ from typing import Dict, NamedTuple, Optional, Tuple
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from ..errors import ConfigurationError
+from ..process import whole_path
+from ..text import is_writable
 
 URI_PORT = 10809
 """The port that IANA has assigned; it holds for URIs only."""
@@ -51,7 +53,7 @@ def parse_origin(host_or_uri: str, port: Optional[str] = None, export_name: Opti
     if port is None:
         raise _wrong(host_or_uri, "a port has to follow, or give a URI like nbd://host:10809/name")
     host = host_or_uri[1:-1] if re.fullmatch(r"\[.*\]", host_or_uri) else host_or_uri
-    if not host or _FORBIDDEN.search(host) or "/" in host:
+    if not host or _FORBIDDEN.search(host) or "/" in host or not _is_text(host):
         raise _wrong(host_or_uri, "expected a host's name or address, or a URI like nbd://host:10809/name")
     return OriginAddress(host, _parse_port(host_or_uri, port), "", _check_name(host_or_uri, export_name or ""))
 
@@ -94,7 +96,7 @@ def _authority(uri: str, parts: SplitResult) -> Tuple[str, int]:
     if not match:
         raise _wrong(uri, "expected nbd://host/name or nbd://host:port/name, an IPv6 address in []")
     host = _unquote(match[1] or match[2])
-    if _FORBIDDEN.search(host):
+    if _FORBIDDEN.search(host) or not _is_text(host):
         raise _wrong(uri, "the host's name has characters that no host has")
     return host, _parse_port(uri, match[3]) if match[3] else URI_PORT
 
@@ -107,7 +109,7 @@ def _socket_path(uri: str, parts: SplitResult) -> str:
         return path
     if "\0" in path:
         raise _wrong(uri, "no path has a NUL in it")
-    path = os.path.abspath(path)
+    path = whole_path(path, f"origin {uri}: its socket")
     if len(os.fsencode(path)) > _MAXIMUM_SOCKET_PATH:
         raise _wrong(uri, f"a socket's path has at most {_MAXIMUM_SOCKET_PATH} bytes")
     return path
@@ -130,8 +132,13 @@ def _parse_port(text: str, port: str) -> int:
     raise _wrong(text, f"port {port}: expected a whole number from 1 to 65535")
 
 
+def _is_text(host: str) -> bool:
+    """Whether *host* is UTF-8: other bytes of a command line or a URI are there as surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in host)
+
+
 def _check_name(text: str, name: str) -> str:
-    if "\0" in name or len(name.encode("utf-8", "surrogateescape")) > _MAXIMUM_NAME:
+    if not is_writable(name) or "\0" in name or len(name.encode("utf-8", "surrogateescape")) > _MAXIMUM_NAME:
         raise _wrong(text, f"an export's name has no NUL in it, and at most {_MAXIMUM_NAME} bytes")
     return name
 

@@ -38,7 +38,14 @@ _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 class OriginLost(XnbdError):
-    """The connection is no more, or never came about; the message says why."""
+    """The connection is no more, or never came about; the message says why.
+
+    ``refused`` tells that the origin was there, and that asking again will not help.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 class OriginConnection:
@@ -276,11 +283,11 @@ class OriginConnection:
             if received < 0:
                 return
             if not received:
-                raise self._lost(dialogue.end_means())
+                raise self._lost(dialogue.end_means(), refused=True)
             try:
                 self._greetings += dialogue.receive(bytes(self._view[:received]))
             except ProtocolError as error:
-                raise self._lost(str(error)) from error
+                raise self._lost(str(error), refused=True) from error
             self._send(self._greetings)
         self._agree(dialogue.export)
         self._transmit(mask)
@@ -354,9 +361,9 @@ class OriginConnection:
         except OSError as error:
             raise self._lost(error.strerror or str(error)) from error
 
-    def _lost(self, reason: str) -> OriginLost:
+    def _lost(self, reason: str, *, refused: bool = False) -> OriginLost:
         self._end_it()
-        return OriginLost(f"origin {self.address}: {reason}")
+        return OriginLost(f"origin {self.address}: {reason}", refused=refused)
 
     def _end_it(self) -> None:
         """Close, and let go of the buffer without waiting for the garbage collector."""

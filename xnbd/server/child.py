@@ -43,6 +43,11 @@ class Child:
                 os.close(self._reading)
         return self.status is not None
 
+    @property
+    def was_stopped(self) -> bool:
+        """Whether it was told to end, as by Ctrl-C to all processes, and did not fail."""
+        return self.status in (-signal.SIGTERM, -signal.SIGINT)
+
     def stop(self) -> None:
         if self.status is None:
             os.kill(self.pid, signal.SIGTERM)
@@ -68,5 +73,5 @@ def _do(close_first: Callable[[], None], work: Callable[[], Optional[str]], writ
     except OSError as error:
         message = error.strerror or str(error)
     with suppress(BrokenPipeError):  # the steward has ended first
-        os.write(writing, message.encode()[:_LONGEST])
+        os.write(writing, message.encode("utf-8", "backslashreplace")[:_LONGEST])
     return status

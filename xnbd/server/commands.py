@@ -9,19 +9,22 @@ WRITE has a module of its own, because its payload has (`server.writes`).
 from __future__ import annotations
 
 import errno
+from logging import WARNING
 from typing import List
 
 from ..errors import ProtocolError, RequestError
-from ..logs import log
+from ..logs import Seldom, log
 from ..protocol import constants as c
 from ..protocol import transmission as wire
 from ..protocol.negotiation import ALLOCATION_CONTEXT, Agreement
 from ..protocol.reply_format import ReplyFormat
 from ..storage.board import BYTES_READ
+from ..text import one_line
 from .disk import Disk
 from .holes import HOLE_MINIMUM, Holes
 from .readahead import ReadAhead
 from .replies import Piece
+from .waiting import Where
 
 MAXIMUM_REQUEST = 256 << 20
 """Reads and writes above this are refused: no client sends them but by mistake."""
@@ -47,6 +50,32 @@ _MODIFYING = (c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES)
 _ENOSPC_BEYOND_END = (c.CMD_WRITE, c.CMD_WRITE_ZEROES)
 
 
+_NAMES = {
+    c.CMD_READ: "READ",
+    c.CMD_WRITE: "WRITE",
+    c.CMD_FLUSH: "FLUSH",
+    c.CMD_TRIM: "TRIM",
+    c.CMD_CACHE: "CACHE",
+    c.CMD_WRITE_ZEROES: "WRITE_ZEROES",
+    c.CMD_BLOCK_STATUS: "BLOCK_STATUS",
+}
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether *error* tells of this computer, or an origin, and not of a request that nobody could serve."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, RequestError):
+        return number == errno.EIO
+    return number != errno.EOPNOTSUPP
+
+
+def _described(error: Exception) -> str:
+    """``No space left on device (ENOSPC)``."""
+    number = getattr(error, "errno", None) or errno.EIO
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return f"{text} ({errno.errorcode.get(number, number)})"
+
+
 class Commands:
     """The commands of the client *peer* over *disk*, as agreed in the handshake; *replies* is the format of theirs."""
 
@@ -56,6 +85,8 @@ class Commands:
         self._format = replies
         self._allocation = agreement.allocation
         self._peer = peer
+        self._export = agreement.export.name if agreement.export is not None else disk.name
+        self._failures = Seldom()
         self.renew()
         self._commands = {
             c.CMD_READ: self._read,
@@ -100,11 +131,29 @@ class Commands:
         if offset + length > image.readable():
             raise RequestError(errno.EIO, "the disk image has shrunk")
 
-    def refuse(self, command: int, cookie: bytes, error: Exception, out: List[Piece]) -> None:
-        """Answer with *error*."""
-        log.debug("%s: command %d refused: %s", self._peer, command, error)
+    def refuse(self, command: int, cookie: bytes, error: Exception, out: List[Piece], where: Where) -> None:
+        """Answer with *error* a request for *where*; what is wrong here, and not with the request, is for the log."""
+        offset, length = where
+        name, reason = _NAMES.get(command, f"command {command}"), one_line(str(error))
+        if _is_ours(error):
+            self._failures.log(
+                WARNING,
+                "%s: export %r: %s of %d bytes at %d failed: %s",
+                self._peer,
+                self._export,
+                name,
+                length,
+                offset,
+                _described(error),
+            )
+        else:
+            log.debug("%s: %s of %d bytes at %d refused: %s", self._peer, name, length, offset, reason)
         number = wire.nbd_error(getattr(error, "errno", None) or errno.EIO)
         out.append(self._format.error(command, cookie, number, str(error)))
+
+    def end(self) -> None:
+        """The client has left: of what was left out in the log the number is told."""
+        self._failures.rest(WARNING, self._peer)
 
     def acknowledge(self, cookie: bytes, flags: int, out: List[Piece]) -> None:
         """Success of a command that returns nothing, durable if *flags* ask for it."""

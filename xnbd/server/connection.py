@@ -26,9 +26,9 @@ LONGEST_SPIN = 0.01
 class Connection:
     """One client's connection; *spin* is the longest time in seconds to poll before sleeping."""
 
-    def __init__(self, sock: socket.socket, watch: Watch, spin: float = 0.0) -> None:
+    def __init__(self, sock: socket.socket, watch: Watch, spin: float = 0.0, peer: str = "") -> None:
         set_socket_options(sock)
-        self.peer = describe_peer(sock)
+        self.peer = peer or describe_peer(sock)
         self.transport: Transport = PlainTransport(sock)
         self.watch = watch
         self.waits = 0  # how often the client did not take what was to be sent at once

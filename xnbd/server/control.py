@@ -16,6 +16,8 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from ..errors import CommandError, XnbdError
 from ..logs import log
+from ..polling import poll_patiently
+from ..text import is_writable
 from .listen import UnixSocket
 
 Message = Dict[str, Any]
@@ -34,6 +36,13 @@ _BACKLOG = 128
 _OUTPUT_LIMIT = 64 << 10
 _STEPS = 256
 _RETRY = 1.0
+_FIRST_REQUEST_TIME = 10.0
+"""Seconds that a client may take for its first request: one of NBD waits for a greeting, and for ever."""
+
+_FOREIGN = (
+    'this is a control socket, which speaks JSON lines like {"command": "query"}: '
+    "use the xnbd-bgctl or xnbd-wrapper-ctl of this version, and NBD clients another socket"
+)
 _GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
@@ -73,7 +82,7 @@ class ControlSocket:
         poll = select.poll()
         for fd, mask in self.interests():
             poll.register(fd, mask)
-        ready = dict(poll.poll(0))
+        ready = dict(poll_patiently(poll, 0))
         if self._accept_at is not None and monotonic() >= self._accept_at:
             self._accept_at = None
         for connection in list(self._connections):
@@ -135,6 +144,7 @@ class _Connection:
         self._step_at = 0.0
         self._unfinished = False
         self._no_more_input = False
+        self._speaks_until: Optional[float] = self.active_at + _FIRST_REQUEST_TIME
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -144,6 +154,8 @@ class _Connection:
         return (select.POLLIN if reads else 0) | (select.POLLOUT if self._output else 0)
 
     def deadline(self) -> Optional[float]:
+        if self._speaks_until is not None:
+            return self._speaks_until
         if self._is_full() or (self._reply is None and not self._unfinished):
             return None
         return 0.0 if self._unfinished else self._step_at
@@ -163,6 +175,8 @@ class _Connection:
                 self._receive()
             self._send()
             self._unfinished = self._work()
+            if self._speaks_until is not None and monotonic() >= self._speaks_until:
+                self._refuse_all(f"no request came in {_FIRST_REQUEST_TIME:g} s; {_FOREIGN}")
         except OSError:
             return False
         return bool(self._output) or self._reply is not None or self._unfinished or not self._no_more_input
@@ -222,16 +236,24 @@ class _Connection:
         return True
 
     def _take_line(self) -> Optional[bytes]:
+        if self._input and not self._input.startswith(b"{"):
+            self._refuse_all(_FOREIGN)
         end = self._input.find(b"\n", 0, MAXIMUM_LINE + 1)
         if end < 0 and len(self._input) > MAXIMUM_LINE:
-            self._put(_failure(f"a request has at most {MAXIMUM_LINE} bytes"))
-            self._input.clear()
-            self._no_more_input = True
+            self._refuse_all(f"a request has at most {MAXIMUM_LINE} bytes")
         if end < 0 and not (self._no_more_input and self._input):
             return None
         line = bytes(self._input[:end] if end >= 0 else self._input)
         del self._input[: len(line) + 1]
+        self._speaks_until = None
         return line
+
+    def _refuse_all(self, reason: str) -> None:
+        """Say *reason*, and hear no more: the connection ends when that is sent."""
+        self._put(_failure(reason))
+        self._input.clear()
+        self._no_more_input = True
+        self._speaks_until = None
 
     def _start(self, line: bytes) -> None:
         try:
@@ -298,10 +320,13 @@ def parse_request(line: bytes) -> Message:
     """A request, whose ``"command"`` is a string. Raises `CommandError`."""
     try:
         request = json.loads(line.decode(), parse_constant=_refuse_constant)
+        has_bytes = is_writable(json.dumps(request, ensure_ascii=False))
     except (ValueError, RecursionError):
         raise CommandError('not JSON: expected a line like {"command": "query"}') from None
     if not isinstance(request, dict) or not isinstance(request.get("command"), str):
         raise CommandError('expected an object with a command, like {"command": "query"}')
+    if not has_bytes:
+        raise CommandError("half of a UTF-16 pair stands alone in it: such a text has no bytes")
     return request
 
 

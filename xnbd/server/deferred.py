@@ -22,7 +22,7 @@ from .commands import MAY_TAKE_LONG, Commands
 from .connection import Connection
 from .disk import Disk
 from .replies import MAXIMUM_PIECES, Replies
-from .waiting import Waiting, WaitingRoom, Work
+from .waiting import Waiting, WaitingRoom, Where, Work
 
 _PATIENCE = 30.0
 """Seconds that a client which has closed its end may wait for the replies that are still to come."""
@@ -46,13 +46,13 @@ class Deferred:
 
     # Doing requests
 
-    def do(self, command: int, cookie: bytes, work: Work, buffered: int = 0) -> None:
-        """Do the *work* that answers a request: now if it can be, and if nobody stands in line before it.
+    def do(self, command: int, cookie: bytes, work: Work, where: Where, buffered: int = 0) -> None:
+        """Do the *work* that answers a request for *where*: now if it can be, and if nobody stands in line before it.
 
         If it has to wait it holds so many bytes *buffered*. The disk may have changed on return.
         """
         if self._room.blocked:
-            request = Waiting(command, cookie, work, buffered)
+            request = Waiting(command, cookie, work, where, buffered)
             self._room.stand_in_line(request)
             self._do_again(request)
             return
@@ -62,9 +62,9 @@ class Deferred:
         try:
             work(pieces)
         except NotLocal as missing:
-            self._room.enter(missing.ticket, Waiting(command, cookie, work, buffered))
+            self._room.enter(missing.ticket, Waiting(command, cookie, work, where, buffered))
         except (OSError, RequestError) as error:
-            self._commands.refuse(command, cookie, error, pieces)
+            self._commands.refuse(command, cookie, error, pieces, where)
 
     def _do_again(self, request: Waiting) -> None:
         """Do *request*, which then is answered, or waits for another ticket."""
@@ -85,7 +85,7 @@ class Deferred:
 
     def _refuse(self, request: Waiting, error: Exception) -> None:
         request.answer.clear()
-        self._commands.refuse(request.command, request.cookie, error, request.answer)
+        self._commands.refuse(request.command, request.cookie, error, request.answer, request.where)
         self._room.answered(request)
 
     def _go_on(self, background: Background) -> None:

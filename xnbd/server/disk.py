@@ -19,6 +19,7 @@ class Disk:
 
     def __init__(self, source: Source, board_fd: int) -> None:
         self._source = source
+        self.name = source.name
         self._told = (0, "")
         self.board = Board(reopen(board_fd, readonly=False))
         self.place = self.board.take_place()

@@ -14,15 +14,20 @@ from .connection import Connection
 _SHOWN_NAME = 200
 
 
-def negotiate(connection: Connection, exports: Exports, timeout: float) -> Optional[Agreement]:
-    """The fixed newstyle handshake; None if the client has decided to leave.
-
-    Raises `ProtocolError` if it makes no sense or is not over within *timeout* seconds.
-    """
+def greet(connection: Connection, timeout: float) -> float:
+    """Begin a handshake; when it has to be over. Raises like `negotiate`."""
     deadline = monotonic() + timeout
+    connection.send_until(negotiation.pack_greeting(), deadline)
+    return deadline
+
+
+def negotiate(connection: Connection, exports: Exports, deadline: float) -> Optional[Agreement]:
+    """The fixed newstyle handshake but for the greeting; None if the client has decided to leave.
+
+    Raises `ProtocolError` if it makes no sense or is not over at *deadline* (monotonic seconds).
+    """
     machine = negotiation.Negotiation(exports)
     told = False
-    connection.send_until(negotiation.pack_greeting(), deadline)
     machine.on_client_flags(int.from_bytes(connection.receive_exactly(4, deadline), "big"))
     while machine.agreement is None and not machine.aborted:
         connection.watch.check()

@@ -9,7 +9,7 @@ import socket
 import stat
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence
+from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 from ..errors import ConfigurationError
 
@@ -44,7 +44,11 @@ class Listeners:
         Raises `ConfigurationError`.
         """
         for sock in _bind_all(addresses or [""], port):
-            sock.listen(_BACKLOG)
+            host, number = sock.getsockname()[:2]
+            try:
+                sock.listen(_BACKLOG)
+            except OSError as error:
+                raise ConfigurationError(_bind_trouble(host, number, error)) from error
             self.add(sock)
 
     def listen_unix(self, path: str) -> None:
@@ -131,56 +135,88 @@ def describe(sock: socket.socket) -> str:
     return f"[{host}]:{port}" if sock.family == socket.AF_INET6 else f"{host}:{port}"
 
 
+Place = Tuple[int, str, int]
+"""Where to bind: family, numeric host, and the zone of an IPv6 address."""
+
+_EVERYWHERE: Dict[int, str] = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
+
+
+class _NotHere(ConfigurationError):
+    """This computer does not have the address."""
+
+
 def _bind_all(addresses: Sequence[str], port: int) -> List[socket.socket]:
-    """Bind to every address; a port picked for the first one may be taken at the next: then once more."""
+    """Bind to every address, once; a port picked for the first one may be taken at the next: then once more."""
+    resolved = [_places(address) for address in dict.fromkeys(addresses)]
+    everywhere = {family for places in resolved for family, host, _ in places if _EVERYWHERE[family] == host}
     for attempt in range(_ANY_PORT_TRIES):
-        bound: List[socket.socket] = []
-        chosen = port
+        bound: Dict[Place, socket.socket] = {}
         try:
-            for address in addresses:
-                for info in _resolve(address, chosen):
-                    sock = _bind(info, chosen, optional=address == "" and bool(bound))
-                    if sock is not None:
-                        bound.append(sock)
-                        chosen = chosen or sock.getsockname()[1]
-            return bound
+            chosen = port
+            for places in resolved:
+                chosen = _bind_some(_widened(places, everywhere), chosen, bound)
+            return list(bound.values())
         except ConfigurationError:
-            for sock in bound:
+            for sock in bound.values():
                 sock.close()
             if port or attempt == _ANY_PORT_TRIES - 1:
                 raise
     raise AssertionError("unreachable")
 
 
-def _resolve(address: str, port: int) -> list:  # type: ignore[type-arg]
-    """Where to bind for *address*; the empty one is every address, IPv4 first."""
+def _widened(places: List[Place], families: Set[int]) -> List[Place]:
+    """*places*, those in *families* being part of everywhere."""
+    return [(place[0], _EVERYWHERE[place[0]], 0) if place[0] in families else place for place in places]
+
+
+def _bind_some(places: List[Place], port: int, bound: Dict[Place, socket.socket]) -> int:
+    """Add to *bound* what this computer has of *places*, which one address or name stands for; the port.
+
+    /etc/hosts may have ``::1`` for localhost where IPv6 is off. Raises `ConfigurationError` if nothing is here.
+    """
+    missing: Optional[_NotHere] = None
+    for place in places:
+        try:
+            if place not in bound:
+                bound[place] = _bind(place, port)
+                port = port or bound[place].getsockname()[1]
+        except _NotHere as error:
+            missing = error
+    if missing is not None and not any(place in bound for place in places):
+        raise missing
+    return port
+
+
+def _places(address: str) -> List[Place]:
+    """What *address*, in [] perhaps, stands for; the empty one is every address, IPv4 first."""
+    name = address[1:-1] if address.startswith("[") and address.endswith("]") else address
     try:
-        found = socket.getaddrinfo(address or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(name or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigurationError(f"cannot listen on address {address!r}: {reason}") from error
-    return sorted(set(found), key=lambda info: info[0] == socket.AF_INET6)
+    places = [(family, str(rest[0]), int(rest[-1]) if len(rest) == 4 else 0) for family, _, _, _, rest in found]
+    return sorted(set(places), key=lambda place: place[0] == socket.AF_INET6)
 
 
-def _bind(info: tuple, port: int, *, optional: bool) -> Optional[socket.socket]:  # type: ignore[type-arg]
-    """A socket bound to *port* at the address of *info*; None if that is *optional* and not there."""
-    family, kind, protocol, _, sockaddr = info
+def _bind(place: Place, port: int) -> socket.socket:
+    """A socket bound to *port* at *place*. Raises `ConfigurationError`."""
+    family, host, zone = place
     try:
-        sock = socket.socket(family, kind, protocol)
+        sock = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
-        if optional and error.errno == errno.EAFNOSUPPORT:
-            return None
-        raise ConfigurationError(f"cannot listen on {sockaddr[0]}: {error.strerror}") from error
+        if error.errno == errno.EAFNOSUPPORT:
+            raise _NotHere(_bind_trouble(host, port, error)) from error
+        raise ConfigurationError(f"cannot listen on {host}: {error.strerror}") from error
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     try:
-        sock.bind((sockaddr[0], port, *sockaddr[2:]))
+        sock.bind((host, port, 0, zone) if family == socket.AF_INET6 else (host, port))
     except OSError as error:
         sock.close()
-        if optional and error.errno == errno.EADDRNOTAVAIL:
-            return None
-        raise ConfigurationError(_bind_trouble(sockaddr[0], port, error)) from error
+        kind = _NotHere if error.errno == errno.EADDRNOTAVAIL else ConfigurationError
+        raise kind(_bind_trouble(host, port, error)) from error
     return sock
 
 
@@ -189,7 +225,7 @@ def _bind_trouble(host: str, port: int, error: OSError) -> str:
         return f"port {port} is in use{_holder_of(port)}: stop that program, or choose another --lport"
     if error.errno == errno.EACCES:
         return f"port {port} is reserved for root: choose an --lport of 1024 or more"
-    if error.errno == errno.EADDRNOTAVAIL:
+    if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
         return f"{host} is no address of this computer: choose another --laddr"
     return f"cannot listen on {host} port {port}: {error.strerror}"
 

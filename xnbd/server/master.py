@@ -17,13 +17,15 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Set
 from ..errors import ConfigurationError
 from ..forking import SIGNALS, fork
 from ..logs import log
+from ..polling import poll_patiently
 from ..process import set_title
 from ..storage.locks import do_nothing
 from .service import Service
 from .watch import GRACE
-from .worker import REPORT_SIZE, Pipes, Worker, parse_report, read_pipe
+from .worker import REPORT_SIZE, Pipes, Pool, Worker, parse_report, read_pipe
 
 _RETRY = 1.0
+_LONGEST_RETRY = 30.0
 _PIPE_SIZE = 64 << 10
 _STOP_TIME = GRACE + 1.5
 _KILL_TIME = 3.0
@@ -53,13 +55,16 @@ class Master:
         self._spares: Set[int] = set()
         self._clients: Dict[int, str] = {}
         self._signals: Set[int] = set()
+        self._unproven: Set[int] = set()  # spares that have not yet said that they can work
         self._retry_at: Optional[float] = None
+        self._troubles = 0  # times in a row that a worker could not start
         self._full = False
         self._killing = self._stopping = False
         self._retiring = 0
         self._steward: Optional[int] = None
         self._steward_at = 0.0
         self._pipes = Pipes(*os.pipe(), *os.pipe(), *os.pipe())
+        self._pool = Pool(*socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
         os.set_blocking(self._pipes.reports_master, False)
         os.set_blocking(self._pipes.retirements, False)
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -70,6 +75,11 @@ class Master:
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         self._poll.register(self._pipes.reports_master, select.POLLIN)
+
+    def abandon(self) -> None:
+        """Instead of `run`: the start has failed. A steward ends by itself."""
+        for sock in self._pool:
+            sock.close()
 
     def run(self) -> int:
         """The exit status: 0 after an orderly stop, 1 if it had to be cut short."""
@@ -98,7 +108,7 @@ class Master:
         """Sleep until something happens; book it, and return the signals that came."""
         timeout = None if until is None else max(0.0, (until - monotonic()) * 1000)
         if not self._signals:
-            self._poll.poll(timeout)
+            poll_patiently(self._poll, timeout)
         read_pipe(self._wake, _PIPE_SIZE)
         signals, self._signals = self._signals, set()
         self._read_reports()  # after that: what a worker said before it died is known when it is buried
@@ -123,8 +133,8 @@ class Master:
     def _close_in_steward(self) -> None:
         for fd in (self._pipes.lifeline_master, self._pipes.reports_master, self._pipes.retirements_master):
             os.close(fd)
-        for listener in self._listeners:
-            listener.close()
+        for sock in (*self._listeners, *self._pool):
+            sock.close()
 
     def _start_steward_again(self) -> None:
         self._steward_at = 0.0
@@ -158,6 +168,8 @@ class Master:
         if self._retry_at is not None and monotonic() >= self._retry_at:
             self._retry_at = None
         while len(self._spares) < min(room, wanted) and self._retry_at is None:
+            if self._troubles and self._unproven:
+                break  # one at a time, until one of them can work
             self._spawn()
         excess = spares - self._retiring - 2 * wanted
         if excess > 0:
@@ -165,12 +177,21 @@ class Master:
             self._retiring += excess
 
     def _spawn(self) -> None:
-        worker = Worker(self._service, self._listeners, self._pipes)
+        worker = Worker(self._service, self._listeners, self._pipes, self._pool)
         try:
-            self._spares.add(fork("worker", worker.run))
+            pid = fork("worker", worker.run)
         except OSError as error:
-            log.error("cannot start a worker, trying again in a second: %s", error.strerror)
-            self._retry_at = monotonic() + _RETRY
+            log.error("cannot start a worker, trying again in %g s: %s", self._back_off(), error.strerror)
+            return
+        self._spares.add(pid)
+        self._unproven.add(pid)
+
+    def _back_off(self) -> float:
+        """No worker is started for so many seconds, twice as many each time in a row."""
+        pause = min(_LONGEST_RETRY, _RETRY * (1 << min(self._troubles, 10)))
+        self._troubles += 1
+        self._retry_at = monotonic() + pause
+        return pause
 
     def _read_reports(self) -> None:
         reports = read_pipe(self._pipes.reports_master, _PIPE_SIZE)
@@ -182,6 +203,9 @@ class Master:
             elif not peer and pid in self._clients:
                 del self._clients[pid]
                 self._spares.add(pid)
+            elif not peer:
+                self._troubles = 0
+            self._unproven.discard(pid)
 
     def _reap(self) -> None:
         while self._children():
@@ -191,23 +215,30 @@ class Master:
             if pid == self._steward:
                 self._steward = None
                 if not self._stopping:
-                    log.error("the steward died, status %d; the next one starts in a second", status)
-                    self._steward_at = monotonic() + _RETRY
+                    self._on_stewards_end(os.waitstatus_to_exitcode(status))
                 continue
             peer = self._clients.pop(pid, None)
             self._spares.discard(pid)
+            self._unproven.discard(pid)
             if self._retiring and not status:
                 self._retiring -= 1
             if status and not self._killing:
                 self._on_failure(pid, peer, os.waitstatus_to_exitcode(status))
 
-    def _on_failure(self, pid: int, peer: Optional[str], exit_code: int) -> None:
-        reason = f"killed by {_signal_name(-exit_code)}" if exit_code < 0 else f"exit status {exit_code}"
-        if peer is not None:
-            log.error("worker %d of client %s died: %s", pid, peer, reason)
+    def _on_stewards_end(self, exit_code: int) -> None:
+        """One that was told to end, as by Ctrl-C to all, has not failed."""
+        if exit_code:
+            log.error("the steward died: %s; the next one starts in a second", _reason(exit_code))
         else:
-            log.error("spare worker %d died: %s; the next one starts in a second", pid, reason)
-            self._retry_at = monotonic() + _RETRY
+            log.info("the steward was told to end; unless the server ends, the next one starts in a second")
+        self._steward_at = monotonic() + _RETRY
+
+    def _on_failure(self, pid: int, peer: Optional[str], exit_code: int) -> None:
+        if peer is not None:
+            log.error("worker %d of client %s died: %s", pid, peer, _reason(exit_code))
+        elif self._retry_at is None:  # of several that fail at once one is told of
+            pause = self._back_off()
+            log.error("spare worker %d died: %s; the next one starts in %g s", pid, _reason(exit_code), pause)
 
     # The end
 
@@ -215,8 +246,8 @@ class Master:
         """Let the workers finish what they have in hand; a second signal or `_STOP_TIME` ends that."""
         log.info("stopping; clients connected: %d", len(self._clients))
         self._stopping = True
-        for listener in self._listeners:
-            listener.close()
+        for sock in (*self._listeners, *self._pool):
+            sock.close()
         self._signal_workers(signal.SIGTERM)
         deadline = monotonic() + _STOP_TIME
         hurry = False
@@ -242,6 +273,10 @@ class Master:
 
     def _children(self) -> List[int]:
         return [*self._spares, *self._clients, *([self._steward] if self._steward else [])]
+
+
+def _reason(exit_code: int) -> str:
+    return f"killed by {_signal_name(-exit_code)}" if exit_code < 0 else f"exit status {exit_code}"
 
 
 def _signal_name(number: int) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from time import time
 from typing import Any, List, Optional
 
 from .. import __version__
 from ..storage.blocks import BLOCK
-from ..storage.board import REACHED, TARGET, UNREACHABLE, Board, Counts, Line
+from ..storage.board import REACHED, TARGET, UNREACHABLE, Board, Counts, Line, clock
 from ..storage.checkpoint import ProcessState
 from ..storage.proxy import ProxySource
 from .control import Message
@@ -28,7 +27,7 @@ class Report:
         self._service = service
         self._source = service.source
         self._board = board
-        self._began = time()
+        self._began = clock()
         self._meter = UsageMeter()
         self._copier: Optional[int] = None
         self._copy_rate = Rate()
@@ -47,7 +46,7 @@ class Report:
             "description": self._description(),
             "pid": os.getppid(),
             "version": __version__,
-            "uptime_seconds": time() - self._began,
+            "uptime_seconds": clock() - self._began,
             "readonly": source.readonly,
             "disk_size": source.size,
             "block_size": BLOCK,
@@ -97,7 +96,7 @@ class Report:
         return {
             "dirty_pages": state.dirty_pages(),
             "completed": count,
-            "seconds_since_last": None if last is None else max(0.0, time() - last),
+            "seconds_since_last": None if last is None else max(0.0, clock() - last),
         }
 
     def _copy(self, lines: List[Line], progress: Progress) -> Optional[Message]:
@@ -123,7 +122,7 @@ def _worker(line: Line, usage: Any) -> Message:
     about: Message = {
         "pid": line.pid,
         "client": line.peer,
-        "connected_seconds": max(0.0, time() - line.since),
+        "connected_seconds": max(0.0, clock() - line.since),
         **_counters(line.counts),
         "queued_requests": line.queued_requests,
         "queued_bytes": line.queued_bytes,

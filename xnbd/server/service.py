@@ -10,7 +10,7 @@ from ..protocol.negotiation import Agreement, Export, Exports, export_flags
 from ..storage.image import Source
 from .connection import Connection
 from .disk import Disk
-from .handshake import greet_oldstyle, negotiate
+from .handshake import greet, greet_oldstyle, negotiate
 from .session import Session
 from .waiting import QueueLimits
 from .watch import Stop
@@ -57,14 +57,21 @@ class Service(NamedTuple):
             return False
         return True
 
-    def serve(self, connection: Connection, disk: Disk, agreement: Optional[Agreement] = None) -> None:
+    def serve(
+        self,
+        connection: Connection,
+        disk: Disk,
+        agreement: Optional[Agreement] = None,
+        deadline: Optional[float] = None,
+    ) -> None:
         """Serve one client until it leaves or has to go; nothing it does raises.
 
-        *agreement* is what somebody else has negotiated with it already.
+        *agreement* is what somebody else has negotiated with it already. With a
+        *deadline* it has been greeted, and that is when the handshake has to be over.
         """
         try:
             disk.place.welcome(connection.peer)
-            self._serve(connection, disk, agreement)
+            self._serve(connection, disk, agreement, deadline)
         except Stop as reason:
             log.info("%s: closed: %s", connection.peer, reason)
             connection.watch.farewell()
@@ -79,11 +86,15 @@ class Service(NamedTuple):
             disk.part()
             connection.close()
 
-    def _serve(self, connection: Connection, disk: Disk, agreement: Optional[Agreement]) -> None:
+    def _serve(
+        self, connection: Connection, disk: Disk, agreement: Optional[Agreement], deadline: Optional[float]
+    ) -> None:
         if agreement is None and self.oldstyle:
             agreement = greet_oldstyle(connection, self.export(), self.handshake_timeout)
         elif agreement is None:
-            agreement = negotiate(connection, self.exports(), self.handshake_timeout)
+            if deadline is None:
+                deadline = greet(connection, self.handshake_timeout)
+            agreement = negotiate(connection, self.exports(), deadline)
         if agreement is None:
             log.info("%s: left during the handshake", connection.peer)
             return

@@ -89,6 +89,8 @@ class Session:
         except ProtocolError:
             self._replies.send()  # what came before the fatal request was answered
             raise
+        finally:
+            self._commands.end()
 
     def _run(self) -> None:
         connection, disk, inbox, deferred = self._connection, self._disk, self._inbox, self._deferred
@@ -175,9 +177,12 @@ class Session:
                         data = read(offset, length)
                     except NotLocal as missing:
                         again = partial(commands.read_fresh, cookie, offset, length)
-                        room.enter(missing.ticket, Waiting(c.CMD_READ, cookie, again, _notes(length)))
+                        room.enter(missing.ticket, Waiting(c.CMD_READ, cookie, again, (offset, length), _notes(length)))
                         if room.full:
                             break
+                        continue
+                    except OSError as error:
+                        commands.refuse(c.CMD_READ, cookie, error, pieces, (offset, length))
                         continue
                     append(data_header(cookie, offset, length) if data_header else ok_prefix + cookie)
                     extend(data)
@@ -194,11 +199,11 @@ class Session:
                     except NotLocal as missing:
                         left = [(offset, bytes(view[payload:position]))]
                         again = partial(self._writes.finish, 0, cookie, None, left)
-                        room.enter(missing.ticket, Waiting(c.CMD_WRITE, cookie, again, length))
+                        room.enter(missing.ticket, Waiting(c.CMD_WRITE, cookie, again, (offset, length), length))
                         if room.full:
                             break
                     except OSError as error:
-                        commands.refuse(c.CMD_WRITE, cookie, error, pieces)
+                        commands.refuse(c.CMD_WRITE, cookie, error, pieces, (offset, length))
                     else:
                         append(ok_prefix + cookie)
                         counts[BYTES_WRITTEN] += length
@@ -248,7 +253,8 @@ class Session:
             self._left = True
             return False
         work = partial(self._commands.execute, command, flags, cookie, offset, length)
-        self._deferred.do(command, cookie, work, _notes(min(length, _AT_ONCE[command])) if command in _AT_ONCE else 0)
+        notes = _notes(min(length, _AT_ONCE[command])) if command in _AT_ONCE else 0
+        self._deferred.do(command, cookie, work, (offset, length), notes)
         return True
 
 

@@ -130,6 +130,8 @@ class _Stewardship:
         self._failing = ""
         self._pending: List[Tuple[str, Reply]] = []
         self._snapshot: Optional[Child] = None
+        self._question: Optional[Child] = None
+        self._made: Optional[Progress] = None  # of a snapshot
         self._snapshot_wanted = False
         self._has_master = must_listen
         signal.signal(signal.SIGUSR1, self._on_snapshot_signal)
@@ -164,7 +166,8 @@ class _Stewardship:
 
     def _at_work(self) -> List[Child]:
         """The children for whose end somebody may wait."""
-        children = (self._copy, self._snapshot)
+        counters = (progress.counter for progress in (self._known, self._made) if progress is not None)
+        children = (self._copy, self._snapshot, self._question, *counters)
         return [child for child in children if child is not None and child.status is None]
 
     def _work(self) -> None:
@@ -247,7 +250,8 @@ class _Stewardship:
             self._board.note_checkpoint()
             self._failing = ""
         else:
-            self._tell_once("cannot make the cache durable", child.message or f"status {child.status}")
+            if not child.was_stopped:
+                self._tell_once("cannot make the cache durable", child.message or f"status {child.status}")
             self._state.abandon_checkpoint()
 
     def _tell_once(self, what: str, failure: str) -> None:
@@ -270,7 +274,8 @@ class _Stewardship:
             self._control.close()  # before children are waited for: a successor may want to listen there already
         for _, reply in self._pending:
             end_reply(reply)
-        for child in (self._copy, self._checkpoint, self._snapshot):
+        counter = self._known.counter if self._known is not None else None
+        for child in (self._copy, self._checkpoint, self._snapshot, counter):
             if child is not None:
                 child.stop()
                 child.wait()
@@ -283,7 +288,13 @@ class _Stewardship:
 
     def _query(self, request: Message) -> Reply:
         cells = integer_argument(request, "map", 1, _MAXIMUM_CELLS)
+        yield from self._count()
         yield {"done": True, **self._report.answer(self._state, self._known, cells)}
+
+    def _count(self) -> Reply:
+        """Wait until there is a figure of what is cached: of a large disk a child counts it."""
+        while self._known is not None and self._board.mode == PROXY and not self._known.keep_up(self._start):
+            yield None
 
     # Copying
 
@@ -341,9 +352,11 @@ class _Stewardship:
         fetched_before = self._board.totals().bytes_fetched
         told_at = 0.0
         try:
+            yield from self._count()
             while not child.is_done():
                 if monotonic() - told_at >= _PROGRESS_EVERY:
                     told_at = monotonic()
+                    self._progress.keep_up(self._start)
                     yield {"progress": self._copied(fetched_before)}
                 else:
                     yield None
@@ -386,6 +399,7 @@ class _Stewardship:
             bitmap_fd = create_bitmap(self._source.size)
             with closed_on_error(bitmap_fd):
                 bitmap = Bitmap(bitmap_fd, self._blocks)
+                made = self._made = Progress(bitmap, self._blocks * BLOCK)
                 child = self._snapshot = self._start(partial(self._make_snapshot, bitmap_fd))
         except TaskFailed as failure:
             raise _no_snapshot(str(failure)) from failure
@@ -393,7 +407,8 @@ class _Stewardship:
             raise _no_snapshot(error.strerror or str(error)) from error
         try:
             while not child.is_done():
-                yield {"progress": {"copied_bytes": bitmap.count() * BLOCK, "total_bytes": self._blocks * BLOCK}}
+                made.keep_up(self._start)
+                yield {"progress": {"copied_bytes": made.cached_bytes(), "total_bytes": made.size}}
                 yield None
         except GeneratorExit:
             log.warning("no snapshot: %s", "the server ends" if self._watch.stopping else "who asked for it has left")
@@ -404,11 +419,18 @@ class _Stewardship:
             self._board.end_dead_snapshot()
             self._wake_all()
             self._snapshot = None
+            self._forget_counter(made)
             bitmap.octets.close()
             os.close(bitmap_fd)
         if child.status or not child.message:
             raise _no_snapshot(child.message or "its process was stopped")
         yield {"done": True, **json.loads(child.message)}
+
+    def _forget_counter(self, made: Progress) -> None:
+        if made.counter is not None:
+            made.counter.stop()
+            made.counter.wait()
+        self._made = None
 
     def _make_snapshot(self, bitmap_fd: int) -> str:
         set_title("making a snapshot of", self._source.name)
@@ -425,7 +447,7 @@ class _Stewardship:
         if self._board.mode == TARGET:
             raise CommandError("this is a plain target already")
         if not force:
-            self._refuse_if_missing()
+            yield from self._refuse_if_missing()
         self._board.wanted_copy = None
         self._stop_copy()
         if self._checkpoint is not None:
@@ -455,8 +477,10 @@ class _Stewardship:
             if self._board.mode != TARGET:
                 self._proxy.steer(Steering(switched=False, address=self._board.address))
 
-    def _refuse_if_missing(self) -> None:
-        missing = self._progress.missing(exact=True)
+    def _refuse_if_missing(self) -> Reply:
+        if not self._progress.complete:
+            yield from self._count()
+        missing = self._progress.missing()
         if missing:
             raise CommandError(
                 f"{missing} of {self._blocks} blocks are missing "
@@ -515,7 +539,7 @@ class _Stewardship:
 
     def _ask_size(self, address: OriginAddress) -> Generator[Optional[Message], None, int]:
         """Bytes of the disk at *address*, asked by a child: an origin or a name server may take its time."""
-        child = self._start(partial(self._probe, address))
+        child = self._question = self._start(partial(self._probe, address))
         try:
             while not child.is_done():
                 yield None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from time import monotonic
-from typing import Callable, Deque, Dict, List, NamedTuple, Optional
+from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Tuple
 
 from ..storage.image import Ticket
 from .replies import Piece
@@ -26,6 +26,8 @@ LEAST = 1 << 20
 _STEP = 1 << 20
 _STEPS_OF_SHARE = 128
 _VALID = 1.0
+Where = Tuple[int, int]
+"""The bytes that a request is about: offset and length."""
 
 
 class QueueLimits(NamedTuple):
@@ -42,12 +44,13 @@ class Waiting:
     is what it holds in memory, in bytes.
     """
 
-    __slots__ = ("again", "answer", "buffered", "command", "cookie", "in_line", "ready")
+    __slots__ = ("again", "answer", "buffered", "command", "cookie", "in_line", "ready", "where")
 
-    def __init__(self, command: int, cookie: bytes, again: Work, buffered: int = 0) -> None:
+    def __init__(self, command: int, cookie: bytes, again: Work, where: Where, buffered: int = 0) -> None:
         self.command = command
         self.cookie = cookie
         self.again = again
+        self.where = where
         self.buffered = buffered
         self.ready = self.in_line = False
         self.answer: List[Piece] = []

@@ -11,8 +11,9 @@ import os
 import select
 import signal
 from time import monotonic
-from typing import Callable, Container, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Container, Dict, Iterator, Optional, Sequence, Tuple
 
+from ..polling import poll_patiently
 from ..storage.image import Background
 from .disk import Disk
 
@@ -51,7 +52,7 @@ class Watch:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._wake = wake
         self.lifeline = -1 if lifeline is None else lifeline
-        self._polls: Dict[Tuple[Sequence[int], int], Callable[[Optional[float]], List[Tuple[int, int]]]] = {}
+        self._polls: Dict[Tuple[Sequence[int], int], select.poll] = {}
 
     def _on_stop(self, _number: int, _frame: object) -> None:
         if not self.stopping:
@@ -109,7 +110,7 @@ class Watch:
         for fd, events in (*self._own_interests(), *interests):
             poll.register(fd, events)
         until = None if timeout is None else monotonic() + timeout
-        self._attend({fd for fd, _ in poll.poll(self._milliseconds(until))})
+        self._attend({fd for fd, _ in poll_patiently(poll, self._milliseconds(until))})
 
     def woken(self) -> bool:
         """Whether somebody has woken this process since this was asked last."""
@@ -126,7 +127,7 @@ class Watch:
             self.check(mid_message=mid_message)
             if self._woken and self.disk is not None:
                 self.disk.let_go()
-            ready = {fd for fd, _ in poll(self._milliseconds(until))}
+            ready = {fd for fd, _ in poll_patiently(poll, self._milliseconds(until))}
             self._attend(ready)
             if not ready.isdisjoint(fds):
                 return True
@@ -136,16 +137,15 @@ class Watch:
             if not ready and until is not None and monotonic() >= until:
                 return False
 
-    def _plain_poll(self, fds: Sequence[int], events: int) -> Callable[[Optional[float]], List[Tuple[int, int]]]:
-        """Poll for these *events*, and for what every sleep ends by: made once for each of the few there are."""
+    def _plain_poll(self, fds: Sequence[int], events: int) -> select.poll:
+        """Polls for these *events*, and for what every sleep ends by: made once for each of the few there are."""
         poll = self._polls.get((fds, events))
         if poll is None:
             if len(self._polls) >= _POLLS:
                 self._polls.clear()
-            made = select.poll()
+            poll = self._polls[fds, events] = select.poll()
             for fd, wanted in (*self._own_interests(), *((fd, events) for fd in fds)):
-                made.register(fd, wanted)
-            poll = self._polls[fds, events] = made.poll
+                poll.register(fd, wanted)
         return poll
 
     def _work_and_sleep(
@@ -169,7 +169,7 @@ class Watch:
                 return False
             poll = self._poll_for((*fds, -1, events, *background.interests()), fds, events, background)
             times = [time for time in (until, background.deadline()) if time is not None]
-            ready = {fd for fd, _ in poll.poll(self._milliseconds(min(times) if times else None))}
+            ready = {fd for fd, _ in poll_patiently(poll, self._milliseconds(min(times) if times else None))}
             self._attend(ready)
             if not ready.isdisjoint(fds):
                 return True

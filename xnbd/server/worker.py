@@ -2,7 +2,8 @@
 
 `Worker.__init__` runs in the master, `Worker.run` in the child. A spare worker has
 its image open and waits for a client; it accepts and negotiates itself, so that no
-client waits for a fork or for another client's handshake. When its client has left
+client waits for a fork or for another client's handshake. A connection is a client
+once it has said something; the others wait in the `Lobby`. When its client has left
 it is a spare again, with the image's pages mapped already, unless the master has
 enough of them.
 """
@@ -14,16 +15,22 @@ import gc
 import os
 import select
 import socket
+from contextlib import closing
+from logging import ERROR
+from time import monotonic
 from typing import NamedTuple, Optional, Sequence
 
 from ..forking import let_signals_in
-from ..logs import log
+from ..logs import Seldom, log
 from ..process import set_title
-from .connection import Connection
+from .connection import Connection, describe_peer
+from .disk import Disk
+from .lobby import Guest, Lobby
 from .service import Service
 from .watch import Stop, Watch
 
 _RETRY_ACCEPT = 1.0
+_TELL_OF_SHORTAGE = 30.0
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 GARBAGE_THRESHOLD = 50_000
@@ -45,13 +52,22 @@ class Pipes(NamedTuple):
     retirements_master: int
 
 
+class Pool(NamedTuple):
+    """Where workers leave silent connections to each other."""
+
+    reading: socket.socket
+    writing: socket.socket
+
+
 class Worker:
     """The next worker, as the master prepares it."""
 
-    def __init__(self, service: Service, listeners: Sequence[socket.socket], pipes: Pipes) -> None:
+    def __init__(self, service: Service, listeners: Sequence[socket.socket], pipes: Pipes, pool: Pool) -> None:
         self._service = service
+        self._pool = pool
         self._listeners = listeners
         self._pipes = pipes
+        self._shortages = Seldom(_TELL_OF_SHORTAGE)
 
     def run(self) -> int:
         """Life of the child: its exit status. Signals are blocked when it begins."""
@@ -76,36 +92,53 @@ class Worker:
         service = self._service
         disk = watch.disk = service.open_disk()
         watch.farewell = self._close_listeners  # a successor may listen there already
+        with closing(Lobby(service.handshake_timeout)) as lobby:
+            self._report("")  # it can work
+            return self._serve_clients(watch, disk, lobby)
+
+    def _serve_clients(self, watch: Watch, disk: Disk, lobby: Lobby) -> int:
+        service = self._service
         while True:
             set_title("spare worker", service.source.name)
-            sock = self._accept(watch)
-            if sock is None:
+            guest = self._next_client(watch, lobby)
+            lobby.hand_over(self._pool.writing)
+            if guest is None:
                 disk.close()
                 return 0
-            connection = Connection(sock, watch, service.spin)
+            connection = Connection(guest.sock, watch, service.spin, guest.peer)
             self._report(connection.peer)
             set_title("worker for", connection.peer, service.source.name)
-            service.serve(connection, disk)
-            del connection, sock
+            service.serve(connection, disk, deadline=guest.deadline)
+            del connection, guest
             gc.collect()
             self._report("")
             watch.check()
 
-    def _accept(self, watch: Watch) -> Optional[socket.socket]:
+    def _next_client(self, watch: Watch, lobby: Lobby) -> Optional[Guest]:
         """The next client, or None if this worker is one spare too many."""
-        retirements = self._pipes.retirements
+        retirements, pool = self._pipes.retirements, self._pool.reading
         disk = watch.disk
         assert disk is not None
-        descriptors = (*(listener.fileno() for listener in self._listeners), retirements)
+        listening = [listener.fileno() for listener in self._listeners]
+        descriptors = (*listening, pool.fileno(), lobby.fileno(), retirements)
         while True:
-            watch.wait(descriptors, select.POLLIN, results=True)
+            deadline = lobby.deadline()
+            timeout = None if deadline is None else max(0.0, deadline - monotonic())
+            watch.wait(descriptors, select.POLLIN, timeout, results=True)
             disk.forget_results()
             if disk.outdated:
                 disk.renew()
+            guest = lobby.speaker()
+            if guest is not None:
+                return guest
+            lobby.expire()
             for listener in self._listeners:
                 sock = self._try_accept(listener, watch)
+                if sock is not None and self._service.oldstyle:  # where a client need not say anything
+                    return Guest(sock, describe_peer(sock), monotonic() + self._service.handshake_timeout)
                 if sock is not None:
-                    return sock
+                    lobby.greet(sock)
+            lobby.take_over(pool)
             if read_pipe(retirements, 1):
                 return None
 
@@ -115,7 +148,7 @@ class Worker:
         except OSError as error:
             if error.errno not in _SHORTAGES:
                 return None  # another worker was faster, or the client has changed its mind (``accept(2)``)
-            log.error("cannot accept a client, trying again in a second: %s", error.strerror)
+            self._shortages.log(ERROR, "cannot accept a client, trying again every second: %s", error.strerror)
             watch.pause(_RETRY_ACCEPT)
             return None
 

@@ -59,7 +59,7 @@ class Writes:
         left: List[Tuple[int, bytes]] = []
         failure = self._write_pieces(offset, length, refusal, left)
         work = partial(self.finish, flags, cookie, failure, left)
-        self._deferred.do(c.CMD_WRITE, cookie, work, sum(len(data) for _, data in left))
+        self._deferred.do(c.CMD_WRITE, cookie, work, (offset, length), sum(len(data) for _, data in left))
         return True
 
     def _write_pieces(

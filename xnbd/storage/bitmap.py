@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import re
+import sys
 from typing import Iterator, List, Tuple
 
 from .blocks import BLOCKS_PER_BYTE, block_start, touched
@@ -30,7 +31,14 @@ def bitmap_size(blocks: int) -> int:
 
 def count_bits(octets: bytes) -> int:
     """How many bits are set; quick where most bytes are all set or all clear."""
-    return 8 * octets.count(b"\xff") + sum(octets.translate(_POPULATION, b"\xff\x00"))
+    mixed = octets.translate(None, b"\xff\x00")
+    return 8 * octets.count(b"\xff") + _count_mixed(mixed) if mixed else 8 * octets.count(b"\xff")
+
+
+def _count_mixed(octets: bytes) -> int:
+    if sys.version_info >= (3, 10):
+        return int.from_bytes(octets, "little").bit_count()
+    return sum(octets.translate(_POPULATION))
 
 
 _COUNTED_AT_ONCE = 1 << 20
@@ -54,6 +62,10 @@ class Bitmap:
     def all_set(self, first: int, end: int) -> bool:
         """Whether every block from *first* up to *end* is set."""
         return self._next_change(first, end, True) == end
+
+    def first_missing(self, first: int) -> int:
+        """The first block from *first* on that is not set; ``blocks`` if there is none."""
+        return self._next_change(first, self.blocks, True)
 
     def any_set(self, first: int, end: int) -> bool:
         """Whether some block from *first* up to *end* is set."""

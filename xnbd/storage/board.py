@@ -18,7 +18,7 @@ offset  content, of the machine's own endianness
 1       mode (1 byte): `PROXY`, `COMPLETE`, `TARGET`
 3       whether a copy of all blocks is wanted that no operator waits for (1 byte)
 4       generation of the origin's address (4 bytes)
-8       time of the last checkpoint, in seconds since the epoch (double)
+8       time of the last checkpoint, in seconds since the boot (double)
 16      checkpoints (8 bytes)
 24      process that makes a snapshot, its descriptors of snapshot and bitmap (4 bytes each)
 40      bytes per second of that copy, 0 for any number (8 bytes)
@@ -84,6 +84,11 @@ REACHED, UNREACHABLE, NOT_NEEDED = 1, 2, 0
 """A process and its origin: connected, in vain, never tried."""
 
 
+def clock() -> float:
+    """Seconds since the boot, sleep included: the same for all processes, whatever is done to the time of day."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Counts(NamedTuple):
     """Requests answered; bytes read, written, and fetched from the origin; requests that had to wait for it."""
 
@@ -105,7 +110,7 @@ REQUESTS, BYTES_READ, BYTES_WRITTEN, MISSES, BYTES_FETCHED = range(5)
 
 
 class Line(NamedTuple):
-    """What one process tells: its client, *since* when (seconds since the epoch), and the *counts* since then."""
+    """What one process tells: its client, *since* when (as of `clock`), and the *counts* since then."""
 
     pid: int
     mode: int
@@ -213,10 +218,10 @@ class Board:
 
     def note_checkpoint(self) -> None:
         _, count = _CHECKPOINT.unpack_from(self._map, _CHECKPOINTS)
-        _CHECKPOINT.pack_into(self._map, _CHECKPOINTS, time.time(), count + 1)
+        _CHECKPOINT.pack_into(self._map, _CHECKPOINTS, clock(), count + 1)
 
     def checkpoints(self) -> tuple[int, Optional[float]]:
-        """How many there were, and when the last one was (seconds since the epoch)."""
+        """How many there were, and when the last one was (as of `clock`)."""
         when, count = _CHECKPOINT.unpack_from(self._map, _CHECKPOINTS)
         return count, when or None
 
@@ -360,7 +365,7 @@ class Place:
     def welcome(self, peer: str) -> None:
         """The client is *peer* from now on; empty for none."""
         memory, at = self._map, self._at
-        struct.pack_into("=d", memory, at + 8, time.time())
+        struct.pack_into("=d", memory, at + 8, clock())
         _COUNTERS.pack_into(memory, at + _BASE_AT, *self.counts)
         _QUEUE.pack_into(memory, at + _QUEUE_AT, 0, 0)
         _PEER.pack_into(memory, at + _PEER_AT, peer.encode()[: _PEER.size])
@@ -373,7 +378,8 @@ class Place:
 
     def tell_origin(self, health: int, trouble: str) -> None:
         _U32.pack_into(self._map, self._at + _ORIGIN_AT, health)
-        _TROUBLE.pack_into(self._map, self._at + _TROUBLE_AT, trouble.encode()[: _TROUBLE.size])
+        text = trouble.encode("utf-8", "backslashreplace")
+        _TROUBLE.pack_into(self._map, self._at + _TROUBLE_AT, text[: _TROUBLE.size])
 
 
 def board_size(processes: int) -> int:

@@ -4,6 +4,9 @@ The overlay is a sparse file without a name, so that it is gone however the serv
 ends; the bitmap tells which blocks live in it and has no file at all. All workers
 of one server share both.
 
+The base may become shorter under the server: what clients have written is served on,
+the rest behind its end is an I/O error.
+
 A block moves to the overlay under the lock of its bitmap byte: first the data, old
 bytes from the base around the new ones, then the bit. From then on it is written in
 place without any lock. Bits are never taken back: trimmed blocks are holes of the
@@ -14,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import os
-from functools import partial
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
@@ -25,7 +27,7 @@ from .board import Board
 from .extents import file_data_until, file_extents
 from .image import Buffer, Extent, Image, Source
 from .locks import RangeLocks
-from .target import map_disk, open_disk, reopen
+from .target import map_disk, map_trouble, open_disk, reopen
 
 _SLOW_STEP = 1 << 20
 """Bytes zeroed under one lock where zeros have to be written."""
@@ -61,7 +63,7 @@ class CowSource(Source):
         try:
             self._open().close()
         except (OSError, OverflowError) as error:
-            raise ConfigurationError(f"cannot map {path} ({self.size} bytes) into memory: {error}") from error
+            raise ConfigurationError(map_trouble(path, self.size, error)) from error
 
     def open(self, board: Board) -> CowImage:
         return self._open()
@@ -102,15 +104,19 @@ class CowImage(Image):
         self._locks = RangeLocks(bitmap)
         self._octets = self._bitmap.octets
         self._overlay_view = map_disk(overlay, size)
-        self.readable: Callable[[], int] = self._map_base
-        self._map_base()
+        self.readable: Callable[[], int] = self._look_at_base
+        self._base_view = memoryview(b"")
+        self._look_at_base()
 
-    def _map_base(self) -> int:
-        """Map the base, as much as there is of it: done again and again while the file is too short."""
-        self._base_view = map_disk(self._base, self.size)
-        if len(self._base_view) == self.size:
-            self.readable = partial(os.lseek, self._base, 0, os.SEEK_END)
-        return len(self._base_view)
+    def _look_at_base(self) -> int:
+        """See how much there is of the base, and map it: done again and again while the file is too short.
+
+        Whatever that is, in the overlay all of the disk can be.
+        """
+        self._base_end = os.lseek(self._base, 0, os.SEEK_END)
+        if len(self._base_view) < min(self._base_end, self.size):
+            self._base_view = map_disk(self._base, self.size)
+        return self.size
 
     def pread(self, offset: int, length: int) -> bytes:
         parts = self._parts(offset, length)
@@ -124,7 +130,7 @@ class CowImage(Image):
         byte = offset >> 15
         if (stop - 1) >> 15 == byte:
             octet = self._octets[byte]
-            if not octet:
+            if not octet and stop <= self._base_end:
                 return [self._base_view[offset:stop]]
             if octet == 0xFF:
                 return [self._overlay_view[offset:stop]]
@@ -132,7 +138,10 @@ class CowImage(Image):
         first, end = touched(offset, length)
         for run_first, run_end, local in self._bitmap.runs(first, end):
             view = self._overlay_view if local else self._base_view
-            pieces.append(view[max(offset, block_start(run_first)) : min(stop, block_start(run_end))])
+            piece_stop = min(stop, block_start(run_end))
+            if not local and piece_stop > self._base_end:
+                raise _shrunk()
+            pieces.append(view[max(offset, block_start(run_first)) : piece_stop])
         return pieces
 
     def write(self, offset: int, data: Buffer) -> None:
@@ -211,20 +220,22 @@ class CowImage(Image):
         """Nothing: no crash leaves anything that could be durable."""
 
     def prefetch(self, offset: int, length: int) -> None:
-        for fd, at, count in self._parts(offset, length):
-            space.prefetch(fd, at, count)
+        for at, count, local in self._bitmap.parts(offset, length):
+            space.prefetch(self._overlay if local else self._base, at, count)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         for fd, at, count in self._parts(offset, length):
             yield from file_extents(fd, at, count)
 
     def data_until(self, offset: int) -> int:
-        fd, at, count = next(self._parts(offset, self.size - offset))
-        return min(file_data_until(fd, at), at + count)
+        at, count, local = next(self._bitmap.parts(offset, self.size - offset))
+        return min(file_data_until(self._overlay if local else self._base, at), at + count)
 
     def _parts(self, offset: int, length: int) -> Iterator[Tuple[int, int, int]]:
-        """*length* bytes at *offset* by where they live: descriptor, offset, length."""
+        """*length* bytes at *offset* by where they live: descriptor, offset, length. Raises `OSError` behind it."""
         for at, count, local in self._bitmap.parts(offset, length):
+            if not local and at + count > self._base_end:
+                raise _shrunk()
             yield self._overlay if local else self._base, at, count
 
     def close(self) -> None:
@@ -233,6 +244,10 @@ class CowImage(Image):
         self._octets.close()
         for fd in (self._base, self._overlay, self._bitmap_fd):
             os.close(fd)
+
+
+def _shrunk() -> OSError:
+    return OSError(errno.EIO, "the base image has shrunk")
 
 
 class _Abilities(NamedTuple):

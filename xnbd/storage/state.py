@@ -141,8 +141,11 @@ def _was_switched(path: str, state_fd: int, boot_id: bytes) -> bool:
 
 
 def _read_boot_id(path: str) -> bytes:
-    with open(path, encoding="ascii") as file:
-        boot_id = bytes.fromhex(file.read().strip().replace("-", ""))
+    try:
+        with open(path, encoding="ascii") as file:
+            boot_id = bytes.fromhex(file.read().strip().replace("-", ""))
+    except FileNotFoundError:
+        raise ConfigurationError(f"there is no {path}: mount /proc") from None
     if len(boot_id) != len(NO_BOOT):
         raise ConfigurationError(f"{path} holds no boot id")
     return boot_id

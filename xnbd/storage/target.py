@@ -13,6 +13,7 @@ from functools import partial
 from typing import Callable, Iterator, List
 
 from ..errors import ConfigurationError
+from ..text import one_line
 from . import claims, space
 from .board import Board
 from .extents import file_data_until, file_extents
@@ -54,6 +55,9 @@ def open_disk(path: str, *, readonly: bool) -> int:
     except OSError as error:
         if error.errno == errno.ENOENT and not os.path.isdir(os.path.dirname(path) or "."):
             raise ConfigurationError(f"cannot open {path}: its directory does not exist") from error
+        if error.errno == errno.ENOENT and os.path.islink(path):
+            there = one_line(os.readlink(path))
+            raise ConfigurationError(f"cannot open {path}: it is a link to {there}, which does not exist") from error
         advice = "" if readonly and error.errno != errno.ENOENT else _ADVICE.get(error.errno or 0, "")
         raise ConfigurationError(f"cannot open {path}: {error.strerror}{advice}") from error
     try:
@@ -69,7 +73,8 @@ def open_disk(path: str, *, readonly: bool) -> int:
 
 
 _ADVICE = {
-    errno.ENOENT: " (--create SIZE makes a new image)",
+    errno.ENOENT: " (truncate -s SIZE makes a new image, and so does --create SIZE of xnbd-server)",
+    errno.EPERM: " (--readonly serves what cannot be written)",
     errno.EACCES: " (--readonly serves what cannot be written)",
     errno.EROFS: " (--readonly serves what cannot be written)",
 }
@@ -87,7 +92,18 @@ def usable_size(path: str, *, readonly: bool) -> int:
 
 def reopen(fd: int, *, readonly: bool) -> int:
     """A second, independent descriptor of the file behind *fd*, also if it was renamed since."""
-    return os.open(f"/proc/self/fd/{fd}", (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+    try:
+        return os.open(f"/proc/self/fd/{fd}", (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if os.path.isdir("/proc/self/fd"):
+            raise
+        raise OSError(errno.ENOENT, "/proc is not mounted, and is needed") from None
+
+
+def map_trouble(path: str, size: int, error: Exception) -> str:
+    """Why a process could not open the disk once more and map it."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return f"cannot map {path} ({size} bytes) into memory: {reason}"
 
 
 def map_disk(fd: int, size: int) -> memoryview:
@@ -120,7 +136,7 @@ class TargetSource(Source):
         try:
             self._open().close()
         except (OSError, OverflowError) as error:
-            raise ConfigurationError(f"cannot map {path} ({self.size} bytes) into memory: {error}") from error
+            raise ConfigurationError(map_trouble(path, self.size, error)) from error
 
     def open(self, board: Board) -> TargetImage:
         return self._open()

@@ -22,6 +22,7 @@ from ..protocol.negotiation import Agreement, Exports
 from ..protocol.negotiation import Export as Offer
 from ..server.connection import Connection
 from ..server.handshake import negotiate
+from ..server.lobby import Guest
 from ..server.watch import Watch
 from ..storage.state import is_switched, known_size
 from ..storage.target import usable_size
@@ -127,17 +128,16 @@ class Catalogue:
 
 
 class Client(NamedTuple):
-    """A client that was accepted on *sock*, and what its process needs."""
+    """A *guest* that was greeted and has spoken, and what its process needs."""
 
-    sock: socket.socket
+    guest: Guest
     database: Database
     servers: Servers
     reports: socket.socket
-    handshake_timeout: float
 
     def serve(self) -> int:
         """Life of the process: negotiate, then be the server of the chosen disk. The exit status."""
-        connection = Connection(self.sock, _watch_handshake())
+        connection = Connection(self.guest.sock, _watch_handshake(), peer=self.guest.peer)
         set_title("negotiating with", connection.peer, program=PROGRAM)
         catalogue = Catalogue(self.database, self.servers)
         agreement = self._negotiate(connection, catalogue)
@@ -151,12 +151,12 @@ class Client(NamedTuple):
         _send_report(self.reports, report)
         self.reports.close()
         self.database.close()
-        return self.servers.become(self.sock, catalogue.offered[name], agreement)
+        return self.servers.become(self.guest.sock, catalogue.offered[name], agreement)
 
     def _negotiate(self, connection: Connection, catalogue: Catalogue) -> Optional[Agreement]:
         peer = connection.peer
         try:
-            agreement = negotiate(connection, catalogue.exports(), self.handshake_timeout)
+            agreement = negotiate(connection, catalogue.exports(), self.guest.deadline)
             if agreement is None:
                 log.info("%s: left during the handshake", peer)
             return agreement

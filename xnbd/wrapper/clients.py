@@ -11,6 +11,7 @@ from typing import Callable, Dict, List, Mapping, Optional, Set
 
 from ..logs import log
 from ..server.listen import Listeners
+from ..server.lobby import Guest, Lobby
 from .children import Body, Children
 from .client import Report, receive_report
 
@@ -22,13 +23,17 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Clients:
-    """Accepts clients on *listeners* and forks a process for each, which runs what *serve* makes of the socket."""
+    """Accepts on *listeners* and forks a process for each client, which runs what *serve* makes of it.
+
+    A connection is a client once it has said something, and waits in the *lobby* until then.
+    """
 
     def __init__(
         self,
         listeners: Listeners,
+        lobby: Lobby,
         children: Children,
-        serve: Callable[[socket.socket], Body],
+        serve: Callable[[Guest], Body],
         limit: int,
         on_switched: Callable[[str, str], None],
     ) -> None:
@@ -40,11 +45,12 @@ class Clients:
         self._limit = limit
         self._full = False
         self._listeners = listeners
+        self._lobby = lobby
         self._children = children
         self._serve = serve
         self._reports: Dict[int, Optional[Report]] = {}
         self._short_of = ""
-        self.accept_at: Optional[float] = None
+        self._accept_at: Optional[float] = None
         """When to accept clients again, if there is something short (monotonic seconds)."""
         self.inbox, self.outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.inbox.setblocking(False)
@@ -65,12 +71,19 @@ class Clients:
 
     def stop_listening(self) -> None:
         self._listeners.close()
+        self._lobby.close()
 
     def interests(self) -> List[int]:
         """Descriptors to be polled for input."""
-        accepts = self.accept_at is None and not self._is_full()
-        listeners = [sock.fileno() for sock in self._listeners.sockets] if accepts else []
-        return [self.inbox.fileno(), *listeners]
+        if not self._listeners.sockets or self._accept_at is not None or self._is_full():
+            return [self.inbox.fileno()]
+        return [self.inbox.fileno(), self._lobby.fileno(), *(sock.fileno() for sock in self._listeners.sockets)]
+
+    def deadline(self) -> Optional[float]:
+        """When `progress` wants to be called in any case (monotonic seconds)."""
+        if self._accept_at is not None or self._is_full():
+            return self._accept_at
+        return self._lobby.deadline()
 
     def _is_full(self) -> bool:
         full = len(self._reports) >= self._limit
@@ -82,8 +95,10 @@ class Clients:
     def progress(self, ready: Set[int]) -> None:
         """Hear the reports, and accept where *ready* says so."""
         self.read_reports()
-        if self.accept_at is not None and monotonic() >= self.accept_at:
-            self.accept_at = None
+        if self._accept_at is not None and monotonic() >= self._accept_at:
+            self._accept_at = None
+        if self._listeners.sockets:
+            self._admit_speakers()
         for listener in self._listeners.sockets:
             if listener.fileno() in ready:
                 self._accept_some(listener)
@@ -98,9 +113,18 @@ class Clients:
                 if report.switched_image:
                     self._on_switched(report.export, report.switched_image)
 
+    def _admit_speakers(self) -> None:
+        """As far as there is room; the time of those who wait for it goes on only when there is."""
+        while self._accept_at is None and not self._is_full():
+            guest = self._lobby.speaker()
+            if guest is None:
+                self._lobby.expire()
+                return
+            self._admit(guest)
+
     def _accept_some(self, listener: socket.socket) -> None:
         for _ in range(_ACCEPTS):
-            if self.accept_at is not None or self._is_full():
+            if self._accept_at is not None or self._is_full():
                 return
             try:
                 sock = listener.accept()[0]
@@ -111,17 +135,17 @@ class Clients:
                 if isinstance(error, BlockingIOError):
                     return
                 continue  # the client has changed its mind (``accept(2)``)
-            self._admit(sock)
+            self._lobby.greet(sock)
 
-    def _admit(self, sock: socket.socket) -> None:
+    def _admit(self, guest: Guest) -> None:
         pids: List[int] = []
         try:
-            pid = self._children.start(self._serve(sock), lambda status: self._on_end(pids[0], status))
+            pid = self._children.start(self._serve(guest), lambda status: self._on_end(pids[0], status))
         except OSError as error:
             self._wait_for_better_times("start a process for a client, who is turned away", error)
             return
         finally:
-            sock.close()
+            guest.sock.close()
         pids.append(pid)
         self._reports[pid] = None
         self._short_of = ""
@@ -130,11 +154,12 @@ class Clients:
         if self._short_of != what:
             log.error("cannot %s, trying again every second: %s", what, error.strerror)
         self._short_of = what
-        self.accept_at = monotonic() + _RETRY
+        self._accept_at = monotonic() + _RETRY
 
     def _on_end(self, pid: int, status: int) -> None:
         report = self._reports.pop(pid, None)
-        if not status or not self._listeners.sockets:  # without them the wrapper is ending
+        stopped = status in (-signal.SIGTERM, -signal.SIGINT)  # by Ctrl-C to all processes, or an operator
+        if not status or stopped or not self._listeners.sockets:  # without them the wrapper is ending
             return
         reason = f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
         if report is None:

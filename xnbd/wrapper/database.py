@@ -18,6 +18,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 from ..errors import ConfigurationError
 from ..logs import log
 from ..storage import space
+from ..text import is_writable
 from .exports import Export, check_name, export_from_fields, fields_of, find_export, split_fields
 
 VERSION = 2
@@ -52,6 +53,8 @@ def parse_all(data: bytes) -> Tuple[Dict[str, Export], Unknown]:
         content = json.loads(data.decode(), object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"it is no complete JSON ({_one_line(error)})") from None
+    if not is_writable(json.dumps(content, ensure_ascii=False)):
+        raise ConfigurationError("half of a UTF-16 pair stands alone in it, which no name or path can have")
     if not isinstance(content, dict) or type(content.get("version")) is not int:
         raise ConfigurationError("it has no version")
     if content["version"] != VERSION:

@@ -12,7 +12,7 @@ import socket
 from typing import Callable, List, NamedTuple, Optional
 
 from ..errors import ConfigurationError
-from ..logs import open_log
+from ..logs import open_log, standard_stream
 from ..protocol import constants as c
 from ..protocol.negotiation import Agreement, export_flags
 from .children import execute
@@ -85,7 +85,9 @@ class Servers(NamedTuple):
         os.set_blocking(fd, True)
         os.set_inheritable(fd, True)
         if self.log_path is not None:
-            os.dup2(open_log(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+            stream = standard_stream(self.log_path)
+            log_fd = open_log(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if stream is None else stream
+            os.dup2(log_fd, 2)
         return execute([*self.command, *words])
 
 

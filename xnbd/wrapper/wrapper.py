@@ -9,15 +9,16 @@ import gc
 import os
 import select
 import signal
-import socket
 from time import monotonic
 from typing import List, NamedTuple, Optional, Set
 
 from ..errors import ConfigurationError
 from ..logs import log
+from ..polling import poll_patiently
 from ..process import set_title
 from ..server.control import ControlSocket
 from ..server.listen import Listeners
+from ..server.lobby import Guest, Lobby
 from ..server.watch import GRACE
 from .children import SIGNALS, Body, Children
 from .client import PROGRAM, Client
@@ -66,7 +67,12 @@ class Wrapper:
         self._commands = Commands(database, self._children, settings.servers, settings.bgctl, steering)
         self._control = ControlSocket(control_path, self._commands.table())
         self._clients = Clients(
-            listeners, self._children, self._serve, settings.max_clients, self._commands.book_switch
+            listeners,
+            Lobby(settings.handshake_timeout),
+            self._children,
+            self._serve,
+            settings.max_clients,
+            self._commands.book_switch,
         )
         self._wake, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
@@ -100,10 +106,8 @@ class Wrapper:
         os.close(self._wake)
         os.close(self._wake_writer)
 
-    def _serve(self, sock: socket.socket) -> Body:
-        settings = self._settings
-        outbox = self._clients.outbox
-        return Client(sock, self._database, settings.servers, outbox, settings.handshake_timeout).serve
+    def _serve(self, guest: Guest) -> Body:
+        return Client(guest, self._database, self._settings.servers, self._clients.outbox).serve
 
     # The loop
 
@@ -118,9 +122,9 @@ class Wrapper:
         for fd in (self._wake, *self._clients.interests()):
             poll.register(fd, select.POLLIN)
         ending = self._ending.deadline if self._ending else None
-        deadlines = [time for time in (self._control.deadline(), self._clients.accept_at, ending) if time is not None]
+        deadlines = [time for time in (self._control.deadline(), self._clients.deadline(), ending) if time is not None]
         timeout = max(0.0, (min(deadlines) - monotonic()) * 1000) if deadlines else None
-        return {fd for fd, _ in poll.poll(timeout)}
+        return {fd for fd, _ in poll_patiently(poll, timeout)}
 
     def _on_signals(self) -> None:
         try:
@@ -135,6 +139,7 @@ class Wrapper:
         if signal.SIGCHLD in signals:
             self._clients.read_reports()  # what a process said before it died is known when it is buried
             self._children.reap()
+            self._control.hurry()
 
     # The end
 

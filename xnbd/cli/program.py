@@ -1,0 +1,120 @@
+"""How each of the programs begins and ends: its standard streams, and the one line if it cannot go on.
+
+An answer that cannot be written is a failure of its command. What was done is done:
+if only the word of it cannot be written, the exit status is still that of the deed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Callable, NoReturn, Optional, TextIO, Union
+
+from ..errors import ConfigurationError
+from ..text import one_line
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+
+_ADVICE = {
+    errno.EMFILE: " (ulimit -n is too low)",
+    errno.ENFILE: " (the computer has no more of them: see fs.file-max)",
+    errno.EFBIG: " (ulimit -f is too low)",
+    errno.ENOMEM: " (see ulimit -v, and the memory that is free)",
+}
+
+
+def run_program(program: str, body: Callable[[], int], complain: Optional[Callable[[str], None]] = None) -> NoReturn:
+    """Do *body*, and leave with the status that it returns; if it fails, *complain* says why in one line."""
+    complain = complain or (lambda message: say(f"{program}: {message}"))
+    try:
+        status = body()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 0
+    except ConfigurationError as error:
+        complain(one_line(f"{error}{_advice(error.__cause__)}"))
+        status = error.exit_status
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except (OSError, MemoryError) as error:
+        complain(one_line(trouble(error)))
+        status = 1
+    _settle(sys.stdout)
+    _settle(sys.stderr)
+    sys.exit(status)
+
+
+def trouble(error: BaseException) -> str:
+    """What the operating system does not give, and what to do about it."""
+    if not isinstance(error, OSError):
+        return f"cannot go on: no memory{_ADVICE[errno.ENOMEM]}"
+    if error.errno == errno.ENOENT and str(error.filename).startswith(("/proc/", "/sys/")):
+        return f"cannot go on without {error.filename}: mount /proc"
+    where = f" {error.filename}" if error.filename else ""
+    return f"cannot go on:{where} {error.strerror or error}{_advice(error)}"
+
+
+def _advice(cause: Optional[BaseException]) -> str:
+    return _ADVICE.get(cause.errno or 0, "") if isinstance(cause, OSError) else ""
+
+
+def say(line: str) -> None:
+    """A line on standard error, as far as that takes one."""
+    if sys.stderr is None:
+        return
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _give_up(sys.stderr)
+
+
+def print_answer(output: Union[str, bytes]) -> None:
+    """What was asked for. Raises `ConfigurationError` if it cannot be written; a reader who has seen enough is none."""
+    error = _write(output)
+    if error is not None:
+        raise ConfigurationError(f"cannot write the answer: {error.strerror}")
+
+
+def print_outcome(text: str) -> None:
+    """The word of what was done."""
+    error = _write(text)
+    if error is not None:
+        say(f"cannot write to standard output: {error.strerror}; what was asked for goes on, or is done")
+
+
+def _write(output: Union[str, bytes]) -> Optional[OSError]:
+    """Write on standard output; what went wrong, the first time."""
+    stream = sys.stdout
+    if stream is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - /dev/null, see `process.keep_standard_streams`
+        return OSError(errno.EBADF, os.strerror(errno.EBADF))
+    try:
+        if isinstance(output, bytes):
+            stream.buffer.write(output)
+        else:
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+            stream.write(output)
+        stream.flush()
+    except OSError as error:
+        _give_up(stream)
+        return None if isinstance(error, BrokenPipeError) else error
+    return None
+
+
+def _settle(stream: Optional[TextIO]) -> None:
+    """Python flushes once more at its end, and leaves with a status of its own if that fails."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except (OSError, ValueError):
+        _give_up(stream)
+
+
+def _give_up(stream: Optional[TextIO]) -> None:
+    """Let *stream* lead nowhere from now on."""
+    if stream is None:
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)

@@ -1,0 +1,24 @@
+"""Sleeping in ``poll(2)`` on a computer that is short of memory for a moment."""
+
+from __future__ import annotations
+
+import errno
+import select
+import time
+from typing import List, Optional, Tuple
+
+_PAUSE = 0.1
+
+
+def poll_patiently(poll: select.poll, timeout: Optional[float] = None) -> List[Tuple[int, int]]:
+    """What ``poll.poll(timeout)`` returns; nothing, after a pause, if the kernel has no memory for it now.
+
+    *timeout* is in milliseconds. Whoever calls has to be ready for nothing before its time.
+    """
+    try:
+        return poll.poll(timeout)
+    except OSError as error:
+        if error.errno not in (errno.ENOMEM, errno.EAGAIN):
+            raise
+    time.sleep(_PAUSE if timeout is None else min(_PAUSE, timeout / 1000))
+    return []

@@ -1,0 +1,19 @@
+"""Text that came from elsewhere, made fit for a line."""
+
+from __future__ import annotations
+
+
+def one_line(text: str) -> str:
+    """*text* in one line, without what a terminal or a reader of logs might obey: names come from other people."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_writable(text: str) -> bool:
+    """Whether *text* has bytes: those of a name that is no UTF-8 count, halves of a UTF-16 pair do not."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
