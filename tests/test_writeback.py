@@ -7,6 +7,7 @@ how many of the syncs of a process are tried.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from failing_disk import DoubtfulLedger, DoubtfulWriter, FailingDisk, failing_di
 from injection import injected
 from ledger import SECTOR, Crowd
 from model import read_all
+from power_failure import watching_syncs
 from server_process import Server, children_of, command, run, title_of, wait_until
 
 from xnbd.storage.board import FAILURE, create_board
@@ -70,6 +72,40 @@ def check_nothing_is_durable(server: Server, clients: List[nbd.NBD]) -> None:
     for client in later:
         client.shutdown()
     assert server.log().count(": write-back failed: ") == 1
+
+
+def fail(_fd: int) -> None:
+    raise OSError(errno.EIO, "it is told once")
+
+
+def test_a_record_that_cannot_be_synced_is_synced_later(tmp_path: Path) -> None:
+    (tmp_path / "record").write_bytes(bytes(100))
+    with (tmp_path / "record").open("rb+") as file:
+        record = Record(file.fileno(), 10, lasting=True)
+        assert record.read() is None
+        assert record.note(errno.ENOSPC)
+        assert not record.note(errno.EIO)
+        with watching_syncs(lambda fd: None, fail):
+            record.keep()
+        assert os.pread(file.fileno(), 8, 10) == b"\x1c\0\0\0\0\1\0\0"
+        record.keep()
+        assert os.pread(file.fileno(), 8, 10) == b"\x1c\0\0\0\1\1\0\0"
+        failure = record.read()
+        assert failure is not None
+        assert failure.number == errno.ENOSPC
+        record.clear()
+        assert record.read() is None
+
+
+def test_a_failure_that_cannot_even_be_noted_holds_for_its_process(tmp_path: Path) -> None:
+    (tmp_path / "record").write_bytes(bytes(16))
+    with (tmp_path / "record").open("rb") as file:
+        write_back = WriteBack(Record(file.fileno(), 0))
+        write_back.sync(file.fileno())
+        with watching_syncs(lambda fd: None, fail), pytest.raises(WriteBackFailed):
+            write_back.sync(file.fileno())
+        with pytest.raises(WriteBackFailed):
+            write_back.sync(file.fileno())
 
 
 # Targets
