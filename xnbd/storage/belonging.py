@@ -31,7 +31,8 @@ from . import space
 
 ATTRIBUTE = "user.xnbd.cache"
 NO_ID = bytes(16)
-NO_SESSION = bytes(8)
+SESSION_SIZE = 8
+NO_SESSION = bytes(SESSION_SIZE)
 UNKNOWN = 0
 
 _MARK = re.compile(rb"([0-9a-f]{32})\.([0-9a-f]{16})")
@@ -96,7 +97,7 @@ def renewed(tie: Tie, cache_fd: int, state_fd: int) -> Tie:
     """*tie* in a new session, with the files where they are now."""
     place = place_of(cache_fd)
     return tie._replace(
-        session=os.urandom(8),
+        session=os.urandom(SESSION_SIZE),
         previous=tie.session,
         number=place.number,
         size=place.size,

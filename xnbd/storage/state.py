@@ -459,7 +459,8 @@ class _Opening:
         found = self._check_state(state_fd)
         alone, same_boot = files.is_alone(state_fd), found.boot_id == self._header.boot_id
         mounts = belonging.mount_of(self._cache_fd), belonging.mount_of(state_fd)
-        recover = not found.clean and not (same_boot and _has_lived(found.tie, mounts))
+        lived = same_boot and _has_lived(found.tie, mounts)
+        recover = not (found.clean or lived)
         switched = alone and _was_switched(self._path, state_fd, self._header.boot_id, mounts[1])
         if switched:
             self._refuse_if_incomplete(state_fd, recover=recover)
@@ -472,6 +473,8 @@ class _Opening:
         fresh = belonging.new_tie(self._cache_fd, state_fd) if found.tie.id == NO_ID else found.tie
         self._bind(fresh)
         self._claim_cache(alone=alone)
+        if lived and files.shown_session(state_fd) == found.tie.session:
+            found = found._replace(tie=found.tie._replace(previous=belonging.NO_SESSION))
         self._check_cache(found, state_fd, alone=alone, switched=switched)
         if found.boot_id == NO_BOOT:
             self._make_bitmap()
@@ -489,7 +492,7 @@ class _Opening:
                 os.close(bitmap_fd)
         if alone:
             self._begin_session(state_fd, found.tie)
-        elif found != self._header:
+        elif found.clean:
             files.write_header(state_fd, self._header)
 
     def _bind(self, tie: Tie) -> None:
@@ -510,12 +513,14 @@ class _Opening:
         if not found.marked or mark is None or mark.id != found.id:
             self._mark()
             files.write_header(state_fd, self._header)
+            files.note_shown(state_fd, self._header.tie.session)
             return
         self._bind(self._header.tie._replace(previous=mark.session))
         files.write_header(state_fd, self._header)
         if not belonging.write_mark(self._cache_fd, self._header.tie):
             self._bind(self._header.tie._replace(marked=False))
             files.write_header(state_fd, self._header)
+        files.note_shown(state_fd, self._header.tie.session)
 
     def _check_cache(self, found: Header, state_fd: int, *, alone: bool, switched: bool) -> None:
         """Raises `ConfigurationError` if the files speak of another cache image, or of this one at another time."""

@@ -11,6 +11,7 @@ from typing import Iterator, NamedTuple
 from ..errors import ConfigurationError
 from ..process import closed_on_error
 from . import space
+from .belonging import SESSION_SIZE
 from .bitmap import count_beyond, count_bits
 from .locks import RangeLocks, do_nothing
 from .state_format import (
@@ -18,6 +19,7 @@ from .state_format import (
     HEADER_SIZE,
     OPENING,
     PAGE,
+    SHOWN,
     STEERING,
     STEERING_SIZE,
     USERS,
@@ -110,6 +112,15 @@ def write_steering(state_fd: int, steering: Steering) -> None:
     """Replace it, durably. `OPENING` is locked. Raises `ValueError` for an address that is too long."""
     space.write_all(state_fd, memoryview(pack_steering(steering)), STEERING)
     os.fdatasync(state_fd)
+
+
+def shown_session(state_fd: int) -> bytes:
+    """The session that was put on the cache image; means something while one system runs."""
+    return os.pread(state_fd, SESSION_SIZE, SHOWN)
+
+
+def note_shown(state_fd: int, session: bytes) -> None:
+    space.write_all(state_fd, memoryview(session), SHOWN)
 
 
 def allocate(fd: int, size: int) -> None:

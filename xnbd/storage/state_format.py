@@ -7,6 +7,7 @@ offset                  content
                         leave half of one
 2048, 2056              numbers of the checkpoint begun last and of the last one
                         that succeeded, 8 bytes each, of the machine's own endianness
+2304                    the session that the cache image is known to bear, 8 bytes
 2560                    what was changed while servers ran: `Steering`
 4096                    dirty map: one byte for every page of the live bitmap
 then, at a page's start  map of the pages in the hands of a checkpoint, likewise
@@ -52,6 +53,7 @@ USERS_COUNT = 1 << 60
 BEGUN = 2048
 SUCCEEDED = 2056
 NUMBER = struct.Struct("Q")
+SHOWN = 2304
 STEERING = 2560
 STEERING_SIZE = PAGE - STEERING
 
