@@ -150,6 +150,7 @@ def outcome(files: CacheFiles, vault: Vault) -> str:
     return "right"
 
 
+@pytest.mark.timeout(60 + 30 * ROUNDS)
 @pytest.mark.parametrize("end", ["stopped", "killed"])
 def test_mutilated_files_give_no_wrong_bytes(start: Start, tmp_path: Path, seed: int, end: str) -> None:
     rng = random.Random(f"{seed} {end}")
@@ -170,6 +171,7 @@ def test_mutilated_files_give_no_wrong_bytes(start: Start, tmp_path: Path, seed:
     assert set(outcomes) <= {"refused", "right"}
 
 
+@pytest.mark.timeout(60 + 30 * ROUNDS)
 def test_a_mutilated_database_gives_no_wrong_disk(tmp_path: Path, seed: int) -> None:
     """The wrapper refuses it with a line, or what it lists by its old path is served as it is."""
     rng = random.Random(f"{seed} database")

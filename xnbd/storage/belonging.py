@@ -171,22 +171,26 @@ def stranger(tie: Tie, cache_fd: int, *, clean: bool, switched: bool) -> str:
 
 def holds_data(fd: int) -> bool:
     """Whether anything but zeros is in the image; also if it has so much allocated that nobody wants to wait."""
-    at, size, searched = 0, os.lseek(fd, 0, os.SEEK_END), 0
-    while at < size:
-        try:
-            at = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return False
-            raise
+    searched, at = 0, _data_from(fd, 0)
+    while at is not None:
         data = os.pread(fd, _SEARCH_STEP, at)
         searched += len(data)
         if data.count(0) != len(data) or searched > _MOST_TO_SEARCH:
             return True
-        if not data:
-            return False
-        at += len(data)
+        at = _data_from(fd, at + len(data)) if data else None
     return False
+
+
+def _data_from(fd: int, offset: int) -> Optional[int]:
+    """Where data may begin from *offset* on; None if there is no more."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        if error.errno == errno.EINVAL:  # a block device
+            return offset
+        raise
 
 
 def mount_of(fd: int) -> int:
