@@ -58,6 +58,17 @@ def small_tmpfs(directory: Path, size: str) -> Iterator[Path]:
 
 
 @contextmanager
+def plain_ramfs(directory: Path) -> Iterator[Path]:
+    """A file system without extended attributes at the new *directory*."""
+    directory.mkdir()
+    run("mount", "-t", "ramfs", "ramfs", directory)
+    try:
+        yield directory
+    finally:
+        run("umount", "-l", directory)
+
+
+@contextmanager
 def loop_mount(directory: Path, kind: str, megabytes: int) -> Iterator[Path]:
     """A new file system in a sparse file at the new *directory*: ``ext4``, ``btrfs``, or ``xfs`` with reflinks."""
     directory.mkdir()

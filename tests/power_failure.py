@@ -28,9 +28,10 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from xnbd.storage import bitmap, checkpoint, locks, state, state_files, writeback
+from xnbd.storage import belonging, bitmap, checkpoint, locks, state, state_files, writeback
+from xnbd.storage.belonging import ATTRIBUTE
 from xnbd.storage.blocks import BLOCK, bytes_of
 from xnbd.storage.checkpoint import ProcessState
 from xnbd.storage.locks import RangeLocks
@@ -39,7 +40,7 @@ from xnbd.storage.writeback import WriteBackFailed
 
 SECTOR = 512
 ORIGIN = "nbd://origin/disk"
-_TRACED = {module.__file__ for module in (bitmap, checkpoint, locks, state, state_files, writeback)}
+_TRACED = {module.__file__ for module in (belonging, bitmap, checkpoint, locks, state, state_files, writeback)}
 
 
 class _File:
@@ -49,20 +50,27 @@ class _File:
         self.fd = fd
         self._watched = watched
         self.sizes: List[int] = [0]
+        self.marks: List[Tuple[bytes, int]] = []
         self.pages: Dict[int, List[bytes]] = {}
 
     def observe(self) -> None:
         size = os.fstat(self.fd).st_size
         if self.sizes[-1] != size:
             self.sizes.append(size)
+        mark = _mark_of(self.fd)
+        if mark not in self.marks[-1:]:
+            self.marks.append(mark)
         for page in self._watched if self._watched is not None else range(-(-size // BLOCK)):
             content = os.pread(self.fd, BLOCK, page * BLOCK).ljust(BLOCK, b"\0")
             versions = self.pages.setdefault(page, [bytes(BLOCK)])
             if versions[-1] != content:
                 versions.append(content)
 
-    def synced(self) -> None:
+    def synced(self, *, marks: bool = True) -> None:
+        """*marks* are not data: ``fdatasync(2)`` may leave them."""
         del self.sizes[:-1]
+        if marks:
+            del self.marks[:-1]
         for versions in self.pages.values():
             del versions[:-1]
 
@@ -82,6 +90,18 @@ class _File:
                     file.seek(page * BLOCK)
                     file.write(content)
             file.truncate(rng.choice(self.sizes))
+        attribute, changed = rng.choice(self.marks)
+        if attribute:
+            os.setxattr(path, ATTRIBUTE, attribute)
+        os.utime(path, ns=(changed, changed))
+
+
+def _mark_of(fd: int) -> Tuple[bytes, int]:
+    """The mark of a cache image, and when it was changed."""
+    try:
+        return os.getxattr(fd, ATTRIBUTE), os.fstat(fd).st_mtime_ns
+    except OSError:
+        return b"", os.fstat(fd).st_mtime_ns
 
 
 class Recorder:
@@ -114,13 +134,13 @@ class Recorder:
         for file in self._files.values():
             file.observe()
 
-    def synced(self, fd: int) -> None:
+    def synced(self, fd: int, *, marks: bool) -> None:
         if self.paused:
             return
         inode = os.fstat(fd).st_ino
         self.observe()
         if inode in self._files:
-            self._files[inode].synced()
+            self._files[inode].synced(marks=marks)
         elif inode == self.directory.stat().st_ino:
             del self._names[:-1]
 
@@ -135,25 +155,27 @@ class Recorder:
 
 
 @contextmanager
-def watching_syncs(on_synced: Callable[[int], None], before: Optional[Callable[[int], None]] = None) -> Iterator[None]:
-    """Tell of the descriptor of every ``fsync(2)`` and ``fdatasync(2)`` in this process after it succeeded.
+def watching_syncs(
+    on_synced: Callable[[int, bool], None], before: Optional[Callable[[int], None]] = None
+) -> Iterator[None]:
+    """Tell of the descriptor of every ``fsync(2)`` (True) and ``fdatasync(2)`` here after it succeeded.
 
     What *before* raises is the sync's error, and nothing is synced.
     """
     real = {name: getattr(os, name) for name in ("fsync", "fdatasync")}
 
-    def watched(sync: Callable[[int], None]) -> Callable[[int], None]:
+    def watched(sync: Callable[[int], None], whole: bool) -> Callable[[int], None]:
         def call(fd: int) -> None:
             if before is not None:
                 before(fd)
             sync(fd)
-            on_synced(fd)
+            on_synced(fd, whole)
 
         return call
 
     try:
         for name, sync in real.items():
-            setattr(os, name, watched(sync))
+            setattr(os, name, watched(sync, name == "fsync"))
         yield
     finally:
         for name, sync in real.items():
@@ -289,7 +311,7 @@ class World:
 
     def run(self, steps: int) -> None:
         actions = [self.write] * 14 + [self.flush] * 5 + [self.restart, self.exit_and_start, self.reboot, self.clear]
-        with watching_syncs(lambda fd: self._recorder.synced(fd), self._maybe_fail_sync):
+        with watching_syncs(lambda fd, whole: self._recorder.synced(fd, marks=whole), self._maybe_fail_sync):
             self.start()
             for _ in range(steps):
                 self._rng.choice(actions)()

@@ -804,6 +804,7 @@ def test_server_with_requests_waiting_stops_in_time(behind_relay: Connected, rel
     [
         ["--target-exportname", "x"],
         ["--clear-bitmap"],
+        ["--adopt-cache"],
         ["--max-queue-size", "5"],
         ["--max-buf-size", "5M"],
         ["--readahead", "5M"],

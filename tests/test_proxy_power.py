@@ -296,7 +296,7 @@ def test_a_worker_that_dies_before_the_data_is_there_has_set_no_bit(
     image.write_bytes(content)
     files.image = disk.path / "cache.img"
     files.image.write_bytes(b"garbage!" * (MIB // 8))
-    proxy = start(*files.arguments(start("--target", "--readonly", image).uri, "--readahead", "0"))
+    proxy = start(*files.arguments(start("--target", "--readonly", image).uri, "--readahead", "0", "--clear-bitmap"))
     proxy.expected_errors.append("died: killed by SIGKILL")
     client = connect(proxy.uri)
     assert client.pread(BLOCK, 0) == content[:BLOCK]

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
@@ -27,6 +27,8 @@ from server_process import children_of, run, wait_until
 from test_bitmap import run_processes
 
 from xnbd.errors import ConfigurationError
+from xnbd.storage import belonging
+from xnbd.storage.belonging import ATTRIBUTE
 from xnbd.storage.bitmap import bitmap_size
 from xnbd.storage.blocks import BLOCK, block_count, bytes_of
 from xnbd.storage.board import TARGET, board_size
@@ -62,13 +64,14 @@ class Cache:
             file.truncate(disk_size)
         self.fd = os.open(directory / "cache", os.O_RDWR)
 
-    def open(self, *, boot: int = 1, clear: bool = False, origin: str = ORIGIN) -> SharedState:
+    def open(self, *, boot: int = 1, clear: bool = False, adopt: bool = False, origin: str = ORIGIN) -> SharedState:
         return open_state(
             str(self.bitmap),
             self.fd,
             disk_size=self.disk_size,
             origin=origin,
             clear=clear,
+            adopt=adopt,
             boot_id_path=str(self.boot_id_file(boot)),
         )
 
@@ -85,10 +88,30 @@ class Cache:
             os.pwrite(self.fd, content_of(block, 1), block * BLOCK)
         process.bitmap.set(first, end)
 
+    def forget(self) -> None:
+        """Take away all that shows that this program has used cache image and bitmap, as if a C xNBD had."""
+        self.state.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.removexattr(self.fd, ATTRIBUTE)
+        with suppress(FileNotFoundError):
+            self.bitmap.chmod(0o644)
+
     def after_power_failure(self, directory: Path) -> Cache:
-        """A copy in which all of bitmap and state has reached the disk, for another boot to open."""
+        """A copy in which all of bitmap and state has reached the disk, for another boot to open.
+
+        Nobody looks into its cache image, which has the mark, and for `same_inodes` the inode.
+        """
         shutil.copytree(self.directory, directory, ignore=shutil.ignore_patterns("cache"))
-        return Cache(directory, self.disk_size)
+        copy = Cache(directory, self.disk_size)
+        with suppress(OSError):
+            os.setxattr(copy.fd, ATTRIBUTE, os.getxattr(self.fd, ATTRIBUTE))
+        return copy
+
+
+@pytest.fixture
+def same_inodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of a cache image stand for the same one after a power failure."""
+    monkeypatch.setattr(belonging, "file_number", lambda status: 7)
 
 
 @pytest.fixture
@@ -225,12 +248,12 @@ def test_a_bitmap_of_the_c_program_is_taken_over(cache: Cache, caplog: pytest.Lo
 def test_data_of_a_bitmap_that_is_taken_over_is_synced_before_the_state_file_is_there(cache: Cache) -> None:
     cache.bitmap.write_bytes(bytes(bitmap_size(cache.blocks)))
     synced: List[Tuple[str, bool]] = []
-    with watching_syncs(lambda fd: synced.append((os.readlink(f"/proc/self/fd/{fd}"), cache.state.exists()))):
+    with watching_syncs(lambda fd, _: synced.append((os.readlink(f"/proc/self/fd/{fd}"), cache.state.exists()))):
         cache.open()
     assert (str(cache.directory / "cache"), False) in synced
 
 
-def test_what_the_c_program_did_to_a_closed_bitmap_is_durable_once_opened(cache: Cache) -> None:
+def test_what_the_c_program_did_to_a_closed_bitmap_is_believed_if_somebody_vouches_for_it(cache: Cache) -> None:
     shared = cache.open()
     with closing(shared.open_process()) as process:
         cache.fill(process, 3, 5)
@@ -239,7 +262,10 @@ def test_what_the_c_program_did_to_a_closed_bitmap_is_durable_once_opened(cache:
     bitmap = bytearray(cache.bitmap.read_bytes())
     bitmap[0], bitmap[4096] = 0, 1
     cache.bitmap.write_bytes(bitmap)
-    cache.open(boot=1).close()
+    os.pwrite(cache.fd, content_of(PAGE_BLOCKS, 1), PAGE_BLOCKS * BLOCK)
+    with pytest.raises(ConfigurationError, match=r"was changed since its proxy has closed it.*--adopt-cache"):
+        cache.open()
+    cache.open(boot=1, adopt=True).close()
     assert set_blocks(cache.open(boot=2), cache.blocks) == [PAGE_BLOCKS]
 
 
@@ -278,8 +304,10 @@ def test_servers_that_start_at_once_agree(cache: Cache) -> None:
     for boot in range(1, 31):
         if boot % 3 == 1:
             cache.bitmap.unlink(missing_ok=True)
+            os.ftruncate(cache.fd, 0)
+            os.ftruncate(cache.fd, DISK)
         if boot % 3 != 0:
-            cache.state.unlink(missing_ok=True)
+            cache.forget()
 
         def serve(boot: int, number: int) -> None:
             shared = cache.open(boot=boot)
@@ -586,6 +614,7 @@ def test_a_fill_and_a_checkpoint_may_interrupt_each_other_at_any_two_lines(cache
 # Dying
 
 
+@pytest.mark.usefixtures("same_inodes")
 def test_a_process_may_die_at_any_line_of_a_write_and_a_flush(cache: Cache, scratch: Path) -> None:
     """Another one lives on: all that it sees and flushes afterwards survives a power failure."""
     shared = cache.open()
@@ -640,6 +669,7 @@ def die_at_line(cache: Cache, shared: SharedState, block: int, line: int) -> boo
     return status != 0
 
 
+@pytest.mark.usefixtures("same_inodes")
 @pytest.mark.parametrize("start", ["new", "taken over", "recovered", "resumed", "cleared"])
 def test_a_server_may_die_at_any_line_of_its_start(cache: Cache, scratch: Path, seed: int, start: str) -> None:
     """One line in three, others in the next run."""
@@ -698,6 +728,7 @@ def die_while_opening(cache: Cache, boot: int, clear: bool, line: int) -> bool:
 HAMMERED = 512
 
 
+@pytest.mark.usefixtures("same_inodes")
 def test_no_bit_is_lost_and_none_is_without_data_when_processes_are_killed_at_random(
     cache: Cache, scratch: Path, seed: int
 ) -> None:
@@ -877,7 +908,10 @@ for block in (1, 32768):
     process.bitmap.set(block, block + 1)
     attempt(lambda: process.checkpoint(cache))
 process.close()
-print("clean:", attempt(lambda: shared.mark_clean(cache)))
+try:
+    print("clean:", attempt(lambda: shared.mark_clean(cache)))
+except OSError as error:
+    print("clean:", error)
 """
 
 
@@ -901,7 +935,8 @@ def test_any_system_call_may_fail_once_and_the_next_attempt_succeeds(scratch: Pa
         )  # fmt: skip
         injected = "INJECTED" in trace.read_text()
         assert output.count("failed:") == injected
-        assert output.endswith("clean: True\n")
+        end = output.splitlines()[-1]
+        assert end == "clean: True" or (call == "fsync" and end.startswith("clean: [Errno 5] write-back failed"))
         assert set_blocks(cache.open(boot=2), cache.blocks) == [1, PAGE_BLOCKS]
         os.close(cache.fd)
     assert number > 2
@@ -915,7 +950,7 @@ def cache_sync_fails_once(cache: Cache) -> Iterator[None]:
         if fd == cache.fd and failures:
             raise failures.pop()
 
-    with watching_syncs(lambda fd: None, fail):
+    with watching_syncs(lambda _fd, _whole: None, fail):
         yield
     assert not failures
 
@@ -1010,6 +1045,7 @@ def test_after_any_sync_that_fails_no_other_succeeds_before_the_next_start(scrat
 # Power failures
 
 
+@pytest.mark.usefixtures("same_inodes")
 @pytest.mark.parametrize("round_number", range(4))
 def test_no_power_failure_leaves_a_bit_without_data_or_forgets_what_was_flushed(
     scratch: Path, seed: int, round_number: int

@@ -85,7 +85,7 @@ def test_a_record_that_cannot_be_synced_is_synced_later(tmp_path: Path) -> None:
         assert record.read() is None
         assert record.note(errno.ENOSPC)
         assert not record.note(errno.EIO)
-        with watching_syncs(lambda fd: None, fail):
+        with watching_syncs(lambda _fd, _whole: None, fail):
             record.keep()
         assert os.pread(file.fileno(), 8, 10) == b"\x1c\0\0\0\0\1\0\0"
         record.keep()
@@ -102,7 +102,7 @@ def test_a_failure_that_cannot_even_be_noted_holds_for_its_process(tmp_path: Pat
     with (tmp_path / "record").open("rb") as file:
         write_back = WriteBack(Record(file.fileno(), 0))
         write_back.sync(file.fileno())
-        with watching_syncs(lambda fd: None, fail), pytest.raises(WriteBackFailed):
+        with watching_syncs(lambda _fd, _whole: None, fail), pytest.raises(WriteBackFailed):
             write_back.sync(file.fileno())
         with pytest.raises(WriteBackFailed):
             write_back.sync(file.fileno())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -15,16 +14,14 @@ from ..origin.connection import OriginLost
 from ..origin.probe import probe
 from ..server.waiting import QueueLimits
 from ..storage import space
-from ..storage.claims import ImageInUse
+from ..storage.claims import ImageInUse, OtherBitmap
 from ..storage.fetch import Patience
 from ..storage.proxy import DEFAULT_READAHEAD, ProxySettings, ProxySource
-from ..storage.state import Known, known_state, open_state
+from ..storage.state import Known, has_cached_blocks, known_state, open_state
 from ..storage.target import create_sparse, open_disk
 from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size
 
 Arguments = Dict[str, Any]
-
-_NOT_EMPTY = re.compile(rb"[^\x00]")
 
 
 def open_proxy(arguments: Arguments, *, alone: bool) -> ProxySource:
@@ -38,12 +35,15 @@ def open_proxy(arguments: Arguments, *, alone: bool) -> ProxySource:
     cache_path, bitmap_path = arguments["CACHE_DISK_IMAGE"], arguments["CACHE_BITMAP_IMAGE"]
     known = None if arguments["--clear-bitmap"] else known_state(bitmap_path)
     size = _find_size(address, known, patience.connect, ask=alone)
-    cache_fd = _open_cache(cache_path, size, must_exist=not arguments["--clear-bitmap"] and _has_bits(bitmap_path))
+    clear, adopt = arguments["--clear-bitmap"], arguments["--adopt-cache"]
+    cache_fd = _open_cache(cache_path, size, must_exist=not clear and has_cached_blocks(bitmap_path))
     grow = space.device_size(cache_fd) < size
     try:
-        state = open_state(
-            bitmap_path, cache_fd, disk_size=size, origin=str(address), clear=arguments["--clear-bitmap"]
-        )
+        state = open_state(bitmap_path, cache_fd, disk_size=size, origin=str(address), clear=clear, adopt=adopt)
+    except OtherBitmap:
+        raise ConfigurationError(
+            f"{cache_path} is the cache of a running proxy with another bitmap: name that one, or another cache"
+        ) from None
     except ImageInUse:
         raise ConfigurationError(
             f"{cache_path} is served as a disk by itself (--target, --cow-target, or a proxy that was switched): "
@@ -117,20 +117,6 @@ def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *
     return size
 
 
-def _has_bits(bitmap_path: str) -> bool:
-    """Whether some block is cached, as far as the live bitmap says."""
-    try:
-        with open(bitmap_path, "rb", opener=_open_without_waiting) as file:
-            return any(_NOT_EMPTY.search(part) for part in iter(lambda: file.read(1 << 20), b""))
-    except OSError:
-        return False
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """A FIFO keeps nobody waiting; whoever opens it to use it refuses it."""
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-
-
 def _open_cache(path: str, size: int, *, must_exist: bool) -> int:
     """The cache image, made with *size* bytes if there is none; one that is too short has to grow yet."""
     if not os.path.exists(path):
@@ -138,6 +124,10 @@ def _open_cache(path: str, size: int, *, must_exist: bool) -> int:
             raise ConfigurationError(f"{path} is gone, but its bitmap has cached blocks (--clear-bitmap starts afresh)")
         create_sparse(path, size)
     elif Path(path).is_file() and not Path(path).stat().st_size:
+        if must_exist:
+            raise ConfigurationError(
+                f"{path} is empty, but its bitmap has cached blocks (--clear-bitmap starts afresh)"
+            )
         os.truncate(path, size)
     fd = open_disk(path, readonly=False)
     found = space.device_size(fd)

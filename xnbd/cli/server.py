@@ -61,6 +61,9 @@ Proxy options:
   --clear-bitmap        Forget which blocks are cached, what clients have
                         written included. Default: go on with what the files
                         hold.
+  --adopt-cache         Believe that CACHE_DISK_IMAGE holds all that
+                        CACHE_BITMAP_IMAGE says, whatever speaks against it:
+                        after they were restored, moved or changed together.
   -Q, --max-queue-size N
                         Requests of one client that may wait for the other
                         server before no more are received from it (default: 0,

@@ -51,6 +51,7 @@ _PATHS = (*_FILES, "--cow-dir", "--control", "--unix", "--pidfile", "--logpath")
 PROXY_OPTIONS = (
     "--target-exportname",
     "--clear-bitmap",
+    "--adopt-cache",
     "--max-queue-size",
     "--max-buf-size",
     "--readahead",
@@ -69,6 +70,7 @@ def serve(program: str, arguments: Arguments, client: Optional[int]) -> int:
     refuse_together(arguments, "--inetd", ["--connected-fd", "--daemonize", "--pidfile", *_LISTENING])
     refuse_together(arguments, "--connected-fd", ["--daemonize", "--pidfile", *_LISTENING])
     refuse_together(arguments, "--verbose", ["--quiet"])
+    refuse_together(arguments, "--clear-bitmap", ["--adopt-cache"])
     refuse_together(arguments, "--control", ["--proxy", "--inetd", "--connected-fd"])
     if arguments["--negotiated"] and not arguments["--connected-fd"]:
         raise ConfigurationError("--negotiated is for --connected-fd only", USAGE_ERROR)

@@ -46,8 +46,10 @@ class Snapshotter:
                 raise TaskFailed(f"{path} is no regular file: what makes the device can make snapshots of it")
             image = self._source.open(self._board)
             output = snapshot.open_output(path, self._source.size)
+            _refuse_if_shrunk(image)
             self._fill(image, output)
             self._source.write_back(self._board).check()  # what was read may be what the disk could not keep
+            _refuse_if_shrunk(image)
             name = snapshot.publish(output, self._name, status.st_mode & 0o666)
         except TimeoutError as error:
             raise TaskFailed(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}") from error
@@ -112,3 +114,9 @@ class Snapshotter:
                 if keeper.failed:
                     raise OSError(keeper.failed, os.strerror(keeper.failed))
             offset += extent.length
+
+
+def _refuse_if_shrunk(image: Image) -> None:
+    """Zeros would be kept where clients have errors. Raises `TaskFailed`."""
+    if image.readable() < image.size:
+        raise TaskFailed(f"the disk image has shrunk below its {image.size} bytes: what was behind its end is lost")

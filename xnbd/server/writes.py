@@ -8,6 +8,7 @@ refused has a payload too, which has to be taken off the wire.
 
 from __future__ import annotations
 
+import errno
 from functools import partial
 from typing import List, Optional, Tuple
 
@@ -75,6 +76,7 @@ class Writes:
                 if self._disk.outdated:
                     self._deferred.renew()
                 try:
+                    self._refuse_if_shrunk(at + len(piece))
                     self._disk.image.write(at, piece)
                     self._counts[BYTES_WRITTEN] += len(piece)
                 except NotLocal as missing:
@@ -102,6 +104,12 @@ class Writes:
         if failure is not None:
             raise failure
         while left:
+            self._refuse_if_shrunk(left[-1][0] + len(left[-1][1]))
             self._disk.image.write(*left[-1])
             self._counts[BYTES_WRITTEN] += len(left.pop()[1])
         self._commands.acknowledge(cookie, flags, out)
+
+    def _refuse_if_shrunk(self, stop: int) -> None:
+        """Once more, for what is written some time after its request was checked. Raises `OSError`."""
+        if stop > self._disk.image.readable():
+            raise OSError(errno.EIO, "the disk image has shrunk")

@@ -2,7 +2,7 @@
 
 The layout is that of the C xNBD: little-endian 64-bit words, least significant bit
 first, the length rounded up to whole words, no header. As bytes: block *n* is bit
-``n % 8`` of byte ``n // 8``.
+``n % 8`` of byte ``n // 8``. Bits beyond the last block count nowhere.
 
 A bit that is set stays set. Setting one rewrites its byte, so whoever sets holds
 the lock of that byte (`storage.locks`); looking needs no lock, and what it finds
@@ -39,6 +39,17 @@ def _count_mixed(octets: bytes) -> int:
     if sys.version_info >= (3, 10):
         return int.from_bytes(octets, "little").bit_count()
     return sum(octets.translate(_POPULATION))
+
+
+def _beyond(blocks: int) -> int:
+    """A mask of the bits in the bitmap's last word that speak for no block."""
+    used = (blocks - 1) % (_WORD * BLOCKS_PER_BYTE) + 1
+    return (1 << 64) - (1 << used)
+
+
+def count_beyond(last_word: bytes, blocks: int) -> int:
+    """How many of the bits that speak for no block are set, which count nowhere."""
+    return bin(int.from_bytes(last_word, "little") & _beyond(blocks)).count("1")
 
 
 _COUNTED_AT_ONCE = 1 << 20
@@ -103,7 +114,8 @@ class Bitmap:
     def count(self) -> int:
         """How many blocks are set."""
         size, step = bitmap_size(self.blocks), _COUNTED_AT_ONCE
-        return sum(count_bits(self.octets[at : min(at + step, size)]) for at in range(0, size, step))
+        count = sum(count_bits(self.octets[at : min(at + step, size)]) for at in range(0, size, step))
+        return count - count_beyond(self.octets[size - _WORD : size], self.blocks)
 
     def shares(self, cells: int) -> List[float]:
         """Which share of the blocks is set, in each of *cells* parts of the disk; 1 only if all of them are."""

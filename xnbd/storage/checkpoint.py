@@ -25,6 +25,7 @@ that fails for another reason than a write-back; after that there is none any mo
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
@@ -119,7 +120,7 @@ class ProcessState:
         os.pwrite(self._state_fd, NUMBER.pack(number), BEGUN)
         pages = self._claim()
         if not pages:
-            self.write_back.sync(cache_fd)
+            self._sync_cache(cache_fd)
         for at in range(0, len(pages), _PAGES_AT_ONCE):
             self._save(pages[at : at + _PAGES_AT_ONCE], cache_fd)
         os.pwrite(self._state_fd, NUMBER.pack(number), SUCCEEDED)
@@ -138,12 +139,18 @@ class ProcessState:
         live, head, layout = self.bitmap.octets, self._head, self._layout
         free = [page for page in pages if not self._fills.held_elsewhere(page * PAGE, PAGE)]
         copies = [live[page * PAGE : (page + 1) * PAGE] for page in pages]
-        self.write_back.sync(cache_fd)
+        self._sync_cache(cache_fd)
         for page, copy in zip(pages, copies):
             space.write_all(self._state_fd, memoryview(copy), layout.durable + page * PAGE)
         self.write_back.sync(self._state_fd)
         for page in free:
             head[layout.claimed + page] = 0
+
+    def _sync_cache(self, cache_fd: int) -> None:
+        """Raises `OSError`, also (EIO) if the cache image is too short: what was there is lost."""
+        self.write_back.sync(cache_fd)
+        if os.lseek(cache_fd, 0, os.SEEK_END) < self._layout.disk_size:
+            raise OSError(errno.EIO, "the cache image has shrunk")
 
     def _number(self, offset: int) -> int:
         return int(NUMBER.unpack_from(self._head, offset)[0])

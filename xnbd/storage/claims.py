@@ -11,6 +11,10 @@ Who starts looks, takes its byte, and looks again: of two that start at once at 
 one sees the other. It lets go then and tries again for a moment, in which servers
 that are about to end or to be switched get that done.
 
+Proxies on one cache share its bitmap: each shows by one byte more, which follows from
+the cache's id in the state file, which bitmap that is, and does not start while another
+one holds another such byte.
+
 Where the file system has no such locks nobody is refused.
 """
 
@@ -30,6 +34,7 @@ DISK = CACHE + 4096
 
 FAILED = DISK + 4096
 """Locked likewise by a server that was told of a failed write-back (`storage.writeback`)."""
+_BITMAPS, _BITMAPS_COUNT = 1 << 61, 1 << 60
 
 _TRIES = 50
 _LONGEST_PAUSE = 0.1
@@ -37,6 +42,10 @@ _LONGEST_PAUSE = 0.1
 
 class ImageInUse(Exception):
     """Another server uses the image in the other way."""
+
+
+class OtherBitmap(ImageInUse):
+    """Another proxy uses the image with another bitmap."""
 
 
 def attempts() -> Iterator[None]:
@@ -54,6 +63,21 @@ def try_claim(fd: int, use: int) -> bool:
     _hold(fd, use)
     if _is_claimed(fd, other):
         _let_go(fd, use)
+        return False
+    return True
+
+
+def try_claim_for(fd: int, cache_id: bytes) -> bool:
+    """Tell other proxies that the cache behind *fd* is in use with the bitmap of *cache_id*; False if one has another.
+
+    For who has claimed it as `CACHE`.
+    """
+    byte = _BITMAPS + int.from_bytes(cache_id[:7], "little")
+    if _is_claimed_for_others(fd, byte):
+        return False
+    _hold(fd, byte)
+    if _is_claimed_for_others(fd, byte):
+        _let_go(fd, byte)
         return False
     return True
 
@@ -99,6 +123,16 @@ def _refusal(path: str) -> ConfigurationError:
 def _is_claimed(fd: int, use: int) -> bool:
     try:
         return SharedLocks(fd).held_elsewhere(use)
+    except OSError:
+        return False
+
+
+def _is_claimed_for_others(fd: int, byte: int) -> bool:
+    locks, end = SharedLocks(fd), _BITMAPS + _BITMAPS_COUNT
+    try:
+        return locks.some_held_elsewhere(byte + 1, end - byte - 1) or (
+            byte > _BITMAPS and locks.some_held_elsewhere(_BITMAPS, byte - _BITMAPS)
+        )
     except OSError:
         return False
 

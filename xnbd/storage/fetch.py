@@ -17,6 +17,7 @@ again that of `storage.turns`. The rules that keep the cache right:
 from __future__ import annotations
 
 import errno
+import os
 import select
 from time import monotonic, thread_time
 from typing import Any, List, NamedTuple, Optional, Tuple, Union
@@ -146,8 +147,17 @@ class Fetcher(Background):
                 at += extent.length
 
     def claim(self, first: int, end: int) -> bool:
-        """Lock these blocks to write them; False if another process has some. Else always followed by `give_back`."""
+        """Lock these blocks to write them; False if another process has some. Else always followed by `give_back`.
+
+        Raises `OSError` if the cache is too short.
+        """
+        self._refuse_if_shrunk()
         return self._locks.claim(first, end)
+
+    def _refuse_if_shrunk(self) -> None:
+        """What was behind the cache's new end is lost: who made it longer again would have zeros read there."""
+        if os.lseek(self._cache.fd, 0, os.SEEK_END) < self._size:
+            raise OSError(errno.EIO, "the cache image has shrunk")
 
     def mark_local(self, first: int, end: int) -> None:
         """These blocks, which are claimed, were written: what is still fetched of them is not."""
@@ -366,6 +376,7 @@ class Fetcher(Background):
         if token.error or self._closing:
             return
         try:
+            self._refuse_if_shrunk()
             if token.mixed:
                 for at, count in self._missing(offset, len(data)):
                     self._cache.write(at, data[at - offset : at - offset + count])
@@ -378,6 +389,7 @@ class Fetcher(Background):
         if token.error or self._closing:
             return
         try:
+            self._refuse_if_shrunk()
             self._zero(offset, length)
         except OSError as error:
             self._on_cache_failure(token, error)

@@ -13,7 +13,7 @@ import fcntl
 import os
 import struct
 import time
-from typing import Callable, Optional, Tuple
+from typing import Callable, Iterator, Optional, Tuple
 
 _FLOCK = struct.Struct("hhqqi4x")
 _BUSY = (errno.EAGAIN, errno.EACCES)
@@ -78,7 +78,36 @@ class SharedLocks:
 
     def held_elsewhere(self, byte: int) -> bool:
         """Whether such a lock is held through another opening of the file; a longer one is somebody else's business."""
-        return _first_in_the_way(self._fd, byte, 1) == (fcntl.F_RDLCK, byte, 1)
+        return self.some_held_elsewhere(byte, 1)
+
+    def some_held_elsewhere(self, start: int, count: int) -> bool:
+        """Whether such a lock is held on one of these bytes, on none of which *fd* has one itself.
+
+        The kernel names but one lock that is in the way. Where that is somebody else's,
+        ``/proc`` tells of all.
+        """
+        kind, _, length = _first_in_the_way(self._fd, start, count)
+        if kind == fcntl.F_UNLCK:
+            return False
+        if (kind, length) == (fcntl.F_RDLCK, 1):
+            return True
+        return any(start <= byte < start + count for byte in _shared_bytes(self._fd))
+
+
+def _shared_bytes(fd: int) -> Iterator[int]:
+    """The bytes of the file behind *fd* that have a shared lock of their own, this process's included.
+
+    A file is told by its inode, and by the device if that is what ``stat(2)`` says, which is not so everywhere.
+    """
+    status = os.fstat(fd)
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with open("/proc/locks", encoding="ascii", errors="replace") as locks:
+        found = [line.split() for line in locks if " OFDLCK " in line and f":{status.st_ino} " in line]
+    if any(fields[5] == place for fields in found if len(fields) == 8):
+        found = [fields for fields in found if fields[5] == place]
+    for fields in found:
+        if len(fields) == 8 and fields[3] == "READ" and fields[6] == fields[7]:
+            yield int(fields[6])
 
 
 def _set(fd: int, kind: int, start: int, count: int) -> None:

@@ -6,12 +6,18 @@ it whose data never reached the disk, so beside it, in ``CACHE_BITMAP_IMAGE.stat
 (`storage.state_format`), lies the **durable** copy, which speaks only of what is on
 stable storage (`storage.checkpoint`). Which of them counts, the header tells:
 
-- written in this boot, or closed cleanly: the live bitmap;
-- in another boot, and not closed, or after a write-back that failed
+- closed cleanly: they are alike. Where they are not, the one that has the checksum
+  that was noted;
+- not closed, in this boot and on these mounts: the live bitmap, which differs from the
+  durable copy only where that is noted;
+- not closed, in another boot or on another mount, or after a write-back that failed
   (`storage.writeback`): the durable copy, which replaces the live one;
 - no boot at all: the files are being made. The state file comes into its place
   before the bitmap, and whoever finds it so makes an empty bitmap;
-- no state file: the bitmap of a C xNBD, which is taken over as it is.
+- no state file: the bitmap of a C xNBD, which is taken over as it is, unless the cache
+  image says that it was not.
+
+The state file names the cache image that it speaks of (`storage.belonging`).
 
 The **board** (`storage.board`) lies in ``CACHE_BITMAP_IMAGE.board`` as long as servers
 use the files.
@@ -33,8 +39,9 @@ from typing import NamedTuple, Optional, Tuple
 from ..errors import ConfigurationError
 from ..logs import log
 from ..process import closed_on_error
-from . import claims
+from . import belonging, claims
 from . import state_files as files
+from .belonging import NO_ID, NO_TIE, Tie
 from .board import TARGET, Board, board_size
 from .checkpoint import ProcessState
 from .locks import RangeLocks
@@ -53,25 +60,59 @@ BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 def open_state(
-    bitmap_path: str, cache_fd: int, *, disk_size: int, origin: str, clear: bool = False, boot_id_path: str = BOOT_ID
+    bitmap_path: str,
+    cache_fd: int,
+    *,
+    disk_size: int,
+    origin: str,
+    clear: bool = False,
+    adopt: bool = False,
+    boot_id_path: str = BOOT_ID,
 ) -> SharedState:
     """The bitmap at *bitmap_path* of a cache of *disk_size* bytes of the disk at *origin*.
 
     For the master, before it forks. *cache_fd* is the cache image: it is synced
     before the durable copy speaks of it. With *clear* no block is cached, whatever
-    the files said, if nobody uses them. *origin* is where the disk was when the
-    bitmap was made, or where it has been moved to since. Raises `ConfigurationError`,
-    and `claims.ImageInUse` if another server serves the cache image as a disk by itself.
+    the files said, if nobody uses them. With *adopt* somebody vouches that the cache
+    image has what the bitmap says, whatever speaks against it. *origin* is where the disk
+    was when the bitmap was made, or where it has been moved to since. Raises
+    `ConfigurationError`, and `claims.ImageInUse` if another server serves the cache image
+    as a disk by itself, or `claims.OtherBitmap`.
     """
     path = os.path.realpath(bitmap_path)
     try:
         header = Header(disk_size, identity(origin), _read_boot_id(boot_id_path), clean=False)
         for _ in claims.attempts():
-            with suppress(claims.ImageInUse):
-                return _Opening(path, cache_fd, layout_of(disk_size), header).run(clear)
+            try:
+                return _Opening(path, cache_fd, layout_of(disk_size), header, adopt).run(clear)
+            except claims.ImageInUse as error:
+                in_use = error
     except OSError as error:
         raise ConfigurationError(f"cannot use cache bitmap {path} with its state file: {error.strerror}") from error
-    raise claims.ImageInUse
+    raise in_use
+
+
+def has_cached_blocks(bitmap_path: str) -> bool:
+    """Whether some block is cached, as far as the bitmap or its durable copy say."""
+    path = os.path.realpath(bitmap_path)
+    return _has_bits(path, 0) or _has_bits(path + SUFFIX, None)
+
+
+def _has_bits(path: str, start: Optional[int]) -> bool:
+    """In the bitmap at *start* of the file; None: where its header says."""
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            if start is None:
+                start = layout_of(files.read_header(file.fileno()).disk_size).durable
+            file.seek(start)
+            return any(part.count(0) != len(part) for part in iter(lambda: file.read(1 << 20), b""))
+    except (OSError, BadHeader):
+        return False
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A FIFO keeps nobody waiting; whoever opens it to use it refuses it."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 class Known(NamedTuple):
@@ -113,7 +154,7 @@ def is_switched(bitmap_path: str) -> bool:
         return False
     try:
         if files.is_alone(state_fd):
-            return _was_switched(path, state_fd, _read_boot_id(BOOT_ID))
+            return _was_switched(path, state_fd, _read_boot_id(BOOT_ID), belonging.mount_of(state_fd))
         return _board_says_target(path)
     except (OSError, ValueError, ConfigurationError, BadHeader):
         return False
@@ -127,14 +168,15 @@ def _board_says_target(path: str) -> bool:
         return board.mode == TARGET
 
 
-def _was_switched(path: str, state_fd: int, boot_id: bytes) -> bool:
+def _was_switched(path: str, state_fd: int, boot_id: bytes, mount: int) -> bool:
     """Whether the last servers, which are gone, have left the disk as a plain target. Raises `BadHeader`.
 
     The state file says so from before the switch: who died then has left a board that says otherwise.
     """
     if not files.read_steering(state_fd).switched:
         return False
-    if files.read_header(state_fd).boot_id != boot_id:
+    header = files.read_header(state_fd)
+    if header.boot_id != boot_id or header.tie.state_mount not in (mount, belonging.UNKNOWN):
         return True  # and nobody knows what a power failure has left of the board
     try:
         return _board_says_target(path)
@@ -208,8 +250,9 @@ class SharedState:
                     process.checkpoint(cache_fd)
                 if alone:
                     self.write_back.sync(self._bitmap_fd)
+                    self.write_back.sync(cache_fd, metadata=True)  # its mark and its time of change, too
                     self._forget_broken_switch()
-                    files.write_header(self._state_fd, self._header._replace(clean=True))
+                    files.write_header(self._state_fd, self._closed_header(cache_fd))
                     os.unlink(self._path + BOARD_SUFFIX)
             except WriteBackFailed:
                 files.put_header(self._state_fd, self._header)
@@ -219,10 +262,19 @@ class SharedState:
                 files.leave(self._state_fd)
         return alone
 
+    def _closed_header(self, cache_fd: int) -> Header:
+        tie = self._header.tie._replace(
+            previous=belonging.NO_SESSION,
+            changed=belonging.place_of(cache_fd).changed,
+            checksum=files.checksum(self._bitmap_fd, self._layout, 0),
+        )
+        return self._header._replace(clean=True, tie=tie)
+
     def _forget_broken_switch(self) -> None:
         """Before the board goes, which tells of it."""
         steering = self.steering
-        if steering.switched and not _was_switched(self._path, self._state_fd, self._header.boot_id):
+        header = self._header
+        if steering.switched and not _was_switched(self._path, self._state_fd, header.boot_id, header.tie.state_mount):
             files.write_steering(self._state_fd, steering._replace(switched=False))
 
     def _open(self) -> Tuple[ProcessState, int]:
@@ -241,12 +293,13 @@ class SharedState:
 class _Opening:
     """The way of one server into the files, whose header has to become *header*."""
 
-    def __init__(self, path: str, cache_fd: int, layout: Layout, header: Header) -> None:
+    def __init__(self, path: str, cache_fd: int, layout: Layout, header: Header, adopt: bool) -> None:
         self._path = path
         self._state_path = path + SUFFIX
         self._cache_fd = cache_fd
         self._layout = layout
         self._header = header
+        self._adopt = adopt
 
     def run(self, clear: bool) -> SharedState:
         while True:
@@ -302,7 +355,7 @@ class _Opening:
         bitmap_fd = self._open_bitmap()
         try:
             fd, at = (state_fd, self._layout.durable) if recover else (bitmap_fd, 0)
-            missing = self._layout.blocks - files.count_set(fd, self._layout.bitmap_size, at)
+            missing = self._layout.blocks - files.count_set(fd, self._layout, at)
         finally:
             os.close(bitmap_fd)
         if missing:
@@ -311,20 +364,59 @@ class _Opening:
                 "serve the cache image with --target, or start afresh with --clear-bitmap"
             )
 
-    def _create(self, state_fd: int, clear: bool) -> None:
-        """Make the new file behind *state_fd* the state file; there is none yet, or it may go."""
+    # Making
+
+    def _create(self, state_fd: int, clear: bool, old: Tie = NO_TIE) -> None:
+        """Make the new file behind *state_fd* the state file; there is none yet, or the one with *old* may go."""
         try:
+            self._bind(self._tie_to_begin_with(state_fd, old))
             self._claim_cache(alone=True)
+            take_over = not clear and os.path.lexists(self._path)
+            if take_over:
+                self._refuse_own_bitmap()
+            elif clear:
+                self._refuse_to_clear()
+            elif belonging.holds_data(self._cache_fd):
+                raise self._refusal(f"there is no {self._path}, but the cache image holds data")
             os.ftruncate(state_fd, 0)
             files.allocate(state_fd, self._layout.size)
-            if not clear and os.path.lexists(self._path):
+            if take_over:
                 self._take_over(state_fd)
             else:
+                self._mark()
                 self._make(state_fd)
                 log.info("cache bitmap %s: %s", self._path, "cleared" if clear else "new, nothing is cached yet")
         except BaseException:
             self._remove_unfinished()
             raise
+
+    def _tie_to_begin_with(self, state_fd: int, old: Tie) -> Tie:
+        """What the *old* state file has put on the cache image stays: until the new one is there the old one counts."""
+        tie, mark = belonging.new_tie(self._cache_fd, state_fd), belonging.read_mark(self._cache_fd)
+        return tie._replace(id=mark.id, session=mark.session) if mark is not None and mark.id == old.id else tie
+
+    def _refuse_own_bitmap(self) -> None:
+        """A bitmap without a state file was left by a C xNBD, but not if this program has made it."""
+        bitmap_fd = self._open_bitmap()
+        try:
+            own = belonging.read_mark(self._cache_fd) is not None or belonging.is_marked_bitmap(bitmap_fd)
+        finally:
+            os.close(bitmap_fd)
+        if own and not self._adopt:
+            raise self._refusal(
+                f"{self._state_path} is gone, which {self._path} had; --adopt-cache believes the bitmap as it is"
+            )
+
+    def _refuse_to_clear(self) -> None:
+        """What has no state file and is no bitmap of this disk is something else that was named by mistake."""
+        with suppress(FileNotFoundError):
+            found = os.stat(self._path, follow_symlinks=False).st_size
+            known = os.path.lexists(self._state_path) or belonging.is_marked_bitmap(self._path)
+            if found not in (0, self._layout.bitmap_size) and not known:
+                raise ConfigurationError(
+                    f"{self._path} has {found} bytes and is no bitmap of a disk of {self._header.disk_size} bytes: "
+                    "it is not replaced; remove it if it was one"
+                )
 
     def _make(self, state_fd: int) -> None:
         files.write_header(state_fd, self._header._replace(boot_id=NO_BOOT))
@@ -338,6 +430,7 @@ class _Opening:
         fd = files.open_regular(self._path + NEW, os.O_CREAT | os.O_TRUNC)
         try:
             files.allocate(fd, self._layout.bitmap_size)
+            belonging.mark_bitmap(fd)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -357,6 +450,8 @@ class _Opening:
             os.close(bitmap_fd)
         os.fsync(state_fd)
         files.publish(self._state_path)
+        self._mark()  # not before: a bitmap without a state file and a cache image with a mark are no C xNBD's
+        files.write_header(state_fd, self._header)
         log.info("cache bitmap %s: taken over, it has no state file: left by a C xNBD?", self._path)
 
     def _replace(self, old_fd: int) -> SharedState:
@@ -364,20 +459,41 @@ class _Opening:
             raise ConfigurationError(f"cache bitmap {self._path} is in use: stop its servers before --clear-bitmap")
         state_fd = files.open_locked(self._state_path + NEW, os.O_CREAT)
         with closed_on_error(state_fd):
-            self._create(state_fd, clear=True)
+            self._create(state_fd, True, self._tie_of(old_fd))
             shared = self._share(state_fd)
         os.close(old_fd)
         return shared
 
+    @staticmethod
+    def _tie_of(state_fd: int) -> Tie:
+        try:
+            return files.read_header(state_fd).tie
+        except BadHeader:
+            return NO_TIE
+
+    # Going on
+
     def _resume(self, state_fd: int) -> None:
         found = self._check_state(state_fd)
         alone, same_boot = files.is_alone(state_fd), found.boot_id == self._header.boot_id
-        recover = (not same_boot and not found.clean) or files.read_failure(state_fd) is not None
-        if alone and _was_switched(self._path, state_fd, self._header.boot_id):
+        mounts = belonging.mount_of(self._cache_fd), belonging.mount_of(state_fd)
+        lived = same_boot and _has_lived(found.tie, mounts)
+        recover = not (found.clean or lived) or files.read_failure(state_fd) is not None
+        switched = alone and _was_switched(self._path, state_fd, self._header.boot_id, mounts[1])
+        if switched:
             self._refuse_if_incomplete(state_fd, recover=recover)
         if not alone and not same_boot:
             raise ConfigurationError(f"cache bitmap {self._path} is in use on another machine: stop that server first")
+        if not alone and found.tie.id == NO_ID:
+            raise ConfigurationError(
+                f"cache bitmap {self._path} is in use by an older xnbd-server: stop that one first"
+            )
+        fresh = belonging.new_tie(self._cache_fd, state_fd) if found.tie.id == NO_ID else found.tie
+        self._bind(fresh)
         self._claim_cache(alone=alone)
+        if lived and files.shown_session(state_fd) == found.tie.session:
+            found = found._replace(tie=found.tie._replace(previous=belonging.NO_SESSION))
+        self._check_cache(found, state_fd, alone=alone, switched=switched)
         if found.boot_id == NO_BOOT:
             self._make_bitmap()
             files.publish(self._path)
@@ -386,17 +502,92 @@ class _Opening:
             bitmap_fd = self._open_bitmap()
             try:
                 if alone:
-                    self._settle_or_recover(bitmap_fd, state_fd, recover=recover)
+                    recover = recover or self._durable_copy_counts(found, bitmap_fd, state_fd)
+                    self._settle_or_recover(bitmap_fd, state_fd, recover=recover, found=found)
                 else:
                     log.info("cache bitmap %s: resumed, shared with another server", self._path)
             finally:
                 os.close(bitmap_fd)
-        if found != self._header:
+        if alone:
+            self._begin_session(state_fd, found.tie)
+        elif found.clean:
             files.write_header(state_fd, self._header)
+
+    def _bind(self, tie: Tie) -> None:
+        self._header = self._header._replace(tie=tie)
+
+    def _mark(self) -> None:
+        """Put id and session on the cache image, durably."""
+        marked = belonging.write_mark(self._cache_fd, self._header.tie)
+        if marked:
+            os.fsync(self._cache_fd)
+        self._bind(self._header.tie._replace(marked=marked))
+
+    def _begin_session(self, state_fd: int, found: Tie) -> None:
+        """Tie the files together anew. A power failure may leave the old session on the cache image."""
+        # What was killed, or copied here, may not be on the disk yet, nor its mark.
+        files.write_back(state_fd).sync(self._cache_fd, metadata=True)
+        mark = belonging.read_mark(self._cache_fd)
+        self._bind(belonging.renewed(self._header.tie, self._cache_fd, state_fd))
+        if not found.marked or mark is None or mark.id != found.id:
+            self._mark()
+            files.write_header(state_fd, self._header)
+            files.note_shown(state_fd, self._header.tie.session)
+            return
+        self._bind(self._header.tie._replace(previous=mark.session))
+        files.write_header(state_fd, self._header)
+        if not belonging.write_mark(self._cache_fd, self._header.tie):
+            self._bind(self._header.tie._replace(marked=False))
+            files.write_header(state_fd, self._header)
+        files.note_shown(state_fd, self._header.tie.session)
+
+    def _check_cache(self, found: Header, state_fd: int, *, alone: bool, switched: bool) -> None:
+        """Raises `ConfigurationError` if the files speak of another cache image, or of this one at another time."""
+        if found.tie.id == NO_ID or (self._adopt and alone):
+            return
+        reason = belonging.stranger(found.tie, self._cache_fd, clean=found.clean, switched=switched)
+        if not reason or (alone and self._is_nothing_cached(state_fd) and not belonging.holds_data(self._cache_fd)):
+            return
+        raise self._refusal(
+            f"the cache image {reason}; put the right one back, or if all of {self._path} is in this one believe it "
+            "with --adopt-cache"
+        )
+
+    def _is_nothing_cached(self, state_fd: int) -> bool:
+        if files.count_set(state_fd, self._layout, self._layout.durable):
+            return False
+        bitmap_fd = self._open_bitmap()
+        try:
+            return not files.count_set(bitmap_fd, self._layout, 0)
+        finally:
+            os.close(bitmap_fd)
+
+    def _durable_copy_counts(self, found: Header, bitmap_fd: int, state_fd: int) -> bool:
+        """Of files that nobody uses and whose live bitmap has lived, or that were closed cleanly.
+
+        Raises `ConfigurationError` if they contradict each other, and nobody can tell which of them is right.
+        """
+        different = list(files.differences(bitmap_fd, state_fd, self._layout))
+        if not different or self._adopt:
+            return False
+        if found.clean and found.tie.id != NO_ID:
+            if files.checksum(state_fd, self._layout, self._layout.durable) == found.tie.checksum:
+                return True
+            if files.checksum(bitmap_fd, self._layout, 0) == found.tie.checksum:
+                return False
+        elif not found.clean and all(files.is_noted(state_fd, self._layout, difference) for difference in different):
+            return False
+        more, fewer = sum(d.forgotten for d in different), sum(d.missing for d in different)
+        raise self._refusal(
+            f"{self._path} has {more} blocks that its copy in {self._state_path} has not, and lacks {fewer}; put the "
+            "right files back, or believe the bitmap with --adopt-cache"
+        )
 
     def _claim_cache(self, *, alone: bool) -> None:
         """Before anything is changed. Raises `claims.ImageInUse`, but not for siblings that have been switched."""
         if claims.try_claim(self._cache_fd, claims.CACHE):
+            if not claims.try_claim_for(self._cache_fd, self._header.tie.id):
+                raise claims.OtherBitmap
             return
         if alone or not self._siblings_are_targets():
             raise claims.ImageInUse
@@ -408,14 +599,14 @@ class _Opening:
         except (OSError, ValueError):
             return False
 
-    def _settle_or_recover(self, bitmap_fd: int, state_fd: int, *, recover: bool) -> None:
+    def _settle_or_recover(self, bitmap_fd: int, state_fd: int, *, recover: bool, found: Header) -> None:
         """`_settle`, which may hear of a write-back that failed under servers that were killed."""
         try:
-            self._settle(bitmap_fd, state_fd, recover=recover)
+            self._settle(bitmap_fd, state_fd, recover=recover, found=found)
         except WriteBackFailed:
-            self._settle(bitmap_fd, state_fd, recover=True)
+            self._settle(bitmap_fd, state_fd, recover=True, found=found)
 
-    def _settle(self, bitmap_fd: int, state_fd: int, *, recover: bool) -> None:
+    def _settle(self, bitmap_fd: int, state_fd: int, *, recover: bool, found: Header) -> None:
         """Make live bitmap and durable copy agree; nobody else uses them."""
         self._remove_unfinished()
         files.allocate(bitmap_fd, self._layout.bitmap_size)
@@ -427,7 +618,7 @@ class _Opening:
             for difference in different:
                 files.restore_durable(bitmap_fd, difference)
                 forgotten += difference.forgotten
-            self._end_recovery(bitmap_fd, state_fd, forgotten)
+            self._end_recovery(bitmap_fd, state_fd, found, forgotten)
             return
         for difference in different:
             files.claim(state_fd, self._layout, difference.page)
@@ -435,17 +626,23 @@ class _Opening:
         with closing(process):
             if process.changed:
                 process.checkpoint(self._cache_fd)
+            else:
+                process.write_back.sync(self._cache_fd)
         log.info("cache bitmap %s: resumed", self._path)
 
-    def _end_recovery(self, bitmap_fd: int, state_fd: int, forgotten: int) -> None:
+    def _end_recovery(self, bitmap_fd: int, state_fd: int, found: Header, forgotten: int) -> None:
         """The durable copy has replaced the live bitmap: after a failed write-back nothing else may come back."""
         failure = files.read_failure(state_fd)
-        if failure is None:
-            log.warning("cache bitmap %s: recovered after a power failure, %d blocks forgotten", self._path, forgotten)
-            return
-        drop_cached(self._cache_fd)
-        files.forget_failure(bitmap_fd, state_fd, self._layout)
-        what = f"recovered after a failed write-back ({os.strerror(failure.number)})"
+        if failure is not None:
+            drop_cached(self._cache_fd)
+            files.forget_failure(bitmap_fd, state_fd, self._layout)
+            what = f"recovered after a failed write-back ({os.strerror(failure.number)})"
+        elif found.clean:
+            what = "repaired from its copy in the state file, for it was changed while it was closed"
+        elif found.boot_id != self._header.boot_id:
+            what = "recovered after a power failure"
+        else:
+            what = "recovered, for its servers died and the mount is another one than theirs"
         log.warning("cache bitmap %s: %s, %d blocks forgotten", self._path, what, forgotten)
 
     def _check_state(self, state_fd: int) -> Header:
@@ -493,3 +690,8 @@ class _Opening:
     def _remove_unfinished(self) -> None:
         for path in (self._state_path, self._path):
             files.remove_unfinished(path)
+
+
+def _has_lived(tie: Tie, mounts: Tuple[int, int]) -> bool:
+    """Whether the files lie on the same *mounts* as when servers used them, as far as that was noted."""
+    return tie.id == NO_ID or (tie.cache_mount, tie.state_mount) == mounts

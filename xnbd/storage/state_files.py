@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+import zlib
 from contextlib import contextmanager
 from typing import Iterator, NamedTuple, Optional
 
 from ..errors import ConfigurationError
 from ..process import closed_on_error
 from . import space
-from .bitmap import count_bits
+from .belonging import SESSION_SIZE
+from .bitmap import count_beyond, count_bits
 from .locks import RangeLocks, do_nothing
 from .state_format import (
     BEGUN,
@@ -18,6 +20,7 @@ from .state_format import (
     HEADER_SIZE,
     OPENING,
     PAGE,
+    SHOWN,
     STEERING,
     STEERING_SIZE,
     USERS,
@@ -132,6 +135,15 @@ def read_failure(state_fd: int) -> Optional[Failure]:
     return failure_record(state_fd).read()
 
 
+def shown_session(state_fd: int) -> bytes:
+    """The session that was put on the cache image; means something while one system runs."""
+    return os.pread(state_fd, SESSION_SIZE, SHOWN)
+
+
+def note_shown(state_fd: int, session: bytes) -> None:
+    space.write_all(state_fd, memoryview(session), SHOWN)
+
+
 def allocate(fd: int, size: int) -> None:
     """Have the file system keep space for *size* bytes: storing into the mapping must not fail for want of it."""
     os.posix_fallocate(fd, 0, size)
@@ -164,6 +176,12 @@ class Difference(NamedTuple):
         live, durable = (int.from_bytes(octets, "little") for octets in (self.live, self.durable))
         return bin(live & ~durable).count("1")
 
+    @property
+    def missing(self) -> int:
+        """How many bits are set in the durable copy only."""
+        live, durable = (int.from_bytes(octets, "little") for octets in (self.live, self.durable))
+        return bin(durable & ~live).count("1")
+
 
 def differences(bitmap_fd: int, state_fd: int, layout: Layout) -> Iterator[Difference]:
     """All pages that differ, by reading both in full: some 0.1 s for a disk of 4 TiB."""
@@ -179,10 +197,29 @@ def differences(bitmap_fd: int, state_fd: int, layout: Layout) -> Iterator[Diffe
                 yield Difference((start + at) // PAGE, *pages)
 
 
-def count_set(fd: int, length: int, offset: int) -> int:
-    """How many bits are set in *length* bytes at *offset*."""
-    parts = (space.read_exactly(fd, min(_CHUNK, length - at), offset + at) for at in range(0, length, _CHUNK))
-    return sum(map(count_bits, parts))
+def count_set(fd: int, layout: Layout, offset: int) -> int:
+    """How many blocks are set in the bitmap at *offset*."""
+    last_word = space.read_exactly(fd, 8, offset + layout.bitmap_size - 8)
+    return sum(map(count_bits, _parts(fd, layout, offset))) - count_beyond(last_word, layout.blocks)
+
+
+def checksum(fd: int, layout: Layout, offset: int) -> int:
+    """CRC-32 of the bitmap at *offset*."""
+    result = 0
+    for part in _parts(fd, layout, offset):
+        result = zlib.crc32(part, result)
+    return result
+
+
+def _parts(fd: int, layout: Layout, offset: int) -> Iterator[bytes]:
+    for at in range(0, layout.bitmap_size, _CHUNK):
+        yield space.read_exactly(fd, min(_CHUNK, layout.bitmap_size - at), offset + at)
+
+
+def is_noted(state_fd: int, layout: Layout, difference: Difference) -> bool:
+    """Whether the page may differ so between two checkpoints: it is marked, and has what the durable copy has."""
+    marks = (os.pread(state_fd, 1, start + difference.page) for start in (layout.dirty, layout.claimed))
+    return any(mark != b"\0" for mark in marks) and not difference.missing
 
 
 def save_live(state_fd: int, layout: Layout, difference: Difference) -> None:

@@ -8,6 +8,7 @@ offset                  content
 2048, 2056              numbers of the checkpoint begun last and of the last one
                         that succeeded, 8 bytes each, of the machine's own endianness
 2064                    the first write-back that failed, 16 bytes: `writeback.Record`
+2304                    the session that the cache image is known to bear, 8 bytes
 2560                    what was changed while servers ran: `Steering`
 4096                    dirty map: one byte for every page of the live bitmap
 then, at a page's start  map of the pages in the hands of a checkpoint, likewise
@@ -18,9 +19,12 @@ A page has 4,096 bytes, whatever the machine thinks. Numbers and maps mean somet
 while one system runs, the rest for good. Any byte but 0 is a mark.
 
 The header, little-endian: magic (8 bytes), version, block size, flags (4 bytes each;
-flag 1: closed cleanly), disk size (8), boot id (16; zeros: the bitmap is yet to be
-made), length of the origin's identity (4), that identity (256), CRC-32 of all that
-precedes (4).
+flag 1: closed cleanly, 2: the cache image bears its mark), disk size (8), boot id (16;
+zeros: the bitmap is yet to be made), length of the origin's identity (4), that identity
+(256); from version 2 on what is known of the cache image (`belonging.Tie`): id (16),
+session and previous session, its number, size and time of change, the mounts of cache
+and state file (8 each), CRC-32 of the bitmap (4); in the end CRC-32 of all that precedes
+(4).
 
 Locks on bytes of this file (`storage.locks`): `OPENING` by whoever opens, creates or
 closes the files, `CHECKPOINT` during a checkpoint, for a moment `FAILURE` by who logs a
@@ -35,6 +39,7 @@ import struct
 import zlib
 from typing import Callable, Dict, NamedTuple, Optional
 
+from .belonging import NO_TIE, Tie
 from .bitmap import bitmap_size
 from .blocks import BLOCK, block_count
 
@@ -51,17 +56,19 @@ BEGUN = 2048
 SUCCEEDED = 2056
 FAILURE = 2064
 NUMBER = struct.Struct("Q")
+SHOWN = 2304
 STEERING = 2560
 STEERING_SIZE = PAGE - STEERING
 
 MAGIC = b"xNBD\r\n\x1as"
-VERSION = 1
+VERSION = 2
 HEADER_SIZE = 512
 NO_BOOT = bytes(16)
 
-_CLEAN = 1
+_CLEAN, _MARKED = 1, 2
 _PREFIX = struct.Struct("<8sI")
 _HEADER = struct.Struct("<8sIIIQ16sI256s")
+_TIE = struct.Struct("<16s8s8sQQqQQI")
 _CHECKSUM = struct.Struct("<I")
 _ORIGIN_SIZE = 256
 
@@ -91,13 +98,14 @@ def _whole_pages(length: int) -> int:
 
 
 class Header(NamedTuple):
-    """What does not change with every block; *origin* as `identity` makes it."""
+    """What does not change with every block; *origin* as `identity` makes it, *tie* to the cache image."""
 
     disk_size: int
     origin: bytes
     boot_id: bytes
     clean: bool
     block_size: int = BLOCK
+    tie: Tie = NO_TIE
 
 
 _STEERING = struct.Struct("<III")
@@ -160,12 +168,14 @@ def pack_header(header: Header) -> bytes:
         MAGIC,
         VERSION,
         header.block_size,
-        _CLEAN if header.clean else 0,
+        _CLEAN * header.clean | _MARKED * header.tie.marked,
         header.disk_size,
         header.boot_id,
         len(header.origin),
         header.origin,
     )
+    id_, session, previous, _, *numbers = header.tie
+    packed += _TIE.pack(id_, session, previous, *numbers)
     return (packed + _CHECKSUM.pack(zlib.crc32(packed))).ljust(HEADER_SIZE, b"\0")
 
 
@@ -181,12 +191,23 @@ def parse_header(data: bytes) -> Header:
 
 
 def _parse_version_1(data: bytes) -> Header:
-    packed = data[: _HEADER.size]
-    if _CHECKSUM.unpack_from(data, _HEADER.size)[0] != zlib.crc32(packed):
+    return _parse(data, _HEADER.size)
+
+
+def _parse_version_2(data: bytes) -> Header:
+    header = _parse(data, _HEADER.size + _TIE.size)
+    flags = _HEADER.unpack_from(data)[3]
+    id_, session, previous, *numbers = _TIE.unpack_from(data, _HEADER.size)
+    return header._replace(tie=Tie(id_, session, previous, bool(flags & _MARKED), *numbers))
+
+
+def _parse(data: bytes, size: int) -> Header:
+    """What all versions begin with; *size* bytes are followed by their checksum."""
+    if _CHECKSUM.unpack_from(data, size)[0] != zlib.crc32(data[:size]):
         raise BadHeader("is damaged: its checksum is wrong")
-    _, _, block_size, flags, disk_size, boot_id, length, origin = _HEADER.unpack(packed)
+    _, _, block_size, flags, disk_size, boot_id, length, origin = _HEADER.unpack_from(data)
     return Header(disk_size, origin[:length], boot_id, bool(flags & _CLEAN), block_size)
 
 
-_PARSERS: Dict[int, Callable[[bytes], Header]] = {1: _parse_version_1}
+_PARSERS: Dict[int, Callable[[bytes], Header]] = {1: _parse_version_1, 2: _parse_version_2}
 """One for every version ever released: files of all of them stay readable."""

@@ -20,7 +20,7 @@ import os
 import struct
 import time
 from contextlib import suppress
-from typing import NamedTuple, NoReturn, Optional
+from typing import Callable, NamedTuple, NoReturn, Optional
 
 from ..logs import log
 from . import claims
@@ -141,18 +141,21 @@ class WriteBack:
         if failure is not None:
             raise WriteBackFailed(failure)
 
-    def sync(self, fd: int) -> None:
-        """``fdatasync(2)``, which is worth something if no write-back has failed before. Raises `WriteBackFailed`."""
+    def sync(self, fd: int, *, metadata: bool = False) -> None:
+        """``fdatasync(2)``, which is worth something if no write-back has failed before. Raises `WriteBackFailed`.
+
+        With *metadata* ``fsync(2)``: attributes and times of the file too.
+        """
         self.check()
-        self._sync(fd)
+        self._sync(fd, os.fsync if metadata else os.fdatasync)
         if self.witness is not None:
-            self._sync(self.witness)
+            self._sync(self.witness, os.fdatasync)
             self.witness = None
         self.check()
 
-    def _sync(self, fd: int) -> None:
+    def _sync(self, fd: int, sync: Callable[[int], None]) -> None:
         try:
-            os.fdatasync(fd)
+            sync(fd)
         except OSError as error:
             self._fail(fd, error)
 
