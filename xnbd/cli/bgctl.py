@@ -1,16 +1,18 @@
 """xnbd-bgctl: steer a running xnbd-server through its control socket.
 
 Usage:
-  xnbd-bgctl --query [--json] [--map] CONTROL_SOCKET
-  xnbd-bgctl [--force] (--switch | --shutdown) CONTROL_SOCKET
-  xnbd-bgctl [--progress] [--blocks-per-request COUNT] [--limit-rate RATE]
-             --cache-all CONTROL_SOCKET
-  xnbd-bgctl [--blocks-per-request COUNT] [--limit-rate RATE]
-             --cache-all2 CONTROL_SOCKET
-  xnbd-bgctl [--exportname NAME]
+  xnbd-bgctl [--timeout SECONDS] --query [--json] [--map] CONTROL_SOCKET
+  xnbd-bgctl [--timeout SECONDS] [--force] (--switch | --shutdown)
+             CONTROL_SOCKET
+  xnbd-bgctl [--timeout SECONDS] [--progress] [--blocks-per-request COUNT]
+             [--limit-rate RATE] --cache-all CONTROL_SOCKET
+  xnbd-bgctl [--timeout SECONDS] [--blocks-per-request COUNT]
+             [--limit-rate RATE] --cache-all2 CONTROL_SOCKET
+  xnbd-bgctl [--timeout SECONDS] [--exportname NAME]
              --reconnect CONTROL_SOCKET REMOTE_HOST REMOTE_PORT
-  xnbd-bgctl [--exportname NAME] --reconnect CONTROL_SOCKET ORIGIN_URI
-  xnbd-bgctl --snapshot [--progress] CONTROL_SOCKET
+  xnbd-bgctl [--timeout SECONDS] [--exportname NAME]
+             --reconnect CONTROL_SOCKET ORIGIN_URI
+  xnbd-bgctl [--timeout SECONDS] --snapshot [--progress] CONTROL_SOCKET
   xnbd-bgctl --help
   xnbd-bgctl --version
 
@@ -41,6 +43,8 @@ Options:
   --limit-rate RATE     Copy no more bytes a second than RATE: 200M, 512K, ...
   --exportname NAME     The export to ask the new origin for (default: its
                         default one).
+  --timeout SECONDS     Give up when the server has said nothing for so long,
+                        not when a command takes long (default: 30).
   -h, --help            Show this text.
   --version             Show the version.
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Union
 
 from ..errors import ConfigurationError
-from .conversation import Conversation, Message, shown
+from .conversation import PATIENCE, Conversation, Message, shown
 from .quantities import counted, duration, percentage, size
-from .values import parse_integer, parse_size
+from .values import parse_integer, parse_seconds, parse_size
 
 if TYPE_CHECKING:
     from .progress_display import Display
@@ -22,7 +22,6 @@ Arguments = Dict[str, Any]
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
-_QUERY_TIMEOUT = 30.0
 _MAP_CELLS_FOR_PROGRAMS = 1024
 _MOST_BLOCKS = 8192
 
@@ -46,7 +45,7 @@ def _query(arguments: Arguments) -> None:
     cells = None
     if arguments["--map"]:
         cells = _MAP_CELLS_FOR_PROGRAMS if arguments["--json"] else cells_for(columns)
-    with Conversation(arguments["CONTROL_SOCKET"], _QUERY_TIMEOUT) as server:
+    with _connect(arguments) as server:
         answer = server.ask(command="query", map=cells)
     answer.pop("done", None)
     if arguments["--json"]:
@@ -151,7 +150,10 @@ _COMMANDS: Dict[str, Callable[[Arguments], None]] = {
 
 
 def _connect(arguments: Arguments) -> Conversation:
-    return Conversation(arguments["CONTROL_SOCKET"])
+    timeout = arguments["--timeout"]
+    return Conversation(
+        arguments["CONTROL_SOCKET"], PATIENCE if timeout is None else parse_seconds(timeout, "--timeout")
+    )
 
 
 @contextmanager

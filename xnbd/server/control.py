@@ -24,12 +24,17 @@ Commands = Mapping[str, Callable[[Message], Reply]]
 """A command takes the request and yields the lines of its reply, or None for "nothing yet, call again soon".
 
 It is closed (GeneratorExit) when its client goes away. It may raise `XnbdError`,
-whose text the client gets. The last line need not say that it is the last.
+whose text the client gets. The last line need not say that it is the last. A client
+that is told nothing for long gets a sign of life, so that it can tell a server that
+takes its time from one that hangs.
 """
 
 MAXIMUM_LINE = 64 << 10
 MAXIMUM_CONNECTIONS = 64
 TICK = 0.1
+SIGN_OF_LIFE = 1.0
+"""Seconds after which a client that waits for a command is told that it does."""
+
 _BACKLOG = 128
 _OUTPUT_LIMIT = 64 << 10
 _STEPS = 256
@@ -133,6 +138,7 @@ class _Connection:
         self._output = bytearray()
         self._reply: Optional[Reply] = None
         self._step_at = 0.0
+        self._told_at = 0.0
         self._unfinished = False
         self._no_more_input = False
 
@@ -242,6 +248,7 @@ class _Connection:
                 raise CommandError(f"there is no command {request['command'][:40]!r} here, only: {known}")
             self._reply = command(request)
             self._step_at = 0.0
+            self._told_at = monotonic()
         except Exception as error:
             self._fail(error)
 
@@ -251,7 +258,9 @@ class _Connection:
             message = next(reply, {"done": True})
             if message is None:
                 self._step_at = monotonic() + TICK
-                return False
+                if monotonic() < self._told_at + SIGN_OF_LIFE:
+                    return False
+                message = {"waiting": True}
             self._put(message)
             if message.get("done"):
                 self._end_reply()
@@ -268,6 +277,7 @@ class _Connection:
         self._end_reply()
 
     def _put(self, message: Message) -> None:
+        self._told_at = monotonic()
         self._output += json.dumps(message, allow_nan=False).encode() + b"\n"
 
     def _end_reply(self) -> None:

@@ -23,6 +23,7 @@ offset  content, of the machine's own endianness
 24      process that makes a snapshot, its descriptors of snapshot and bitmap (4 bytes each)
 40      bytes per second of that copy, 0 for any number (8 bytes)
 48      number of changes of mode and snapshot (4 bytes)
+60      whether what is fetched finds no room in the cache (1 byte)
 64      CRC-32, length (4 bytes each) and text of the origin's address
 16384   lines of `LINE` bytes, see `_LINE`
 ======  ========================================================================
@@ -49,6 +50,7 @@ _LINES_AT = 16384
 _FLAG, _MODE, _COPY_WANTED, _GENERATION, _CHECKPOINTS, _SNAPSHOT_AT, _CHANGES, _ADDRESS = 0, 1, 3, 4, 8, 24, 48, 64
 _SNAPSHOT = struct.Struct("=III")
 _COPY_RATE = 40
+_READS_THROUGH = 60
 _RATE = struct.Struct("=Q")
 _U32 = struct.Struct("=I")
 _CHECKPOINT = struct.Struct("=dQ")
@@ -169,6 +171,15 @@ class Board:
         if rate is not None:
             _RATE.pack_into(self._map, _COPY_RATE, rate)
             self._map[_COPY_WANTED] = 1
+
+    @property
+    def reads_through(self) -> bool:
+        """Whether the log was told that what is fetched finds no room in the cache (`storage.passage`)."""
+        return bool(self._map[_READS_THROUGH])
+
+    @reads_through.setter
+    def reads_through(self, told: bool) -> None:
+        self._map[_READS_THROUGH] = told
 
     def begin_snapshot(self, pid: int, output: int, bitmap: int) -> None:
         """From now on old blocks are kept; the gate is closed, and this process has the lock `SNAPSHOT`."""
