@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Iterator, List
 
 import pytest
-from caching import BLOCK, CacheFiles, query
+from caching import BLOCK, CacheFiles, bgctl, by_kind, query
 from conftest import MIB, Start
+from proxies import program
 from rawclient import READ, WRITE, RawClient, pack_request
 from relay import Relay
 from server_process import Server, run_seconds, wait_until
@@ -120,3 +122,21 @@ def test_with_a_limit_what_a_stopped_process_has_in_hand_is_an_error(
             assert other.read((FAR + 448) * BLOCK, BLOCK) == disk[(FAR + 448) * BLOCK : (FAR + 449) * BLOCK]
         wait_until(lambda: query(files.control)["queue"]["requests"] == 0, "the end of all that waits")
         assert other.read(8 * BLOCK, BLOCK) == disk[8 * BLOCK : 9 * BLOCK]
+
+
+def test_xnbd_bgctl_gives_up_on_a_stopped_steward(start: Start, files: CacheFiles, relay: Relay) -> None:
+    proxy = start(*files.arguments(relay.uri))
+    query(files.control)
+    (steward,) = by_kind(proxy)["steward"]
+    silence = f"the server at {files.control} does not answer: see whether it hangs or is stopped"
+    for command in ("--query", "--switch", "--cache-all"):
+        with stopped(steward):
+            status, out, complaint = bgctl("--timeout", "0.5", command, files.control, check=False)
+        assert (status, out, complaint) == (1, "", f"xnbd-bgctl: {silence}\n")
+    relay.stall()
+    with subprocess.Popen(program("--timeout", "3", "--cache-all", files.control), stderr=subprocess.PIPE) as copying:
+        wait_until(lambda: "cache_all" in query(files.control), "a copy")
+        with stopped(steward):
+            assert copying.wait(30) == 1
+            assert copying.stderr is not None
+            assert silence in copying.stderr.read().decode()
