@@ -271,6 +271,9 @@ class _Connection:
     def _fail(self, error: Exception) -> None:
         if isinstance(error, XnbdError):
             self._put(_failure(str(error)))
+        elif isinstance(error, OSError):
+            log.error("a command on the control socket failed: %s", error)
+            self._put(_failure(f"the server cannot do that now: {error.strerror or error}; try again"))
         else:
             log.error("a command on the control socket failed", exc_info=error)
             self._put(_failure("internal error"))
