@@ -66,12 +66,13 @@ _PEER = struct.Struct("=64s")
 _TROUBLE_AT = 176
 _TROUBLE = struct.Struct("=80s")
 
-GATE, CONTROL, COPYING, SNAPSHOT = 0, 1, 2, 3
+GATE, CONTROL, COPYING, SNAPSHOT, PASSAGE = 0, 1, 2, 3, 8
 _LINES = 1 << 16
 """Locks on bytes of the file.
 
 `CONTROL` has who answers the control socket, `COPYING` who copies all blocks, and
 `SNAPSHOT` who makes a snapshot: without it what the board says of one is a dead process's.
+`PASSAGE` is taken for a moment, by who tells the log that there is no room, or room again.
 """
 
 _UNUSED = 64
@@ -177,9 +178,19 @@ class Board:
         """Whether the log was told that what is fetched finds no room in the cache (`storage.passage`)."""
         return bool(self._map[_READS_THROUGH])
 
-    @reads_through.setter
-    def reads_through(self, told: bool) -> None:
-        self._map[_READS_THROUGH] = told
+    def change_reads_through(self, told: bool) -> bool:
+        """Whether it is this process that has changed it, and now tells the log."""
+        if self.reads_through == told:
+            return False
+        try:
+            if not self._locks.try_acquire(PASSAGE, 1):
+                return False
+            changed = self.reads_through != told
+            self._map[_READS_THROUGH] = told
+            self._locks.release(PASSAGE, 1)
+        except OSError:
+            return False  # a lock that fails: another process tells
+        return changed
 
     def begin_snapshot(self, pid: int, output: int, bitmap: int) -> None:
         """From now on old blocks are kept; the gate is closed, and this process has the lock `SNAPSHOT`."""

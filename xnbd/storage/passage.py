@@ -46,8 +46,7 @@ class Passage:
         """There was no room, as *error* says."""
         self._try_at = monotonic() + _TRY_EVERY
         self.is_open = True
-        if not self._board.reads_through:
-            self._board.reads_through = True
+        if self._board.change_reads_through(True):
             log.warning(
                 "no room for the cache image (%s): what is read from the origin is passed on and not kept",
                 error.strerror,
@@ -56,8 +55,7 @@ class Passage:
     def on_kept(self) -> None:
         """Something that was fetched is in the cache."""
         self.is_open = False
-        if self._board.reads_through and self._has_room():
-            self._board.reads_through = False
+        if self._board.reads_through and self._has_room() and self._board.change_reads_through(False):
             log.info("there is room for the cache image again: what is read from the origin is kept")
 
     def _has_room(self) -> bool:
