@@ -316,15 +316,16 @@ class Fetcher(Background):
         if not self._reached:
             for fetch in self._fetches.take_older(time):
                 self._finish(fetch, errno.EIO)
-        locked_out = self._turns.take_older(time)
-        if locked_out:
-            what = "%d requests wait no more for blocks that another process has in hand: see whether it is stopped"
-            log.warning(what, len(locked_out))
-        for who in locked_out:
+        done = len(self.finished)
+        for who in self._turns.take_older(time):
             if isinstance(who, Fetch):
                 self._finish(who, errno.EIO)
             else:
                 self._let_in(who, errno.EIO)
+        done = len(self.finished) - done
+        if done:
+            what = "%d requests wait no more for blocks that another process has in hand: see whether it is stopped"
+            log.warning(what, done)
 
     def _move(self) -> None:
         """The origin is elsewhere now: ask there for all that has not come."""
