@@ -216,3 +216,12 @@ def copy_for_a_moment(files: CacheFiles) -> None:
             for _, line in zip(range(3), lines):
                 if b'"done"' in line:
                     return
+
+
+def test_a_poll_of_the_master_that_fails_once_ends_nobody(proxy: Server, disk: bytes) -> None:
+    for error in ("ENOMEM", "EAGAIN"):
+        with injected(proxy.pid, f"poll:error={error}:when=1..3"):
+            for _ in range(3):
+                with RawClient(proxy.connect()).negotiate() as client:
+                    assert client.read(0, BLOCK) == disk[:BLOCK]
+    assert proxy.process.poll() is None

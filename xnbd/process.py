@@ -10,9 +10,27 @@ import socket
 import stat
 import sys
 from contextlib import contextmanager
-from typing import Iterator, Optional
+from time import sleep
+from typing import TYPE_CHECKING, Iterator, List, Optional, Tuple
 
 from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import select
+
+_SHORTAGE = 0.1
+
+
+def poll_patiently(poll: select.poll, timeout: Optional[float]) -> List[Tuple[int, int]]:
+    """``poll(2)`` for a loop that must not end: where the kernel lacks memory nothing is ready, for a moment.
+
+    *timeout* is in milliseconds.
+    """
+    try:
+        return poll.poll(timeout)
+    except OSError:
+        sleep(_SHORTAGE)
+        return []
 
 
 def take_client_socket(fd: int) -> Optional[int]:

@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from ..errors import CommandError, XnbdError
 from ..logs import log
+from ..process import poll_patiently
 from .listen import UnixSocket
 
 Message = Dict[str, Any]
@@ -78,7 +79,7 @@ class ControlSocket:
         poll = select.poll()
         for fd, mask in self.interests():
             poll.register(fd, mask)
-        ready = dict(poll.poll(0))
+        ready = dict(poll_patiently(poll, 0))
         if self._accept_at is not None and monotonic() >= self._accept_at:
             self._accept_at = None
         for connection in list(self._connections):

@@ -17,7 +17,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Set
 from ..errors import ConfigurationError
 from ..forking import SIGNALS, fork
 from ..logs import log
-from ..process import set_title
+from ..process import poll_patiently, set_title
 from ..storage.locks import do_nothing
 from .service import Service
 from .watch import GRACE
@@ -98,7 +98,7 @@ class Master:
         """Sleep until something happens; book it, and return the signals that came."""
         timeout = None if until is None else max(0.0, (until - monotonic()) * 1000)
         if not self._signals:
-            self._poll.poll(timeout)
+            poll_patiently(self._poll, timeout)
         read_pipe(self._wake, _PIPE_SIZE)
         signals, self._signals = self._signals, set()
         self._read_reports()  # after that: what a worker said before it died is known when it is buried

@@ -13,6 +13,7 @@ import signal
 from time import monotonic
 from typing import Callable, Container, Iterator, Optional, Sequence, Tuple
 
+from ..process import poll_patiently
 from ..storage.image import Background
 from .disk import Disk
 
@@ -107,7 +108,7 @@ class Watch:
         for fd, events in (*self._own_interests(), *interests):
             poll.register(fd, events)
         until = None if timeout is None else monotonic() + timeout
-        self._attend({fd for fd, _ in poll.poll(self._milliseconds(until))})
+        self._attend({fd for fd, _ in poll_patiently(poll, self._milliseconds(until))})
 
     def woken(self) -> bool:
         """Whether somebody has woken this process since this was asked last."""

@@ -15,7 +15,7 @@ from typing import List, NamedTuple, Optional, Set
 
 from ..errors import ConfigurationError
 from ..logs import log
-from ..process import set_title
+from ..process import poll_patiently, set_title
 from ..server.control import ControlSocket
 from ..server.listen import Listeners
 from ..server.watch import GRACE
@@ -120,7 +120,7 @@ class Wrapper:
         ending = self._ending.deadline if self._ending else None
         deadlines = [time for time in (self._control.deadline(), self._clients.accept_at, ending) if time is not None]
         timeout = max(0.0, (min(deadlines) - monotonic()) * 1000) if deadlines else None
-        return {fd for fd, _ in poll.poll(timeout)}
+        return {fd for fd, _ in poll_patiently(poll, timeout)}
 
     def _on_signals(self) -> None:
         try:
