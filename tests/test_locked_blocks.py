@@ -75,7 +75,7 @@ def test_many_clients_that_want_the_same_blocks_of_a_silent_origin_take_no_proce
         wait_until(lambda: time.monotonic() > until, "a second in which pauses have become long")
         before, until = sum(map(run_seconds, workers)), time.monotonic() + 2
         wait_until(lambda: time.monotonic() > until, "two seconds")
-        assert sum(map(run_seconds, workers)) - before < 0.15
+        assert sum(map(run_seconds, workers)) - before < 0.3
         relay.resume()
         for client in clients:
             for _ in range(64):
@@ -95,7 +95,7 @@ def test_what_another_client_fetches_comes_at_once(start: Start, files: CacheFil
             for client in (one, other):
                 assert client.simple_reply(BLOCK)[2] == disk[offset : offset + BLOCK]
             took.append(time.monotonic() - began)
-        assert sorted(took)[32] < 0.1
+        assert sorted(took)[32] < 0.2
 
 
 def test_with_a_limit_what_a_stopped_process_has_in_hand_is_an_error(
