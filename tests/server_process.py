@@ -212,6 +212,11 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def run_seconds(pid: int) -> float:
+    """The same, to the nanosecond: `cpu_seconds` overlooks who wakes up for less than a tick."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
 def is_alive(pid: int) -> bool:
     """Whether the process runs: a zombie does not."""
     return state_of(pid) not in "ZX"

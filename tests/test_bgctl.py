@@ -13,6 +13,7 @@ import struct
 import subprocess
 import termios
 import threading
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -692,6 +693,35 @@ def test_silent_server(tmp_path: Path) -> None:
             server.ask(command="query")
         with pytest.raises(ConfigurationError, match="does not answer"):
             [Conversation(str(path), timeout=1) for _ in range(3)]
+
+
+COMMANDS = [["--query"], ["--switch"], ["--cache-all"], ["--cache-all2"], ["--snapshot"], ["--reconnect"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_waits_for_ever_for_a_server_that_is_stopped(tmp_path: Path, command: List[str]) -> None:
+    path = tmp_path / "stopped"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen(5)
+        where = ["nbd://192.0.2.1"] if command == ["--reconnect"] else []
+        code, reason = fails("--timeout", "0.2", *command, path, *where)
+        assert (code, reason) == (1, f"the server at {path} does not answer: see whether it hangs or is stopped")
+
+
+def test_a_command_that_takes_long_shows_signs_of_life(serve: Serve) -> None:
+    def take_long(_request: Message) -> Reply:
+        until = time.monotonic() + 4
+        while time.monotonic() < until:
+            yield None
+        yield {"done": True}
+
+    assert "plain target" in bgctl("--timeout", "2.5", "--switch", serve({"switch": take_long}))
+
+
+@pytest.mark.parametrize("time", ["0", "-1", "soon", "nan"])
+def test_senseless_time_limit(tmp_path: Path, time: str) -> None:
+    assert fails(f"--timeout={time}", "--query", tmp_path / "none")[0] == 2
 
 
 # The command line

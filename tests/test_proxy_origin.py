@@ -577,34 +577,6 @@ def test_with_its_state_a_proxy_starts_without_its_origin(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="file systems are mounted by root only")
-def test_a_full_file_system_is_an_error_and_caches_nothing(
-    start: Start, tmp_path: Path, far: Server, disk: bytes
-) -> None:
-    with small_tmpfs(tmp_path / "small", "4m") as directory:
-        files, ballast = CacheFiles(tmp_path), directory / "ballast"
-        files.image = directory / "cache.img"
-        proxy = start(*files.arguments(far.uri, "--readahead", "0"))
-        proxy.expected_errors.append("cannot write to the cache image: No space left on device")
-        client = connect(proxy.uri)
-        assert read(client, 3) == at(disk, 3)
-        ballast.write_bytes(bytes(4 * MIB - 64 * 1024))
-        errors = [Reading(client, block * BLOCK, 8 * BLOCK).wait() for block in range(512, 1024, 8)]
-        assert errno.ENOSPC in errors or errno.EIO in errors
-        cached = files.cached()
-        with pytest.raises(nbd.Error) as error:
-            client.pwrite(b"w" * 64 * BLOCK, 1100 * BLOCK)
-        assert error.value.errno == "ENOSPC"
-        assert files.cached() == cached
-        assert read(client, 3) == at(disk, 3)
-        ballast.unlink()
-        assert read(client, 512, 512) == at(disk, 512, 512)
-        client.pwrite(b"w" * 64 * BLOCK, 1100 * BLOCK)
-        assert read(client, 1100, 64) == b"w" * 64 * BLOCK
-        client.shutdown()
-        proxy.stop()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="file systems are mounted by root only")
 @pytest.mark.parametrize("space", [0, 8, 80, 700])
 def test_no_space_for_the_bitmap_is_told_and_another_start_goes_well(
     start: Start, tmp_path: Path, far: Server, disk: bytes, space: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import select
 import time
 from typing import List, Optional, Tuple
@@ -11,14 +10,14 @@ _PAUSE = 0.1
 
 
 def poll_patiently(poll: select.poll, timeout: Optional[float] = None) -> List[Tuple[int, int]]:
-    """What ``poll.poll(timeout)`` returns; nothing, after a pause, if the kernel has no memory for it now.
+    """What ``poll.poll(timeout)`` returns; nothing, after a pause, if that fails, as for want of memory.
 
-    *timeout* is in milliseconds. Whoever calls has to be ready for nothing before its time.
+    For a loop that must not end. *timeout* is in milliseconds. Whoever calls has to be
+    ready for nothing before its time.
     """
     try:
         return poll.poll(timeout)
-    except OSError as error:
-        if error.errno not in (errno.ENOMEM, errno.EAGAIN):
-            raise
+    except OSError:
+        pass
     time.sleep(_PAUSE if timeout is None else min(_PAUSE, timeout / 1000))
     return []

@@ -41,6 +41,8 @@ Options, ignored with a warning by a command that has no use for them:
                         (default: its default one).
 
 Other options:
+  --timeout SECONDS     Give up when the server has said nothing for so long,
+                        not when a command takes long (default: 30).
   -h, --help            Show this text.
   --version             Show the version.
 

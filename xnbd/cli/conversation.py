@@ -8,7 +8,7 @@ import os
 import socket
 import stat
 import struct
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator
 
 from ..errors import ConfigurationError
 from ..text import one_line
@@ -17,17 +17,20 @@ Message = Dict[str, Any]
 
 _LONGEST_REPLY = 64 << 20
 
+PATIENCE = 30.0
+"""Seconds without a word after which a server is thought to hang: one that works on a command says so more often."""
+
 
 class Conversation:
     """A connection to the control socket at *path*; *timeout* seconds is how long the server may be silent."""
 
-    def __init__(self, path: str, timeout: Optional[float] = None) -> None:
+    def __init__(self, path: str, timeout: float = PATIENCE) -> None:
         """Raises `ConfigurationError` if nobody can be reached there."""
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            if timeout is not None:  # a non-blocking connect would fail at once when others wait before it
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(timeout), 0))
+            # A non-blocking connect would fail at once when others wait before it.
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _pack_time(timeout))
             self._socket.connect(path)
         except OSError as error:
             self._socket.close()
@@ -60,11 +63,12 @@ class Conversation:
                 message = self._receive()
                 if "error" in message:
                     raise ConfigurationError(shown(message["error"]))
-                yield message
+                if not message.get("waiting"):
+                    yield message
                 if message.get("done"):
                     return
         except socket.timeout:
-            raise ConfigurationError(f"the server at {self._path} does not answer: see whether it hangs") from None
+            raise ConfigurationError(_silence(self._path)) from None
         except (ConnectionResetError, BrokenPipeError):
             raise self._left() from None
 
@@ -106,8 +110,17 @@ def _trouble(path: str, error: OSError) -> str:
             return f"nobody listens on {path}: the server has ended, start it again"
         return f"{path} is not a control socket: give the path that the server was started with"
     if error.errno == errno.EAGAIN:
-        return f"the server at {path} does not answer: see whether it hangs"
+        return _silence(path)
     return f"cannot connect to {path}: {error.strerror or error}"
+
+
+def _pack_time(seconds: float) -> bytes:
+    """As ``setsockopt(2)`` wants a time that is not 0, which would be for ever."""
+    return struct.pack("@ll", int(seconds), max(1, int(seconds % 1 * 1e6)))
+
+
+def _silence(path: str) -> str:
+    return f"the server at {path} does not answer: see whether it hangs or is stopped"
 
 
 def _is_socket(path: str) -> bool:

@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional,
 
 from ..errors import ConfigurationError
 from .bgctl import PROGRAM
-from .conversation import Conversation, Message, shown
+from .conversation import PATIENCE, Conversation, Message, shown
 from .program import INTERRUPTED, print_answer, print_outcome, say
 from .quantities import counted, duration, percentage, size
-from .values import parse_integer, parse_size
+from .values import parse_integer, parse_seconds, parse_size
 
 if TYPE_CHECKING:
     from .progress_display import Display
 
 Arguments = Dict[str, Any]
 
-_QUERY_TIMEOUT = 30.0
 _MAP_CELLS_FOR_PROGRAMS = 1024
 _MOST_BLOCKS = 8192
 
@@ -49,7 +48,7 @@ def _query(arguments: Arguments) -> None:
     cells = None
     if arguments["--map"]:
         cells = _MAP_CELLS_FOR_PROGRAMS if arguments["--json"] else cells_for(columns)
-    with Conversation(arguments["CONTROL_SOCKET"], _QUERY_TIMEOUT) as server:
+    with _connect(arguments) as server:
         answer = server.ask(command="query", map=cells)
     answer.pop("done", None)
     if arguments["--json"]:
@@ -173,7 +172,10 @@ def _warn(text: str) -> None:
 
 
 def _connect(arguments: Arguments) -> Conversation:
-    return Conversation(arguments["CONTROL_SOCKET"])
+    timeout = arguments["--timeout"]
+    return Conversation(
+        arguments["CONTROL_SOCKET"], PATIENCE if timeout is None else parse_seconds(timeout, "--timeout")
+    )
 
 
 @contextmanager

@@ -49,7 +49,7 @@ _FIELDS = {
 _PATHS = ("FILE", "CACHE_IMAGE", "BITMAP_IMAGE", "CONTROL_SOCKET_PATH")
 _END_TIME = 10.0
 _ANSWER_TIME = 60.0
-"""Seconds without a word after which a wrapper is thought to hang; a copy may take its time."""
+"""Seconds without a word after which a wrapper is thought to hang: longer than ``xnbd-bgctl`` gives its server."""
 
 
 def steer(arguments: Arguments) -> int:
@@ -57,8 +57,7 @@ def steer(arguments: Arguments) -> int:
     command = next(name for name in _COMMANDS if arguments[f"--{name}"])
     request = _request(arguments)
     path = arguments["--socket"]
-    patience = None if command.startswith("bgctl-") else _ANSWER_TIME
-    with Conversation(path, patience) as conversation:
+    with Conversation(path, _ANSWER_TIME) as conversation:
         replies = conversation.follow(command=_REQUESTS.get(command, command), **request)
         if command == "list":
             return _show_list([reply["export"] for reply in replies if "export" in reply], arguments["--json"])

@@ -171,7 +171,10 @@ class OriginConnection:
 
     def on_events(self, mask: int) -> None:
         """Do all that can be done without waiting; with *mask* 0: send what is queued. Raises `OriginLost`."""
-        self._step(mask)
+        try:
+            self._step(mask)
+        except OSError as error:  # no room for a socket, or one that takes no options
+            raise self._lost(error.strerror or str(error)) from error
 
     def wait(self, seconds: Optional[float]) -> None:
         """For an owner that has nothing else to wait for: poll for so long (None: for ever), and do what there is.

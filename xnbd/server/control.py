@@ -26,12 +26,17 @@ Commands = Mapping[str, Callable[[Message], Reply]]
 """A command takes the request and yields the lines of its reply, or None for "nothing yet, call again soon".
 
 It is closed (GeneratorExit) when its client goes away. It may raise `XnbdError`,
-whose text the client gets. The last line need not say that it is the last.
+whose text the client gets. The last line need not say that it is the last. A client
+that is told nothing for long gets a sign of life, so that it can tell a server that
+takes its time from one that hangs.
 """
 
 MAXIMUM_LINE = 64 << 10
 MAXIMUM_CONNECTIONS = 64
 TICK = 0.1
+SIGN_OF_LIFE = 1.0
+"""Seconds after which a client that waits for a command is told that it does."""
+
 _BACKLOG = 128
 _OUTPUT_LIMIT = 64 << 10
 _STEPS = 256
@@ -142,6 +147,7 @@ class _Connection:
         self._output = bytearray()
         self._reply: Optional[Reply] = None
         self._step_at = 0.0
+        self._told_at = 0.0
         self._unfinished = False
         self._no_more_input = False
         self._speaks_until: Optional[float] = self.active_at + _FIRST_REQUEST_TIME
@@ -264,6 +270,7 @@ class _Connection:
                 raise CommandError(f"there is no command {request['command'][:40]!r} here, only: {known}")
             self._reply = command(request)
             self._step_at = 0.0
+            self._told_at = monotonic()
         except Exception as error:
             self._fail(error)
 
@@ -273,7 +280,9 @@ class _Connection:
             message = next(reply, {"done": True})
             if message is None:
                 self._step_at = monotonic() + TICK
-                return False
+                if monotonic() < self._told_at + SIGN_OF_LIFE:
+                    return False
+                message = {"waiting": True}
             self._put(message)
             if message.get("done"):
                 self._end_reply()
@@ -284,12 +293,16 @@ class _Connection:
     def _fail(self, error: Exception) -> None:
         if isinstance(error, XnbdError):
             self._put(_failure(str(error)))
+        elif isinstance(error, OSError):
+            log.error("a command on the control socket failed: %s", error)
+            self._put(_failure(f"the server cannot do that now: {error.strerror or error}; try again"))
         else:
             log.error("a command on the control socket failed", exc_info=error)
             self._put(_failure("internal error"))
         self._end_reply()
 
     def _put(self, message: Message) -> None:
+        self._told_at = monotonic()
         self._output += json.dumps(message, allow_nan=False).encode() + b"\n"
 
     def _end_reply(self) -> None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import select
 from time import monotonic
-from typing import Optional
+from typing import List, Optional
 
 from ..errors import Disconnected, RequestError
 from ..logs import log
 from ..storage.image import Background, NotLocal, Ticket
+from ..storage.passage import Parcel
 from .commands import MAY_TAKE_LONG, Commands
 from .connection import Connection
 from .disk import Disk
@@ -66,10 +67,12 @@ class Deferred:
         except (OSError, RequestError) as error:
             self._commands.refuse(command, cookie, error, pieces, where)
 
-    def _do_again(self, request: Waiting) -> None:
-        """Do *request*, which then is answered, or waits for another ticket."""
+    def _do_again(self, request: Waiting, parcels: Optional[List[Parcel]] = None) -> None:
+        """Do *request*, for which *parcels* have come; then it is answered, or waits for another ticket."""
         if request.command in MAY_TAKE_LONG:
             self.send_first()
+        image = self._disk.image
+        image.take(parcels)
         try:
             request.again(request.answer)
         except NotLocal as missing:
@@ -80,6 +83,8 @@ class Deferred:
             self._refuse(request, error)
         else:
             self._room.answered(request)
+        finally:
+            image.take(None)
         if self._disk.outdated or len(self._replies.pieces) > MAXIMUM_PIECES:
             self.send_first()
 
@@ -98,7 +103,7 @@ class Deferred:
             if ticket.error:
                 self._refuse(request, RequestError(ticket.error, "a block could not be fetched"))
             else:
-                self._do_again(request)
+                self._do_again(request, ticket.parcels)
         self._tell()
 
     def _tell(self) -> None:
@@ -202,7 +207,10 @@ class Deferred:
             self.send_now()
 
     def wait_for(self, ticket: Ticket) -> None:
-        """Wait in the middle of a message until *ticket* is done or the disk has changed; the background goes on."""
+        """Wait in the middle of a message until *ticket* is done or the disk has changed; the background goes on.
+
+        The image has taken the ticket's parcels then.
+        """
         image = self._disk.image
         background = image.background
         assert background is not None
@@ -217,4 +225,5 @@ class Deferred:
                 self._go_on(background)
                 self._replies.send()
             if ours:
+                image.take(ticket.parcels)
                 return

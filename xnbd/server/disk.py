@@ -26,9 +26,10 @@ class Disk:
         self._open()
 
     def _open(self) -> None:
-        self.changes = self.place.changes
-        self._mode = self.board.mode
+        """As long as this fails the disk is `outdated`, and the image that it had is still there."""
+        changes, mode = self.place.changes, self.board.mode
         self.image: Image = self._source.open(self.board)
+        self.changes, self._mode = changes, mode
         self.image.count_in(self.place.counts)
         self.place.tell_mode(self._mode)
         self._keep_for_snapshot()
@@ -42,8 +43,9 @@ class Disk:
         """Go on with the disk as it is now. Called inside the gate."""
         on_wait = self.image.on_wait
         if self.board.mode == TARGET != self._mode:
-            self.image.close()
+            old = self.image
             self._open()
+            old.close()
         else:
             self.changes = self.place.changes
             if isinstance(self.image, KeepingImage):

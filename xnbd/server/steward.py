@@ -453,6 +453,7 @@ class _Stewardship:
     def _switch(self, request: Message) -> Reply:
         force = flag_argument(request, "force")
         assert self._proxy is not None and self._state is not None
+        yield from self._save_most()
         if self._board.mode == TARGET:
             raise CommandError("this is a plain target already")
         if not force:
@@ -472,6 +473,17 @@ class _Stewardship:
         workers = yield from self._have_followed()
         log.info("switched to a plain target of %s; held for %.1f ms", self._source.name, pause * 1e3)
         yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
+
+    def _save_most(self) -> Iterator[None]:
+        """Wait for two checkpoints: what they leave is little, so that the next one takes no long time."""
+        for _ in range(2):
+            under_way = self._checkpoint
+            if under_way is None:
+                self._next_checkpoint = monotonic()
+                yield None
+                under_way = self._checkpoint
+            while under_way is not None and self._checkpoint is under_way:
+                yield None
 
     def _become_target(self) -> float:
         """Returns how long everybody was held, in seconds. Raises `OSError`, `TimeoutError` among them."""

@@ -89,6 +89,7 @@ class Writes:
                     held += len(piece)
                 except OSError as error:
                     failure = error
+                self._disk.image.take(None)
                 break
         return failure
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Dict
+from typing import Dict, Tuple
 
 from .locks import RangeLocks
+
+
+def lock_of(first: int, end: int) -> Tuple[int, int]:
+    """The bytes that speak for the blocks from *first* up to *end*: the first one, and where they end."""
+    return first >> 3, (end + 7) >> 3
 
 
 class BlockLocks:

@@ -23,6 +23,7 @@ offset  content, of the machine's own endianness
 24      process that makes a snapshot, its descriptors of snapshot and bitmap (4 bytes each)
 40      bytes per second of that copy, 0 for any number (8 bytes)
 48      number of changes of mode and snapshot (4 bytes)
+60      whether what is fetched finds no room in the cache (1 byte)
 64      CRC-32, length (4 bytes each) and text of the origin's address
 16368   first write-back that failed, of a disk without a state file: `writeback.Record`
 16384   lines of `LINE` bytes, see `_LINE`
@@ -50,6 +51,7 @@ _LINES_AT = 16384
 _FLAG, _MODE, _COPY_WANTED, _GENERATION, _CHECKPOINTS, _SNAPSHOT_AT, _CHANGES, _ADDRESS = 0, 1, 3, 4, 8, 24, 48, 64
 _SNAPSHOT = struct.Struct("=III")
 _COPY_RATE = 40
+_READS_THROUGH = 60
 _RATE = struct.Struct("=Q")
 _U32 = struct.Struct("=I")
 _CHECKPOINT = struct.Struct("=dQ")
@@ -66,12 +68,13 @@ _PEER = struct.Struct("=64s")
 _TROUBLE_AT = 176
 _TROUBLE = struct.Struct("=80s")
 
-GATE, CONTROL, COPYING, SNAPSHOT = 0, 1, 2, 3
+GATE, CONTROL, COPYING, SNAPSHOT, PASSAGE = 0, 1, 2, 3, 8
 _LINES = 1 << 16
 """Locks on bytes of the file.
 
 `CONTROL` has who answers the control socket, `COPYING` who copies all blocks, and
 `SNAPSHOT` who makes a snapshot: without it what the board says of one is a dead process's.
+`PASSAGE` is taken for a moment, by who tells the log that there is no room, or room again.
 """
 
 _UNUSED = 64
@@ -176,6 +179,25 @@ class Board:
         if rate is not None:
             _RATE.pack_into(self._map, _COPY_RATE, rate)
             self._map[_COPY_WANTED] = 1
+
+    @property
+    def reads_through(self) -> bool:
+        """Whether the log was told that what is fetched finds no room in the cache (`storage.passage`)."""
+        return bool(self._map[_READS_THROUGH])
+
+    def change_reads_through(self, told: bool) -> bool:
+        """Whether it is this process that has changed it, and now tells the log."""
+        if self.reads_through == told:
+            return False
+        try:
+            if not self._locks.try_acquire(PASSAGE, 1):
+                return False
+            changed = self.reads_through != told
+            self._map[_READS_THROUGH] = told
+            self._locks.release(PASSAGE, 1)
+        except OSError:
+            return False  # a lock that fails: another process tells
+        return changed
 
     def begin_snapshot(self, pid: int, output: int, bitmap: int) -> None:
         """From now on old blocks are kept; the gate is closed, and this process has the lock `SNAPSHOT`."""

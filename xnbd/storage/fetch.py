@@ -12,6 +12,9 @@ again that of `storage.turns`. The rules that keep the cache right:
 - When the origin is lost its fetches let go of their locks and are asked again.
 - A piece of the disk that the origin cannot read is asked for again block by block:
   only who needs the block that is bad hears of it.
+- What finds no room in the cache is passed on to those who wait, with their tickets
+  (`storage.passage`); no bit is set.
+- Whatever fails between the taking of a fetch and its end ends it, with that error.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ from typing import Any, List, NamedTuple, Optional, Tuple, Union
 from ..logs import log
 from ..origin.address import OriginAddress, parse_origin
 from ..origin.connection import OriginConnection, OriginLost
-from .block_locks import BlockLocks
+from .block_locks import BlockLocks, lock_of
 from .blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop
 from .board import BYTES_FETCHED, NOT_NEEDED, REACHED, TARGET, UNREACHABLE, Board, Counts
 from .checkpoint import ProcessState
 from .fetches import Fetch, Fetches
 from .image import Background, Ticket
+from .passage import NO_SPACE, Parcel, Passage
 from .survey import Survey
 from .target import TargetImage
 from .turns import Turns
@@ -38,6 +42,9 @@ from .window import Window
 
 _IN_FLIGHT = 8 << 20
 """Bytes asked for at once for those who wait; ahead of them, a `Window` that is never larger."""
+
+_HELD = 4 * _IN_FLIGHT
+"""Bytes held for those who wait, because they cannot be kept, from which on no more is asked for than has to be."""
 
 _LEAST_AHEAD = 512 << 10
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
@@ -75,6 +82,8 @@ class Fetcher(Background):
     def __init__(self, cache: TargetImage, state: ProcessState, whereabouts: Whereabouts, patience: Patience) -> None:
         self.finished: List[Ticket] = []
         self.counts: List[int] = [0] * len(Counts())
+        self.passes_on = True
+        """Whether what cannot be kept is of use to those who wait; else it is an error."""
         self._cache = cache
         self._size = cache.size
         self._bitmap = state.bitmap
@@ -91,6 +100,7 @@ class Fetcher(Background):
         self.need_block = self._fetches.need_block
         """What `need` does, for one block that is not local."""
         self._turns: Turns[Union[Fetch, Ticket]] = Turns()
+        self._passage = Passage(cache.fd, whereabouts.board)
         self._surveys = 0
         self._cache_error = 0  # the one that was told last, until something is written again
         self._approach = False
@@ -107,7 +117,9 @@ class Fetcher(Background):
         return ticket if ticket.pending else None
 
     def bring_ahead(self, first: int, end: int) -> None:
-        """Fetch what is missing of these blocks, after everything that is needed."""
+        """Fetch what is missing of these blocks, after everything that is needed, unless it cannot be kept."""
+        if self._passage.is_open:
+            return
         for run_first, run_end, local in self._bitmap.runs(first, end):
             if not local:
                 self._fetches.bring_ahead(run_first, run_end)
@@ -168,11 +180,11 @@ class Fetcher(Background):
         """Let go of blocks that were claimed."""
         self._locks.give_back(first, end)
 
-    def next_turn(self) -> Ticket:
-        """A ticket that is done when it is time to try again, for who could not claim blocks."""
+    def next_turn(self, first: int, end: int) -> Ticket:
+        """A ticket that is done when it is time to try again, for who could not claim these blocks."""
         ticket = Ticket()
         ticket.pending = 1
-        self._turns.lock_out(ticket)
+        self._turns.lock_out(ticket, lock_of(first, end))
         return ticket
 
     # Background
@@ -203,10 +215,9 @@ class Fetcher(Background):
                 times.append(self._connect_at)
         elif self._connection.deadline is not None:
             times.append(self._connection.deadline)
-        if self._patience.origin is not None and not self._reached:
-            since = self._fetches.waits_since()
-            if since is not None:
-                times.append(since + self._patience.origin)
+        if self._patience.origin is not None:
+            waiting = (self._turns.oldest, None if self._reached else self._fetches.waits_since())
+            times += [since + self._patience.origin for since in waiting if since is not None]
         return min(times) if times else None
 
     @property
@@ -223,7 +234,7 @@ class Fetcher(Background):
             self._take_turns()
         if self._generation != self._whereabouts.generation:
             self._move()
-        if self._patience.origin is not None and self._fetches.wanted and not self._reached:
+        if self._patience.origin is not None:
             self._give_up(monotonic() - self._patience.origin)
         try:
             if self._connection is None and self._has_work:
@@ -232,6 +243,10 @@ class Fetcher(Background):
                 self._work_with(self._connection)
         except OriginLost as lost:
             self._on_lost(str(lost))
+        except OSError as error:
+            if self._connection is not None:
+                self._connection.close()
+            self._on_lost(f"origin {self._whereabouts.address}: {error.strerror}")
 
     def _work_with(self, connection: OriginConnection) -> None:
         if connection.ready:
@@ -255,8 +270,13 @@ class Fetcher(Background):
                 self._fetches.put_back(who)
         for who in turn:
             if isinstance(who, Ticket):
-                who.pending = 0
-                self.finished.append(who)
+                self._let_in(who, 0)
+
+    def _let_in(self, ticket: Ticket, error: int) -> None:
+        """A request that was locked out has its turn, or waits no more."""
+        ticket.pending = 0
+        ticket.error = error
+        self.finished.append(ticket)
 
     # The connection
 
@@ -274,8 +294,7 @@ class Fetcher(Background):
 
     def _on_lost(self, reason: str) -> None:
         connection, self._connection = self._connection, None
-        assert connection is not None
-        unfinished = connection.unfinished()
+        unfinished = connection.unfinished() if connection is not None else []
         if reason != self.trouble:
             waiting = len(self._fetches.wanted) + len(unfinished)
             log.warning("%s; %d requests wait for it, trying again", reason, waiting)
@@ -293,8 +312,9 @@ class Fetcher(Background):
                 fetch.finish(errno.EIO)
                 self.finished.append(fetch.ticket)
                 continue
-            self._locks.let_go(fetch.first, fetch.end)
+            self._let_go(fetch)
             fetch.error = 0
+            fetch.passing = None
             if fetch.tickets:
                 self._fetches.put_back(fetch)
             else:
@@ -302,9 +322,20 @@ class Fetcher(Background):
         self._fetches.forget_ahead()
 
     def _give_up(self, time: float) -> None:
-        """End what has waited since *time* or longer."""
-        for fetch in self._fetches.take_older(time):
-            self._finish(fetch, errno.EIO)
+        """End what has waited since *time* or longer, for an origin that is not there or for another process."""
+        if not self._reached:
+            for fetch in self._fetches.take_older(time):
+                self._finish(fetch, errno.EIO)
+        done = len(self.finished)
+        for who in self._turns.take_older(time):
+            if isinstance(who, Fetch):
+                self._finish(who, errno.EIO)
+            else:
+                self._let_in(who, errno.EIO)
+        done = len(self.finished) - done
+        if done:
+            what = "%d requests wait no more for blocks that another process has in hand: see whether it is stopped"
+            log.warning(what, done)
 
     def _move(self) -> None:
         """The origin is elsewhere now: ask there for all that has not come."""
@@ -340,10 +371,17 @@ class Fetcher(Background):
 
     def _ask(self, connection: OriginConnection) -> None:
         wanted, ahead = self._fetches.wanted, self._fetches.ahead
-        while wanted and self._in_flight < _IN_FLIGHT:
+        most = self._most_in_flight()
+        while wanted and self._in_flight < most:
             self._ask_for(connection, wanted.popleft())
         while ahead and self._in_flight < self._window.size:
             self._ask_for(connection, ahead.popleft())
+
+    def _most_in_flight(self) -> int:
+        """Bytes; where much is held, what is done has to leave first, and the rest comes one by one."""
+        if self._passage.held < _HELD:
+            return _IN_FLIGHT
+        return 0 if self.finished else 1
 
     def _ask_for(self, connection: OriginConnection, fetch: Fetch) -> None:
         first, end = fetch.first, fetch.end
@@ -351,17 +389,22 @@ class Fetcher(Background):
         if end - first > most:
             self._fetches.split(fetch, first + max(1, most))
             end = fetch.end
-        if not self._locks.hold(first, end):
+        try:
+            held = self._locks.hold(first, end)
+        except OSError as error:
+            log.warning("cannot lock blocks in the bitmap: %s", error.strerror)
+            self._finish(fetch, error.errno or errno.EIO)
+            return
+        if not held:
             if self._bitmap.all_set(first, end):
                 self._finish(fetch, 0)
                 return
-            self._turns.lock_out(fetch)
+            self._turns.lock_out(fetch, lock_of(first, end))
             return
         if self._bitmap.any_set(first, end):
             fetch.mixed = True
             if self._bitmap.all_set(first, end):
-                self._locks.let_go(first, end)
-                self._finish(fetch, 0)
+                self._finish(fetch, self._let_go(fetch))
                 return
         offset = block_start(first)
         length = block_stop(end - 1, self._size) - offset
@@ -375,30 +418,50 @@ class Fetcher(Background):
         self.counts[BYTES_FETCHED] += len(data)
         if token.error or self._closing:
             return
-        try:
-            self._refuse_if_shrunk()
-            if token.mixed:
-                for at, count in self._missing(offset, len(data)):
-                    self._cache.write(at, data[at - offset : at - offset + count])
-                return
+        if self._may_keep(token):
+            try:
+                self._store(token, offset, data)
+            except OSError as error:
+                self._on_cache_failure(token, error)
+        if token.passing is not None:
+            token.passing.append((offset, bytes(data)))
+
+    def _store(self, fetch: Fetch, offset: int, data: memoryview) -> None:
+        self._refuse_if_shrunk()
+        if not fetch.mixed:
             self._cache.write(offset, data)
-        except OSError as error:
-            self._on_cache_failure(token, error)
+            return
+        for at, count in self._missing(offset, len(data)):
+            self._cache.write(at, data[at - offset : at - offset + count])
 
     def on_hole(self, token: Any, offset: int, length: int) -> None:
         if token.error or self._closing:
             return
-        try:
-            self._refuse_if_shrunk()
-            self._zero(offset, length)
-        except OSError as error:
-            self._on_cache_failure(token, error)
+        if self._may_keep(token):
+            try:
+                self._refuse_if_shrunk()
+                self._zero(offset, length)
+            except OSError as error:
+                self._on_cache_failure(token, error)
+        if token.passing is not None:
+            token.passing.append((offset, bytes(length)))
+
+    def _may_keep(self, fetch: Fetch) -> bool:
+        """Whether to write what comes for *fetch* to the cache; else it is passed on from now on."""
+        if fetch.passing is None and not self._passage.may_keep():
+            fetch.passing = []
+        return fetch.passing is None
 
     def _missing(self, offset: int, length: int) -> List[Tuple[int, int]]:
         """The parts of *length* bytes at *offset* whose blocks are not local: offset and length."""
         return [(at, count) for at, count, local in self._bitmap.parts(offset, length) if not local]
 
     def _on_cache_failure(self, fetch: Fetch, error: OSError) -> None:
+        if error.errno in NO_SPACE and self.passes_on:
+            fetch.passing = []
+            self._fetches.forget_ahead()
+            self._passage.open(error)
+            return
         fetch.error = error.errno or errno.EIO
         if fetch.error != self._cache_error:
             log.error("cannot write to the cache image: %s", error.strerror)
@@ -421,9 +484,13 @@ class Fetcher(Background):
             self._delay, self.trouble = 0.0, ""
             log.info("origin %s: answers again", self._whereabouts.address)
         if not error and not token.error and not self._closing:
-            self._bitmap.set(first, end)
-            self._cache_error = 0
-        self._locks.let_go(first, end)
+            if token.passing is None:
+                self._bitmap.set(first, end)
+                self._cache_error = 0
+                self._passage.on_kept()
+            else:
+                self._pass_on(token, block_start(first), length)
+        token.error = self._let_go(token) or token.error
         if error and not token.error:
             if self._fetches.note_damage(first, end):
                 count, offset = (end - first) * BLOCK, block_start(first)
@@ -431,6 +498,31 @@ class Fetcher(Background):
             if end - first > 1:
                 error = 0  # who needs them asks again, for one after the other
         self._finish(token, token.error or error)
+
+    def _pass_on(self, fetch: Fetch, offset: int, length: int) -> None:
+        """Give all that has come for *fetch* to those who wait; what was still written is read from the cache."""
+        assert fetch.passing is not None
+        if not fetch.tickets:
+            return
+        try:
+            data = self._cache.pread(offset, length)
+        except OSError as error:
+            self._on_cache_failure(fetch, error)
+            return
+        parcel = Parcel(self._passage, fetch.first, fetch.end, data)
+        for at, piece in fetch.passing:
+            parcel[at - offset : at - offset + len(piece)] = piece
+        for ticket in fetch.tickets:
+            ticket.parcels = [*(ticket.parcels or ()), parcel]
+
+    def _let_go(self, fetch: Fetch) -> int:
+        """Unlock the blocks of *fetch*; returns an errno if that cannot be done."""
+        try:
+            self._locks.let_go(fetch.first, fetch.end)
+        except OSError as error:
+            log.error("cannot unlock blocks in the bitmap: %s", error.strerror)
+            return error.errno or errno.EIO
+        return 0
 
     def _finish(self, fetch: Fetch, error: int) -> None:
         self.finished += self._fetches.finish(fetch, error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from time import monotonic
-from typing import Deque, Dict, List, Optional, Set
+from typing import Deque, Dict, List, Optional, Set, Tuple
 
 from .image import Ticket
 
@@ -19,9 +19,12 @@ _MOST_DAMAGED = 1 << 12
 
 
 class Fetch:
-    """The blocks from *first* up to *end*. ``mixed`` tells that some of them may be there already."""
+    """The blocks from *first* up to *end*. ``mixed`` tells that some of them may be there already.
 
-    __slots__ = ("ahead", "asked_at", "end", "error", "first", "mixed", "since", "tickets")
+    ``passing`` is what has come and finds no room in the cache, if anything does not: offsets and data.
+    """
+
+    __slots__ = ("ahead", "asked_at", "end", "error", "first", "mixed", "passing", "since", "tickets")
 
     def __init__(self, first: int, end: int, *, ahead: bool) -> None:
         self.first = first
@@ -29,6 +32,7 @@ class Fetch:
         self.ahead = ahead
         self.tickets: List[Ticket] = []
         self.mixed = False
+        self.passing: Optional[List[Tuple[int, bytes]]] = None
         self.error = 0
         self.since = self.asked_at = 0.0
 

@@ -16,6 +16,7 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from .board import FAILURE, Board, create_board
 from .locks import do_nothing
+from .passage import Parcel
 from .writeback import Record, WriteBack
 
 Buffer = Union[bytes, bytearray, memoryview]
@@ -32,13 +33,17 @@ class Extent(NamedTuple):
 
 
 class Ticket:
-    """What a request waits for: it is done once nothing is ``pending``, with an errno in ``error`` if that failed."""
+    """What a request waits for: it is done once nothing is ``pending``, with an errno in ``error`` if that failed.
 
-    __slots__ = ("error", "pending")
+    ``parcels`` are blocks that have come and could not be kept, if there are any.
+    """
+
+    __slots__ = ("error", "parcels", "pending")
 
     def __init__(self) -> None:
         self.pending = 0
         self.error = 0
+        self.parcels: Optional[List[Parcel]] = None
 
 
 class NotLocal(Exception):
@@ -118,6 +123,10 @@ class Image(ABC):
     @abstractmethod
     def read(self, offset: int, length: int) -> List[memoryview]:
         """The pieces of mapped memory that hold *length* bytes at *offset*, in order."""
+
+    def take(self, parcels: Optional[List[Parcel]]) -> None:
+        """Until the next call the blocks in *parcels* count as if they were here."""
+        del parcels  # only for a proxy there are any
 
     def wait_with(self, on_wait: Callable[[], None]) -> None:
         """Have *on_wait* called while a method waits."""

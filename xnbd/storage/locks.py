@@ -18,6 +18,7 @@ from typing import Callable, Iterator, Optional, Tuple
 _FLOCK = struct.Struct("hhqqi4x")
 _BUSY = (errno.EAGAIN, errno.EACCES)
 _LONGEST_PAUSE = 1e-3
+_UNLOCK_ATTEMPTS = 100
 
 
 def do_nothing() -> None:
@@ -53,7 +54,8 @@ class RangeLocks:
             pause = min(_LONGEST_PAUSE, pause + 1e-5)
 
     def release(self, start: int, count: int) -> None:
-        _set(self._fd, fcntl.F_UNLCK, start, count)
+        """Raises `OSError` only if the kernel refuses again and again: then the lock ends with this process."""
+        _unlock(self._fd, start, count)
 
     def held_elsewhere(self, start: int, count: int) -> bool:
         """Whether some of these bytes are locked through another descriptor than this one."""
@@ -74,7 +76,7 @@ class SharedLocks:
         _set(self._fd, fcntl.F_RDLCK, byte, 1)
 
     def release(self, byte: int) -> None:
-        _set(self._fd, fcntl.F_UNLCK, byte, 1)
+        _unlock(self._fd, byte, 1)
 
     def held_elsewhere(self, byte: int) -> bool:
         """Whether such a lock is held through another opening of the file; a longer one is somebody else's business."""
@@ -108,6 +110,18 @@ def _shared_bytes(fd: int) -> Iterator[int]:
     for fields in found:
         if len(fields) == 8 and fields[3] == "READ" and fields[6] == fields[7]:
             yield int(fields[6])
+
+
+def _unlock(fd: int, start: int, count: int) -> None:
+    """A lock that stays would keep everybody out: a kernel that is short of memory for a moment gets that moment."""
+    for attempt in range(1, _UNLOCK_ATTEMPTS + 1):
+        try:
+            _set(fd, fcntl.F_UNLCK, start, count)
+            return
+        except OSError:
+            if attempt == _UNLOCK_ATTEMPTS:
+                raise
+            time.sleep(_LONGEST_PAUSE)
 
 
 def _set(fd: int, kind: int, start: int, count: int) -> None:

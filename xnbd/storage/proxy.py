@@ -19,6 +19,7 @@ from .board import MISSES, TARGET, Board, Counts
 from .checkpoint import ProcessState
 from .fetch import Fetcher, Patience, Whereabouts
 from .image import FETCH_STEP, Buffer, Extent, Image, NotLocal, Source, Ticket
+from .passage import Parcel
 from .state import SharedState
 from .state_format import Steering
 from .streams import Streams
@@ -58,6 +59,7 @@ class ProxyImage(Image):
         self._octets = state.bitmap.octets
         self._streams = Streams(block_count(self.size), readahead >> BLOCK_SHIFT)
         self._marks = self._streams.marks
+        self._parcels: Optional[List[Parcel]] = None
         self.readable: Callable[[], int] = self._readable
         self._readable()
 
@@ -82,6 +84,8 @@ class ProxyImage(Image):
             return [self._view[offset:stop]]
         if length:
             self._demand(*touched(offset, length))
+            if self._parcels:
+                return self._pieces(offset, length)
         return [self._view[offset:stop]]
 
     def read_fresh(self, offset: int, length: int) -> List[memoryview]:
@@ -99,13 +103,13 @@ class ProxyImage(Image):
             self.fetcher.bring_ahead(*blocks)
 
     def _demand(self, first: int, end: int) -> None:
-        """Raises `NotLocal` unless these blocks are all local; then they are on their way."""
+        """Raises `NotLocal` unless these blocks are all here; then they are on their way."""
         ticket: Optional[Ticket]
         if end - first == 1:
-            if self._octets[first >> 3] >> (first & 7) & 1:
+            if self._octets[first >> 3] >> (first & 7) & 1 or self._is_in_hand(first, end):
                 return
             ticket = self.fetcher.need_block(first)
-        elif self.bitmap.all_set(first, end):
+        elif self.bitmap.all_set(first, end) or self._is_in_hand(first, end):
             return
         else:
             ticket = self.fetcher.need(first, end)
@@ -144,6 +148,8 @@ class ProxyImage(Image):
             self._demand_block(end - 1)
 
     def _demand_block(self, block: int) -> None:
+        if self._is_in_hand(block, block + 1):
+            self._keep(block)
         if block not in self.bitmap:
             ticket = self.fetcher.need(block, block + 1)
             if ticket is not None:
@@ -151,7 +157,53 @@ class ProxyImage(Image):
 
     def _claim(self, first: int, end: int) -> None:
         if not self.fetcher.claim(first, end):
-            raise NotLocal(self.fetcher.next_turn())
+            raise NotLocal(self.fetcher.next_turn(first, end))
+
+    # What has come and could not be kept
+
+    def take(self, parcels: Optional[List[Parcel]]) -> None:
+        self._parcels = parcels
+
+    def _is_in_hand(self, first: int, end: int) -> bool:
+        """Whether there are parcels with all of these blocks that are not local."""
+        parcels = self._parcels
+        if not parcels:
+            return False
+        for run_first, run_end, local in self.bitmap.runs(first, end):
+            while not local and run_first < run_end:
+                parcel = next((parcel for parcel in parcels if parcel.first <= run_first < parcel.end), None)
+                if parcel is None:
+                    return False
+                run_first = parcel.end
+        return True
+
+    def _pieces(self, offset: int, length: int) -> List[memoryview]:
+        """What `read` returns where not all is local, but in hand."""
+        pieces: List[memoryview] = []
+        for at, count, local in self.bitmap.parts(offset, length):
+            pieces += [self._view[at : at + count]] if local else self._unpack(at, count)
+        return pieces
+
+    def _unpack(self, offset: int, length: int) -> Iterator[memoryview]:
+        stop = offset + length
+        while offset < stop:
+            block = offset >> BLOCK_SHIFT
+            parcel = next(parcel for parcel in self._parcels or () if parcel.first <= block < parcel.end)
+            start = block_start(parcel.first)
+            piece = memoryview(parcel)[offset - start : stop - start]
+            yield piece
+            offset += len(piece)
+
+    def _keep(self, block: int) -> None:
+        """Bring a *block* that is in hand into the cache, because part of it is to be written; it may find no room."""
+        self._claim(block, block + 1)
+        try:
+            if block not in self.bitmap:
+                at = block_start(block)
+                self._cache.write(at, b"".join(self._unpack(at, block_stop(block, self.size) - at)))
+                self.fetcher.mark_local(block, block + 1)
+        finally:
+            self.fetcher.give_back(block, block + 1)
 
     def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
         if fast and covered(offset, length, self.size) != touched(offset, length):
@@ -202,8 +254,11 @@ class ProxyImage(Image):
         first, end = touched(offset, length)
         step = FETCH_STEP >> BLOCK_SHIFT
         while first < end:
-            self._demand(first, min(first + step, end))
-            first += step
+            stop = min(first + step, end)
+            self._demand(first, stop)
+            if self._parcels and not self.bitmap.all_set(first, stop):
+                raise OSError(errno.ENOSPC, "there is no room to keep what was fetched")
+            first = stop
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """What is not here counts as data: only the origin knows better."""
