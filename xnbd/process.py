@@ -48,6 +48,14 @@ def is_super_servers_child() -> bool:
     return stat.S_ISSOCK(status.st_mode) and os.path.samestat(status, errors)
 
 
+def pid_namespace() -> int:
+    """Number of the namespace in which this process's id means something; 0 if the system does not tell."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
 def keep_standard_streams() -> None:
     """Let no file or socket get the number of a standard stream that this program was started without."""
     while True:

@@ -26,7 +26,7 @@ from ..origin.probe import probe
 from ..process import closed_on_error, set_title
 from ..storage.bitmap import Bitmap
 from ..storage.blocks import BLOCK, block_count
-from ..storage.board import CONTROL, COPYING, PROXY, TARGET, Board
+from ..storage.board import COMMAND, CONTROL, COPYING, PROXY, TARGET, Board
 from ..storage.fetches import PIECE
 from ..storage.proxy import ProxyImage, ProxySource
 from ..storage.snapshot import create_bitmap
@@ -45,6 +45,7 @@ _CHECKPOINT_EVERY = 1.0
 _TAKE_OVER_EVERY = 1.0
 _GATE_TIMEOUT = 10.0
 _FOLLOW_TIMEOUT = 5.0
+_TURN_TIMEOUT = _GATE_TIMEOUT + 5.0
 _PROGRESS_EVERY = 0.2
 _NICE = 10  # clients go before the copying of a snapshot
 _MAXIMUM_CELLS = 1 << 16
@@ -131,6 +132,7 @@ class _Stewardship:
         self._pending: List[Tuple[str, Reply]] = []
         self._snapshot: Optional[Child] = None
         self._snapshot_wanted = False
+        self._seen: Tuple[object, ...] = ()
         self._has_master = must_listen
         signal.signal(signal.SIGUSR1, self._on_snapshot_signal)
         self._report = Report(service, self._board)
@@ -185,11 +187,23 @@ class _Stewardship:
             self._on_copied(self._copy)
         elif self._board.wanted_copy is not None and not self._watch.stopping and not self._is_copying():
             self._resume_copy(self._board.wanted_copy)
-        if self._board.end_dead_snapshot():
-            self._wake_all()
+        self._board.end_dead_snapshot()
+        self._pass_on_news()
         if self._proxy is not None:
             self._proxy.follow_switch(self._board)
+            self._end_dead_command()
             self._keep_durable()
+
+    def _pass_on_news(self) -> None:
+        """Wake this server's processes if somebody has changed the disk, maybe a server whose signals do not get here.
+
+        Nobody needs to wake up because a snapshot has begun.
+        """
+        snapshot = self._board.snapshot
+        ended = self._seen[-1:] not in ((), (None,), (snapshot,))
+        seen, self._seen = self._seen, (self._board.mode == TARGET, self._board.generation, snapshot)
+        if ended or seen[:-1] != self._seen[:-1]:
+            self._board.wake_all()
 
     def _go_on(self, signal_name: str, reply: Reply) -> None:
         """A command that came as a signal: its outcome is for the log."""
@@ -258,10 +272,11 @@ class _Stewardship:
 
     def _start(self, work: Callable[[], Optional[str]]) -> Child:
         """Raises `TaskFailed` if there can be no more processes."""
-        return Child(self._close_control, work)
+        return Child(self._close_in_child, work)
 
-    def _close_control(self) -> None:
-        """In a child: let go of clients, or they would not notice it when the steward disconnects them."""
+    def _close_in_child(self) -> None:
+        """Let go of what has to end with the steward: its clients' connections, and its locks on the board."""
+        self._board.close()
         if self._control is not None:
             self._control.close()
 
@@ -291,14 +306,19 @@ class _Stewardship:
         piece = integer_argument(request, "blocks_per_request", 1, 1 << 20)
         rate = integer_argument(request, "limit_rate", 1, 1 << 50)
         wait = flag_argument(request, "wait")
-        if self._board.mode == TARGET:
-            raise CommandError("this is no proxy any more: nothing is missing")
-        if self._is_copying():
-            raise CommandError("a copy is under way already (xnbd-bgctl --query shows it)")
-        self._start_copy(CopyOptions(min(piece or PIECE, PIECE), rate or 0))
-        assert self._copy is not None
+        yield from self._wait_for_turn("cache-all")
+        try:
+            if self._board.mode == TARGET:
+                raise CommandError("this is no proxy any more: nothing is missing")
+            if self._is_copying():
+                raise CommandError("a copy is under way already (xnbd-bgctl --query shows it)")
+            self._start_copy(CopyOptions(min(piece or PIECE, PIECE), rate or 0))
+            assert self._copy is not None
+            if not wait:
+                self._board.wanted_copy = rate or 0
+        finally:
+            self._end_turn()
         if not wait:
-            self._board.wanted_copy = rate or 0
             yield {"done": True, "pid": self._copy.pid}
             return
         yield from self._watch_copy(self._copy)
@@ -367,7 +387,8 @@ class _Stewardship:
         if child is not self._copy:
             return
         self._copy = None
-        self._board.wanted_copy = None
+        if not self._is_copying():  # or another server's operator wants one by now
+            self._board.wanted_copy = None
         if child.status:
             log.warning("the copy has ended: %s", child.message or f"status {child.status}")
         else:
@@ -402,7 +423,7 @@ class _Stewardship:
             child.stop()
             child.wait()
             self._board.end_dead_snapshot()
-            self._wake_all()
+            self._board.wake_all()
             self._snapshot = None
             bitmap.octets.close()
             os.close(bitmap_fd)
@@ -417,16 +438,81 @@ class _Stewardship:
         board = Board(reopen(self._service.board_fd, readonly=False))
         return Snapshotter(self._source, board, bitmap_fd, watch).run()
 
+    # One command after the other, whichever of the servers on a cache it was given to
+
+    def _wait_for_turn(self, name: str) -> Generator[Optional[Message], None, None]:
+        """Return when no other process changes what the files mean: then do so without a `yield`, and `_end_turn`.
+
+        Raises `CommandError` if that takes too long.
+        """
+        until = monotonic() + _TURN_TIMEOUT
+        while not self._board.begin_command(name):
+            if monotonic() > until:
+                raise CommandError(f"another command is under way: {self._board.command or 'unknown'}; try again")
+            yield None
+        try:
+            self._make_agree()
+        except OSError as error:
+            self._board.end_command(whole=False)
+            raise CommandError(f"the state file cannot be used: {error.strerror}; nothing was changed") from error
+
+    def _end_turn(self) -> None:
+        """What the command has changed is whole, or somebody will make it so."""
+        try:
+            whole = self._wanted_steering() == self._known_steering()
+        except OSError:
+            whole = False
+        self._board.end_command(whole=whole)
+
+    def _end_dead_command(self) -> None:
+        """Make whole what a process has begun that is no more."""
+        if not self._board.command or not self._board.try_lock(COMMAND):
+            return
+        try:
+            self._make_agree()
+        except OSError as error:
+            self._tell_once("cannot write to the state file", error.strerror or str(error))
+            self._board.end_command(whole=False)
+        else:
+            self._board.end_command(whole=True)
+
+    def _make_agree(self) -> None:
+        """Have the state file say what the servers do, which the board tells; this process has the turn."""
+        assert self._proxy is not None
+        if self._board.whole_address() is None:
+            self._board.address = self._known_steering().address
+        wanted = self._wanted_steering()
+        if wanted != self._known_steering():
+            self._proxy.steer(wanted)
+            log.warning("a command was cut short: the state file says again what the servers do")
+
+    def _wanted_steering(self) -> Steering:
+        return Steering(self._board.mode == TARGET, self._board.address)
+
+    def _known_steering(self) -> Steering:
+        assert self._proxy is not None
+        return self._proxy.steering
+
     # Switching
 
     def _switch(self, request: Message) -> Reply:
         force = flag_argument(request, "force")
-        assert self._proxy is not None and self._state is not None
+        yield from self._wait_for_turn("switch")
+        try:
+            pause = self._switch_now(force)
+        finally:
+            self._end_turn()
+        workers = yield from self._have_followed()
+        log.info("switched to a plain target of %s; held for %.1f ms", self._source.name, pause * 1e3)
+        yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
+
+    def _switch_now(self, force: bool) -> float:
+        """Returns how long everybody was held, in seconds. Raises `CommandError`, and then nothing was changed."""
+        assert self._proxy is not None
         if self._board.mode == TARGET:
             raise CommandError("this is a plain target already")
         if not force:
             self._refuse_if_missing()
-        self._board.wanted_copy = None
         self._stop_copy()
         if self._checkpoint is not None:
             self._checkpoint.wait()  # it holds its lock in this process's name
@@ -437,10 +523,9 @@ class _Stewardship:
             raise CommandError(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}; try again") from None
         except OSError as error:
             raise CommandError(f"the cache cannot be made durable: {error.strerror}; nothing was changed") from error
+        self._board.wanted_copy = None
         self._proxy.follow_switch(self._board)
-        workers = yield from self._have_followed()
-        log.info("switched to a plain target of %s; held for %.1f ms", self._source.name, pause * 1e3)
-        yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
+        return pause
 
     def _become_target(self) -> float:
         """Returns how long everybody was held, in seconds. Raises `OSError`, `TimeoutError` among them."""
@@ -472,7 +557,7 @@ class _Stewardship:
     def _have_followed(self) -> Generator[Optional[Message], None, int]:
         """Wait until every process has changed over; returns how many there are."""
         until = monotonic() + _FOLLOW_TIMEOUT
-        self._wake_all()
+        self._board.wake_all()
         while True:
             lines = self._board.lines()
             behind = [line for line in lines if line.mode != TARGET]
@@ -481,11 +566,6 @@ class _Stewardship:
                     log.warning("process %d of client %s is busy, and changes over later", line.pid, line.peer)
                 return len(lines)
             yield None
-
-    def _wake_all(self) -> None:
-        for line in self._board.lines():
-            with suppress(OSError):
-                os.kill(line.pid, signal.SIGUSR2)
 
     # Another origin
 
@@ -500,18 +580,29 @@ class _Stewardship:
         else:
             address = parse_origin(text_argument(request, "host") or "", text_argument(request, "port"), name)
         size = yield from self._ask_size(address)
-        if self._board.mode == TARGET:
-            raise CommandError("this is a plain target by now: it has no origin any more")
         if size != self._source.size:
             raise CommandError(f"the disk at {address} has {size} bytes, not {self._source.size}; nothing was changed")
+        yield from self._wait_for_turn("reconnect")
         try:
-            self._proxy.steer(Steering(switched=False, address=str(address)))
-        except ValueError as error:
-            raise CommandError(str(error)) from error
-        self._board.address = str(address)
-        self._wake_all()
+            self._reconnect_now(str(address))
+        finally:
+            self._end_turn()
+        self._board.wake_all()
         log.info("the origin is %s now", address)
         yield {"done": True, "address": str(address)}
+
+    def _reconnect_now(self, address: str) -> None:
+        """Raises `CommandError`, and then nothing was changed."""
+        assert self._proxy is not None
+        if self._board.mode == TARGET:
+            raise CommandError("this is a plain target by now: it has no origin any more")
+        try:
+            self._proxy.steer(Steering(switched=False, address=address))
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+        except OSError as error:
+            raise CommandError(f"the address cannot be noted: {error.strerror}; nothing was changed") from error
+        self._board.address = address
 
     def _ask_size(self, address: OriginAddress) -> Generator[Optional[Message], None, int]:
         """Bytes of the disk at *address*, asked by a child: an origin or a name server may take its time."""

@@ -11,6 +11,14 @@ everybody is outside; who comes meanwhile waits. That costs two stores and a loo
 every batch, and needs no system call. A dead process is told by the lock on its
 line, which goes with it; so is the one that had raised the flag.
 
+**Process ids** mean something in one PID namespace only, and there as long as the
+process lives. A line has the namespace beside the id, and a second lock that is taken
+when both are written: `Board.wake_all` signals nobody else.
+
+**Commands** that change what the files mean are one at a time (`Board.begin_command`).
+The board says which one is under way. If that stands there and nobody has the lock,
+its process has died in the middle, and a steward has to make board and files agree.
+
 ======  ========================================================================
 offset  content, of the machine's own endianness
 ======  ========================================================================
@@ -24,6 +32,8 @@ offset  content, of the machine's own endianness
 40      bytes per second of that copy, 0 for any number (8 bytes)
 48      number of changes of mode and snapshot (4 bytes)
 64      CRC-32, length (4 bytes each) and text of the origin's address
+16128   of the snapshot's process the PID namespace, of its two files device and inode (8 bytes each)
+16256   process of the command under way (4 bytes), its PID namespace (8 bytes), the command's name (16 bytes)
 16384   lines of `LINE` bytes, see `_LINE`
 ======  ========================================================================
 """
@@ -32,12 +42,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import struct
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
+from ..process import pid_namespace
 from .locks import RangeLocks, do_nothing
 
 PROXY, COMPLETE, TARGET = 0, 1, 2
@@ -53,7 +65,10 @@ _RATE = struct.Struct("=Q")
 _U32 = struct.Struct("=I")
 _CHECKPOINT = struct.Struct("=dQ")
 _TEXT = struct.Struct("=II")
-_LONGEST_ADDRESS = _LINES_AT - _ADDRESS - _TEXT.size
+_SNAPSHOT_FILES_AT, _COMMAND_AT = 16128, 16256
+_SNAPSHOT_FILES = struct.Struct("=5Q")
+_COMMAND = struct.Struct("=IQ16s")
+_LONGEST_ADDRESS = _SNAPSHOT_FILES_AT - _ADDRESS - _TEXT.size
 
 _LINE = struct.Struct("=IxB2xd5Q5QIIQ64s")
 _INSIDE, _OWN_MODE = 4, 5
@@ -62,14 +77,19 @@ _QUEUE = struct.Struct("=IQ")
 _COUNTERS_AT, _BASE_AT, _ORIGIN_AT, _QUEUE_AT, _PEER_AT = 16, 56, 96, 100, 112
 _PEER = struct.Struct("=64s")
 _TROUBLE_AT = 176
-_TROUBLE = struct.Struct("=80s")
+_TROUBLE = struct.Struct("=72s")
+_NAMESPACE_AT = 248
+_NAMESPACE = struct.Struct("=Q")
 
-GATE, CONTROL, COPYING, SNAPSHOT = 0, 1, 2, 3
+GATE, CONTROL, COPYING, SNAPSHOT, COMMAND = 0, 1, 2, 3, 4
 _LINES = 1 << 16
+_NAMED = 1 << 17
 """Locks on bytes of the file.
 
-`CONTROL` has who answers the control socket, `COPYING` who copies all blocks, and
-`SNAPSHOT` who makes a snapshot: without it what the board says of one is a dead process's.
+`CONTROL` has who answers the control socket, `COPYING` who copies all blocks, `COMMAND`
+who changes what the files mean, and `SNAPSHOT` who makes a snapshot: without it what
+the board says of one is a dead process's. A process has its byte from `_LINES` on as
+long as it has that line, and the one from `_NAMED` on since its id is written there.
 """
 
 _UNUSED = 64
@@ -104,6 +124,19 @@ REQUESTS, BYTES_READ, BYTES_WRITTEN, MISSES, BYTES_FETCHED = range(5)
 """Places in `Counts`."""
 
 
+class SnapshotPlace(NamedTuple):
+    """Where the snapshot is made: a process, its descriptors of snapshot and bitmap, and what tells that they are it.
+
+    *files* has device and inode of the one, then of the other.
+    """
+
+    pid: int
+    output: int
+    bitmap: int
+    namespace: int = 0
+    files: Tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
 class Line(NamedTuple):
     """What one process tells: its client, *since* when (seconds since the epoch), and the *counts* since then."""
 
@@ -116,6 +149,7 @@ class Line(NamedTuple):
     queued_bytes: int
     peer: str
     trouble: str
+    namespace: int
 
 
 class Board:
@@ -126,6 +160,7 @@ class Board:
         self._map = mmap.mmap(fd, 0)
         self._count = (len(self._map) - _LINES_AT) // LINE
         self._locks = RangeLocks(fd)
+        self.namespace = pid_namespace()
 
     @property
     def mode(self) -> int:
@@ -153,10 +188,13 @@ class Board:
         _U32.pack_into(self._map, _CHANGES, (number + 1) & 0xFFFFFFFF)
 
     @property
-    def snapshot(self) -> Optional[Tuple[int, int, int]]:
-        """The process that makes a snapshot, and its descriptors of snapshot and bitmap."""
+    def snapshot(self) -> Optional[SnapshotPlace]:
+        """Where one is made."""
         pid, output, bitmap = _SNAPSHOT.unpack_from(self._map, _SNAPSHOT_AT)
-        return (pid, output, bitmap) if pid else None
+        if not pid:
+            return None
+        namespace, *files = _SNAPSHOT_FILES.unpack_from(self._map, _SNAPSHOT_FILES_AT)
+        return SnapshotPlace(pid, output, bitmap, namespace, tuple(files))
 
     @property
     def wanted_copy(self) -> Optional[int]:
@@ -170,9 +208,10 @@ class Board:
             _RATE.pack_into(self._map, _COPY_RATE, rate)
             self._map[_COPY_WANTED] = 1
 
-    def begin_snapshot(self, pid: int, output: int, bitmap: int) -> None:
+    def begin_snapshot(self, place: SnapshotPlace) -> None:
         """From now on old blocks are kept; the gate is closed, and this process has the lock `SNAPSHOT`."""
-        _SNAPSHOT.pack_into(self._map, _SNAPSHOT_AT, pid, output, bitmap)
+        _SNAPSHOT_FILES.pack_into(self._map, _SNAPSHOT_FILES_AT, place.namespace, *place.files)
+        _SNAPSHOT.pack_into(self._map, _SNAPSHOT_AT, place.pid, place.output, place.bitmap)
         self._note_change()
 
     def end_snapshot(self) -> None:
@@ -191,6 +230,28 @@ class Board:
             self.unlock(SNAPSHOT)
         return found
 
+    def begin_command(self, name: str) -> bool:
+        """Take the turn of the command *name*, unless another process has it; the same process must not ask twice."""
+        if not self.try_lock(COMMAND):
+            return False
+        _COMMAND.pack_into(self._map, _COMMAND_AT, os.getpid(), self.namespace, name.encode())
+        return True
+
+    def end_command(self, *, whole: bool) -> None:
+        """Unless it is *whole*, board and files may not agree, and that stays noted."""
+        if whole:
+            _COMMAND.pack_into(self._map, _COMMAND_AT, 0, 0, b"")
+        self.unlock(COMMAND)
+
+    @property
+    def command(self) -> str:
+        """The command that is under way, or was when its process died, and that process; empty for none."""
+        pid, namespace, name = _COMMAND.unpack_from(self._map, _COMMAND_AT)
+        if not pid:
+            return ""
+        elsewhere = "" if namespace == self.namespace else " of another PID namespace (container)"
+        return f"{_text(name)} by process {pid}{elsewhere}"
+
     @property
     def generation(self) -> int:
         return int(_U32.unpack_from(self._map, _GENERATION)[0])
@@ -198,10 +259,7 @@ class Board:
     @property
     def address(self) -> str:
         """The origin's address; empty if none is noted, or not to its end."""
-        checksum, length = _TEXT.unpack_from(self._map, _ADDRESS)
-        start = _ADDRESS + _TEXT.size
-        text = self._map[start : start + min(length, _LONGEST_ADDRESS)]
-        return text.decode("utf-8", "surrogateescape") if zlib.crc32(text) == checksum else ""
+        return self.whole_address() or ""
 
     @address.setter
     def address(self, address: str) -> None:
@@ -210,6 +268,13 @@ class Board:
             raise ValueError("address too long")
         self._map[_ADDRESS : _ADDRESS + _TEXT.size + len(text)] = _TEXT.pack(zlib.crc32(text), len(text)) + text
         _U32.pack_into(self._map, _GENERATION, (self.generation + 1) & 0xFFFFFFFF)
+
+    def whole_address(self) -> Optional[str]:
+        """The origin's address, empty if none is noted; None if who noted it died before the end."""
+        checksum, length = _TEXT.unpack_from(self._map, _ADDRESS)
+        start = _ADDRESS + _TEXT.size
+        text = self._map[start : start + min(length, _LONGEST_ADDRESS)]
+        return text.decode("utf-8", "surrogateescape") if zlib.crc32(text) == checksum else None
 
     def note_checkpoint(self) -> None:
         _, count = _CHECKPOINT.unpack_from(self._map, _CHECKPOINTS)
@@ -224,7 +289,9 @@ class Board:
         """A line for this process. Raises `OSError` if all are taken."""
         for number in range(self._count):
             if self._locks.try_acquire(_LINES + number, 1):
-                return Place(self._map, _LINES_AT + number * LINE, self._locks)
+                place = Place(self._map, _LINES_AT + number * LINE, self._locks, self.namespace)
+                self._locks.try_acquire(_NAMED + number, 1)  # who is not named is not woken
+                return place
         raise OSError(f"more than {self._count} processes use this disk")
 
     def lines(self) -> List[Line]:
@@ -257,7 +324,29 @@ class Board:
         (trouble,) = _TROUBLE.unpack_from(self._map, at + _TROUBLE_AT)
         origin, requests, buffered, peer = fields[10:]
         counts = counts.minus(before)
-        return Line(pid, mode, since, counts, origin, requests, buffered, _text(peer), _text(trouble))
+        (namespace,) = _NAMESPACE.unpack_from(self._map, at + _NAMESPACE_AT)
+        return Line(pid, mode, since, counts, origin, requests, buffered, _text(peer), _text(trouble), namespace)
+
+    def wake_all(self) -> None:
+        """Send SIGUSR2 to all processes that have a line and are of this one's PID namespace.
+
+        Where the system or its owner's rights do not allow that, one finds out when its client wants something.
+        """
+        for number, at in self._used_lines():
+            (pid,) = _U32.unpack_from(self._map, at)
+            with suppress(OSError):
+                handle = os.pidfd_open(pid)
+                try:
+                    if self._is_named(number, at, pid):  # so *handle* is of the process that lives there
+                        signal.pidfd_send_signal(handle, signal.SIGUSR2)
+                finally:
+                    os.close(handle)
+
+    def _is_named(self, number: int, at: int, pid: int) -> bool:
+        """Whether the line's process is alive, and is *pid* in this namespace."""
+        if not self.namespace or self.namespace != _NAMESPACE.unpack_from(self._map, at + _NAMESPACE_AT)[0]:
+            return False
+        return pid == _U32.unpack_from(self._map, at)[0] and self._locks.held_elsewhere(_NAMED + number, 1)
 
     @contextmanager
     def closed(self, timeout: float, on_wait: Callable[[], None] = do_nothing) -> Iterator[None]:
@@ -306,7 +395,7 @@ def _text(padded: bytes) -> str:
 class Place:
     """This process's line, and its way through the gate. Begins outside, without a client."""
 
-    def __init__(self, memory: mmap.mmap, at: int, locks: RangeLocks) -> None:
+    def __init__(self, memory: mmap.mmap, at: int, locks: RangeLocks, namespace: int) -> None:
         self._map = memory
         self._inside = at + _INSIDE
         self._at = at
@@ -317,6 +406,7 @@ class Place:
         memory[self._inside] = 0
         self.tell_origin(NOT_NEEDED, "")
         self.welcome("")
+        _NAMESPACE.pack_into(memory, at + _NAMESPACE_AT, namespace)
         _U32.pack_into(memory, at, os.getpid())
 
     @property

@@ -279,6 +279,11 @@ class ProxySource(Source):
         """The bitmap for a process that serves nobody. Called after the fork; raises `OSError`."""
         return self._state.open_process()
 
+    @property
+    def steering(self) -> Steering:
+        """With what servers of another day would begin. Raises `OSError`."""
+        return self._state.steering
+
     def steer(self, steering: Steering) -> None:
         """Have servers of another day begin with *steering*; raises like `SharedState.steer`."""
         self._state.steer(steering)

@@ -181,8 +181,12 @@ class SharedState:
 
     def steer(self, steering: Steering) -> None:
         """Have servers of another day begin with *steering*. Raises `OSError`; `ValueError` as `pack_steering`."""
-        with files.opening(self._state_fd):
-            files.write_steering(self._state_fd, steering)
+        state_fd = reopen(self._state_fd, readonly=False)  # this process's own: the lock has to end with it
+        try:
+            with files.opening(state_fd):
+                files.write_steering(state_fd, steering)
+        finally:
+            os.close(state_fd)
 
     @property
     def steering(self) -> Steering:
