@@ -16,7 +16,7 @@ from server_process import Server, children_of, command, title_of, wait_until
 
 SIZE = 4 * MIB
 STRANGERS = 60
-"""In the first container: more than the second one's server has processes, so that each of those has a number of one."""
+"""In the first container: more than the second has processes, so that each of those has the number of one."""
 
 _INIT = 'i=0; while [ $i -lt "$0" ]; do sleep 1000 & i=$((i+1)); done; exec "$@"'
 

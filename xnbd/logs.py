@@ -13,6 +13,7 @@ import time
 from typing import IO, List, Optional
 
 from .errors import ConfigurationError
+from .making import open_or_make
 
 log = logging.getLogger("xnbd")
 
@@ -67,7 +68,7 @@ def _file_handler(path: str) -> logging.Handler:
 
 def open_log(path: str, flags: int) -> int:
     """A descriptor of a log file, which is no symbolic link."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+    return open_or_make(path, flags & ~os.O_CREAT)
 
 
 class _SyslogHandler(logging.Handler):

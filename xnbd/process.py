@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Iterator, Optional
 
 from .errors import ConfigurationError
+from .making import open_or_make
 
 
 def take_client_socket(fd: int) -> Optional[int]:
@@ -179,7 +180,7 @@ class PidFile:
 
 def _open_locked(path: str) -> int:
     """A descriptor of the file at *path*, made if there is none. Raises `OSError` if another process has locked it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    fd = open_or_make(path, os.O_RDWR)
     with closed_on_error(fd):
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return fd

@@ -12,6 +12,7 @@ from typing import Any, Dict, Iterator, Optional
 from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
+from ..making import set_file_mode
 from ..process import (
     Daemon,
     PidFile,
@@ -32,7 +33,7 @@ from ..server.watch import Watch
 from ..storage.image import Source
 from ..storage.locks import do_nothing
 from ..storage.target import TargetSource, create_sparse
-from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_same_file, refuse_together
+from .values import USAGE_ERROR, parse_integer, parse_mode, parse_seconds, parse_size, refuse_same_file, refuse_together
 
 Arguments = Dict[str, Any]
 
@@ -78,6 +79,8 @@ def serve(program: str, arguments: Arguments, client: Optional[int]) -> int:
 
         arguments["REMOTE_URI"] = str(origin_of(arguments))  # with the socket's whole path
     refuse_same_file({name: arguments[name] for name in _PATHS})
+    if arguments["--file-mode"]:
+        set_file_mode(parse_mode(arguments["--file-mode"], "--file-mode"))
     _set_up_logs(program, arguments)
     if arguments["--inetd"] or arguments["--connected-fd"]:
         return _serve_one(arguments, client)

@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Optional
 from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
+from ..making import set_file_mode
 from ..process import Daemon, keep_standard_streams, notify_service_manager
 from ..server.listen import Listeners
 from ..wrapper.children import Body
@@ -21,7 +22,7 @@ from ..wrapper.jobs import program
 from ..wrapper.servers import Servers, is_extended
 from ..wrapper.wrapper import Settings, Wrapper
 from .inside import load_server, run_bgctl, run_server
-from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size, refuse_same_file
+from .values import USAGE_ERROR, parse_integer, parse_mode, parse_seconds, parse_size, refuse_same_file
 
 Arguments = Dict[str, Any]
 
@@ -36,6 +37,8 @@ def wrap(program: str, arguments: Arguments) -> int:
             arguments[option] = os.path.abspath(arguments[option])
     images = [os.path.abspath(path) for path in arguments["--imgfile"]]
     refuse_same_file({**{f"--imgfile {path}": path for path in images}, **{name: arguments[name] for name in _PATHS}})
+    if arguments["--file-mode"]:
+        set_file_mode(parse_mode(arguments["--file-mode"], "--file-mode"))
     path, syslog = arguments["--logpath"], arguments["--syslog"]
     syslog = syslog or bool(arguments["--daemonize"] and not path)
     logs.set_up(program, path=path, syslog=syslog, stderr=not (path or syslog), level=logging.INFO)
@@ -69,6 +72,7 @@ def _settings(arguments: Arguments, syslog: bool) -> Settings:
         log_path=arguments["--logpath"],
         max_queue_size=arguments["--max-queue-size"],
         max_buf_size=arguments["--max-buf-size"],
+        file_mode=arguments["--file-mode"],
     )
     bgctl = _command(arguments["--xnbd-bgctl"], "--xnbd-bgctl")
     timeout = parse_seconds(arguments["--handshake-timeout"], "--handshake-timeout")

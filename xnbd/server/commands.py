@@ -17,6 +17,7 @@ from ..protocol import constants as c
 from ..protocol import transmission as wire
 from ..protocol.negotiation import ALLOCATION_CONTEXT, Agreement
 from ..storage.board import BYTES_READ
+from ..storage.locks import LockHeld
 from .disk import Disk
 from .holes import HOLE_MINIMUM, Holes
 from .readahead import ReadAhead
@@ -101,6 +102,8 @@ class Commands:
 
     def refuse(self, command: int, cookie: bytes, error: Exception, out: List[Piece]) -> None:
         """Answer with *error*."""
+        if isinstance(error, LockHeld):
+            log.error("%s: %s", self._peer, error.strerror)
         log.debug("%s: command %d refused: %s", self._peer, command, error)
         number = wire.nbd_error(getattr(error, "errno", None) or errno.EIO)
         if self._structured and command in (c.CMD_READ, c.CMD_BLOCK_STATUS):

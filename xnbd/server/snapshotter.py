@@ -47,7 +47,8 @@ class Snapshotter:
             image = self._source.open(self._board)
             output = snapshot.open_output(path, self._source.size)
             self._fill(image, output)
-            name = snapshot.publish(output, self._name, status.st_mode & 0o666)
+            snapshot.let_in(output, status)
+            name = snapshot.publish(output, self._name)
         except TimeoutError as error:
             raise TaskFailed(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}") from error
         except OSError as error:

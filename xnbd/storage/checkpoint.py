@@ -24,6 +24,7 @@ A checkpoint that fails or dies leaves its pages claimed: the next one takes the
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import re
@@ -83,16 +84,16 @@ class ProcessState:
         head, layout = self._head, self._layout
         return len(_MARK.findall(head[layout.dirty : layout.durable]))
 
-    def checkpoint(self, cache_fd: int, on_wait: Callable[[], None] = do_nothing) -> None:
+    def checkpoint(self, cache_fd: int, on_wait: Callable[[], None] = do_nothing, timeout: float = math.inf) -> None:
         """Return when all that was in the cache image before the call is durable, data and bits.
 
         *cache_fd* is this process's own descriptor of the image. Waits, with *on_wait*
         before every pause, for the checkpoint of another process, which waits for
-        nobody; one that has begun after this call serves both. After an `OSError`
+        nobody, *timeout* seconds; one that has begun after this call serves both. After an `OSError`
         nothing is lost: the next call tries the same again.
         """
         begun = self._number(BEGUN)
-        self._locks.acquire(CHECKPOINT, 1, on_wait)
+        self._locks.acquire(CHECKPOINT, 1, on_wait, timeout)
         try:
             if self._number(SUCCEEDED) <= begun:
                 self._make_durable(cache_fd)

@@ -146,8 +146,16 @@ class Fetcher(Background):
                 at += extent.length
 
     def claim(self, first: int, end: int) -> bool:
-        """Lock these blocks to write them; False if another process has some. Else always followed by `give_back`."""
-        return self._locks.claim(first, end)
+        """Lock these blocks to write them; False if another process has some. Else always followed by `give_back`.
+
+        Raises `LockHeld` if that is no server's process.
+        """
+        if self._locks.claim(first, end):
+            return True
+        stranger = self._locks.held_by_stranger(first, end)
+        if stranger is not None:
+            raise stranger
+        return False
 
     def mark_local(self, first: int, end: int) -> None:
         """These blocks, which are claimed, were written: what is still fetched of them is not."""
@@ -344,6 +352,11 @@ class Fetcher(Background):
         if not self._locks.hold(first, end):
             if self._bitmap.all_set(first, end):
                 self._finish(fetch, 0)
+                return
+            stranger = self._locks.held_by_stranger(first, end)
+            if stranger is not None:
+                log.error("%s", stranger.strerror)
+                self._finish(fetch, errno.EIO)
                 return
             self._turns.lock_out(fetch)
             return

@@ -19,6 +19,7 @@ import struct
 import time
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
+from ..making import WIDEST
 from . import space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, BLOCKS_PER_BYTE, block_count, block_start, block_stop, bytes_of, steps, touched
@@ -229,9 +230,22 @@ def clone(source_fd: int, output: int) -> None:
     fcntl.ioctl(output, _FICLONE, source_fd)
 
 
-def publish(output: int, path: str, mode: int) -> str:
-    """Sync the nameless file and give it the first free name of *path* and *path*.1, .2, ...: durable on return."""
+def let_in(output: int, image: os.stat_result) -> None:
+    """Give the nameless file the mode of the *image*, as far as that lets in nobody who may not read that.
+
+    Where it cannot have the image's group, its own one gets no more than everybody.
+    """
+    mode = image.st_mode & WIDEST
+    if os.fstat(output).st_gid != image.st_gid:
+        try:
+            os.fchown(output, -1, image.st_gid)
+        except OSError:
+            mode &= ~0o070 | mode << 3
     os.fchmod(output, mode)
+
+
+def publish(output: int, path: str) -> str:
+    """Sync the nameless file and give it the first free name of *path* and *path*.1, .2, ...: durable on return."""
     os.fsync(output)
     directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -16,13 +16,13 @@ from typing import Any, Dict, List, Tuple
 
 from ..errors import ConfigurationError
 from ..logs import log
+from ..making import make_afresh
 from ..storage import space
 from .exports import Export, check_name, export_from_fields, fields_of
 
 VERSION = 2
 _LARGEST = 64 << 20
 _READ = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_CREATE = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def pack_database(exports: Dict[str, Export]) -> bytes:
@@ -149,7 +149,7 @@ class Database:
         if not os.path.isdir(directory):
             os.mkdir(directory)
         temporary = f"{self.path}.{os.getpid()}.new"
-        fd = os.open(temporary, _CREATE, 0o644)
+        fd = make_afresh(temporary)
         try:
             _write_all(fd, pack_database({}))
             os.fsync(fd)
@@ -174,7 +174,7 @@ class Database:
     def _write_new(self, data: bytes) -> int:
         """Replace the file; a descriptor of the new one, which is locked before anybody can see it."""
         temporary = f"{self.path}.new"
-        fd = os.open(temporary, _CREATE, 0o644)
+        fd = make_afresh(temporary)
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.fchmod(fd, stat.S_IMODE(os.fstat(self._fd).st_mode))
