@@ -12,7 +12,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional
+from typing import Callable, ContextManager, Dict, Iterator, List, Optional
 
 import pytest
 from server_process import PATIENCE, is_alive, wait_until
@@ -232,6 +232,29 @@ def test_commands_are_one_at_a_time_and_one_that_was_cut_short_stays_noted(famil
         assert family.board.begin_command("reconnect")
         family.board.end_command(whole=True)
         assert family.board.command == ""
+
+
+@pytest.mark.parametrize("who", ["worker", "closer"])
+def test_what_a_process_has_changed_before_it_died_in_the_gate_is_told(family: Family, who: str) -> None:
+    """It had no time to count the change, by which the others tell that there was one."""
+
+    gates: List[ContextManager[None]] = []
+
+    def change_untold(board: Board) -> None:
+        gates.append(board.closed(20))
+        gates[0].__enter__()
+        board._map[1] = TARGET
+
+    place = family.board.take_place()
+    before = place.changes
+    with process(family, change_untold) as pid:
+        family.kill(pid)
+    assert (family.board.mode, place.changes) == (TARGET, before)
+    if who == "closer":
+        with family.board.closed(20):
+            pass
+    place.enter()
+    assert place.changes != before
 
 
 # Waking

@@ -9,6 +9,7 @@ each, and any of them acts for all.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -132,7 +133,7 @@ class _Stewardship:
         self._pending: List[Tuple[str, Reply]] = []
         self._snapshot: Optional[Child] = None
         self._snapshot_wanted = False
-        self._seen: Tuple[object, ...] = ()
+        self._seen: Tuple[object, ...] = (None,)
         self._has_master = must_listen
         signal.signal(signal.SIGUSR1, self._on_snapshot_signal)
         self._report = Report(service, self._board)
@@ -199,11 +200,11 @@ class _Stewardship:
 
         Nobody needs to wake up because a snapshot has begun.
         """
-        snapshot = self._board.snapshot
-        ended = self._seen[-1:] not in ((), (None,), (snapshot,))
-        seen, self._seen = self._seen, (self._board.mode == TARGET, self._board.generation, snapshot)
-        if ended or seen[:-1] != self._seen[:-1]:
-            self._board.wake_all()
+        board, seen = self._board, self._seen
+        changes = board.changes if board.snapshot is None else seen[-1]
+        self._seen = board.mode == TARGET, board.generation, changes
+        if self._seen != seen:
+            board.wake_all()
 
     def _go_on(self, signal_name: str, reply: Reply) -> None:
         """A command that came as a signal: its outcome is for the log."""
@@ -251,9 +252,9 @@ class _Stewardship:
             except TaskFailed as failure:
                 self._tell_once("cannot make the cache durable", str(failure))
 
-    def _make_durable(self) -> None:
+    def _make_durable(self, timeout: float = math.inf) -> None:
         assert self._proxy is not None and self._state is not None
-        self._state.checkpoint(self._proxy.cache_fd)
+        self._state.checkpoint(self._proxy.cache_fd, timeout=timeout)
 
     def _on_checkpoint(self, child: Child) -> None:
         assert self._state is not None
@@ -312,6 +313,7 @@ class _Stewardship:
                 raise CommandError("this is no proxy any more: nothing is missing")
             if self._is_copying():
                 raise CommandError("a copy is under way already (xnbd-bgctl --query shows it)")
+            fetched_before = self._board.totals().bytes_fetched
             self._start_copy(CopyOptions(min(piece or PIECE, PIECE), rate or 0))
             assert self._copy is not None
             if not wait:
@@ -321,7 +323,7 @@ class _Stewardship:
         if not wait:
             yield {"done": True, "pid": self._copy.pid}
             return
-        yield from self._watch_copy(self._copy)
+        yield from self._watch_copy(self._copy, fetched_before)
 
     def _is_copying(self) -> bool:
         if self._copy is not None:
@@ -356,9 +358,8 @@ class _Stewardship:
         self._copy = self._start(work)
         log.info("copying all blocks that are missing: process %d", self._copy.pid)
 
-    def _watch_copy(self, child: Child) -> Iterator[Optional[Message]]:
+    def _watch_copy(self, child: Child, fetched_before: int) -> Iterator[Optional[Message]]:
         """Progress, until the copy has ended; a client that leaves stops it."""
-        fetched_before = self._board.totals().bytes_fetched
         told_at = 0.0
         try:
             while not child.is_done():
@@ -446,7 +447,10 @@ class _Stewardship:
         Raises `CommandError` if that takes too long.
         """
         until = monotonic() + _TURN_TIMEOUT
-        while not self._board.begin_command(name):
+        while True:
+            self._end_dead_command()
+            if self._board.begin_command(name):
+                break
             if monotonic() > until:
                 raise CommandError(f"another command is under way: {self._board.command or 'unknown'}; try again")
             yield None
@@ -469,6 +473,8 @@ class _Stewardship:
         if not self._board.command or not self._board.try_lock(COMMAND):
             return
         try:
+            address = self._board.whole_address()
+            self._board.address = self._known_steering().address if address is None else address  # perhaps untold
             self._make_agree()
         except OSError as error:
             self._tell_once("cannot write to the state file", error.strerror or str(error))
@@ -479,8 +485,6 @@ class _Stewardship:
     def _make_agree(self) -> None:
         """Have the state file say what the servers do, which the board tells; this process has the turn."""
         assert self._proxy is not None
-        if self._board.whole_address() is None:
-            self._board.address = self._known_steering().address
         wanted = self._wanted_steering()
         if wanted != self._known_steering():
             self._proxy.steer(wanted)
@@ -514,10 +518,11 @@ class _Stewardship:
         if not force:
             self._refuse_if_missing()
         self._stop_copy()
-        if self._checkpoint is not None:
-            self._checkpoint.wait()  # it holds its lock in this process's name
+        self._stop_checkpoint()
         try:
-            self._make_durable()  # a bit that is forgotten would be fetched over what the target has written
+            self._make_durable(
+                _GATE_TIMEOUT
+            )  # a bit that is forgotten would be fetched over what the target has written
             pause = self._become_target()
         except TimeoutError as error:
             raise CommandError(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}; try again") from None
@@ -553,6 +558,14 @@ class _Stewardship:
             self._copy.stop()
             self._copy.wait()
             self._copy = None
+
+    def _stop_checkpoint(self) -> None:
+        """The one in a child, which holds its lock in this process's name."""
+        if self._checkpoint is not None and self._state is not None:
+            self._checkpoint.stop()
+            self._checkpoint.wait()
+            self._state.abandon_checkpoint()
+            self._checkpoint = None
 
     def _have_followed(self) -> Generator[Optional[Message], None, int]:
         """Wait until every process has changed over; returns how many there are."""

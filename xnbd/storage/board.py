@@ -183,9 +183,13 @@ class Board:
         finally:
             self._locks.release(GATE, 1)
 
+    @property
+    def changes(self) -> bytes:
+        """Another number whenever mode or snapshot are others."""
+        return self._map[_CHANGES : _CHANGES + 4]
+
     def _note_change(self) -> None:
-        (number,) = _U32.unpack_from(self._map, _CHANGES)
-        _U32.pack_into(self._map, _CHANGES, (number + 1) & 0xFFFFFFFF)
+        _count_change(self._map)
 
     @property
     def snapshot(self) -> Optional[SnapshotPlace]:
@@ -316,7 +320,7 @@ class Board:
                 return
 
     def _is_alive(self, number: int) -> bool:
-        return self._locks.held_elsewhere(_LINES + number, 1)
+        return self._locks.held_by_server(_LINES + number, 1)
 
     def _read_line(self, at: int) -> Line:
         pid, mode, since, *fields = _LINE.unpack_from(self._map, at)
@@ -355,6 +359,8 @@ class Board:
         while not self._locks.try_acquire(GATE, 1):
             _nap(until, on_wait, "somebody else holds the gate")
         try:
+            if self._map[_FLAG]:
+                _count_change(self._map)  # which the dead process that has raised it perhaps had yet to do
             self._map[_FLAG] = 1
             time.sleep(_SETTLE)
             for number, at in self._used_lines():
@@ -379,6 +385,11 @@ class Board:
     def close(self) -> None:
         self._map.close()
         os.close(self._fd)
+
+
+def _count_change(memory: mmap.mmap) -> None:
+    (number,) = _U32.unpack_from(memory, _CHANGES)
+    _U32.pack_into(memory, _CHANGES, (number + 1) & 0xFFFFFFFF)
 
 
 def _nap(until: float, on_wait: Callable[[], None], reason: str) -> None:
@@ -436,6 +447,7 @@ class Place:
         while self._map[_FLAG]:
             self._map[self._inside] = 0
             if self._locks.try_acquire(GATE, 1):  # whoever had raised the flag is dead
+                _count_change(self._map)  # it may have changed something and told nobody yet
                 self._map[_FLAG] = 0
                 self._locks.release(GATE, 1)
             else:
