@@ -7,11 +7,12 @@ import os
 import random
 import signal
 import struct
+import subprocess
 import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional
+from typing import Callable, ContextManager, Dict, Iterator, List, Optional
 
 import pytest
 from server_process import PATIENCE, is_alive, wait_until
@@ -29,6 +30,8 @@ from xnbd.storage.board import (
     UNREACHABLE,
     Board,
     Counts,
+    Line,
+    SnapshotPlace,
     clock,
     create_board,
 )
@@ -191,13 +194,13 @@ def test_a_switch_is_not_taken_back_by_another_server_that_finds_the_disk_comple
 
 def begin_snapshot(board: Board) -> None:
     assert board.try_lock(SNAPSHOT)
-    board.begin_snapshot(os.getpid(), 5, 6)
+    board.begin_snapshot(SnapshotPlace(os.getpid(), 5, 6, board.namespace, (7, 8, 7, 9)))
 
 
 def test_a_snapshot_is_ended_by_others_only_when_its_process_is_dead(family: Family) -> None:
     with process(family, begin_snapshot) as pid:
         assert not family.board.end_dead_snapshot()
-        assert family.board.snapshot == (pid, 5, 6)
+        assert family.board.snapshot == SnapshotPlace(pid, 5, 6, family.board.namespace, (7, 8, 7, 9))
         family.kill(pid)
         assert family.board.end_dead_snapshot()
         assert family.board.snapshot is None
@@ -209,6 +212,104 @@ def test_after_the_end_of_a_dead_snapshot_the_next_one_may_begin(family: Family)
         with process(family, begin_snapshot) as pid:
             family.kill(pid)
         assert family.board.end_dead_snapshot()
+
+
+# Commands
+
+
+def begin_command(board: Board) -> None:
+    assert board.begin_command("switch")
+
+
+def test_commands_are_one_at_a_time_and_one_that_was_cut_short_stays_noted(family: Family) -> None:
+    with process(family, begin_command) as pid:
+        assert not family.board.begin_command("reconnect")
+        assert family.board.command == f"switch by process {pid}"
+        family.kill(pid)
+        assert family.board.command == f"switch by process {pid}"
+        assert family.board.begin_command("reconnect")
+        family.board.end_command(whole=False)
+        assert family.board.command == f"reconnect by process {os.getpid()}"
+        assert family.board.begin_command("reconnect")
+        family.board.end_command(whole=True)
+        assert family.board.command == ""
+
+
+@pytest.mark.parametrize("who", ["worker", "closer"])
+def test_what_a_process_has_changed_before_it_died_in_the_gate_is_told(family: Family, who: str) -> None:
+    """It had no time to count the change, by which the others tell that there was one."""
+
+    gates: List[ContextManager[None]] = []
+
+    def change_untold(board: Board) -> None:
+        gates.append(board.closed(20))
+        gates[0].__enter__()
+        board._map[1] = TARGET
+
+    place = family.board.take_place()
+    before = place.changes
+    with process(family, change_untold) as pid:
+        family.kill(pid)
+    assert (family.board.mode, place.changes) == (TARGET, before)
+    if who == "closer":
+        with family.board.closed(20):
+            pass
+    place.enter()
+    assert place.changes != before
+
+
+# Waking
+
+
+def place_that_counts_signals(board: Board) -> None:
+    place = board.take_place()
+
+    def count(_number: int, _frame: object) -> None:
+        place.counts[REQUESTS] += 1
+        place.tell()
+
+    signal.signal(signal.SIGUSR2, count)
+
+
+def test_all_processes_of_this_namespace_are_woken(family: Family) -> None:
+    with process(family, place_that_counts_signals), process(family, place_that_counts_signals):
+        family.board.wake_all()
+        wait_until(lambda: [line.counts.requests for line in family.board.lines()] == [1, 1], "the signals")
+
+
+def test_nobody_is_woken_by_an_id_that_is_not_his(family: Family) -> None:
+    """What stands in a line is a dead process's id, until the next one in that line has written its own."""
+
+    def only_lock(board: Board) -> None:
+        assert board.try_lock((1 << 16) + 1)
+
+    with process(family, rest_with_place) as first, process(family, rest_with_place) as second:
+        assert [line.pid for line in family.board.lines()] == [first, second]
+        family.kill(second)
+        with process(family, only_lock):
+            assert [line.pid for line in family.board.lines()] == [first, second]
+            with stranger(second):
+                family.board.wake_all()
+
+
+def rest_with_place(board: Board) -> None:
+    board.take_place()
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+@contextmanager
+def stranger(pid: int) -> Iterator[None]:
+    """Another program has the number *pid* by now; a signal would kill it."""
+    for _ in range(100):
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+        with subprocess.Popen(["sleep", "100"]) as process:
+            if process.pid == pid:
+                yield
+            process.kill()
+        if process.pid == pid:
+            assert process.returncode == -signal.SIGKILL
+            return
+    raise AssertionError(f"others were always quicker to get {pid}")
 
 
 # Lines
@@ -230,7 +331,7 @@ def test_line_tells_of_its_process(family: Family) -> None:
     with process(family, serve_somebody) as pid:
         (line,) = family.board.lines()
         assert before <= line.since <= clock()
-        assert line._replace(since=0.0) == (
+        assert line._replace(since=0.0) == Line(
             pid,
             PROXY,
             0.0,
@@ -240,6 +341,7 @@ def test_line_tells_of_its_process(family: Family) -> None:
             4096,
             "10.0.0.1:5",
             "origin x: Connection refused",
+            os.stat("/proc/self/ns/pid").st_ino,
         )
 
 

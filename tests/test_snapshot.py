@@ -207,6 +207,16 @@ def test_an_image_that_nobody_may_write_has_snapshots(open_to_all: Path, image: 
     assert path.stat().st_mode & 0o777 == 0o444
 
 
+def test_a_snapshot_lets_in_no_group_that_may_not_read_the_image(open_to_all: Path, image: Path) -> None:
+    """Served by a user who cannot give it the image's group."""
+    disk = Path(shutil.move(image, open_to_all / "disk.img"))
+    os.chmod(disk, 0o640)
+    os.chown(disk, 65534, 0)
+    with serving_as_nobody(open_to_all, "--target", disk):
+        path = take_by_command(open_to_all / "control").path
+    assert (path.stat().st_mode & 0o777, path.stat().st_gid) == (0o600, 65534)
+
+
 def test_the_snapshot_of_a_cow_disk_lies_beside_the_base(
     start: Start, disk: Path, tmp_path: Path, control: Path
 ) -> None:

@@ -934,8 +934,8 @@ def test_any_system_call_may_fail_once_and_the_next_attempt_succeeds(scratch: Pa
             sys.executable, "-c", LIFE, directory, DISK, cache.boot_id_file(1),
         )  # fmt: skip
         injected = "INJECTED" in trace.read_text()
-        assert output.count("failed:") == injected
-        end = output.splitlines()[-1]
+        failed, end = output.count("failed:"), output.splitlines()[-1]
+        assert failed == injected or (call == "fallocate" and not failed)  # what has its space already needs none
         assert end == "clean: True" or (call == "fsync" and end.startswith("clean: [Errno 5] write-back failed"))
         assert set_blocks(cache.open(boot=2), cache.blocks) == [1, PAGE_BLOCKS]
         os.close(cache.fd)

@@ -52,6 +52,11 @@ def test_command_lines_are_those_of_a_c_wrapper() -> None:
     )
 
 
+def test_a_file_mode_is_passed_on_to_servers_that_know_it() -> None:
+    assert "--file-mode 0640 " in words(file_mode="0640")
+    assert "--file-mode" not in words(file_mode="0640", extended=False)
+
+
 def test_an_origin_on_a_unix_socket_is_a_uri_on_the_command_line() -> None:
     proxy = ProxyExport("/cache", "/bitmap", "/p.ctl", "", "", remote_uri="nbd+unix:///x?socket=/s")
     assert words(proxy).endswith(" nbd+unix:///x?socket=/s /cache /bitmap /p.ctl")

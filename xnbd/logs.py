@@ -15,6 +15,7 @@ import time
 from typing import IO, List, Optional
 
 from .errors import ConfigurationError
+from .making import open_or_make
 from .text import one_line
 
 log = logging.getLogger("xnbd")
@@ -90,7 +91,7 @@ def _file_handler(path: str) -> logging.Handler:
 
 def open_log(path: str, flags: int) -> int:
     """A descriptor of a log file, which is no symbolic link, and nothing that waits for a reader. Raises `OSError`."""
-    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o640)
+    fd = open_or_make(path, flags & ~os.O_CREAT | os.O_NONBLOCK)
     if stat.S_ISFIFO(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE), path)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Iterator, Optional
 
 from .errors import ConfigurationError
+from .making import open_or_make
 
 
 def take_client_socket(fd: int) -> Optional[int]:
@@ -46,6 +47,14 @@ def is_super_servers_child() -> bool:
     except OSError:
         return False
     return stat.S_ISSOCK(status.st_mode) and os.path.samestat(status, errors)
+
+
+def pid_namespace() -> int:
+    """Number of the namespace in which this process's id means something; 0 if the system does not tell."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
 
 
 def keep_standard_streams() -> None:
@@ -180,10 +189,10 @@ class PidFile:
     def write(self) -> None:
         """Make the file, in the process whose id it is to hold. Raises `ConfigurationError` like the constructor."""
         try:
-            self._take(_open_locked(self._path, os.O_CREAT))
+            self._take(_open_locked(self._path, make=True))
             while not self._is_in_place():  # a server that was just ending has removed it before it was locked
                 os.close(self._held)
-                self._take(_open_locked(self._path, os.O_CREAT))
+                self._take(_open_locked(self._path, make=True))
             self._pid = os.getpid()
             os.ftruncate(self._held, 0)
             os.pwrite(self._held, f"{self._pid}\n".encode(), 0)
@@ -221,9 +230,10 @@ class PidFile:
             return False
 
 
-def _open_locked(path: str, flags: int = 0) -> int:
+def _open_locked(path: str, *, make: bool = False) -> int:
     """A descriptor of the file at *path*. Raises `OSError` if another process has locked it."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o644)
+    flags = os.O_RDWR | os.O_NONBLOCK
+    fd = open_or_make(path, flags) if make else os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
     with closed_on_error(fd):
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ConfigurationError(f"{path} is no regular file: choose another --pidfile")

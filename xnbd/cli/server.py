@@ -48,6 +48,9 @@ Disk options:
                         512M, 1G, ...
   --cow-dir DIR         Directory for what clients of a --cow-target write
                         (default: beside the image, else $TMPDIR).
+  --file-mode MODE      Permissions of files that are made, in octal: 0640
+                        lets the group read them (default: 0600). A snapshot
+                        has those of its image.
   -r, --readonly        Disconnect a client that writes.
   --exportname NAME     Name to answer to besides the empty one (default: file
                         name of the image).

@@ -12,6 +12,7 @@ from typing import Any, Dict, Iterator, Optional
 from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
+from ..making import set_file_mode
 from ..process import (
     Daemon,
     PidFile,
@@ -37,6 +38,7 @@ from ..storage.target import TargetSource, create_sparse
 from .values import (
     USAGE_ERROR,
     parse_integer,
+    parse_mode,
     parse_seconds,
     parse_size,
     refuse_lost_log,
@@ -90,6 +92,8 @@ def serve(program: str, arguments: Arguments, client: Optional[int]) -> int:
 
         arguments["REMOTE_URI"] = str(origin_of(arguments))  # with the socket's whole path
     refuse_same_file({**{name: arguments[name] for name in _PATHS}, **_files_of_bitmap(arguments)})
+    if arguments["--file-mode"]:
+        set_file_mode(parse_mode(arguments["--file-mode"], "--file-mode"))
     _set_up_logs(program, arguments)
     if arguments["--inetd"] or arguments["--connected-fd"]:
         return _serve_one(arguments, client)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List
 
 from ..errors import ConfigurationError
+from ..making import OWNER_ONLY, WIDEST
 
 USAGE_ERROR = 2
 
@@ -121,6 +122,17 @@ def parse_integer(text: str, option: str, lowest: int, highest: int) -> int:
     if len(text) < 20 and text.strip().isdecimal() and lowest <= int(text) <= highest:
         return int(text)
     raise ConfigurationError(f"{option} {text}: expected a whole number from {lowest} to {highest}", USAGE_ERROR)
+
+
+def parse_mode(text: str, option: str) -> int:
+    """The permissions of a file, in octal. Raises `ConfigurationError`."""
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = 0
+    if mode & OWNER_ONLY == OWNER_ONLY and not mode & ~WIDEST:
+        return mode
+    raise ConfigurationError(f"{option} {text}: expected permissions from 0600 to 0666, in octal", USAGE_ERROR)
 
 
 def parse_seconds(text: str, option: str) -> float:

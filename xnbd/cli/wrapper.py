@@ -14,6 +14,8 @@ Disk options:
   --cow                 Every client of a target gets a copy-on-write disk of
                         its own, which is gone when the client leaves.
   --readonly            Disconnect a client that writes.
+  --file-mode MODE      Permissions of files that are made, in octal, by the
+                        servers too (default: 0600).
 
 Listening options:
   -p, --lport PORT      TCP port (default: 8520); 0 picks a free one.

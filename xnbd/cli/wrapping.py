@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Optional
 from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
+from ..making import set_file_mode
 from ..process import Daemon, keep_standard_streams, notify_service_manager, require_descriptors, whole_path
 from ..server.listen import DEFAULT_PORT, Listeners
 from ..wrapper.children import Body
@@ -25,6 +26,7 @@ from .inside import load_server, run_bgctl, run_server
 from .values import (
     USAGE_ERROR,
     parse_integer,
+    parse_mode,
     parse_seconds,
     parse_size,
     refuse_lost_log,
@@ -54,6 +56,8 @@ def wrap(program: str, arguments: Arguments) -> int:
     for image in images.values():
         refuse_same_file({f"--imgfile {image}": image, **ours})
     refuse_lost_log(arguments)
+    if arguments["--file-mode"]:
+        set_file_mode(parse_mode(arguments["--file-mode"], "--file-mode"))
     path, syslog = arguments["--logpath"], arguments["--syslog"]
     syslog = syslog or bool(arguments["--daemonize"] and not path)
     logs.set_up(program, path=path, syslog=syslog, stderr=not (path or syslog), level=logging.INFO)
@@ -87,6 +91,7 @@ def _settings(arguments: Arguments, syslog: bool) -> Settings:
         log_path=arguments["--logpath"],
         max_queue_size=arguments["--max-queue-size"],
         max_buf_size=arguments["--max-buf-size"],
+        file_mode=arguments["--file-mode"],
     )
     bgctl = _command(arguments["--xnbd-bgctl"], "--xnbd-bgctl")
     timeout = parse_seconds(arguments["--handshake-timeout"], "--handshake-timeout")

@@ -157,8 +157,8 @@ class Copier:
 
     def _look_around(self, now: float) -> None:
         self._looked_at = now
-        own = os.getpid()
-        self._crowded = any(line.queued_requests for line in self._disk.board.lines() if line.pid != own)
+        board, own = self._disk.board, (self._disk.board.namespace, os.getpid())
+        self._crowded = any(line.queued_requests for line in board.lines() if (line.namespace, line.pid) != own)
         self._disk.place.tell()
 
     def _wait(self, timeout: Optional[float] = None) -> None:

@@ -59,7 +59,11 @@ class Disk:
             return
         reason = "its process is alive, and cannot be found"
         try:
-            files = open_files(*snapshot)
+            files = None
+            if snapshot.namespace != self.board.namespace:
+                reason = "it is made in another PID namespace (container)"
+            else:
+                files = open_files(snapshot)
             if files is not None:
                 self.image = KeepingImage(self.image, Keeper(self.image, files))
                 return

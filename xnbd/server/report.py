@@ -40,7 +40,8 @@ class Report:
         """
         source, lines, totals = self._source, self._board.lines(), self._board.totals()
         switched = self._board.mode == TARGET
-        usage = self._meter.usage([line.pid for line in lines])
+        near = [line for line in lines if line.namespace == self._board.namespace]
+        usage = self._meter.usage([line.pid for line in near])
         answer: Message = {
             "mode": "target" if switched else source.mode,
             "name": source.name,
@@ -53,7 +54,11 @@ class Report:
             "block_size": BLOCK,
             "write_back_failure": self._write_back_failure(),
             "counters": _counters(totals),
-            "workers": [_worker(line, usage.get(line.pid)) for line in lines if line.peer not in ("", COPYING_PEER)],
+            "workers": [
+                _worker(line, usage.get(line.pid) if line in near else None)
+                for line in lines
+                if line.peer not in ("", COPYING_PEER)
+            ],
         }
         if isinstance(source, ProxySource) and not switched and state is not None and progress is not None:
             answer["queue"] = self._queue(lines)

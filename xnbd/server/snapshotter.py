@@ -50,7 +50,8 @@ class Snapshotter:
             self._fill(image, output)
             self._source.write_back(self._board).check()  # what was read may be what the disk could not keep
             _refuse_if_shrunk(image)
-            name = snapshot.publish(output, self._name, status.st_mode & 0o666)
+            snapshot.let_in(output, status)
+            name = snapshot.publish(output, self._name)
         except TimeoutError as error:
             raise TaskFailed(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}") from error
         except OSError as error:
@@ -74,11 +75,13 @@ class Snapshotter:
                 os.ftruncate(output, image.size)  # a proxy's cache file may be larger than its disk
             return
         self._check_space(output)
-        place = os.getpid(), output, self._bitmap_fd
+        files = SnapshotFiles(output, self._bitmap_fd)
+        place = snapshot.place_of(files, self._board.namespace)
         with self._gate():
-            self._board.begin_snapshot(*place)
+            self._refuse_if_shared_afar()
+            self._board.begin_snapshot(place)
         try:
-            self._copy(image, snapshot.duplicate(SnapshotFiles(output, self._bitmap_fd)))
+            self._copy(image, snapshot.duplicate(files))
             self._watch.check()  # or nobody would be told of it
             if self._board.snapshot != place:  # all blocks are kept by now: what ends it later does no harm
                 raise TaskFailed("somebody could not keep old blocks, or has ended it")
@@ -87,6 +90,15 @@ class Snapshotter:
             raise
         finally:
             self._board.end_snapshot()
+
+    def _refuse_if_shared_afar(self) -> None:
+        """Who changes a block keeps the old one in a file that it finds through this process's id."""
+        afar = [line for line in self._board.lines() if line.namespace != self._board.namespace]
+        if afar:
+            raise TaskFailed(
+                f"{len(afar)} processes on this disk are of another PID namespace (container) and could not keep old "
+                "blocks: stop that server first, or have the disk on a file system with clones"
+            )
 
     def _check_space(self, output: int) -> None:
         """Refuse what would take the space from the disk's own writers."""

@@ -9,6 +9,7 @@ each, and any of them acts for all.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -26,7 +27,7 @@ from ..origin.probe import probe
 from ..process import closed_on_error, set_title
 from ..storage.bitmap import Bitmap
 from ..storage.blocks import BLOCK, block_count
-from ..storage.board import CONTROL, COPYING, PROXY, TARGET, Board
+from ..storage.board import COMMAND, CONTROL, COPYING, PROXY, TARGET, Board
 from ..storage.fetches import PIECE
 from ..storage.proxy import ProxyImage, ProxySource
 from ..storage.snapshot import create_bitmap
@@ -45,6 +46,7 @@ _CHECKPOINT_EVERY = 1.0
 _TAKE_OVER_EVERY = 1.0
 _GATE_TIMEOUT = 10.0
 _FOLLOW_TIMEOUT = 5.0
+_TURN_TIMEOUT = _GATE_TIMEOUT + 5.0
 _PROGRESS_EVERY = 0.2
 _NICE = 10  # clients go before the copying of a snapshot
 _MAXIMUM_CELLS = 1 << 16
@@ -133,6 +135,7 @@ class _Stewardship:
         self._question: Optional[Child] = None
         self._made: Optional[Progress] = None  # of a snapshot
         self._snapshot_wanted = False
+        self._seen: Tuple[object, ...] = (None,)
         self._has_master = must_listen
         signal.signal(signal.SIGUSR1, self._on_snapshot_signal)
         self._report = Report(service, self._board)
@@ -188,11 +191,23 @@ class _Stewardship:
             self._on_copied(self._copy)
         elif self._board.wanted_copy is not None and not self._watch.stopping and not self._is_copying():
             self._resume_copy(self._board.wanted_copy)
-        if self._board.end_dead_snapshot():
-            self._wake_all()
+        self._board.end_dead_snapshot()
+        self._pass_on_news()
         if self._proxy is not None:
             self._proxy.follow_switch(self._board)
+            self._end_dead_command()
             self._keep_durable()
+
+    def _pass_on_news(self) -> None:
+        """Wake this server's processes if somebody has changed the disk, maybe a server whose signals do not get here.
+
+        Nobody needs to wake up because a snapshot has begun.
+        """
+        board, seen = self._board, self._seen
+        changes = board.changes if board.snapshot is None else seen[-1]
+        self._seen = board.mode == TARGET, board.generation, changes
+        if self._seen != seen:
+            board.wake_all()
 
     def _go_on(self, signal_name: str, reply: Reply) -> None:
         """A command that came as a signal: its outcome is for the log."""
@@ -242,13 +257,13 @@ class _Stewardship:
             except TaskFailed as failure:
                 self._tell_once("cannot make the cache durable", str(failure))
 
-    def _make_durable(self) -> None:
+    def _make_durable(self, timeout: float = math.inf) -> None:
         """Through a description of its own and the witness: a child before may have died of what it was told."""
         assert self._proxy is not None and self._state is not None
         self._state.write_back.witness = self._proxy.witness
         image = reopen(self._proxy.witness, readonly=False)
         try:
-            self._state.checkpoint(image)
+            self._state.checkpoint(image, timeout=timeout)
         finally:
             os.close(image)
         self._state.sync_live()
@@ -271,10 +286,11 @@ class _Stewardship:
 
     def _start(self, work: Callable[[], Optional[str]]) -> Child:
         """Raises `TaskFailed` if there can be no more processes."""
-        return Child(self._close_control, work)
+        return Child(self._close_in_child, work)
 
-    def _close_control(self) -> None:
-        """In a child: let go of clients, or they would not notice it when the steward disconnects them."""
+    def _close_in_child(self) -> None:
+        """Let go of what has to end with the steward: its clients' connections, and its locks on the board."""
+        self._board.close()
         if self._control is not None:
             self._control.close()
 
@@ -311,17 +327,23 @@ class _Stewardship:
         piece = integer_argument(request, "blocks_per_request", 1, 1 << 20)
         rate = integer_argument(request, "limit_rate", 1, 1 << 50)
         wait = flag_argument(request, "wait")
-        if self._board.mode == TARGET:
-            raise CommandError("this is no proxy any more: nothing is missing")
-        if self._is_copying():
-            raise CommandError("a copy is under way already (xnbd-bgctl --query shows it)")
-        self._start_copy(CopyOptions(min(piece or PIECE, PIECE), rate or 0))
-        assert self._copy is not None
+        yield from self._wait_for_turn("cache-all")
+        try:
+            if self._board.mode == TARGET:
+                raise CommandError("this is no proxy any more: nothing is missing")
+            if self._is_copying():
+                raise CommandError("a copy is under way already (xnbd-bgctl --query shows it)")
+            fetched_before = self._board.totals().bytes_fetched
+            self._start_copy(CopyOptions(min(piece or PIECE, PIECE), rate or 0))
+            assert self._copy is not None
+            if not wait:
+                self._board.wanted_copy = rate or 0
+        finally:
+            self._end_turn()
         if not wait:
-            self._board.wanted_copy = rate or 0
             yield {"done": True, "pid": self._copy.pid}
             return
-        yield from self._watch_copy(self._copy)
+        yield from self._watch_copy(self._copy, fetched_before)
 
     def _is_copying(self) -> bool:
         if self._copy is not None:
@@ -356,9 +378,8 @@ class _Stewardship:
         self._copy = self._start(work)
         log.info("copying all blocks that are missing: process %d", self._copy.pid)
 
-    def _watch_copy(self, child: Child) -> Iterator[Optional[Message]]:
+    def _watch_copy(self, child: Child, fetched_before: int) -> Iterator[Optional[Message]]:
         """Progress, until the copy has ended; a client that leaves stops it."""
-        fetched_before = self._board.totals().bytes_fetched
         told_at = 0.0
         try:
             yield from self._count()
@@ -389,7 +410,8 @@ class _Stewardship:
         if child is not self._copy:
             return
         self._copy = None
-        self._board.wanted_copy = None
+        if not self._is_copying():  # or another server's operator wants one by now
+            self._board.wanted_copy = None
         if child.status:
             log.warning("the copy has ended: %s", child.message or f"status {child.status}")
         else:
@@ -426,7 +448,7 @@ class _Stewardship:
             child.stop()
             child.wait()
             self._board.end_dead_snapshot()
-            self._wake_all()
+            self._board.wake_all()
             self._snapshot = None
             self._forget_counter(made)
             bitmap.octets.close()
@@ -448,31 +470,99 @@ class _Stewardship:
         board = Board(reopen(self._service.board_fd, readonly=False))
         return Snapshotter(self._source, board, bitmap_fd, watch).run()
 
+    # One command after the other, whichever of the servers on a cache it was given to
+
+    def _wait_for_turn(self, name: str) -> Generator[Optional[Message], None, None]:
+        """Return when no other process changes what the files mean: then do so without a `yield`, and `_end_turn`.
+
+        Raises `CommandError` if that takes too long.
+        """
+        until = monotonic() + _TURN_TIMEOUT
+        while True:
+            self._end_dead_command()
+            if self._board.begin_command(name):
+                break
+            if monotonic() > until:
+                raise CommandError(f"another command is under way: {self._board.command or 'unknown'}; try again")
+            yield None
+        try:
+            self._make_agree()
+        except OSError as error:
+            self._board.end_command(whole=False)
+            raise CommandError(f"the state file cannot be used: {error.strerror}; nothing was changed") from error
+
+    def _end_turn(self) -> None:
+        """What the command has changed is whole, or somebody will make it so."""
+        try:
+            whole = self._wanted_steering() == self._known_steering()
+        except OSError:
+            whole = False
+        self._board.end_command(whole=whole)
+
+    def _end_dead_command(self) -> None:
+        """Make whole what a process has begun that is no more."""
+        if not self._board.command or not self._board.try_lock(COMMAND):
+            return
+        try:
+            address = self._board.whole_address()
+            self._board.address = self._known_steering().address if address is None else address  # perhaps untold
+            self._make_agree()
+        except OSError as error:
+            self._tell_once("cannot write to the state file", error.strerror or str(error))
+            self._board.end_command(whole=False)
+        else:
+            self._board.end_command(whole=True)
+
+    def _make_agree(self) -> None:
+        """Have the state file say what the servers do, which the board tells; this process has the turn."""
+        assert self._proxy is not None
+        wanted = self._wanted_steering()
+        if wanted != self._known_steering():
+            self._proxy.steer(wanted)
+            log.warning("a command was cut short: the state file says again what the servers do")
+
+    def _wanted_steering(self) -> Steering:
+        return Steering(self._board.mode == TARGET, self._board.address)
+
+    def _known_steering(self) -> Steering:
+        assert self._proxy is not None
+        return self._proxy.steering
+
     # Switching
 
     def _switch(self, request: Message) -> Reply:
         force = flag_argument(request, "force")
-        assert self._proxy is not None and self._state is not None
         yield from self._save_most()
-        if self._board.mode == TARGET:
-            raise CommandError("this is a plain target already")
-        if not force:
-            yield from self._refuse_if_missing()
-        self._board.wanted_copy = None
-        self._stop_copy()
-        if self._checkpoint is not None:
-            self._checkpoint.wait()  # it holds its lock in this process's name
+        yield from self._wait_for_turn("switch")
         try:
-            self._make_durable()  # a bit that is forgotten would be fetched over what the target has written
+            if self._board.mode == TARGET:
+                raise CommandError("this is a plain target already")
+            if not force:
+                yield from self._refuse_if_missing()
+            pause = self._switch_now()
+        finally:
+            self._end_turn()
+        workers = yield from self._have_followed()
+        log.info("switched to a plain target of %s; held for %.1f ms", self._source.name, pause * 1e3)
+        yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
+
+    def _switch_now(self) -> float:
+        """Returns how long everybody was held, in seconds. Raises `CommandError`, and then nothing was changed."""
+        assert self._proxy is not None
+        self._stop_copy()
+        self._stop_checkpoint()
+        try:
+            self._make_durable(
+                _GATE_TIMEOUT
+            )  # a bit that is forgotten would be fetched over what the target has written
             pause = self._become_target()
         except TimeoutError as error:
             raise CommandError(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}; try again") from None
         except OSError as error:
             raise CommandError(f"the cache cannot be made durable: {error.strerror}; nothing was changed") from error
+        self._board.wanted_copy = None
         self._proxy.follow_switch(self._board)
-        workers = yield from self._have_followed()
-        log.info("switched to a plain target of %s; held for %.1f ms", self._source.name, pause * 1e3)
-        yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
+        return pause
 
     def _save_most(self) -> Iterator[None]:
         """Wait for two checkpoints: what they leave is little, so that the next one takes no long time."""
@@ -514,10 +604,18 @@ class _Stewardship:
             self._copy.wait()
             self._copy = None
 
+    def _stop_checkpoint(self) -> None:
+        """The one in a child, which holds its lock in this process's name."""
+        if self._checkpoint is not None and self._state is not None:
+            self._checkpoint.stop()
+            self._checkpoint.wait()
+            self._state.abandon_checkpoint()
+            self._checkpoint = None
+
     def _have_followed(self) -> Generator[Optional[Message], None, int]:
         """Wait until every process has changed over; returns how many there are."""
         until = monotonic() + _FOLLOW_TIMEOUT
-        self._wake_all()
+        self._board.wake_all()
         while True:
             lines = self._board.lines()
             behind = [line for line in lines if line.mode != TARGET]
@@ -526,11 +624,6 @@ class _Stewardship:
                     log.warning("process %d of client %s is busy, and changes over later", line.pid, line.peer)
                 return len(lines)
             yield None
-
-    def _wake_all(self) -> None:
-        for line in self._board.lines():
-            with suppress(OSError):
-                os.kill(line.pid, signal.SIGUSR2)
 
     # Another origin
 
@@ -545,20 +638,29 @@ class _Stewardship:
         else:
             address = parse_origin(text_argument(request, "host") or "", text_argument(request, "port"), name)
         size = yield from self._ask_size(address)
-        if self._board.mode == TARGET:
-            raise CommandError("this is a plain target by now: it has no origin any more")
         if size != self._source.size:
             raise CommandError(f"the disk at {address} has {size} bytes, not {self._source.size}; nothing was changed")
+        yield from self._wait_for_turn("reconnect")
         try:
-            self._proxy.steer(Steering(switched=False, address=str(address)))
+            self._reconnect_now(str(address))
+        finally:
+            self._end_turn()
+        self._board.wake_all()
+        log.info("the origin is %s now", address)
+        yield {"done": True, "address": str(address)}
+
+    def _reconnect_now(self, address: str) -> None:
+        """Raises `CommandError`, and then nothing was changed."""
+        assert self._proxy is not None
+        if self._board.mode == TARGET:
+            raise CommandError("this is a plain target by now: it has no origin any more")
+        try:
+            self._proxy.steer(Steering(switched=False, address=address))
         except ValueError as error:
             raise CommandError(str(error)) from error
         except OSError as error:
-            raise CommandError(f"the change cannot be made durable: {error.strerror}") from error
-        self._board.address = str(address)
-        self._wake_all()
-        log.info("the origin is %s now", address)
-        yield {"done": True, "address": str(address)}
+            raise CommandError(f"the address cannot be noted: {error.strerror}; nothing was changed") from error
+        self._board.address = address
 
     def _ask_size(self, address: OriginAddress) -> Generator[Optional[Message], None, int]:
         """Bytes of the disk at *address*, asked by a child: an origin or a name server may take its time."""

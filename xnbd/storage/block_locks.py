@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Dict, Tuple
+from time import monotonic
+from typing import Dict, Optional, Tuple
 
-from .locks import RangeLocks
+from .locks import PATIENCE_WITH_SHARED, LockHeld, RangeLocks
+
+_LOOK_EVERY = 0.1
 
 
 def lock_of(first: int, end: int) -> Tuple[int, int]:
@@ -22,6 +25,8 @@ class BlockLocks:
     def __init__(self, fd: int) -> None:
         self._locks = RangeLocks(fd)
         self._held: Dict[int, int] = {}
+        self._strange: Dict[int, float] = {}
+        self._look_at = 0.0
 
     def hold(self, first: int, end: int) -> bool:
         """Lock the blocks from *first* up to *end*; False if another process has some of their bytes."""
@@ -67,6 +72,24 @@ class BlockLocks:
     def give_back(self, first: int, end: int) -> None:
         """The end of a `claim`."""
         self._release_but_held(first >> 3, (end + 7) >> 3)
+
+    def held_by_stranger(self, first: int, end: int) -> Optional[LockHeld]:
+        """To be asked when `hold` or `claim` was in vain: what to fail with, instead of trying again.
+
+        That is so if for some seconds it was a shared lock, which no server takes. The
+        kernel is asked now and then, unless there is a suspicion.
+        """
+        now, start = monotonic(), first >> 3
+        if not self._strange and now < self._look_at:
+            return None
+        self._look_at = now + _LOOK_EVERY
+        count = ((end + 7) >> 3) - start
+        if not self._locks.is_shared(start, count):
+            self._strange.clear()
+            return None
+        if now - self._strange.setdefault(start, now) < PATIENCE_WITH_SHARED:
+            return None
+        return self._locks.complaint(start, count)
 
     def _release_but_held(self, start: int, stop: int) -> None:
         for byte in sorted(byte for byte in self._held if start <= byte < stop):

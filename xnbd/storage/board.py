@@ -11,6 +11,14 @@ everybody is outside; who comes meanwhile waits. That costs two stores and a loo
 every batch, and needs no system call. A dead process is told by the lock on its
 line, which goes with it; so is the one that had raised the flag.
 
+**Process ids** mean something in one PID namespace only, and there as long as the
+process lives. A line has the namespace beside the id, and a second lock that is taken
+when both are written: `Board.wake_all` signals nobody else.
+
+**Commands** that change what the files mean are one at a time (`Board.begin_command`).
+The board says which one is under way. If that stands there and nobody has the lock,
+its process has died in the middle, and a steward has to make board and files agree.
+
 ======  ========================================================================
 offset  content, of the machine's own endianness
 ======  ========================================================================
@@ -25,6 +33,8 @@ offset  content, of the machine's own endianness
 48      number of changes of mode and snapshot (4 bytes)
 60      whether what is fetched finds no room in the cache (1 byte)
 64      CRC-32, length (4 bytes each) and text of the origin's address
+16128   of the snapshot's process the PID namespace, of its two files device and inode (8 bytes each)
+16256   process of the command under way (4 bytes), its PID namespace (8 bytes), the command's name (16 bytes)
 16368   first write-back that failed, of a disk without a state file: `writeback.Record`
 16384   lines of `LINE` bytes, see `_LINE`
 ======  ========================================================================
@@ -34,12 +44,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import struct
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
+from ..process import pid_namespace
 from .locks import RangeLocks, do_nothing
 
 PROXY, COMPLETE, TARGET = 0, 1, 2
@@ -56,8 +68,10 @@ _RATE = struct.Struct("=Q")
 _U32 = struct.Struct("=I")
 _CHECKPOINT = struct.Struct("=dQ")
 _TEXT = struct.Struct("=II")
-FAILURE = _LINES_AT - 16
-_LONGEST_ADDRESS = FAILURE - _ADDRESS - _TEXT.size
+_SNAPSHOT_FILES_AT, _COMMAND_AT, FAILURE = 16128, 16256, 16368
+_SNAPSHOT_FILES = struct.Struct("=5Q")
+_COMMAND = struct.Struct("=IQ16s")
+_LONGEST_ADDRESS = _SNAPSHOT_FILES_AT - _ADDRESS - _TEXT.size
 
 _LINE = struct.Struct("=IxB2xd5Q5QIIQ64s")
 _INSIDE, _OWN_MODE = 4, 5
@@ -66,15 +80,20 @@ _QUEUE = struct.Struct("=IQ")
 _COUNTERS_AT, _BASE_AT, _ORIGIN_AT, _QUEUE_AT, _PEER_AT = 16, 56, 96, 100, 112
 _PEER = struct.Struct("=64s")
 _TROUBLE_AT = 176
-_TROUBLE = struct.Struct("=80s")
+_TROUBLE = struct.Struct("=72s")
+_NAMESPACE_AT = 248
+_NAMESPACE = struct.Struct("=Q")
 
-GATE, CONTROL, COPYING, SNAPSHOT, PASSAGE = 0, 1, 2, 3, 8
+GATE, CONTROL, COPYING, SNAPSHOT, COMMAND, PASSAGE = 0, 1, 2, 3, 4, 8
 _LINES = 1 << 16
+_NAMED = 1 << 17
 """Locks on bytes of the file.
 
-`CONTROL` has who answers the control socket, `COPYING` who copies all blocks, and
-`SNAPSHOT` who makes a snapshot: without it what the board says of one is a dead process's.
-`PASSAGE` is taken for a moment, by who tells the log that there is no room, or room again.
+`CONTROL` has who answers the control socket, `COPYING` who copies all blocks, `COMMAND`
+who changes what the files mean, and `SNAPSHOT` who makes a snapshot: without it what
+the board says of one is a dead process's. `PASSAGE` is taken for a moment, by who tells
+the log that there is no room, or room again. A process has its byte from `_LINES` on as
+long as it has that line, and the one from `_NAMED` on since its id is written there.
 """
 
 _UNUSED = 64
@@ -114,6 +133,19 @@ REQUESTS, BYTES_READ, BYTES_WRITTEN, MISSES, BYTES_FETCHED = range(5)
 """Places in `Counts`."""
 
 
+class SnapshotPlace(NamedTuple):
+    """Where the snapshot is made: a process, its descriptors of snapshot and bitmap, and what tells that they are it.
+
+    *files* has device and inode of the one, then of the other.
+    """
+
+    pid: int
+    output: int
+    bitmap: int
+    namespace: int = 0
+    files: Tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
 class Line(NamedTuple):
     """What one process tells: its client, *since* when (as of `clock`), and the *counts* since then."""
 
@@ -126,6 +158,7 @@ class Line(NamedTuple):
     queued_bytes: int
     peer: str
     trouble: str
+    namespace: int
 
 
 class Board:
@@ -136,6 +169,7 @@ class Board:
         self._map = mmap.mmap(fd, 0)
         self._count = (len(self._map) - _LINES_AT) // LINE
         self._locks = RangeLocks(fd)
+        self.namespace = pid_namespace()
 
     @property
     def mode(self) -> int:
@@ -158,15 +192,22 @@ class Board:
         finally:
             self._locks.release(GATE, 1)
 
+    @property
+    def changes(self) -> bytes:
+        """Another number whenever mode or snapshot are others."""
+        return self._map[_CHANGES : _CHANGES + 4]
+
     def _note_change(self) -> None:
-        (number,) = _U32.unpack_from(self._map, _CHANGES)
-        _U32.pack_into(self._map, _CHANGES, (number + 1) & 0xFFFFFFFF)
+        _count_change(self._map)
 
     @property
-    def snapshot(self) -> Optional[Tuple[int, int, int]]:
-        """The process that makes a snapshot, and its descriptors of snapshot and bitmap."""
+    def snapshot(self) -> Optional[SnapshotPlace]:
+        """Where one is made."""
         pid, output, bitmap = _SNAPSHOT.unpack_from(self._map, _SNAPSHOT_AT)
-        return (pid, output, bitmap) if pid else None
+        if not pid:
+            return None
+        namespace, *files = _SNAPSHOT_FILES.unpack_from(self._map, _SNAPSHOT_FILES_AT)
+        return SnapshotPlace(pid, output, bitmap, namespace, tuple(files))
 
     @property
     def wanted_copy(self) -> Optional[int]:
@@ -199,9 +240,10 @@ class Board:
             return False  # a lock that fails: another process tells
         return changed
 
-    def begin_snapshot(self, pid: int, output: int, bitmap: int) -> None:
+    def begin_snapshot(self, place: SnapshotPlace) -> None:
         """From now on old blocks are kept; the gate is closed, and this process has the lock `SNAPSHOT`."""
-        _SNAPSHOT.pack_into(self._map, _SNAPSHOT_AT, pid, output, bitmap)
+        _SNAPSHOT_FILES.pack_into(self._map, _SNAPSHOT_FILES_AT, place.namespace, *place.files)
+        _SNAPSHOT.pack_into(self._map, _SNAPSHOT_AT, place.pid, place.output, place.bitmap)
         self._note_change()
 
     def end_snapshot(self) -> None:
@@ -220,6 +262,28 @@ class Board:
             self.unlock(SNAPSHOT)
         return found
 
+    def begin_command(self, name: str) -> bool:
+        """Take the turn of the command *name*, unless another process has it; the same process must not ask twice."""
+        if not self.try_lock(COMMAND):
+            return False
+        _COMMAND.pack_into(self._map, _COMMAND_AT, os.getpid(), self.namespace, name.encode())
+        return True
+
+    def end_command(self, *, whole: bool) -> None:
+        """Unless it is *whole*, board and files may not agree, and that stays noted."""
+        if whole:
+            _COMMAND.pack_into(self._map, _COMMAND_AT, 0, 0, b"")
+        self.unlock(COMMAND)
+
+    @property
+    def command(self) -> str:
+        """The command that is under way, or was when its process died, and that process; empty for none."""
+        pid, namespace, name = _COMMAND.unpack_from(self._map, _COMMAND_AT)
+        if not pid:
+            return ""
+        elsewhere = "" if namespace == self.namespace else " of another PID namespace (container)"
+        return f"{_text(name)} by process {pid}{elsewhere}"
+
     @property
     def generation(self) -> int:
         return int(_U32.unpack_from(self._map, _GENERATION)[0])
@@ -227,10 +291,7 @@ class Board:
     @property
     def address(self) -> str:
         """The origin's address; empty if none is noted, or not to its end."""
-        checksum, length = _TEXT.unpack_from(self._map, _ADDRESS)
-        start = _ADDRESS + _TEXT.size
-        text = self._map[start : start + min(length, _LONGEST_ADDRESS)]
-        return text.decode("utf-8", "surrogateescape") if zlib.crc32(text) == checksum else ""
+        return self.whole_address() or ""
 
     @address.setter
     def address(self, address: str) -> None:
@@ -239,6 +300,13 @@ class Board:
             raise ValueError("address too long")
         self._map[_ADDRESS : _ADDRESS + _TEXT.size + len(text)] = _TEXT.pack(zlib.crc32(text), len(text)) + text
         _U32.pack_into(self._map, _GENERATION, (self.generation + 1) & 0xFFFFFFFF)
+
+    def whole_address(self) -> Optional[str]:
+        """The origin's address, empty if none is noted; None if who noted it died before the end."""
+        checksum, length = _TEXT.unpack_from(self._map, _ADDRESS)
+        start = _ADDRESS + _TEXT.size
+        text = self._map[start : start + min(length, _LONGEST_ADDRESS)]
+        return text.decode("utf-8", "surrogateescape") if zlib.crc32(text) == checksum else None
 
     def note_checkpoint(self) -> None:
         _, count = _CHECKPOINT.unpack_from(self._map, _CHECKPOINTS)
@@ -253,7 +321,9 @@ class Board:
         """A line for this process. Raises `OSError` if all are taken."""
         for number in range(self._count):
             if self._locks.try_acquire(_LINES + number, 1):
-                return Place(self._map, _LINES_AT + number * LINE, self._locks)
+                place = Place(self._map, _LINES_AT + number * LINE, self._locks, self.namespace)
+                self._locks.try_acquire(_NAMED + number, 1)  # who is not named is not woken
+                return place
         raise OSError(f"more than {self._count} processes use this disk")
 
     def lines(self) -> List[Line]:
@@ -278,7 +348,7 @@ class Board:
                 return
 
     def _is_alive(self, number: int) -> bool:
-        return self._locks.held_elsewhere(_LINES + number, 1)
+        return self._locks.held_by_server(_LINES + number, 1)
 
     def _read_line(self, at: int) -> Line:
         pid, mode, since, *fields = _LINE.unpack_from(self._map, at)
@@ -286,7 +356,29 @@ class Board:
         (trouble,) = _TROUBLE.unpack_from(self._map, at + _TROUBLE_AT)
         origin, requests, buffered, peer = fields[10:]
         counts = counts.minus(before)
-        return Line(pid, mode, since, counts, origin, requests, buffered, _text(peer), _text(trouble))
+        (namespace,) = _NAMESPACE.unpack_from(self._map, at + _NAMESPACE_AT)
+        return Line(pid, mode, since, counts, origin, requests, buffered, _text(peer), _text(trouble), namespace)
+
+    def wake_all(self) -> None:
+        """Send SIGUSR2 to all processes that have a line and are of this one's PID namespace.
+
+        Where the system or its owner's rights do not allow that, one finds out when its client wants something.
+        """
+        for number, at in self._used_lines():
+            (pid,) = _U32.unpack_from(self._map, at)
+            with suppress(OSError):
+                handle = os.pidfd_open(pid)
+                try:
+                    if self._is_named(number, at, pid):  # so *handle* is of the process that lives there
+                        signal.pidfd_send_signal(handle, signal.SIGUSR2)
+                finally:
+                    os.close(handle)
+
+    def _is_named(self, number: int, at: int, pid: int) -> bool:
+        """Whether the line's process is alive, and is *pid* in this namespace."""
+        if not self.namespace or self.namespace != _NAMESPACE.unpack_from(self._map, at + _NAMESPACE_AT)[0]:
+            return False
+        return pid == _U32.unpack_from(self._map, at)[0] and self._locks.held_elsewhere(_NAMED + number, 1)
 
     @contextmanager
     def closed(self, timeout: float, on_wait: Callable[[], None] = do_nothing) -> Iterator[None]:
@@ -295,6 +387,8 @@ class Board:
         while not self._locks.try_acquire(GATE, 1):
             _nap(until, on_wait, "somebody else holds the gate")
         try:
+            if self._map[_FLAG]:
+                _count_change(self._map)  # which the dead process that has raised it perhaps had yet to do
             self._map[_FLAG] = 1
             time.sleep(_SETTLE)
             for number, at in self._used_lines():
@@ -321,6 +415,11 @@ class Board:
         os.close(self.fd)
 
 
+def _count_change(memory: mmap.mmap) -> None:
+    (number,) = _U32.unpack_from(memory, _CHANGES)
+    _U32.pack_into(memory, _CHANGES, (number + 1) & 0xFFFFFFFF)
+
+
 def _nap(until: float, on_wait: Callable[[], None], reason: str) -> None:
     if time.monotonic() > until:
         raise TimeoutError(reason)
@@ -335,7 +434,7 @@ def _text(padded: bytes) -> str:
 class Place:
     """This process's line, and its way through the gate. Begins outside, without a client."""
 
-    def __init__(self, memory: mmap.mmap, at: int, locks: RangeLocks) -> None:
+    def __init__(self, memory: mmap.mmap, at: int, locks: RangeLocks, namespace: int) -> None:
         self._map = memory
         self._inside = at + _INSIDE
         self._at = at
@@ -346,6 +445,7 @@ class Place:
         memory[self._inside] = 0
         self.tell_origin(NOT_NEEDED, "")
         self.welcome("")
+        _NAMESPACE.pack_into(memory, at + _NAMESPACE_AT, namespace)
         _U32.pack_into(memory, at, os.getpid())
 
     @property
@@ -380,6 +480,7 @@ class Place:
         while self._map[_FLAG]:
             self._map[self._inside] = 0
             if self._locks.try_acquire(GATE, 1):  # whoever had raised the flag is dead
+                _count_change(self._map)  # it may have changed something and told nobody yet
                 self._map[_FLAG] = 0
                 self._locks.release(GATE, 1)
             else:

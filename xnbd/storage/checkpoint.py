@@ -26,6 +26,7 @@ that fails for another reason than a write-back; after that there is none any mo
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 import re
@@ -87,18 +88,18 @@ class ProcessState:
         head, layout = self._head, self._layout
         return len(_MARK.findall(head[layout.dirty : layout.durable]))
 
-    def checkpoint(self, cache_fd: int, on_wait: Callable[[], None] = do_nothing) -> None:
+    def checkpoint(self, cache_fd: int, on_wait: Callable[[], None] = do_nothing, timeout: float = math.inf) -> None:
         """Return when all that was in the cache image before the call is durable, data and bits.
 
         *cache_fd* is this process's own descriptor of the image. Waits, with *on_wait*
         before every pause, for the checkpoint of another process, which waits for
-        nobody; one that has begun after this call serves both. Raises `WriteBackFailed`
-        if any write-back of the disk has ever failed; after another `OSError` nothing
-        is lost, and the next call tries the same again.
+        nobody, *timeout* seconds; one that has begun after this call serves both. Raises
+        `WriteBackFailed` if any write-back of the disk has ever failed; after another
+        `OSError` nothing is lost, and the next call tries the same again.
         """
         self.write_back.check()
         begun = self._number(BEGUN)
-        self._locks.acquire(CHECKPOINT, 1, on_wait)
+        self._locks.acquire(CHECKPOINT, 1, on_wait, timeout)
         try:
             if self._number(SUCCEEDED) <= begun:
                 self._make_durable(cache_fd)

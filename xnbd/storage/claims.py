@@ -87,7 +87,7 @@ def claim_disk(fd: int, path: str) -> None:
     for _ in attempts():
         if try_claim(fd, DISK):
             return
-    raise _refusal(path)
+    raise _refusal(fd, path)
 
 
 def refuse_cache(fd: int, path: str) -> None:
@@ -95,7 +95,7 @@ def refuse_cache(fd: int, path: str) -> None:
     for _ in attempts():
         if not _is_claimed(fd, CACHE):
             return
-    raise _refusal(path)
+    raise _refusal(fd, path)
 
 
 def turn_into_disk(fd: int) -> None:
@@ -114,7 +114,12 @@ def is_failed(fd: int) -> bool:
     return _is_claimed(fd, FAILED)
 
 
-def _refusal(path: str) -> ConfigurationError:
+def _refusal(fd: int, path: str) -> ConfigurationError:
+    from .holders import describe_strangers
+
+    strangers = describe_strangers(fd, CACHE, 1)
+    if strangers:
+        return ConfigurationError(f"{path} is locked by {strangers}, as if it were a proxy's cache: end that")
     return ConfigurationError(
         f"{path} is the cache of a running proxy: switch that one (xnbd-bgctl --switch), or stop it"
     )

@@ -20,6 +20,7 @@ import os
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
+from ..making import make_file
 from . import claims, space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, block_count, block_start, block_stop, bytes_of, covered, steps, touched
@@ -298,13 +299,12 @@ def _open_overlay(directory: Optional[str], beside: str, size: int) -> int:
 
 def _open_nameless(directory: str) -> int:
     """``O_TMPFILE``, or a file whose name is removed at once where the file system has none."""
-    flags = os.O_RDWR | os.O_CLOEXEC
     try:
-        return os.open(directory, flags | os.O_TMPFILE, 0o600)
+        return os.open(directory, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
     except OSError as error:
         if error.errno not in _NO_TMPFILE or not os.path.isdir(directory):
             raise
     path = os.path.join(directory, f".xnbd-cow.{os.getpid()}.{os.urandom(8).hex()}")
-    fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    fd = make_file(path)
     os.unlink(path)
     return fd

@@ -161,10 +161,15 @@ class Fetcher(Background):
     def claim(self, first: int, end: int) -> bool:
         """Lock these blocks to write them; False if another process has some. Else always followed by `give_back`.
 
-        Raises `OSError` if the cache is too short.
+        Raises `OSError` if the cache is too short, `LockHeld` among them if that process is no server's.
         """
         self._refuse_if_shrunk()
-        return self._locks.claim(first, end)
+        if self._locks.claim(first, end):
+            return True
+        stranger = self._locks.held_by_stranger(first, end)
+        if stranger is not None:
+            raise stranger
+        return False
 
     def _refuse_if_shrunk(self) -> None:
         """What was behind the cache's new end is lost: who made it longer again would have zeros read there."""
@@ -398,6 +403,11 @@ class Fetcher(Background):
         if not held:
             if self._bitmap.all_set(first, end):
                 self._finish(fetch, 0)
+                return
+            stranger = self._locks.held_by_stranger(first, end)
+            if stranger is not None:
+                log.error("%s", stranger.strerror)
+                self._finish(fetch, errno.EIO)
                 return
             self._turns.lock_out(fetch, lock_of(first, end))
             return

@@ -4,12 +4,17 @@ These are record locks of the "open file description" kind (``fcntl(2)``): they 
 with the process that holds them, whatever happens to it, and unlike the older kind
 not by closing some other descriptor of the same file. A fork shares them, so every
 process needs a descriptor that it has opened itself.
+
+Shared locks need the right to read only. Where the operator lets others read a file,
+they can hold one, on purpose or by accident, on bytes that servers want for
+themselves. No server does that: such locks are waited for no longer than a moment.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import struct
 import time
@@ -19,10 +24,26 @@ _FLOCK = struct.Struct("hhqqi4x")
 _BUSY = (errno.EAGAIN, errno.EACCES)
 _LONGEST_PAUSE = 1e-3
 _UNLOCK_ATTEMPTS = 100
+_LOOK_EVERY = 0.1
+
+PATIENCE_WITH_SHARED = 2.0
+"""Seconds for which a lock is waited for that no server takes."""
 
 
 def do_nothing() -> None:
     """For callers of what may wait who do not mind."""
+
+
+class LockHeld(OSError):
+    """Somebody holds a lock for too long; the message says who, and on which file."""
+
+    def __init__(self, fd: int, start: int, count: int, *, shared: bool) -> None:
+        from .holders import READ, WRITE, describe_holders
+
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        who = describe_holders(fd, start, count, READ if shared else WRITE, strangers=shared)
+        how = "has a shared lock, as no server does" if shared else "has locked it for too long"
+        super().__init__(errno.EDEADLK, f"{path} is kept from this server by {who}, which {how}: end that")
 
 
 class RangeLocks:
@@ -41,17 +62,55 @@ class RangeLocks:
             raise
         return True
 
-    def acquire(self, start: int, count: int, on_wait: Optional[Callable[[], None]] = None) -> None:
+    def acquire(
+        self, start: int, count: int, on_wait: Optional[Callable[[], None]] = None, timeout: float = math.inf
+    ) -> None:
         """Lock like `try_acquire`, again and again until it works; *on_wait* is called before every pause.
 
-        A process may wait here only while it holds no other lock.
+        A process may wait here only while it holds no other lock. Raises `LockHeld`
+        after *timeout* seconds, or if the lock in the way is one that no server takes.
         """
-        pause = 0.0
+        if self.try_acquire(start, count):
+            return
+        pause, began = 0.0, time.monotonic()
+        look_at, strange_since = began + _LOOK_EVERY, math.inf
         while not self.try_acquire(start, count):
             if on_wait is not None:
                 on_wait()
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE, pause + 1e-5)
+            now = time.monotonic()
+            if now < look_at:
+                continue
+            look_at = now + _LOOK_EVERY
+            strange_since = min(now, strange_since) if self.is_shared(start, count) else math.inf
+            if now - strange_since > PATIENCE_WITH_SHARED:
+                raise self.complaint(start, count)
+            if now - began > timeout:
+                raise LockHeld(self._fd, start, count, shared=False)
+
+    def acquire_unless_used(self, start: int, count: int) -> bool:
+        """Lock like `try_acquire`. Raises `LockHeld` if all that is in the way is a lock that no server takes."""
+        until = time.monotonic() + PATIENCE_WITH_SHARED
+        while not self.try_acquire(start, count):
+            if not self.is_shared(start, count):
+                return False
+            if time.monotonic() > until:
+                raise self.complaint(start, count)
+            time.sleep(_LONGEST_PAUSE)
+        return True
+
+    def complaint(self, start: int, count: int) -> LockHeld:
+        """What to raise about a shared lock there."""
+        return LockHeld(self._fd, start, count, shared=True)
+
+    def is_shared(self, start: int, count: int) -> bool:
+        """Whether the first lock in the way is a shared one, which no server takes where these locks are."""
+        return _first_in_the_way(self._fd, start, count)[0] == fcntl.F_RDLCK
+
+    def held_by_server(self, start: int, count: int) -> bool:
+        """What `held_elsewhere` tells, but for shared locks."""
+        return _first_in_the_way(self._fd, start, count)[0] == fcntl.F_WRLCK
 
     def release(self, start: int, count: int) -> None:
         """Raises `OSError` only if the kernel refuses again and again: then the lock ends with this process."""

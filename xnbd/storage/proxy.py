@@ -345,6 +345,11 @@ class ProxySource(Source):
     def write_back(self, board: Board) -> WriteBack:
         return WriteBack(self._state.failures, self._cache_fd, self.witness)
 
+    @property
+    def steering(self) -> Steering:
+        """With what servers of another day would begin. Raises `OSError`."""
+        return self._state.steering
+
     def steer(self, steering: Steering) -> None:
         """Have servers of another day begin with *steering*; raises like `SharedState.steer`."""
         self._state.steer(steering)

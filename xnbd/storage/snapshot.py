@@ -17,11 +17,13 @@ import fcntl
 import os
 import struct
 import time
-from typing import Callable, Iterator, List, NamedTuple, Optional
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
+from ..making import WIDEST
 from . import space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, BLOCKS_PER_BYTE, block_count, block_start, block_stop, bytes_of, steps, touched
+from .board import SnapshotPlace
 from .image import Buffer, Extent, Image
 from .locks import RangeLocks, do_nothing
 from .target import reopen
@@ -228,9 +230,22 @@ def clone(source_fd: int, output: int) -> None:
     fcntl.ioctl(output, _FICLONE, source_fd)
 
 
-def publish(output: int, path: str, mode: int) -> str:
-    """Sync the nameless file and give it the first free name of *path* and *path*.1, .2, ...: durable on return."""
+def let_in(output: int, image: os.stat_result) -> None:
+    """Give the nameless file the mode of the *image*, as far as that lets in nobody who may not read that.
+
+    Where it cannot have the image's group, its own one gets no more than everybody.
+    """
+    mode = image.st_mode & WIDEST
+    if os.fstat(output).st_gid != image.st_gid:
+        try:
+            os.fchown(output, -1, image.st_gid)
+        except OSError:
+            mode &= ~0o070 | mode << 3
     os.fchmod(output, mode)
+
+
+def publish(output: int, path: str) -> str:
+    """Sync the nameless file and give it the first free name of *path* and *path*.1, .2, ...: durable on return."""
     os.fsync(output)
     directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -261,19 +276,35 @@ def snapshot_name(path: str) -> str:
     return f"{path}.snapshot.{int(time.time())}"
 
 
-def open_files(pid: int, output: int, bitmap: int) -> Optional[SnapshotFiles]:
-    """The files of a snapshot that process *pid* makes, by its descriptors; None if it is gone. Raises `OSError`."""
-    opened: List[int] = []
+def place_of(files: SnapshotFiles, namespace: int) -> SnapshotPlace:
+    """Where others find *files* of this process, which is of the PID *namespace*."""
+    return SnapshotPlace(os.getpid(), files.output, files.bitmap, namespace, _identities(files))
+
+
+def _identities(files: SnapshotFiles) -> Tuple[int, int, int, int]:
+    output, bitmap = (os.fstat(fd) for fd in files)
+    return output.st_dev, output.st_ino, bitmap.st_dev, bitmap.st_ino
+
+
+def open_files(place: SnapshotPlace) -> Optional[SnapshotFiles]:
+    """The files of the snapshot that is made at *place*, of this PID namespace; None if they are not there any more.
+
+    Another process may have the number by now, and its descriptors are nobody's
+    business: they are opened as a path only, and looked at first. Raises `OSError`.
+    """
+    looked_at: List[int] = []
     try:
-        for number in (output, bitmap):
-            opened.append(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC))
+        for number in (place.output, place.bitmap):
+            looked_at.append(os.open(f"/proc/{place.pid}/fd/{number}", os.O_PATH | os.O_CLOEXEC))
+        found = SnapshotFiles(*looked_at)
+        return duplicate(found) if _identities(found) == place.files else None
     except OSError as error:
-        for fd in opened:
-            os.close(fd)
         if error.errno in (errno.ENOENT, errno.ESRCH):
             return None
         raise
-    return SnapshotFiles(*opened)
+    finally:
+        for fd in looked_at:
+            os.close(fd)
 
 
 def duplicate(files: SnapshotFiles) -> SnapshotFiles:

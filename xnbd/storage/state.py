@@ -19,8 +19,8 @@ stable storage (`storage.checkpoint`). Which of them counts, the header tells:
 
 The state file names the cache image that it speaks of (`storage.belonging`).
 
-The **board** (`storage.board`) lies in ``CACHE_BITMAP_IMAGE.board`` as long as servers
-use the files.
+The **board** (`storage.board`) lies in ``CACHE_BITMAP_IMAGE.board``. Once no server uses
+it, it means nothing, but its space is kept: on a full disk there is no other for the next.
 
 What does not belong together is refused, and nothing is changed then. The space of
 both files is allocated when they are made, so that storing into their mappings
@@ -38,14 +38,15 @@ from typing import NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..logs import log
+from ..making import file_mode, is_own_file
 from ..process import closed_on_error
 from . import belonging, claims
 from . import state_files as files
 from .belonging import NO_ID, NO_TIE, Tie
-from .board import TARGET, Board, board_size
+from .board import TARGET, Board, board_size, create_board
 from .checkpoint import ProcessState
 from .locks import RangeLocks
-from .state_files import NEW
+from .state_files import LEAVING_TIME, NEW
 from .state_format import NO_BOOT, OPENING, BadHeader, Header, Layout, Steering, identity, layout_of, readable
 from .target import reopen
 from .writeback import WriteBack, WriteBackFailed, drop_cached
@@ -230,8 +231,12 @@ class SharedState:
 
     def steer(self, steering: Steering) -> None:
         """Have servers of another day begin with *steering*. Raises `OSError`; `ValueError` as `pack_steering`."""
-        with files.opening(self._state_fd):
-            files.write_steering(self._state_fd, steering)
+        state_fd = reopen(self._state_fd, readonly=False)  # this process's own: the lock has to end with it
+        try:
+            with files.opening(state_fd):
+                files.write_steering(state_fd, steering)
+        finally:
+            os.close(state_fd)
 
     @property
     def steering(self) -> Steering:
@@ -243,17 +248,18 @@ class SharedState:
         For the master, when its workers are gone; tells whether they were marked.
         Raises `OSError`, and then they are not: `WriteBackFailed` if any write-back has failed.
         """
+        with closing(self._open()[0]) as process:
+            process.checkpoint(cache_fd, timeout=LEAVING_TIME)  # while others need not wait: it may take long
         with files.opening(self._state_fd):
             try:
                 alone = files.is_alone(self._state_fd)
                 with closing(self._open()[0]) as process:
-                    process.checkpoint(cache_fd)
+                    process.checkpoint(cache_fd, timeout=LEAVING_TIME)
                 if alone:
                     self.write_back.sync(self._bitmap_fd)
                     self.write_back.sync(cache_fd, metadata=True)  # its mark and its time of change, too
                     self._forget_broken_switch()
                     files.write_header(self._state_fd, self._closed_header(cache_fd))
-                    os.unlink(self._path + BOARD_SUFFIX)
             except WriteBackFailed:
                 files.put_header(self._state_fd, self._header)
                 self.write_back.keep()
@@ -300,13 +306,14 @@ class _Opening:
         self._layout = layout
         self._header = header
         self._adopt = adopt
+        self._owners = {os.fstat(cache_fd).st_uid}
 
     def run(self, clear: bool) -> SharedState:
         while True:
             try:
                 state_fd = files.open_locked(self._state_path)
             except FileNotFoundError:
-                state_fd = files.open_locked(self._state_path + NEW, os.O_CREAT)
+                state_fd = files.open_new_locked(self._state_path + NEW, self._owners)
                 with closed_on_error(state_fd):
                     if not os.path.lexists(self._state_path):
                         self._create(state_fd, clear)
@@ -333,19 +340,66 @@ class _Opening:
         """A descriptor of the board, made anew if nobody uses the files."""
         alone, path = files.is_alone(state_fd), self._path + BOARD_SUFFIX
         if not alone:
-            fd = files.open_regular(path)
-            with closed_on_error(fd):
-                self._check_size(fd, path, board_size(MAXIMUM_PROCESSES))
-            return fd
+            return self._join_board(path, state_fd)
         steering = files.read_steering(state_fd)
         if steering.switched:
             files.write_steering(state_fd, steering._replace(switched=False))
-        fd = files.open_regular(path, os.O_CREAT | os.O_TRUNC)
-        with closed_on_error(fd):
-            files.allocate(fd, board_size(MAXIMUM_PROCESSES))
-            with closing(Board(reopen(fd, readonly=False))) as board:
-                board.address = steering.address
+        fd = self._clear_board(path, state_fd)
+        with closed_on_error(fd), closing(Board(reopen(fd, readonly=False))) as board:
+            board.address = steering.address
         return fd
+
+    def _join_board(self, path: str, state_fd: int) -> int:
+        """A descriptor of the board of the servers that use the files already."""
+        try:
+            fd = files.open_regular(path)
+        except FileNotFoundError:
+            raise ConfigurationError(
+                f"{path} is gone, which the servers that use {self._path} share: stop them all first"
+            ) from None
+        with closed_on_error(fd):
+            if not self._is_board(fd, state_fd):
+                raise ConfigurationError(
+                    f"{path} is not the one that the servers that use {self._path} share: stop them all first"
+                )
+        return fd
+
+    def _clear_board(self, path: str, state_fd: int) -> int:
+        """A descriptor of a board of zeros; a former one's space is used again, for there may be no other.
+
+        Without space it is one in memory, which other servers cannot share.
+        """
+        size = board_size(MAXIMUM_PROCESSES)
+        with suppress(OSError, ConfigurationError):
+            return self._clear_former_board(path, state_fd)
+        try:
+            fd = files.make_new(path)
+            with closed_on_error(fd):
+                files.allocate(fd, size)
+            return fd
+        except OSError as error:
+            if error.errno not in files.NO_SPACE:
+                raise
+            files.remove_strange(path)
+            log.warning("no space for %s: until the next start no other server can use %s too", path, self._path)
+            return create_board(MAXIMUM_PROCESSES)
+
+    def _clear_former_board(self, path: str, state_fd: int) -> int:
+        """Raises `OSError` or `ConfigurationError` if there is none to be used."""
+        fd = files.open_regular(path)
+        with closed_on_error(fd):
+            if not self._is_board(fd, state_fd):
+                raise ConfigurationError(f"{path} is no board of this program's")
+            files.allocate(fd, board_size(MAXIMUM_PROCESSES))
+            files.clear(fd, board_size(MAXIMUM_PROCESSES))
+            os.fchmod(fd, file_mode())
+        return fd
+
+    def _is_board(self, fd: int, state_fd: int) -> bool:
+        """Whether it is one of ours, and not another user's who may write into the directory."""
+        status = os.fstat(fd)
+        owners = {*self._owners, os.fstat(state_fd).st_uid}
+        return is_own_file(status, owners) and status.st_size == board_size(MAXIMUM_PROCESSES)
 
     def _refuse_if_incomplete(self, state_fd: int, *, recover: bool) -> None:
         """A plain target has written to the image since it was a proxy's: fine if no block was missing then.
@@ -427,7 +481,7 @@ class _Opening:
         files.write_header(state_fd, self._header)
 
     def _make_bitmap(self) -> None:
-        fd = files.open_regular(self._path + NEW, os.O_CREAT | os.O_TRUNC)
+        fd = files.make_new(self._path + NEW)
         try:
             files.allocate(fd, self._layout.bitmap_size)
             belonging.mark_bitmap(fd)
@@ -457,7 +511,7 @@ class _Opening:
     def _replace(self, old_fd: int) -> SharedState:
         if not files.is_alone(old_fd):
             raise ConfigurationError(f"cache bitmap {self._path} is in use: stop its servers before --clear-bitmap")
-        state_fd = files.open_locked(self._state_path + NEW, os.O_CREAT)
+        state_fd = files.open_new_locked(self._state_path + NEW, self._owners)
         with closed_on_error(state_fd):
             self._create(state_fd, True, self._tie_of(old_fd))
             shared = self._share(state_fd)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import zlib
 from contextlib import contextmanager
-from typing import Iterator, NamedTuple, Optional
+from typing import Container, Iterator, NamedTuple, Optional
 
 from ..errors import ConfigurationError
+from ..making import is_own_file, make_afresh, open_or_make
 from ..process import closed_on_error
 from . import space
 from .belonging import SESSION_SIZE
@@ -35,30 +37,98 @@ from .state_format import (
 )
 from .writeback import Failure, Record, WriteBack
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
 NEW = ".new"
 """What is appended to the name of a file that is not yet whole."""
 
 _CHUNK = 256 * PAGE
 
 
-def open_regular(path: str, flags: int = 0) -> int:
+_OPENING_TIME = 60.0
+"""Seconds that somebody may take to open or close the files: a slow disk has a lot to sync then."""
+
+LEAVING_TIME = 10.0
+_TRIES = 10
+
+
+def open_regular(path: str) -> int:
     """Open *path* for reading and writing. Raises `ConfigurationError` if it is no regular file."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise ConfigurationError(f"{path} is not a regular file: name another one for the bitmap")
     return fd
 
 
-def open_locked(path: str, flags: int = 0) -> int:
+def open_locked(path: str) -> int:
     """Open *path* with its byte `OPENING` locked; waits for whoever has it."""
     while True:
-        fd = open_regular(path, flags)
-        with closed_on_error(fd):
-            RangeLocks(fd).acquire(OPENING, 1, do_nothing)
-            if _is_at(path, fd):
-                return fd
-        os.close(fd)
+        fd = open_regular(path)
+        if _lock_opening(path, fd):
+            return fd
+
+
+def _lock_opening(path: str, fd: int) -> bool:
+    """Lock the byte `OPENING`; False, and *fd* is closed, if the file is not the one at *path* any more."""
+    with closed_on_error(fd):
+        RangeLocks(fd).acquire(OPENING, 1, do_nothing, _OPENING_TIME)
+        if _is_at(path, fd):
+            return True
+    os.close(fd)
+    return False
+
+
+def open_new_locked(path: str, owners: Container[int]) -> int:
+    """What `open_locked` does with a file that is made, or was left by who died over it, or is made by a sibling.
+
+    What is none of *owners*', or no file of one name, is not touched but removed.
+    Raises `ConfigurationError` if it cannot be.
+    """
+    for _ in range(_TRIES):
+        fd = _open_own(path, owners)
+        if fd is None:
+            remove_strange(path)
+        elif _lock_opening(path, fd):
+            return fd
+    raise _in_the_way(path)
+
+
+def _open_own(path: str, owners: Container[int]) -> Optional[int]:
+    try:
+        fd = open_or_make(path, os.O_RDWR | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EACCES, errno.ENXIO, errno.EISDIR):
+            return None
+        raise
+    if is_own_file(os.fstat(fd), owners):
+        return fd
+    os.close(fd)
+    return None
+
+
+def remove_strange(path: str) -> None:
+    """Remove what stands where a file of ours belongs. Raises `ConfigurationError` if that is not possible."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _in_the_way(path) from error
+
+
+def _in_the_way(path: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{path} is in the way, which is another user's or a link: remove it, or keep the bitmap in another directory"
+    )
+
+
+def make_new(path: str) -> int:
+    """A descriptor of a new file that stands at *path* before it is whole. Raises `ConfigurationError`, `OSError`."""
+    try:
+        return make_afresh(path)
+    except (PermissionError, FileExistsError, IsADirectoryError) as error:
+        raise _in_the_way(path) from error
 
 
 def _is_at(path: str, fd: int) -> bool:
@@ -73,7 +143,7 @@ def _is_at(path: str, fd: int) -> bool:
 def opening(state_fd: int) -> Iterator[None]:
     """Hold the lock of those who open or close the files."""
     locks = RangeLocks(state_fd)
-    locks.acquire(OPENING, 1, do_nothing)
+    locks.acquire(OPENING, 1, do_nothing, LEAVING_TIME)
     try:
         yield
     finally:
@@ -81,8 +151,11 @@ def opening(state_fd: int) -> Iterator[None]:
 
 
 def is_alone(state_fd: int) -> bool:
-    """Whether no other process uses the files; if so, others have to wait until `become_user` or `leave`."""
-    return RangeLocks(state_fd).try_acquire(USERS, USERS_COUNT)
+    """Whether no other process uses the files; if so, others have to wait until `become_user` or `leave`.
+
+    Raises `LockHeld` if somebody is in the way who does not use them.
+    """
+    return RangeLocks(state_fd).acquire_unless_used(USERS, USERS_COUNT)
 
 
 def become_user(state_fd: int) -> None:
@@ -146,7 +219,19 @@ def note_shown(state_fd: int, session: bytes) -> None:
 
 def allocate(fd: int, size: int) -> None:
     """Have the file system keep space for *size* bytes: storing into the mapping must not fail for want of it."""
-    os.posix_fallocate(fd, 0, size)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        # A full one may want some for its own books before it sees that all is there.
+        if error.errno not in NO_SPACE or os.fstat(fd).st_blocks * 512 < size:
+            raise
+
+
+def clear(fd: int, size: int) -> None:
+    """Make *size* bytes zeros, which takes no space that is not there already."""
+    for at in range(0, size, _CHUNK):
+        if os.pread(fd, _CHUNK, at).strip(b"\0"):
+            space.write_zero_bytes(fd, at, min(_CHUNK, size - at))
 
 
 def publish(path: str) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Callable, Iterator, List
 
 from ..errors import ConfigurationError
+from ..making import make_file
 from ..text import one_line
 from . import claims, space
 from .board import FAILURE, Board
@@ -29,7 +30,7 @@ def create_sparse(path: str, size: int) -> bool:
     Raises `ConfigurationError` if it cannot be made.
     """
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = make_file(path)
     except FileExistsError:
         return False
     except OSError as error:

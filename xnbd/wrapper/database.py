@@ -17,6 +17,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..logs import log
+from ..making import make_afresh
 from ..storage import space
 from ..text import is_writable
 from .exports import Export, check_name, export_from_fields, fields_of, find_export, split_fields
@@ -24,7 +25,6 @@ from .exports import Export, check_name, export_from_fields, fields_of, find_exp
 VERSION = 2
 _LARGEST = 64 << 20
 _READ = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_CREATE = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class Unknown(NamedTuple):
@@ -205,7 +205,7 @@ class Database:
         if not os.path.isdir(directory):
             os.mkdir(directory)
         temporary = f"{self.path}.{os.getpid()}.new"
-        fd = os.open(temporary, _CREATE, 0o644)
+        fd = make_afresh(temporary)
         try:
             _write_all(fd, pack_database({}))
             os.fsync(fd)
@@ -230,7 +230,7 @@ class Database:
     def _write_new(self, data: bytes) -> int:
         """Replace the file; a descriptor of the new one, which is locked before anybody can see it."""
         temporary = f"{self.path}.new"
-        fd = os.open(temporary, _CREATE, 0o644)
+        fd = make_afresh(temporary)
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.fchmod(fd, stat.S_IMODE(os.fstat(self._fd).st_mode))

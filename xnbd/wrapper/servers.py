@@ -40,6 +40,7 @@ class Servers(NamedTuple):
     log_path: Optional[str] = None
     max_queue_size: Optional[str] = None
     max_buf_size: Optional[str] = None
+    file_mode: Optional[str] = None
 
     def arguments(self, export: Export, fd: int, agreement: Agreement) -> List[str]:
         """The arguments with which the server takes over the client on *fd*."""
@@ -48,6 +49,7 @@ class Servers(NamedTuple):
         words += ["--logpath", self.log_path] if self.log_path and not self.command else []
         words += ["--readonly"] if self.readonly else []
         words += ["--syslog"] if self.syslog else []
+        words += ["--file-mode", self.file_mode] if self.file_mode and self.extended else []
         words += ["--connected-fd", str(fd)]
         words += [_OWN_OPTION, _features(agreement)] if self.extended else []
         return words + (self._of_proxy(export) if isinstance(export, ProxyExport) else [export.image_path])

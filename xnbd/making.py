@@ -1,0 +1,73 @@
+"""Files that this program makes: for its own user only, unless the operator has said otherwise.
+
+A lock that is shared needs the right to read only, so other users who may read a file
+could stop who wants it for himself. What stands at a name already is nobody's new
+file, and is neither followed nor taken.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from typing import Container, List
+
+OWNER_ONLY = 0o600
+WIDEST = 0o666
+
+_TRIES = 10
+
+_modes: List[int] = [OWNER_ONLY]
+
+
+def file_mode() -> int:
+    return _modes[0]
+
+
+def set_file_mode(mode: int) -> None:
+    """Have files that are made from now on, by this process and those it forks, get *mode*, whatever the umask is."""
+    _modes[0] = mode
+
+
+def make_file(path: str, flags: int = os.O_RDWR) -> int:
+    """A descriptor of the new file at *path*. Raises `FileExistsError` if anything stands there."""
+    fd = os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, OWNER_ONLY)
+    if _modes[0] != OWNER_ONLY:
+        os.fchmod(fd, _modes[0])
+    return fd
+
+
+def open_or_make(path: str, flags: int) -> int:
+    """A descriptor of the file at *path*, made if there is none; no symbolic link is followed. Raises `OSError`."""
+    while True:
+        try:
+            return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            pass
+        try:
+            return make_file(path, flags)
+        except FileExistsError:
+            pass  # since a moment ago
+
+
+def make_afresh(path: str) -> int:
+    """A descriptor of the new file at *path*; what stands there, which a crash may have left, goes first.
+
+    Raises `OSError`, for instance if that is another user's in a directory like ``/tmp``.
+    """
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        with suppress(FileExistsError):
+            return make_file(path)
+    raise FileExistsError(errno.EEXIST, "somebody makes it again and again", path)
+
+
+def is_own_file(status: os.stat_result, owners: Container[int]) -> bool:
+    """Whether a file is what this program makes: regular, of one name, of one of *owners*, root or this user."""
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and _is_trusted(status.st_uid, owners)
+
+
+def _is_trusted(uid: int, owners: Container[int]) -> bool:
+    return uid in (0, os.geteuid()) or uid in owners
