@@ -248,25 +248,33 @@ class SharedState:
         For the master, when its workers are gone; tells whether they were marked.
         Raises `OSError`, and then they are not: `WriteBackFailed` if any write-back has failed.
         """
-        with closing(self._open()[0]) as process:
-            process.checkpoint(cache_fd, timeout=LEAVING_TIME)  # while others need not wait: it may take long
-        with files.opening(self._state_fd):
-            try:
-                alone = files.is_alone(self._state_fd)
-                with closing(self._open()[0]) as process:
-                    process.checkpoint(cache_fd, timeout=LEAVING_TIME)
-                if alone:
-                    self.write_back.sync(self._bitmap_fd)
-                    self.write_back.sync(cache_fd, metadata=True)  # its mark and its time of change, too
-                    self._forget_broken_switch()
-                    files.write_header(self._state_fd, self._closed_header(cache_fd))
-            except WriteBackFailed:
-                files.put_header(self._state_fd, self._header)
-                self.write_back.keep()
-                raise
-            finally:
-                files.leave(self._state_fd)
+        try:
+            self._checkpoint(cache_fd)  # while others need not wait: it may take long
+            with files.opening(self._state_fd):
+                return self._close_if_alone(cache_fd)
+        except WriteBackFailed:
+            self.write_back.keep()
+            raise
+
+    def _close_if_alone(self, cache_fd: int) -> bool:
+        try:
+            alone = files.is_alone(self._state_fd)
+            self._checkpoint(cache_fd)
+            if alone:
+                self.write_back.sync(self._bitmap_fd)
+                self.write_back.sync(cache_fd, metadata=True)  # its mark and its time of change, too
+                self._forget_broken_switch()
+                files.write_header(self._state_fd, self._closed_header(cache_fd))
+        except WriteBackFailed:
+            files.put_header(self._state_fd, self._header)
+            raise
+        finally:
+            files.leave(self._state_fd)
         return alone
+
+    def _checkpoint(self, cache_fd: int) -> None:
+        with closing(self._open()[0]) as process:
+            process.checkpoint(cache_fd, timeout=LEAVING_TIME)
 
     def _closed_header(self, cache_fd: int) -> Header:
         tie = self._header.tie._replace(
