@@ -3,12 +3,12 @@
 Usage:
   xnbd-bgctl --query [--json] [--map] CONTROL_SOCKET
   xnbd-bgctl [--force] (--switch | --shutdown) CONTROL_SOCKET
-  xnbd-bgctl [--progress] [--blocks-per-request COUNT] [--limit-rate RATE]
-             --cache-all CONTROL_SOCKET
-  xnbd-bgctl [--blocks-per-request COUNT] [--limit-rate RATE]
-             --cache-all2 CONTROL_SOCKET
-  xnbd-bgctl [--exportname NAME]
-             --reconnect CONTROL_SOCKET REMOTE_HOST REMOTE_PORT
+  xnbd-bgctl [--progress] [--blocks-per-request COUNT]
+             [--limit-rate RATE] --cache-all CONTROL_SOCKET
+  xnbd-bgctl [--blocks-per-request COUNT]
+             [--limit-rate RATE] --cache-all2 CONTROL_SOCKET
+  xnbd-bgctl [--exportname NAME] --reconnect
+             CONTROL_SOCKET REMOTE_HOST REMOTE_PORT
   xnbd-bgctl [--exportname NAME] --reconnect CONTROL_SOCKET ORIGIN_URI
   xnbd-bgctl --snapshot [--progress] CONTROL_SOCKET
   xnbd-bgctl --help

@@ -13,10 +13,12 @@ Usage:
   xnbd-wrapper-ctl [--socket PATH] --bgctl-query NAME
   xnbd-wrapper-ctl [--socket PATH] --bgctl-cache-all NAME
   xnbd-wrapper-ctl [--socket PATH] --bgctl-switch NAME
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
-                   --bgctl-reconnect NAME REMOTE_HOST REMOTE_PORT
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
-                   --bgctl-reconnect NAME REMOTE_URI
+  xnbd-wrapper-ctl [--socket PATH]
+                   [--target-exportname NAME] --bgctl-reconnect NAME
+                   REMOTE_HOST REMOTE_PORT
+  xnbd-wrapper-ctl [--socket PATH]
+                   [--target-exportname NAME] --bgctl-reconnect NAME
+                   REMOTE_URI
   xnbd-wrapper-ctl [--socket PATH] (--save | --orphan | --shutdown)
   xnbd-wrapper-ctl --help
   xnbd-wrapper-ctl --version
