@@ -1,12 +1,8 @@
-"""Every command of contrib/recipes.rst, in the order of the page.
+"""Every command of contrib/doc/recipes.rst, in the order of the page.
 
-A literal block of the page is a shell script, which a sentence introduces that begins
-with "On ..." and ends with "::". Blocks for "the client" and "a client" run in a
-virtual machine, all others here. Before that, and nowhere else, names are replaced:
-
-- addresses 10.0.*.* by this computer's loopback, as seen from where the block runs;
-- ports 85xx by free ones, always the same for the same port;
-- /srv/xnbd and /run/xnbd by directories of the test.
+A literal block of the page is a shell script. The sentence before it begins with
+"On ..." and ends with "::". Blocks for "the client" and "a client" run in a virtual
+machine, all others here; `playground` says which names are replaced before.
 
 A command that fails ends its block and fails the test; what the recipes promise is
 looked at between the blocks.
@@ -16,21 +12,18 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple
+from typing import Dict, Iterator, List
 
 import pytest
 from exported import check_ext4, digest_of
 from launch import stop_daemon
-from server_process import PYTHON, ROOT, free_port, run
+from playground import Block, Playground, client_machine, read_paragraphs
+from server_process import ROOT, run
 from xnbdguest.errors import GuestError
-from xnbdguest.initramfs import basic_system
-from xnbdguest.machine import HOST, Guest
-from xnbdguest.packages import fetch_packages
+from xnbdguest.machine import Guest
 
-PAGE = ROOT / "contrib" / "recipes.rst"
-BLOCK_TIME = 120.0
+PAGE = ROOT / "contrib" / "doc" / "recipes.rst"
 COW, SITES, MOVING, CACHE, SWAP = (
     "Everybody writes, nothing stays",
     "A proxy for each site",
@@ -40,108 +33,25 @@ COW, SITES, MOVING, CACHE, SWAP = (
 )
 GOLDEN = "Diskless clients from one golden image"
 
-pytestmark = pytest.mark.timeout(480)
-
-
-class Block(NamedTuple):
-    """A *script* of the page; *in_guest* if the page has it run on a client."""
-
-    script: str
-    in_guest: bool
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(480)]
 
 
 def read_page(text: str) -> Dict[str, List[Block]]:
     """The blocks of each section, under the section's title; ValueError for one that nobody introduces."""
     sections: Dict[str, List[Block]] = {}
-    introduction = ""
-    for paragraph in re.split(r"\n(?:[ \t]*\n)+(?=\S)|\n\n(?=    \S)", text):
-        lines = paragraph.splitlines()
-        if len(lines) > 1 and re.fullmatch(r"=+|-+", lines[1]):
-            blocks = sections.setdefault(lines[0], [])
-        elif not introduction.endswith("::"):
-            introduction = paragraph.strip()
-            continue
-        else:
-            where = re.search(r"(?:\A|[.:] )On (the|a) ([^.]*)::\Z", introduction.replace("\n", " "))
-            if not where or not paragraph.startswith("    "):
-                raise ValueError(f"nothing says where to run this:\n{paragraph}")
-            blocks.append(Block(re.sub("(?m)^    ", "", paragraph) + "\n", where[2].startswith("client")))
-        introduction = ""
+    for paragraph in read_paragraphs(text):
+        blocks = sections.setdefault(paragraph.title, [])
+        if paragraph.introduction.endswith("::"):
+            where = re.search(r"(?:\A|[.:] )On (the|a) ([^.]*)::\Z", paragraph.introduction)
+            if not where or not paragraph.literal:
+                raise ValueError(f"nothing says where to run this:\n{paragraph.text}")
+            blocks.append(Block(paragraph.text, where[2].startswith("client")))
     return sections
-
-
-class Playground:
-    """Where blocks run: *directory* of this computer, and *guest*."""
-
-    def __init__(self, directory: Path, guest: Guest) -> None:
-        self.directory = directory
-        self.guest = guest
-        self._ports: Dict[str, str] = {}
-        for name in ("srv", "run", "bin"):
-            (directory / name).mkdir()
-        for program in ("xnbd-server", "xnbd-bgctl", "xnbd-wrapper", "xnbd-wrapper-ctl"):
-            shim = directory / "bin" / program
-            shim.write_text(f'#!/bin/sh\nexec "{PYTHON}" -W error "{ROOT}/bin/{program}" "$@"\n')
-            shim.chmod(0o755)
-
-    def path(self, name: str) -> Path:
-        """A file that the page has in /srv/xnbd."""
-        return self.directory / "srv" / name
-
-    def run(self, block: Block) -> str:
-        """The block's output; AssertionError or GuestError if one of its commands fails."""
-        if block.in_guest:
-            script = self._with_real_names(block.script, HOST)
-            return self.guest.output(f"set -eu\n{script}", timeout=BLOCK_TIME)
-        return self._run_here(self._with_real_names(block.script, "127.0.0.1"))
-
-    def port(self, number: str) -> str:
-        if number not in self._ports:
-            self._ports[number] = str(free_port())
-        return self._ports[number]
-
-    def _with_real_names(self, script: str, host: str) -> str:
-        script = re.sub(r"\b10\.0\.\d+\.\d+\b", host, script)
-        script = re.sub(r"\b85\d\d\b", lambda match: self.port(match[0]), script)
-        return re.sub(r"/(srv|run)/xnbd\b", rf"{self.directory}/\1", script)
-
-    def _run_here(self, script: str) -> str:
-        path = f"{self.directory}/bin:{os.environ['PATH']}:/usr/sbin:/sbin"
-        output = self.directory / "output"
-        with open(output, "w+") as file:
-            done = subprocess.run(
-                ["bash", "-eu", "-o", "pipefail", "-c", script],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                timeout=BLOCK_TIME,
-                env={**os.environ, "PATH": path},
-            )
-        assert done.returncode == 0, f"status {done.returncode}:\n{script}\n{output.read_text()}"
-        return output.read_text()
-
-    def clear(self) -> None:
-        """End what a recipe has left."""
-        self.guest.run(
-            "umount /mnt /changes /golden; swapoff -a; nbd-client -d /dev/nbd0;"
-            "while nbd-client -c /dev/nbd0; do sleep 0.05; done",
-            check=False,
-        )
-        if (self.directory / "run" / "wrapper.ctl").exists():
-            self._run_here(f"xnbd-wrapper-ctl --socket {self.directory}/run/wrapper.ctl --shutdown")
-        for pid_file in self.directory.glob("*/*.pid"):
-            stop_daemon(pid_file)
 
 
 @pytest.fixture(scope="module")
 def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
-    directory = tmp_path_factory.mktemp("guest")
-    packages = fetch_packages()
-    archive = basic_system(packages)
-    archive.add_file(next(packages.modules.rglob("overlay.ko")), "/modules/99-overlay.ko")
-    archive.add_bytes(f"/lib/modules/{packages.modules.name}/modules.dep", b"nbd.ko:\n")  # for modprobe
-    archive.write(directory / "initramfs")
-    with Guest(directory, "client", packages, directory / "initramfs", processors=2) as guest:
+    with client_machine(tmp_path_factory.mktemp("guest")) as guest:
         yield guest
 
 
@@ -267,16 +177,3 @@ def test_wrong_command_on_a_client_is_noticed(playground: Playground) -> None:
 def test_block_that_nobody_introduces_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing says"):
         read_page("Title\n=====\n\nThen::\n\n    true\n")
-
-
-def test_proxy_in_the_readme(playground: Playground) -> None:
-    text = (ROOT / "README.rst").read_text()
-    section = text[text.index("\nA disk that lives elsewhere\n") : text.index("\nOptions that matter\n")]
-    (found,) = re.findall(r"::\n\n((?:    .*\n|\n)+)", section)
-    directory = playground.path("")
-    script = found.replace(".venv/bin/", "").replace("localhost", "127.0.0.1")
-    output = playground.run(Block(f"cd {directory}\n{script}", in_guest=False))
-    assert "cached      100 %" in output
-    assert (directory / "copy.img").read_bytes() == (directory / "far.img").read_bytes()
-    assert (directory / "cache.img").stat().st_size == 64 << 20
-    stop_daemon(directory / "proxy.pid")

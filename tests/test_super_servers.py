@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ import pytest
 from conftest import MIB
 from launch import fails, launched
 from rawclient import BLOCK_STATUS, DISC, FLUSH, READ, RawClient, pack_request
-from server_process import command, free_port, run, wait_until
+from server_process import ROOT, command, free_port, run, wait_until
 
 INETD = shutil.which("inetd", path="/usr/sbin:/usr/bin") or "inetd"
 
@@ -364,3 +365,12 @@ def test_version_goes_to_a_socket_if_standard_error_is_elsewhere() -> None:
         with stopped_in_the_end(process):
             assert ours.recv(1000).startswith(b"xnbd-server ")
             assert process.wait(20) == 0
+
+
+def test_systemd_understands_the_units(tmp_path: Path) -> None:
+    for unit in (ROOT / "contrib" / "systemd").iterdir():
+        text = unit.read_text()
+        assert "ExecStart=/opt/xnbd/bin/xnbd-" in text or unit.suffix == ".socket"
+        name = unit.name.replace("@", "@8520")
+        (tmp_path / name).write_text(re.sub("/opt/xnbd/bin/[a-z-]+", "/bin/true", text))
+    assert run("systemd-analyze", "verify", "--man=no", *tmp_path.iterdir()) == (0, "", "")

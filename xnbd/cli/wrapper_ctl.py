@@ -4,22 +4,25 @@ Usage:
   xnbd-wrapper-ctl [--socket PATH] --list [--json]
   xnbd-wrapper-ctl [--socket PATH] --add-target [--] NAME FILE
   xnbd-wrapper-ctl [--socket PATH] --add [--] FILE
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
-                   --add-proxy [--] NAME REMOTE_HOST REMOTE_PORT
+  xnbd-wrapper-ctl [--socket PATH]
+                   [--target-exportname NAME] --add-proxy [--] NAME
+                   REMOTE_HOST REMOTE_PORT
                    CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
-                   --add-proxy [--] NAME REMOTE_URI
-                   CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
+  xnbd-wrapper-ctl [--socket PATH]
+                   [--target-exportname NAME] --add-proxy [--] NAME
+                   REMOTE_URI CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
   xnbd-wrapper-ctl [--socket PATH] --remove-by-exportname [--] NAME
   xnbd-wrapper-ctl [--socket PATH] --remove-by-file [--] FILE
   xnbd-wrapper-ctl [--socket PATH] --remove INDEX
   xnbd-wrapper-ctl [--socket PATH] --bgctl-query [--] NAME
   xnbd-wrapper-ctl [--socket PATH] --bgctl-cache-all [--] NAME
   xnbd-wrapper-ctl [--socket PATH] --bgctl-switch [--] NAME
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
-                   --bgctl-reconnect [--] NAME REMOTE_HOST REMOTE_PORT
-  xnbd-wrapper-ctl [--socket PATH] [--target-exportname NAME]
-                   --bgctl-reconnect [--] NAME REMOTE_URI
+  xnbd-wrapper-ctl [--socket PATH]
+                   [--target-exportname NAME] --bgctl-reconnect [--] NAME
+                   REMOTE_HOST REMOTE_PORT
+  xnbd-wrapper-ctl [--socket PATH]
+                   [--target-exportname NAME] --bgctl-reconnect [--] NAME
+                   REMOTE_URI
   xnbd-wrapper-ctl [--socket PATH] (--save | --orphan | --shutdown)
   xnbd-wrapper-ctl --help
   xnbd-wrapper-ctl --version

@@ -1,4 +1,4 @@
-"""The picture of the README: small requests and throughput, server by server. Needs matplotlib."""
+"""The picture of contrib/doc/performance.rst: small requests and throughput, server by server. Needs matplotlib."""
 
 from __future__ import annotations
 
