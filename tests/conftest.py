@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import signal
 from pathlib import Path
 from typing import Callable, Iterator, List
 
@@ -30,6 +31,20 @@ def unexpected_lines(log: str, expected_errors: List[str]) -> List[str]:
         if re.search(r" ERROR: |Traceback|^\w*Error\b|Warning:", line)
         and not any(re.search(pattern, line) for pattern in expected_errors)
     ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_dispositions() -> None:
+    """Have what the tests start begin with default signal dispositions and nothing blocked.
+
+    A shell's background jobs ignore SIGINT, what runs under nohup ignores SIGHUP, and
+    both would go on through exec. A handler does not: pytest itself minds such a signal
+    as little as before, its children begin with the default.
+    """
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # those are restored by `subprocess`
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 @pytest.fixture
