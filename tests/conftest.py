@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
@@ -31,6 +32,12 @@ def unexpected_lines(log: str, expected_errors: List[str]) -> List[str]:
         if re.search(r" ERROR: |Traceback|^\w*Error\b|Warning:", line)
         and not any(re.search(pattern, line) for pattern in expected_errors)
     ]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What only root can do is skipped for others."""
+    for mark in item.iter_markers("root") if os.geteuid() else ():
+        pytest.skip(mark.kwargs["reason"])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,8 +102,6 @@ def server(start: Start, image: Path) -> Server:
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """A fresh seed for a randomised test; set XNBD_SEED to repeat a run. Printed when the test fails."""
-    import os
-
     value = int(os.environ.get("XNBD_SEED", random.SystemRandom().randrange(1 << 32)))
     print(f"XNBD_SEED={value}")
     return value

@@ -40,7 +40,7 @@ COW, SITES, MOVING, CACHE, SWAP = (
 )
 GOLDEN = "Diskless clients from one golden image"
 
-pytestmark = pytest.mark.timeout(480)
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(480)]
 
 
 class Block(NamedTuple):
