@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import signal
 from pathlib import Path
 from typing import Callable, Iterator, List
 
@@ -30,6 +32,26 @@ def unexpected_lines(log: str, expected_errors: List[str]) -> List[str]:
         if re.search(r" ERROR: |Traceback|^\w*Error\b|Warning:", line)
         and not any(re.search(pattern, line) for pattern in expected_errors)
     ]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What only root can do is skipped for others."""
+    for mark in item.iter_markers("root") if os.geteuid() else ():
+        pytest.skip(mark.kwargs["reason"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_dispositions() -> None:
+    """Have what the tests start begin with default signal dispositions and nothing blocked.
+
+    A shell's background jobs ignore SIGINT, what runs under nohup ignores SIGHUP, and
+    both would go on through exec. A handler does not: pytest itself minds such a signal
+    as little as before, its children begin with the default.
+    """
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # those are restored by `subprocess`
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 @pytest.fixture
@@ -80,8 +102,6 @@ def server(start: Start, image: Path) -> Server:
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """A fresh seed for a randomised test; set XNBD_SEED to repeat a run. Printed when the test fails."""
-    import os
-
     value = int(os.environ.get("XNBD_SEED", random.SystemRandom().randrange(1 << 32)))
     print(f"XNBD_SEED={value}")
     return value

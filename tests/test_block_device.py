@@ -5,7 +5,6 @@ Making loop devices takes root.
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Iterator
@@ -21,7 +20,7 @@ from server_process import run
 SECTOR = 512
 SIZE = 4 * MIB + SECTOR
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="loop devices are made by root only")
+pytestmark = pytest.mark.root(reason="loop devices are made by root only")
 
 
 @pytest.fixture

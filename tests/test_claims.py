@@ -241,7 +241,7 @@ def test_another_programs_lock_on_the_whole_file_is_not_minded(
         start(*files.arguments(far.uri))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="loop devices are made by root only")
+@pytest.mark.root(reason="loop devices are made by root only")
 def test_a_block_device_is_a_disk_or_a_cache(start: Start, far: Server, files: CacheFiles, tmp_path: Path) -> None:
     backing = tmp_path / "backing"
     backing.write_bytes(bytes(SIZE))

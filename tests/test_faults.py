@@ -51,7 +51,7 @@ EIO, ENOSPC = 5, 28
 SOON = 9.0
 """Seconds: more than a busy machine takes from anybody, and less than anything here ends by itself."""
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount, and set up loop devices")
+needs_root = pytest.mark.root(reason="only root may mount, and set up loop devices")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from xnbdguest.packages import Packages, fetch_packages
 DATA = 32
 """MiB of noise in the guest's /data/noise."""
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from server_process import ROOT, run
 WAYS: List[List[str]] = [["--shared-storage"]] + [[]] * ("proxy" in MODES)
 
 
+@pytest.mark.guest
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "shared storage" if way else "proxy")
 def test_machine_moves_with_its_disk(tmp_path: Path, way: List[str]) -> None:

@@ -19,7 +19,7 @@ from name_server import NameServer
 from proxies import program
 from server_process import Server, command, free_port, title_of, wait_until
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root has namespaces of its own")
+pytestmark = pytest.mark.root(reason="only root has namespaces of its own")
 
 NAME = "origin.test"
 

@@ -82,6 +82,7 @@ def work_until_power_fails(guest: Guest, disks: List[Disk], area: int, rng: rand
     return clients
 
 
+@pytest.mark.guest
 @pytest.mark.timeout(120 + 120 * FAILURES)
 @pytest.mark.parametrize("mode, failures", TRIALS, ids=[mode for mode, _ in TRIALS])
 def test_flushed_writes_survive_and_no_block_is_wrong(

@@ -252,7 +252,7 @@ def device(tmp_path: Path, rng: random.Random) -> Iterator[Path]:
     detach(path)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="loop devices are made by root only")
+@pytest.mark.root(reason="loop devices are made by root only")
 def test_a_block_device_can_be_the_cache(
     start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random, device: Path
 ) -> None:

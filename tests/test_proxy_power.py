@@ -45,7 +45,7 @@ _FITHAW = 0xC0045878
 _WRITE_AND_WAIT = 7
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="file systems are mounted by root only")
+pytestmark = pytest.mark.root(reason="file systems are mounted by root only")
 
 
 class Disk:

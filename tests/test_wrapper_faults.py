@@ -234,7 +234,7 @@ def test_above_the_limit_clients_wait(start_wrapper: StartWrapper, image: Path) 
             assert third.works()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="mounting needs root")
+@pytest.mark.root(reason="mounting needs root")
 def test_a_full_disk_leaves_database_and_exports_as_they_were(
     start_wrapper: StartWrapper, image: Path, tmp_path: Path
 ) -> None:
