@@ -151,7 +151,7 @@ def test_query_of_a_proxy(serve: Serve) -> None:
         "  hits        999 (99.9 %), 1 miss\n"
         "  requests    1,234,567; 10 GiB read, 5 MiB written\n"
         "  waiting     1 request, no limit; 4 KiB of buffers, at most 64 MiB\n"
-        "              at most 1 GiB of memory for each client, as long as so much is free\n"
+        "              at most 1 GiB for each client, by the memory that is free\n"
         "  checkpoint  5 pages not durable yet, 812 done, last one 0.8 s ago\n"
         "  cache-all   25.0 %, 4 GiB of 16 GiB, process 4790\n"
         "              128 MiB/s, 1 min 36 s left\n"
