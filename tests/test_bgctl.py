@@ -108,7 +108,7 @@ def proxy_answer(**changes: Any) -> Message:
             "misses": 1,
             "bytes_fetched": 4 * GIB,
         },
-        "queue": {"requests": 1, "requests_limit": 0, "bytes": 4096, "bytes_limit": 64 * MIB},
+        "queue": {"requests": 1, "requests_limit": 0, "bytes": 4096, "bytes_limit": 64 * MIB, "memory_limit": GIB},
         "workers": [worker(4720), worker(4721, client="[2001:db8::1]:50122", hits=0, misses=0)],
         "checkpoint": {"dirty_pages": 5, "completed": 812, "seconds_since_last": 0.86},
         "cache_all": {"pid": 4790, "copied_bytes": 4 * GIB, "total_bytes": 16 * GIB, "rate": 128.0 * MIB},
@@ -152,6 +152,7 @@ def test_query_of_a_proxy(serve: Serve) -> None:
         "  hits        999 (99.9 %), 1 miss\n"
         "  requests    1,234,567; 10 GiB read, 5 MiB written\n"
         "  waiting     1 request, no limit; 4 KiB of buffers, at most 64 MiB\n"
+        "              at most 1 GiB for each client, by the memory that is free\n"
         "  checkpoint  5 pages not durable yet, 812 done, last one 0.8 s ago\n"
         "  cache-all   25.0 %, 4 GiB of 16 GiB, process 4790\n"
         "              128 MiB/s, 1 min 36 s left\n"

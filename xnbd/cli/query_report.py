@@ -106,7 +106,7 @@ def _waiting(answer: Message) -> Iterator[str]:
     most = _limit(queue.get("requests_limit"), lambda limit: f"{limit:,}")
     yield f"{requests}, {most}; {size(queue['bytes'])} of buffers, {_limit(queue.get('bytes_limit'), size)}"
     if queue.get("memory_limit") is not None:
-        yield f"at most {size(queue['memory_limit'])} of memory for each client, as long as so much is free"
+        yield f"at most {size(queue['memory_limit'])} for each client, by the memory that is free"
 
 
 def _limit(limit: Any, show: Callable[[Any], str]) -> str:
