@@ -39,11 +39,6 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="loop devices are made
 
 
 @pytest.fixture
-def rng(seed: int) -> random.Random:
-    return random.Random(seed)
-
-
-@pytest.fixture
 def disk(tmp_path: Path) -> Iterator[FailingDisk]:
     """64 MiB of which 24 have room."""
     with failing_disk(tmp_path / "small", SIZE, "24m") as made:
@@ -67,8 +62,10 @@ def check_nothing_is_durable(server: Server, clients: List[nbd.NBD]) -> None:
     later = [connect(server.uri) for _ in range(6)]
     for client in [*clients, *later]:
         assert not flushes(client)
+        before = client.pread(11, 7 * MIB)
         client.pwrite(b"not durable", 7 * MIB)
         assert client.pread(11, 7 * MIB) == b"not durable"
+        client.pwrite(before, 7 * MIB)
     for client in later:
         client.shutdown()
     assert server.log().count(": write-back failed: ") == 1
@@ -251,19 +248,17 @@ def test_servers_of_one_client_each_hear_of_each_other(start: Start, tmp_path: P
 
 
 @needs_root
+@pytest.mark.parametrize("round_number", range(ROUNDS))
 @pytest.mark.parametrize("mode", ["target", "proxy", "two proxies"])
 def test_a_flush_that_was_answered_is_kept_or_was_the_last_one(
-    start: Start, tmp_path: Path, rng: random.Random, mode: str
+    start: Start, tmp_path: Path, seed: int, mode: str, round_number: int
 ) -> None:
     """Clients at work on a disk that begins to fail at a random moment, and others who come later.
 
     A worker may be killed then, and in the end servers are stopped or killed.
     """
-    for number in range(ROUNDS):
-        directory = tmp_path / f"round{number}"
-        directory.mkdir()
-        with failing_disk(directory / "small", MODEL_SIZE, "64m") as disk:
-            play(start, directory, disk, rng, mode)
+    with failing_disk(tmp_path / "small", MODEL_SIZE, "64m") as disk:
+        play(start, tmp_path, disk, random.Random(f"{seed} {round_number}"), mode)
 
 
 def play(start: Start, directory: Path, disk: FailingDisk, rng: random.Random, mode: str) -> None:
@@ -352,22 +347,22 @@ def check_restart(start: Start, line: List[str], blocks: int, *, failed: bool = 
     assert server.stop() == 0
 
 
+@pytest.mark.parametrize("number", SYNCS)
 @pytest.mark.parametrize("mode", ["target", "proxy"])
 def test_any_sync_of_a_worker_that_fails_is_the_last_one(
-    start: Start, image: Path, files: CacheFiles, mode: str
+    start: Start, image: Path, files: CacheFiles, mode: str, number: int
 ) -> None:
-    for number in SYNCS:
-        line = lines_of(mode, start, image, files)
-        server = start(*line)
-        server.expected_errors += LOG
-        client = connect(server.uri)
-        (worker,) = server.busy_workers()
-        other = connect(server.uri)
-        with injected(worker, f"fdatasync:error=EIO:when={number}"):
-            flushed = write_until_failure(client)
-            check_nothing_is_durable(server, [client, other])
-        assert server.stop() == 1
-        check_restart(start, line, flushed)
+    line = lines_of(mode, start, image, files)
+    server = start(*line)
+    server.expected_errors += LOG
+    client = connect(server.uri)
+    (worker,) = server.busy_workers()
+    other = connect(server.uri)
+    with injected(worker, f"fdatasync:error=EIO:when={number}"):
+        flushed = write_until_failure(client)
+        check_nothing_is_durable(server, [client, other])
+    assert server.stop() == 1
+    check_restart(start, line, flushed)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
