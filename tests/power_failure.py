@@ -12,6 +12,9 @@ with what was promised:
 
 - a block whose bit is set holds its true data: nothing older than the last flush;
 - a block that an answered flush covered has its bit set.
+
+After a sync that has failed no flush may succeed before everything was opened anew,
+and what is there then has to keep the same promises.
 """
 
 from __future__ import annotations
@@ -27,15 +30,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
-from xnbd.storage import bitmap, checkpoint, locks, state, state_files
+from xnbd.storage import bitmap, checkpoint, locks, state, state_files, writeback
 from xnbd.storage.blocks import BLOCK, bytes_of
 from xnbd.storage.checkpoint import ProcessState
 from xnbd.storage.locks import RangeLocks
 from xnbd.storage.state import SharedState, open_state
+from xnbd.storage.writeback import WriteBackFailed
 
 SECTOR = 512
 ORIGIN = "nbd://origin/disk"
-_TRACED = {module.__file__ for module in (bitmap, checkpoint, locks, state, state_files)}
+_TRACED = {module.__file__ for module in (bitmap, checkpoint, locks, state, state_files, writeback)}
 
 
 class _File:
@@ -253,6 +257,8 @@ class World:
 
     def __init__(self, scratch: Path, disk_size: int, blocks: List[int], rng: random.Random, odds: Odds) -> None:
         self.failures = 0
+        self.failed_syncs = 0
+        self._failed = False
         self._scratch = scratch
         self._disk_size = disk_size
         self._blocks = blocks
@@ -309,6 +315,7 @@ class World:
         """Everything dies, the system stays up."""
         self._leave()
         self.start()
+        self._go_on()
 
     def exit_and_start(self) -> None:
         shared = self.shared
@@ -318,12 +325,17 @@ class World:
         self._processes = []
         promised = dict(self._promises.answered)
         with at_every_line(self._maybe_fail_power):
-            assert shared.mark_clean(self._cache_fd)
-        self._promises.flushed.update(promised)
+            try:
+                assert shared.mark_clean(self._cache_fd)
+                assert not self._failed
+                self._promises.flushed.update(promised)
+            except WriteBackFailed:
+                assert self._failed
         shared.close()
         self.shared = None
         self._boot += self._rng.random() < 0.5
         self.start()
+        self._go_on()
 
     def clear(self) -> None:
         """Until it is done, either everything is as before or nothing is cached."""
@@ -331,6 +343,7 @@ class World:
         self._also = Promises()
         self.start(clear=True)
         self._promises, self._also = self._also, None
+        self._failed = False
 
     def reboot(self) -> None:
         """The power fails, and things go on from there."""
@@ -342,6 +355,16 @@ class World:
         self._cache_fd = os.open(image / "cache", os.O_RDWR)
         self._boot += 1
         self.start()
+        self._compare()
+
+    def _go_on(self) -> None:
+        """Everything was opened anew: what a failed sync has left in doubt may be forgotten."""
+        if self._failed:
+            self._compare()
+
+    def _compare(self) -> None:
+        """What is there now keeps the promises; go on with that."""
+        self._failed = False
         view = self._processes[0].bitmap
         troubles = self._troubles(self._promises, self._processes[0], self._cache_fd)
         assert not troubles, troubles
@@ -395,12 +418,15 @@ class World:
             self._promises.answered[block] = len(self._promises.contents[block]) - 1
 
     def _flush(self, process: ProcessState) -> None:
-        """Flush; an error is an answer too, and promises nothing."""
+        """Flush; an error is an answer too, promises nothing, and is followed by another one."""
+        failed = self._failed
         promised = dict(self._promises.answered)
         self._flushing = True
         try:
             process.checkpoint(self._cache_fd)
-        except OSError:
+            assert not failed
+        except WriteBackFailed:
+            assert self._failed
             return
         finally:
             self._flushing = False
@@ -433,6 +459,8 @@ class World:
 
     def _maybe_fail_sync(self, _fd: int) -> None:
         if self._flushing and not self._recorder.paused and self._rng.random() < self._odds.failed_sync:
+            self.failed_syncs += 1
+            self._failed = True
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def _maybe_fail_power(self) -> None:

@@ -761,11 +761,13 @@ def test_switch_of_a_cache_that_cannot_be_made_durable_is_refused(proxy: Proxy) 
     wait_until(lambda: "every block is cached" in proxy.server.log(), "a proxy without a need of its origin")
     steward = proxy.steward()
     with injected(steward, "fdatasync:error=ENOSPC"):
-        assert "cannot be made durable: No space left" in proxy.refused("--switch")
+        proxy.server.expected_errors += ["cache.img: write-back failed: No space left", "the last flush failed"]
+        assert "(No space left on device), nothing is durable" in proxy.refused("--switch")
         os.kill(proxy.server.pid, signal.SIGUSR2)
-        proxy.server.wait_for_log("SIGUSR2: the cache cannot be made durable: No space left")
+        proxy.server.wait_for_log("SIGUSR2: the cache cannot be made durable: write-back failed at ")
+    assert "cannot be made durable: write-back failed at " in proxy.refused("--switch", "--force")
     assert proxy.steward() == steward
-    proxy.bgctl("--switch")
+    assert proxy.query()["mode"] == "proxy"
 
 
 def test_flush_does_not_wait_for_a_checkpoint_of_the_steward_that_was_killed(proxy: Proxy, origin: Server) -> None:

@@ -111,9 +111,17 @@ def _limit(limit: Any, show: Callable[[Any], str]) -> str:
     return f"at most {show(limit)}" if limit else "no limit"
 
 
+def _not_durable(answer: Message) -> Iterator[str]:
+    failure = answer.get("write_back_failure")
+    if not failure:
+        return
+    yield f"write-back failed {duration(failure['seconds_since'])} ago: {shown(failure['error'])}"
+    yield "no FLUSH succeeds until the server is restarted"
+
+
 def _checkpoint(answer: Message) -> Iterator[str]:
     checkpoint = answer.get("checkpoint")
-    if not checkpoint:
+    if not checkpoint or answer.get("write_back_failure"):
         return
     parts = []
     if "dirty_pages" in checkpoint:
@@ -145,6 +153,7 @@ _SECTIONS = [
     ("hits", _hits),
     ("requests", _requests),
     ("waiting", _waiting),
+    ("not durable", _not_durable),
     ("checkpoint", _checkpoint),
     ("cache-all", _cache_all),
 ]

@@ -72,7 +72,7 @@ class Master:
         self._poll.register(self._pipes.reports_master, select.POLLIN)
 
     def run(self) -> int:
-        """The exit status: 0 after an orderly stop, 1 if it had to be cut short."""
+        """The exit status: 0 after an orderly stop, 1 if it had to be cut short, or not all is durable."""
         set_title("master", self._service.source.name)
         gc.collect()
         gc.freeze()
@@ -230,11 +230,10 @@ class Master:
             self._killing = True
             self._signal_workers(signal.SIGKILL)
             deadline = monotonic() + _KILL_TIME
-        if not hurry:
-            self._service.flush()
+        flushed = self._service.flush(hurry=hurry)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # one more would kill this process while Python finishes
-        return int(self._killing)
+        return int(self._killing or not flushed)
 
     def _signal_workers(self, number: int) -> None:
         for pid in self._children():

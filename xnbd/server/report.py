@@ -50,6 +50,7 @@ class Report:
             "readonly": source.readonly,
             "disk_size": source.size,
             "block_size": BLOCK,
+            "write_back_failure": self._write_back_failure(),
             "counters": _counters(totals),
             "workers": [_worker(line, usage.get(line.pid)) for line in lines if line.peer not in ("", COPYING_PEER)],
         }
@@ -70,6 +71,16 @@ class Report:
         if self._board.mode == TARGET:
             return f"disk image {source.name}, a proxy's cache until the switch"
         return source.describe(self._board.address or str(source.address))
+
+    def _write_back_failure(self) -> Optional[Message]:
+        failure = self._source.write_back(self._board).failure()
+        if failure is None:
+            return None
+        return {
+            "errno": failure.number,
+            "error": os.strerror(failure.number),
+            "seconds_since": max(0.0, time() - failure.when),
+        }
 
     def _queue(self, lines: List[Line]) -> Message:
         limits = self._service.limits

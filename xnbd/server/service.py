@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import NamedTuple, Optional
 
 from ..errors import Disconnected, ProtocolError
 from ..logs import log
 from ..protocol.negotiation import Agreement, Export, Exports, export_flags
+from ..storage.board import Board
 from ..storage.image import Source
+from ..storage.target import reopen
 from .connection import Connection
 from .disk import Disk
 from .handshake import greet_oldstyle, negotiate
@@ -48,12 +51,16 @@ class Service(NamedTuple):
             find=lambda name: export if name in ("", export.name) else None,
         )
 
-    def flush(self) -> bool:
-        """Bring everything to stable storage at the end; tells whether that worked."""
+    def flush(self, *, hurry: bool = False) -> bool:
+        """Bring everything to stable storage at the end, unless in a *hurry*; False if any write-back has failed."""
         try:
-            self.source.flush()
+            with closing(Board(reopen(self.board_fd, readonly=False))) as board:
+                if hurry:
+                    self.source.write_back(board).check()
+                else:
+                    self.source.flush(board)
         except OSError as error:
-            log.error("the last flush failed: %s", error.strerror)
+            log.error("%s: the last flush failed: %s", self.source.name, error.strerror)
             return False
         return True
 

@@ -47,6 +47,7 @@ class Snapshotter:
             image = self._source.open(self._board)
             output = snapshot.open_output(path, self._source.size)
             self._fill(image, output)
+            self._source.write_back(self._board).check()  # what was read may be what the disk could not keep
             name = snapshot.publish(output, self._name, status.st_mode & 0o666)
         except TimeoutError as error:
             raise TaskFailed(f"requests did not come to an end in {_GATE_TIMEOUT:g} s: {error}") from error

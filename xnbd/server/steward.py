@@ -231,15 +231,24 @@ class _Stewardship:
         self._next_checkpoint = monotonic() + _CHECKPOINT_EVERY
         if self._board.mode == PROXY and self._progress.complete and self._board.note_complete():
             log.info("every block is cached")
-        if self._state.changed:
+        if self._state.write_back.failure() is not None:
+            self._state.write_back.keep()
+        elif self._state.changed:
             try:
                 self._checkpoint = self._start(self._make_durable)
             except TaskFailed as failure:
                 self._tell_once("cannot make the cache durable", str(failure))
 
     def _make_durable(self) -> None:
+        """Through a description of its own and the witness: a child before may have died of what it was told."""
         assert self._proxy is not None and self._state is not None
-        self._state.checkpoint(self._proxy.cache_fd)
+        self._state.write_back.witness = self._proxy.witness
+        image = reopen(self._proxy.witness, readonly=False)
+        try:
+            self._state.checkpoint(image)
+        finally:
+            os.close(image)
+        self._state.sync_live()
 
     def _on_checkpoint(self, child: Child) -> None:
         assert self._state is not None
@@ -247,7 +256,8 @@ class _Stewardship:
             self._board.note_checkpoint()
             self._failing = ""
         else:
-            self._tell_once("cannot make the cache durable", child.message or f"status {child.status}")
+            if self._state.write_back.failure() is None:  # else the log has it
+                self._tell_once("cannot make the cache durable", child.message or f"status {child.status}")
             self._state.abandon_checkpoint()
 
     def _tell_once(self, what: str, failure: str) -> None:
@@ -508,6 +518,8 @@ class _Stewardship:
             self._proxy.steer(Steering(switched=False, address=str(address)))
         except ValueError as error:
             raise CommandError(str(error)) from error
+        except OSError as error:
+            raise CommandError(f"the change cannot be made durable: {error.strerror}") from error
         self._board.address = str(address)
         self._wake_all()
         log.info("the origin is %s now", address)

@@ -24,6 +24,7 @@ offset  content, of the machine's own endianness
 40      bytes per second of that copy, 0 for any number (8 bytes)
 48      number of changes of mode and snapshot (4 bytes)
 64      CRC-32, length (4 bytes each) and text of the origin's address
+16368   first write-back that failed, of a disk without a state file: `writeback.Record`
 16384   lines of `LINE` bytes, see `_LINE`
 ======  ========================================================================
 """
@@ -53,7 +54,8 @@ _RATE = struct.Struct("=Q")
 _U32 = struct.Struct("=I")
 _CHECKPOINT = struct.Struct("=dQ")
 _TEXT = struct.Struct("=II")
-_LONGEST_ADDRESS = _LINES_AT - _ADDRESS - _TEXT.size
+FAILURE = _LINES_AT - 16
+_LONGEST_ADDRESS = FAILURE - _ADDRESS - _TEXT.size
 
 _LINE = struct.Struct("=IxB2xd5Q5QIIQ64s")
 _INSIDE, _OWN_MODE = 4, 5
@@ -122,7 +124,7 @@ class Board:
     """The board in the file behind *fd*, which this process has opened, after the fork, and this object owns."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self.fd = fd
         self._map = mmap.mmap(fd, 0)
         self._count = (len(self._map) - _LINES_AT) // LINE
         self._locks = RangeLocks(fd)
@@ -289,7 +291,7 @@ class Board:
 
     def close(self) -> None:
         self._map.close()
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 def _nap(until: float, on_wait: Callable[[], None], reason: str) -> None:

@@ -19,7 +19,8 @@ flushed before the mark is there, or the mark may never come.
 A process does not see its own locks: it must not begin a checkpoint in the middle of
 setting bits, from a thread or a signal handler.
 
-A checkpoint that fails or dies leaves its pages claimed: the next one takes them too.
+A checkpoint that dies leaves its pages claimed: the next one takes them too. So does one
+that fails for another reason than a write-back; after that there is none any more.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Callable, List
 from . import space
 from .bitmap import Bitmap
 from .locks import RangeLocks, do_nothing
+from .state_files import write_back
 from .state_format import BEGUN, CHECKPOINT, NUMBER, PAGE, PAGE_SHIFT, SUCCEEDED, Layout
 
 _PAGES_AT_ONCE = 4096
@@ -72,6 +74,7 @@ class ProcessState:
         self.bitmap = MarkingBitmap(bitmap_fd, layout.blocks, self._head, layout.dirty)
         self._fills = RangeLocks(bitmap_fd)
         self._locks = RangeLocks(state_fd)
+        self.write_back = write_back(state_fd)
 
     @property
     def changed(self) -> bool:
@@ -88,9 +91,11 @@ class ProcessState:
 
         *cache_fd* is this process's own descriptor of the image. Waits, with *on_wait*
         before every pause, for the checkpoint of another process, which waits for
-        nobody; one that has begun after this call serves both. After an `OSError`
-        nothing is lost: the next call tries the same again.
+        nobody; one that has begun after this call serves both. Raises `WriteBackFailed`
+        if any write-back of the disk has ever failed; after another `OSError` nothing
+        is lost, and the next call tries the same again.
         """
+        self.write_back.check()
         begun = self._number(BEGUN)
         self._locks.acquire(CHECKPOINT, 1, on_wait)
         try:
@@ -98,6 +103,11 @@ class ProcessState:
                 self._make_durable(cache_fd)
         finally:
             self._locks.release(CHECKPOINT, 1)
+        self.write_back.check()
+
+    def sync_live(self) -> None:
+        """Have the kernel write the live bitmap, and hear whether it can: a page it could not would come back old."""
+        self.write_back.sync(self.fd)
 
     def abandon_checkpoint(self) -> None:
         """A process that was forked from this one has died in a checkpoint: its lock is this one's too, and left."""
@@ -109,7 +119,7 @@ class ProcessState:
         os.pwrite(self._state_fd, NUMBER.pack(number), BEGUN)
         pages = self._claim()
         if not pages:
-            os.fdatasync(cache_fd)
+            self.write_back.sync(cache_fd)
         for at in range(0, len(pages), _PAGES_AT_ONCE):
             self._save(pages[at : at + _PAGES_AT_ONCE], cache_fd)
         os.pwrite(self._state_fd, NUMBER.pack(number), SUCCEEDED)
@@ -128,10 +138,10 @@ class ProcessState:
         live, head, layout = self.bitmap.octets, self._head, self._layout
         free = [page for page in pages if not self._fills.held_elsewhere(page * PAGE, PAGE)]
         copies = [live[page * PAGE : (page + 1) * PAGE] for page in pages]
-        os.fdatasync(cache_fd)
+        self.write_back.sync(cache_fd)
         for page, copy in zip(pages, copies):
             space.write_all(self._state_fd, memoryview(copy), layout.durable + page * PAGE)
-        os.fdatasync(self._state_fd)
+        self.write_back.sync(self._state_fd)
         for page in free:
             head[layout.claimed + page] = 0
 

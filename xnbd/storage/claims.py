@@ -28,6 +28,9 @@ CACHE = 1 << 62
 DISK = CACHE + 4096
 """Bytes beyond the end of any disk; not side by side, or the kernel would make one lock of two."""
 
+FAILED = DISK + 4096
+"""Locked likewise by a server that was told of a failed write-back (`storage.writeback`)."""
+
 _TRIES = 50
 _LONGEST_PAUSE = 0.1
 
@@ -75,6 +78,16 @@ def turn_into_disk(fd: int) -> None:
     """The proxy on this cache was switched, or has joined one that was."""
     _hold(fd, DISK)
     _let_go(fd, CACHE)
+
+
+def tell_failed(fd: int) -> None:
+    """A write-back of the image has failed: other servers hear of it, until the last process with *fd* ends."""
+    _hold(fd, FAILED)
+
+
+def is_failed(fd: int) -> bool:
+    """Whether that was told through another opening of the image."""
+    return _is_claimed(fd, FAILED)
 
 
 def _refusal(path: str) -> ConfigurationError:

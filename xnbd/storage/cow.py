@@ -79,7 +79,7 @@ class CowSource(Source):
     def allocated(self) -> int:
         return sum(os.fstat(fd).st_blocks * 512 for fd in (self._base, self._overlay))
 
-    def flush(self) -> None:
+    def flush(self, board: Board) -> None:
         """Nothing: the overlay ends with the server."""
 
     def close(self) -> None:

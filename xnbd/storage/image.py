@@ -14,8 +14,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
-from .board import Board, create_board
+from .board import FAILURE, Board, create_board
 from .locks import do_nothing
+from .writeback import Record, WriteBack
 
 Buffer = Union[bytes, bytearray, memoryview]
 
@@ -149,7 +150,10 @@ class Image(ABC):
 
     @abstractmethod
     def flush(self) -> None:
-        """Return when all that any process has written to this disk is on stable storage."""
+        """Return when all that any process has written to this disk is on stable storage.
+
+        Raises `WriteBackFailed` if any write-back of the disk has failed since the server's start.
+        """
 
     @abstractmethod
     def prefetch(self, offset: int, length: int) -> None:
@@ -179,7 +183,7 @@ class Source(ABC):
     """A disk as the master holds it: opened and checked once, opened again by every worker.
 
     A worker needs descriptors of its own: record locks belong to a process, and
-    errors of delayed writes are reported once per open file.
+    errors of delayed writes are reported once per open file (`storage.writeback`).
     """
 
     mode: str
@@ -206,9 +210,13 @@ class Source(ABC):
         """The file of the board, which at most so many processes share."""
         return create_board(processes)
 
+    def write_back(self, board: Board) -> WriteBack:
+        """How a process whose *board* it is syncs the disk, and knows whether that has failed."""
+        return WriteBack(Record(board.fd, FAILURE))
+
     @abstractmethod
-    def flush(self) -> None:
-        """What `Image.flush` does, for the master."""
+    def flush(self, board: Board) -> None:
+        """What `Image.flush` does, for the master, whose *board* it is, when the workers are gone."""
 
     @abstractmethod
     def close(self) -> None:

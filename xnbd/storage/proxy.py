@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import closing
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..origin.address import OriginAddress
@@ -24,6 +23,7 @@ from .state import SharedState
 from .state_format import Steering
 from .streams import Streams
 from .target import TargetImage, reopen
+from .writeback import WriteBack
 
 DEFAULT_READAHEAD = 8 << 20
 
@@ -226,12 +226,17 @@ class ProxyImage(Image):
 
 
 class ProxySource(Source):
-    """The cache image behind *cache_fd* with its bitmap, before a disk that lives elsewhere."""
+    """The cache image behind *cache_fd* with its bitmap, before a disk that lives elsewhere.
+
+    ``witness`` is a second description of the image, as old, which every process syncs
+    once; *cache_fd* is the master's, to hear at its end what they have died of.
+    """
 
     mode = "proxy"
 
     def __init__(self, cache_fd: int, state: SharedState, settings: ProxySettings) -> None:
-        self.cache_fd = cache_fd
+        self._cache_fd = cache_fd
+        self.witness = reopen(cache_fd, readonly=False)
         self._state = state
         self._settings = settings
         self._is_disk = False
@@ -250,16 +255,19 @@ class ProxySource(Source):
     def open(self, board: Board) -> Image:
         if board.mode == TARGET:
             self.follow_switch(board)
-            return TargetImage(reopen(self.cache_fd, readonly=False), self.size, readonly=self.readonly)
+            fd, sync = reopen(self._cache_fd, readonly=False), self.write_back(board).sync
+            return TargetImage(fd, self.size, readonly=self.readonly, sync=sync)
         return self.open_proxy(board)
 
     def open_proxy(self, board: Board) -> ProxyImage:
         """The disk as long as it is a proxy."""
         settings = self._settings
-        cache = TargetImage(reopen(self.cache_fd, readonly=False), self.size, readonly=False)
+        cache = TargetImage(reopen(self._cache_fd, readonly=False), self.size, readonly=False)
+        state = self.open_state()
+        state.write_back.witness = self.witness
         return ProxyImage(
             cache,
-            self._state.open_process(),
+            state,
             Whereabouts(board, settings.address),
             settings.patience,
             readonly=settings.readonly,
@@ -270,7 +278,7 @@ class ProxySource(Source):
         return board.mode == TARGET
 
     def allocated(self) -> int:
-        return os.fstat(self.cache_fd).st_blocks * 512
+        return os.fstat(self._cache_fd).st_blocks * 512
 
     def board_fd(self, processes: int) -> int:
         return self._state.board_fd
@@ -279,6 +287,9 @@ class ProxySource(Source):
         """The bitmap for a process that serves nobody. Called after the fork; raises `OSError`."""
         return self._state.open_process()
 
+    def write_back(self, board: Board) -> WriteBack:
+        return WriteBack(self._state.failures, self._cache_fd, self.witness)
+
     def steer(self, steering: Steering) -> None:
         """Have servers of another day begin with *steering*; raises like `SharedState.steer`."""
         self._state.steer(steering)
@@ -286,17 +297,17 @@ class ProxySource(Source):
     def follow_switch(self, board: Board) -> None:
         """Once the server is a plain target, have other servers know: for any of its processes, at any time."""
         if not self._is_disk and board.mode == TARGET:
-            claims.turn_into_disk(self.cache_fd)
+            claims.turn_into_disk(self._cache_fd)
             self._is_disk = True
 
-    def flush(self) -> None:
+    def flush(self, board: Board) -> None:
         """Called when the workers are gone: everything is durable, and marked so unless others use the files."""
-        with closing(self._state.open_board()) as board:
-            self.follow_switch(board)
-        self._state.mark_clean(self.cache_fd)
+        self.follow_switch(board)
+        self._state.mark_clean(self._cache_fd)
 
     def close(self) -> None:
-        os.close(self.cache_fd)
+        os.close(self._cache_fd)
+        os.close(self.witness)
         self._state.close()
 
 

@@ -235,7 +235,11 @@ def publish(output: int, path: str, mode: int) -> str:
     directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         name = _link(output, path, directory)
-        os.fsync(directory)
+        try:
+            os.fsync(directory)
+        except OSError:
+            os.unlink(name)
+            raise
     finally:
         os.close(directory)
     return name

@@ -7,7 +7,8 @@ it whose data never reached the disk, so beside it, in ``CACHE_BITMAP_IMAGE.stat
 stable storage (`storage.checkpoint`). Which of them counts, the header tells:
 
 - written in this boot, or closed cleanly: the live bitmap;
-- in another boot, and not closed: the durable copy, which replaces the live one;
+- in another boot, and not closed, or after a write-back that failed
+  (`storage.writeback`): the durable copy, which replaces the live one;
 - no boot at all: the files are being made. The state file comes into its place
   before the bitmap, and whoever finds it so makes an empty bitmap;
 - no state file: the bitmap of a C xNBD, which is taken over as it is.
@@ -40,6 +41,7 @@ from .locks import RangeLocks
 from .state_files import NEW
 from .state_format import NO_BOOT, OPENING, BadHeader, Header, Layout, Steering, identity, layout_of, readable
 from .target import reopen
+from .writeback import WriteBack, WriteBackFailed, drop_cached
 
 SUFFIX = ".state"
 BOARD_SUFFIX = ".board"
@@ -160,6 +162,8 @@ class SharedState:
         self._bitmap_fd, self._state_fd, self.board_fd = fds
         self._layout = layout
         self._header = header
+        self.failures = files.failure_record(self._state_fd)
+        self.write_back = WriteBack(self.failures)
         files.become_user(self._state_fd)
 
     def open_process(self) -> ProcessState:
@@ -192,7 +196,7 @@ class SharedState:
         """Make everything durable, and mark the files as closed cleanly unless another server uses them.
 
         For the master, when its workers are gone; tells whether they were marked.
-        Raises `OSError`, and then they are not.
+        Raises `OSError`, and then they are not: `WriteBackFailed` if any write-back has failed.
         """
         with files.opening(self._state_fd):
             try:
@@ -200,10 +204,14 @@ class SharedState:
                 with closing(self._open()[0]) as process:
                     process.checkpoint(cache_fd)
                 if alone:
-                    os.fdatasync(self._bitmap_fd)
+                    self.write_back.sync(self._bitmap_fd)
                     self._forget_broken_switch()
                     files.write_header(self._state_fd, self._header._replace(clean=True))
                     os.unlink(self._path + BOARD_SUFFIX)
+            except WriteBackFailed:
+                files.put_header(self._state_fd, self._header)
+                self.write_back.keep()
+                raise
             finally:
                 files.leave(self._state_fd)
         return alone
@@ -333,14 +341,17 @@ class _Opening:
 
     def _take_over(self, state_fd: int) -> None:
         bitmap_fd = self._open_bitmap()
+        files.write_header(state_fd, self._header)
         try:
             files.allocate(bitmap_fd, self._layout.bitmap_size)
+            files.write_back(state_fd).sync(self._cache_fd)
             for difference in files.differences(bitmap_fd, state_fd, self._layout):
                 files.save_live(state_fd, self._layout, difference)
-            os.fdatasync(self._cache_fd)
+        except WriteBackFailed:
+            files.publish(self._state_path)  # the next start has to know that nothing is sure
+            raise
         finally:
             os.close(bitmap_fd)
-        files.write_header(state_fd, self._header)
         os.fsync(state_fd)
         files.publish(self._state_path)
         log.info("cache bitmap %s: taken over, it has no state file: left by a C xNBD?", self._path)
@@ -358,8 +369,9 @@ class _Opening:
     def _resume(self, state_fd: int) -> None:
         found = self._check_state(state_fd)
         alone, same_boot = files.is_alone(state_fd), found.boot_id == self._header.boot_id
+        recover = (not same_boot and not found.clean) or files.read_failure(state_fd) is not None
         if alone and _was_switched(self._path, state_fd, self._header.boot_id):
-            self._refuse_if_incomplete(state_fd, recover=not same_boot and not found.clean)
+            self._refuse_if_incomplete(state_fd, recover=recover)
         if not alone and not same_boot:
             raise ConfigurationError(f"cache bitmap {self._path} is in use on another machine: stop that server first")
         self._claim_cache(alone=alone)
@@ -371,7 +383,7 @@ class _Opening:
             bitmap_fd = self._open_bitmap()
             try:
                 if alone:
-                    self._settle(bitmap_fd, state_fd, recover=not same_boot and not found.clean)
+                    self._settle_or_recover(bitmap_fd, state_fd, recover=recover)
                 else:
                     log.info("cache bitmap %s: resumed, shared with another server", self._path)
             finally:
@@ -393,6 +405,13 @@ class _Opening:
         except (OSError, ValueError):
             return False
 
+    def _settle_or_recover(self, bitmap_fd: int, state_fd: int, *, recover: bool) -> None:
+        """`_settle`, which may hear of a write-back that failed under servers that were killed."""
+        try:
+            self._settle(bitmap_fd, state_fd, recover=recover)
+        except WriteBackFailed:
+            self._settle(bitmap_fd, state_fd, recover=True)
+
     def _settle(self, bitmap_fd: int, state_fd: int, *, recover: bool) -> None:
         """Make live bitmap and durable copy agree; nobody else uses them."""
         self._remove_unfinished()
@@ -405,7 +424,7 @@ class _Opening:
             for difference in different:
                 files.restore_durable(bitmap_fd, difference)
                 forgotten += difference.forgotten
-            log.warning("cache bitmap %s: recovered after a power failure, %d blocks forgotten", self._path, forgotten)
+            self._end_recovery(bitmap_fd, state_fd, forgotten)
             return
         for difference in different:
             files.claim(state_fd, self._layout, difference.page)
@@ -414,6 +433,17 @@ class _Opening:
             if process.changed:
                 process.checkpoint(self._cache_fd)
         log.info("cache bitmap %s: resumed", self._path)
+
+    def _end_recovery(self, bitmap_fd: int, state_fd: int, forgotten: int) -> None:
+        """The durable copy has replaced the live bitmap: after a failed write-back nothing else may come back."""
+        failure = files.read_failure(state_fd)
+        if failure is None:
+            log.warning("cache bitmap %s: recovered after a power failure, %d blocks forgotten", self._path, forgotten)
+            return
+        drop_cached(self._cache_fd)
+        files.forget_failure(bitmap_fd, state_fd, self._layout)
+        what = f"recovered after a failed write-back ({os.strerror(failure.number)})"
+        log.warning("cache bitmap %s: %s, %d blocks forgotten", self._path, what, forgotten)
 
     def _check_state(self, state_fd: int) -> Header:
         """The header, if the file is of this disk. Raises `ConfigurationError`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from contextlib import contextmanager
-from typing import Iterator, NamedTuple
+from typing import Iterator, NamedTuple, Optional
 
 from ..errors import ConfigurationError
 from ..process import closed_on_error
@@ -14,6 +14,7 @@ from .bitmap import count_bits
 from .locks import RangeLocks, do_nothing
 from .state_format import (
     BEGUN,
+    FAILURE,
     HEADER_SIZE,
     OPENING,
     PAGE,
@@ -29,6 +30,7 @@ from .state_format import (
     parse_header,
     parse_steering,
 )
+from .writeback import Failure, Record, WriteBack
 
 NEW = ".new"
 """What is appended to the name of a file that is not yet whole."""
@@ -97,8 +99,13 @@ def read_header(state_fd: int) -> Header:
 
 def write_header(state_fd: int, header: Header) -> None:
     """Replace the header, durably. `OPENING` is locked."""
+    put_header(state_fd, header)
+    write_back(state_fd).sync(state_fd)
+
+
+def put_header(state_fd: int, header: Header) -> None:
+    """Replace the header in memory. `OPENING` is locked."""
     space.write_all(state_fd, memoryview(pack_header(header)), 0)
-    os.fdatasync(state_fd)
 
 
 def read_steering(state_fd: int) -> Steering:
@@ -108,7 +115,21 @@ def read_steering(state_fd: int) -> Steering:
 def write_steering(state_fd: int, steering: Steering) -> None:
     """Replace it, durably. `OPENING` is locked. Raises `ValueError` for an address that is too long."""
     space.write_all(state_fd, memoryview(pack_steering(steering)), STEERING)
-    os.fdatasync(state_fd)
+    write_back(state_fd).sync(state_fd)
+
+
+def write_back(state_fd: int) -> WriteBack:
+    """Write-back of the cache and of the files, as far as a process without an image of its own is concerned."""
+    return WriteBack(failure_record(state_fd))
+
+
+def failure_record(state_fd: int) -> Record:
+    return Record(state_fd, FAILURE, lasting=True)
+
+
+def read_failure(state_fd: int) -> Optional[Failure]:
+    """The first write-back that failed since the last recovery; the durable copy is what counts then."""
+    return failure_record(state_fd).read()
 
 
 def allocate(fd: int, size: int) -> None:
@@ -172,6 +193,20 @@ def save_live(state_fd: int, layout: Layout, difference: Difference) -> None:
 def restore_durable(bitmap_fd: int, difference: Difference) -> None:
     """Put the durable page into the live bitmap."""
     space.write_all(bitmap_fd, memoryview(difference.durable), difference.page * PAGE)
+
+
+def forget_failure(bitmap_fd: int, state_fd: int, layout: Layout) -> None:
+    """The live bitmap is as the durable copy now: make both so on stable storage, and clear the failure.
+
+    All of the durable copy is written again: pages of it may be clean in memory that
+    are not on stable storage. Raises `OSError`.
+    """
+    os.fdatasync(bitmap_fd)
+    for start in range(0, layout.bitmap_size, _CHUNK):
+        at, length = layout.durable + start, min(_CHUNK, layout.bitmap_size - start)
+        space.write_all(state_fd, memoryview(space.read_exactly(state_fd, length, at)), at)
+    os.fdatasync(state_fd)
+    failure_record(state_fd).clear()
 
 
 def claim(state_fd: int, layout: Layout, page: int) -> None:

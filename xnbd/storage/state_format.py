@@ -7,6 +7,7 @@ offset                  content
                         leave half of one
 2048, 2056              numbers of the checkpoint begun last and of the last one
                         that succeeded, 8 bytes each, of the machine's own endianness
+2064                    the first write-back that failed, 16 bytes: `writeback.Record`
 2560                    what was changed while servers ran: `Steering`
 4096                    dirty map: one byte for every page of the live bitmap
 then, at a page's start  map of the pages in the hands of a checkpoint, likewise
@@ -14,7 +15,7 @@ then, at a page's start  durable copy of the bitmap; the file ends with it
 ======================  ==========================================================
 
 A page has 4,096 bytes, whatever the machine thinks. Numbers and maps mean something
-while one system runs, header and durable copy for good. Any byte but 0 is a mark.
+while one system runs, the rest for good. Any byte but 0 is a mark.
 
 The header, little-endian: magic (8 bytes), version, block size, flags (4 bytes each;
 flag 1: closed cleanly), disk size (8), boot id (16; zeros: the bitmap is yet to be
@@ -22,7 +23,8 @@ made), length of the origin's identity (4), that identity (256), CRC-32 of all t
 precedes (4).
 
 Locks on bytes of this file (`storage.locks`): `OPENING` by whoever opens, creates or
-closes the files, `CHECKPOINT` during a checkpoint, and by every process that may set
+closes the files, `CHECKPOINT` during a checkpoint, for a moment `FAILURE` by who logs a
+failure, and by every process that may set
 bits one byte picked at random from `USERS`: who can lock all of those is alone.
 """
 
@@ -47,6 +49,7 @@ USERS_COUNT = 1 << 60
 
 BEGUN = 2048
 SUCCEEDED = 2056
+FAILURE = 2064
 NUMBER = struct.Struct("Q")
 STEERING = 2560
 STEERING_SIZE = PAGE - STEERING

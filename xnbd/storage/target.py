@@ -14,9 +14,12 @@ from typing import Callable, Iterator, List
 
 from ..errors import ConfigurationError
 from . import claims, space
-from .board import Board
+from .board import FAILURE, Board
 from .extents import file_data_until, file_extents
 from .image import Buffer, Extent, Image, Source
+from .writeback import Record, WriteBack, WriteBackFailed, drop_cached
+
+Sync = Callable[[int], None]
 
 
 def create_sparse(path: str, size: int) -> bool:
@@ -118,31 +121,41 @@ class TargetSource(Source):
         self.size = space.device_size(self._fd)
         self.readonly = readonly
         try:
-            self._open().close()
+            self._witness = reopen(self._fd, readonly=readonly)
+            self._open(os.fdatasync).close()
         except (OSError, OverflowError) as error:
             raise ConfigurationError(f"cannot map {path} ({self.size} bytes) into memory: {error}") from error
 
     def open(self, board: Board) -> TargetImage:
-        return self._open()
+        return self._open(self.write_back(board).sync)
 
-    def _open(self) -> TargetImage:
-        return TargetImage(reopen(self._fd, readonly=self.readonly), self.size, readonly=self.readonly)
+    def _open(self, sync: Sync) -> TargetImage:
+        return TargetImage(reopen(self._fd, readonly=self.readonly), self.size, readonly=self.readonly, sync=sync)
 
-    def flush(self) -> None:
-        os.fdatasync(self._fd)
+    def write_back(self, board: Board) -> WriteBack:
+        return WriteBack(Record(board.fd, FAILURE), self._fd, self._witness)
+
+    def flush(self, board: Board) -> None:
+        try:
+            self.write_back(board).sync(self._fd)
+        except WriteBackFailed:
+            drop_cached(self._fd)
+            raise
 
     def allocated(self) -> int:
         return os.fstat(self._fd).st_blocks * 512
 
     def close(self) -> None:
         os.close(self._fd)
+        os.close(self._witness)
 
 
 class TargetImage(Image):
-    """The disk of *size* bytes behind the descriptor *fd*, which this object owns from now on."""
+    """The disk of *size* bytes behind the descriptor *fd*, which this object owns from now on, and *sync* syncs."""
 
-    def __init__(self, fd: int, size: int, *, readonly: bool) -> None:
+    def __init__(self, fd: int, size: int, *, readonly: bool, sync: Sync = os.fdatasync) -> None:
         self.fd = fd
+        self._sync = sync
         self.size = size
         self.readonly = readonly
         self.readable: Callable[[], int] = self._map
@@ -191,7 +204,7 @@ class TargetImage(Image):
         self._try(space.discard, offset, length)
 
     def flush(self) -> None:
-        os.fdatasync(self.fd)
+        self._sync(self.fd)
 
     def prefetch(self, offset: int, length: int) -> None:
         space.prefetch(self.fd, offset, length)

@@ -1,0 +1,194 @@
+"""Write-back that has failed, after which nothing of a disk is called durable any more.
+
+The kernel tells of a failed write-back once for each open file description, and takes
+the pages for clean: the next ``fdatasync(2)`` succeeds, and so does one through a
+description that was opened after somebody else had been told (``errseq_t``). So who
+is told notes it before anything else, in a `Record` that all processes of the disk
+share, and everybody looks there before and after each sync. Only a restart clears it.
+
+A process has opened its files after others. For what they were told, and died of, it
+syncs once through the *witness*, a description of the image as old as the server.
+
+Servers that share an image but no record tell each other by a lock on the image
+(`claims.FAILED`), which lasts as long as any process of the one that was told.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import time
+from contextlib import suppress
+from typing import NamedTuple, NoReturn, Optional
+
+from ..logs import log
+from . import claims
+from .locks import RangeLocks
+
+RECORD_SIZE = 16
+
+_NUMBER, _LASTING, _TOLD, _TIME = 0, 4, 5, 8
+_RECORD = struct.Struct("<I4xQ")
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_NO_FAILURE = bytes(RECORD_SIZE)
+
+
+class Failure(NamedTuple):
+    """The errno *number* of the first write-back that failed, and *when* that was, in seconds since the epoch."""
+
+    number: int
+    when: int
+
+    def __str__(self) -> str:
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.when))
+        return f"write-back failed at {at} ({os.strerror(self.number)}), nothing is durable until the server's restart"
+
+
+class WriteBackFailed(OSError):
+    """EIO: this sync has failed, or a write-back of the disk before it."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(errno.EIO, str(failure))
+
+
+class Record:
+    """The first failure, in 16 bytes at *offset* of the file behind *fd*, opened for writing.
+
+    Little-endian: errno (4 bytes), whether all this is on stable storage, whether the
+    log has it (1 byte each), 2 bytes of nothing, seconds since the epoch (8). All
+    zeros: none. The lock on the first of these bytes is held for as long as it takes
+    to find out who logs it.
+    """
+
+    def __init__(self, fd: int, offset: int, *, lasting: bool = False) -> None:
+        """*lasting*: the file outlives the server, and the record has to reach stable storage."""
+        self._fd = fd
+        self._at = offset
+        self._lasting = lasting
+
+    def read(self) -> Optional[Failure]:
+        data = os.pread(self._fd, RECORD_SIZE, self._at)
+        if data == _NO_FAILURE:
+            return None
+        number, when = _RECORD.unpack(data.ljust(RECORD_SIZE, b"\0"))
+        return Failure(number or errno.EIO, when)
+
+    def note(self, number: int) -> bool:
+        """Note the errno, unless there is one; tells whether the log has to have it. Raises `OSError`."""
+        if self.read() is None:
+            os.pwrite(self._fd, _U32.pack(number or errno.EIO), self._at + _NUMBER)
+            os.pwrite(self._fd, _U64.pack(int(time.time())), self._at + _TIME)
+        return self._is_first()
+
+    def _is_first(self) -> bool:
+        locks = RangeLocks(self._fd)
+        try:
+            locks.acquire(self._at, 1)
+        except OSError:
+            return True
+        try:
+            told = os.pread(self._fd, 1, self._at + _TOLD)
+            os.pwrite(self._fd, b"\1", self._at + _TOLD)
+        finally:
+            locks.release(self._at, 1)
+        return told == b"\0"
+
+    def keep(self) -> None:
+        """Bring a failure to stable storage if it is to last; where that fails, it is for another try."""
+        with suppress(OSError):
+            data = os.pread(self._fd, RECORD_SIZE, self._at)
+            if not self._lasting or data == _NO_FAILURE or data[_LASTING]:
+                return
+            os.pwrite(self._fd, data, self._at)  # what a sync that fails has left counts as written
+            os.fdatasync(self._fd)
+            os.pwrite(self._fd, b"\1", self._at + _LASTING)
+
+    def clear(self) -> None:
+        """Durable on return. Raises `OSError`."""
+        os.pwrite(self._fd, _NO_FAILURE, self._at)
+        os.fdatasync(self._fd)
+
+
+class WriteBack:
+    """How this process syncs the files of a disk, whose *record* it is.
+
+    *image_fd* is the disk's image, as the master has opened it, where servers may
+    serve that without sharing the record.
+    """
+
+    def __init__(self, record: Record, image_fd: Optional[int] = None, witness: Optional[int] = None) -> None:
+        self._record = record
+        self._image_fd = image_fd
+        self.witness = witness
+        self._own: Optional[Failure] = None
+
+    def failure(self) -> Optional[Failure]:
+        """What has failed, in whatever process."""
+        if self._own is not None:
+            return self._own
+        failure = self._record.read()
+        if failure is None and self._image_fd is not None and claims.is_failed(self._image_fd):
+            if self._record.note(errno.EIO):
+                log.error("%s: write-back failed in another server of it: %s", _name(self._image_fd), _ADVICE)
+            failure = self._record.read()
+        return failure
+
+    def check(self) -> None:
+        """Raises `WriteBackFailed` if any write-back has failed."""
+        failure = self.failure()
+        if failure is not None:
+            raise WriteBackFailed(failure)
+
+    def sync(self, fd: int) -> None:
+        """``fdatasync(2)``, which is worth something if no write-back has failed before. Raises `WriteBackFailed`."""
+        self.check()
+        self._sync(fd)
+        if self.witness is not None:
+            self._sync(self.witness)
+            self.witness = None
+        self.check()
+
+    def _sync(self, fd: int) -> None:
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            self._fail(fd, error)
+
+    def _fail(self, fd: int, error: OSError) -> NoReturn:
+        number = error.errno or errno.EIO
+        try:
+            first = self._record.note(number)
+        except OSError:  # its file is on the disk that fails, and so will the syncs of all others
+            first, self._own = True, Failure(number, int(time.time()))
+        if self._image_fd is not None:
+            claims.tell_failed(self._image_fd)
+        if first:
+            log.error("%s: write-back failed: %s; %s", _name(fd), error.strerror, _ADVICE)
+        self._record.keep()
+        raise WriteBackFailed(self.failure() or Failure(number, int(time.time())))
+
+    def keep(self) -> None:
+        """Try again to have a failure outlive this server, if that has not worked yet."""
+        self._record.keep()
+
+
+def drop_cached(fd: int) -> None:
+    """Have readers see what is on stable storage, and not what could not be written: such pages are taken for clean."""
+    with suppress(OSError):
+        os.fdatasync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+_ADVICE = (
+    "what was written since the last FLUSH may be lost, and no FLUSH succeeds until the server is restarted: "
+    "mend the disk, or make room on it, first"
+)
+
+
+def _name(fd: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return "a file of the disk"
