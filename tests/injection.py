@@ -11,9 +11,12 @@ NO_PROCESSES = "clone,clone3:error=EAGAIN"
 
 
 @contextmanager
-def injected(pid: int, fault: str) -> Iterator[None]:
-    """What process *pid* suffers, in the words of strace, from when it is attached until it is let go."""
-    words = ["strace", "-o", "/dev/null", "-p", str(pid), "-e", f"inject={fault}"]
+def injected(pid: int, fault: str, *, children: bool = False) -> Iterator[None]:
+    """What process *pid* suffers, in the words of strace, from when it is attached until it is let go.
+
+    With *children* each of those that it forks then suffers the same.
+    """
+    words = ["strace", *(["-f"] if children else []), "-o", "/dev/null", "-p", str(pid), "-e", f"inject={fault}"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as tracer:
         assert tracer.stderr is not None
         assert "attached" in tracer.stderr.readline()

@@ -18,7 +18,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type
 
 import nbd
 from model import ignore_chunk, wait_for_all
@@ -296,11 +296,18 @@ class Crowd:
     """Several writers at once, on the servers at *uris* in turn."""
 
     def __init__(
-        self, uris: List[str], count: int, ledger: Ledger, rng: random.Random, *, may_fail: bool = False
+        self,
+        uris: List[str],
+        count: int,
+        ledger: Ledger,
+        rng: random.Random,
+        *,
+        may_fail: bool = False,
+        kind: Type[Writer] = Writer,
     ) -> None:
         self._stop = threading.Event()
         self._writers = [
-            Writer(uris[number % len(uris)], ledger, rng.getrandbits(32), self._stop, may_fail=may_fail)
+            kind(uris[number % len(uris)], ledger, rng.getrandbits(32), self._stop, may_fail=may_fail)
             for number in range(count)
         ]
         for writer in self._writers:
