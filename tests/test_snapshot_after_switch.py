@@ -169,7 +169,7 @@ def test_a_clone_of_a_cache_file_larger_than_the_disk_is_the_disk(
 
 def check_larger_cache(start: Start, directory: Path, origin: Server, disk: bytes, take: Take) -> None:
     (directory / "cache.img").write_bytes(b"x" * (DISK + MIB))
-    proxy = Proxy(start, directory, origin.uri)
+    proxy = Proxy(start, directory, origin.uri, "--clear-bitmap")
     switch(proxy)
     assert take(proxy).path.read_bytes() == disk
     proxy.server.stop()

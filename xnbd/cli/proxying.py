@@ -14,6 +14,7 @@ from ..origin.connection import OriginLost
 from ..origin.probe import probe
 from ..server.waiting import QueueLimits
 from ..storage import space
+from ..storage.belonging import is_marked_bitmap
 from ..storage.claims import ImageInUse, OtherBitmap
 from ..storage.fetch import Patience
 from ..storage.proxy import DEFAULT_READAHEAD, ProxySettings, ProxySource
@@ -130,6 +131,8 @@ def _open_cache(path: str, size: int, *, must_exist: bool) -> int:
             )
         os.truncate(path, size)
     fd = open_disk(path, readonly=False)
+    if is_marked_bitmap(fd):
+        raise ConfigurationError(f"{path} is the bitmap of a cache and no cache image")
     found = space.device_size(fd)
     if found >= size:
         return fd

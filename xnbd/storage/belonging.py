@@ -155,6 +155,8 @@ def stranger(tie: Tie, cache_fd: int, *, clean: bool, switched: bool) -> str:
     *clean*: the files were closed; *switched*: as a plain target, whose image anybody may change.
     """
     place, mark = place_of(cache_fd), read_mark(cache_fd)
+    if tie.id == NO_ID:
+        return "is known to a newer state file: this one is an older copy" if mark is not None else ""
     untouched = clean and place.changed == tie.changed != UNKNOWN
     if tie.marked and mark is None:
         return "is another file than the cache of this bitmap: its mark is missing"

@@ -42,7 +42,7 @@ from ..making import file_mode, is_own_file
 from ..process import closed_on_error
 from . import belonging, claims
 from . import state_files as files
-from .belonging import NO_ID, NO_TIE, Tie
+from .belonging import NO_ID, NO_TIE, UNKNOWN, Tie
 from .board import TARGET, Board, board_size, create_board
 from .checkpoint import ProcessState
 from .locks import RangeLocks
@@ -155,7 +155,7 @@ def is_switched(bitmap_path: str) -> bool:
         return False
     try:
         if files.is_alone(state_fd):
-            return _was_switched(path, state_fd, _read_boot_id(BOOT_ID), belonging.mount_of(state_fd))
+            return _was_switched(path, state_fd, _read_boot_id(BOOT_ID))
         return _board_says_target(path)
     except (OSError, ValueError, ConfigurationError, BadHeader):
         return False
@@ -169,7 +169,7 @@ def _board_says_target(path: str) -> bool:
         return board.mode == TARGET
 
 
-def _was_switched(path: str, state_fd: int, boot_id: bytes, mount: int) -> bool:
+def _was_switched(path: str, state_fd: int, boot_id: bytes) -> bool:
     """Whether the last servers, which are gone, have left the disk as a plain target. Raises `BadHeader`.
 
     The state file says so from before the switch: who died then has left a board that says otherwise.
@@ -177,7 +177,7 @@ def _was_switched(path: str, state_fd: int, boot_id: bytes, mount: int) -> bool:
     if not files.read_steering(state_fd).switched:
         return False
     header = files.read_header(state_fd)
-    if header.boot_id != boot_id or header.tie.state_mount not in (mount, belonging.UNKNOWN):
+    if header.boot_id != boot_id or header.tie.state_mount not in (belonging.mount_of(state_fd), UNKNOWN):
         return True  # and nobody knows what a power failure has left of the board
     try:
         return _board_says_target(path)
@@ -287,8 +287,7 @@ class SharedState:
     def _forget_broken_switch(self) -> None:
         """Before the board goes, which tells of it."""
         steering = self.steering
-        header = self._header
-        if steering.switched and not _was_switched(self._path, self._state_fd, header.boot_id, header.tie.state_mount):
+        if steering.switched and not _was_switched(self._path, self._state_fd, self._header.boot_id):
             files.write_steering(self._state_fd, steering._replace(switched=False))
 
     def _open(self) -> Tuple[ProcessState, int]:
@@ -541,7 +540,7 @@ class _Opening:
         mounts = belonging.mount_of(self._cache_fd), belonging.mount_of(state_fd)
         lived = same_boot and _has_lived(found.tie, mounts)
         recover = not (found.clean or lived) or files.read_failure(state_fd) is not None
-        switched = alone and _was_switched(self._path, state_fd, self._header.boot_id, mounts[1])
+        switched = alone and _was_switched(self._path, state_fd, self._header.boot_id)
         if switched:
             self._refuse_if_incomplete(state_fd, recover=recover)
         if not alone and not same_boot:
@@ -592,9 +591,12 @@ class _Opening:
         mark = belonging.read_mark(self._cache_fd)
         self._bind(belonging.renewed(self._header.tie, self._cache_fd, state_fd))
         if not found.marked or mark is None or mark.id != found.id:
-            self._mark()
+            self._bind(self._header.tie._replace(marked=False))
             files.write_header(state_fd, self._header)
-            files.note_shown(state_fd, self._header.tie.session)
+            self._mark()
+            if self._header.tie.marked:
+                files.write_header(state_fd, self._header)
+                files.note_shown(state_fd, self._header.tie.session)
             return
         self._bind(self._header.tie._replace(previous=mark.session))
         files.write_header(state_fd, self._header)
@@ -605,7 +607,7 @@ class _Opening:
 
     def _check_cache(self, found: Header, state_fd: int, *, alone: bool, switched: bool) -> None:
         """Raises `ConfigurationError` if the files speak of another cache image, or of this one at another time."""
-        if found.tie.id == NO_ID or (self._adopt and alone):
+        if self._adopt and alone:
             return
         reason = belonging.stranger(found.tie, self._cache_fd, clean=found.clean, switched=switched)
         if not reason or (alone and self._is_nothing_cached(state_fd) and not belonging.holds_data(self._cache_fd)):
