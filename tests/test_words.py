@@ -95,7 +95,7 @@ def test_fifo_as_a_wrappers_log_is_refused_at_once(tmp_path: Path) -> None:
     assert (status, "is a pipe or a socket: name a file" in message) == (1, True)
 
 
-@pytest.mark.parametrize("suffix", ["", ".state", ".board"])
+@pytest.mark.parametrize("suffix", ["", ".state"])
 def test_fifo_as_a_bitmap_is_refused_at_once(start: Start, image: Path, tmp_path: Path, suffix: str) -> None:
     origin = start("--target", image)
     files = [tmp_path / "c.img", tmp_path / "c.bitmap", tmp_path / "ctl"]
@@ -411,6 +411,8 @@ def test_query_of_a_large_proxy_does_not_stop_its_steward(start: Start, tmp_path
     (tmp_path / "cache.bitmap").write_bytes(
         (b"\x00\xff\x55\xaa" * 1024 + bytes(4096)) * (bitmap_size(size >> 12) >> 13)
     )
+    (tmp_path / "cache.img").touch()
+    os.truncate(tmp_path / "cache.img", size)
     proxy = Proxy(start, tmp_path, origin.uri)
     second = start("--proxy", origin.uri, proxy.cache, proxy.bitmap, tmp_path / "second.ctl")
     blocks = proxy.query()["blocks"]
