@@ -220,7 +220,7 @@ def test_one_missing_block_is_not_100_per_cent(serve: Serve) -> None:
 def test_origins_trouble_is_shown_without_terminal_codes(serve: Serve) -> None:
     origin = {"address": "nbd://x:1/", "state": "unreachable", "error": "\x1b[2Jno\nway \udcff", "connections": 0}
     out = bgctl("--query", serve({"query": Canned(proxy_answer(origin=origin))}))
-    assert "              unreachable, 0 connections\n              \\x1b[2Jno\\naway \\udcff\n" in out
+    assert "              unreachable, 0 connections\n              \\x1b[2Jno\\nway \\udcff\n" in out
 
 
 def test_query_as_json(serve: Serve) -> None:

@@ -18,7 +18,7 @@ import pytest
 from conftest import MIB, Start
 from model import Model
 from mounts import mounted, small_tmpfs
-from rawclient import FAST_ZERO, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, RawClient, pack_request
+from rawclient import BLOCK_STATUS, FAST_ZERO, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, RawClient, pack_request
 from server_process import STOP_TIME, Server, command, is_alive, run, wait_until
 
 from xnbd.storage.locks import RangeLocks
@@ -376,3 +376,29 @@ def test_daemonized(base: Path, tmp_path: Path) -> None:
         os.kill(pid, signal.SIGTERM)
         wait_until(lambda: not is_alive(pid), "the end of the daemon")
     assert "ERROR" not in log.read_text()
+
+
+def test_base_that_becomes_shorter_leaves_what_clients_have_written(start: Start, image: Path) -> None:
+    """Behind its end the rest is an error, and never zeros; it is there again when the base is."""
+    content = image.read_bytes()
+    server = start("--cow-target", image)
+    with RawClient(server.connect()) as client, RawClient(server.connect()) as other:
+        client.negotiate()
+        other.negotiate(structured=True, allocation=True)
+        assert client.write(6 * MIB, b"x" * 8192) == 0
+        os.truncate(image, 4 * MIB)
+        assert client.read(6 * MIB, 8192) == b"x" * 8192
+        assert client.write(7 * MIB, b"y" * 4096) == 0
+        assert client.read(7 * MIB, 4096) == b"y" * 4096
+        assert client.read(0, 4 * MIB) == content[: 4 * MIB]
+        for offset, length in ((4 * MIB, 4096), (4 * MIB - 4096, 8192), (6 * MIB, 12288), (5 * MIB, 2 * MIB)):
+            client.request(READ, offset, length)
+            assert client.simple_reply()[0] == 5
+        other.request(READ, 5 * MIB, MIB // 2)
+        assert other.chunk().kind == 1 << 15 | 1
+        other.request(BLOCK_STATUS, 5 * MIB, MIB // 2)
+        assert other.chunk().kind == 1 << 15 | 1
+        assert client.write(5 * MIB + 1, b"z") == 5  # the rest of the block is not to be had
+        image.write_bytes(content)
+        assert client.read(5 * MIB, 4096) == content[5 * MIB : 5 * MIB + 4096]
+    server.wait_for_log("the base image has shrunk")

@@ -273,10 +273,11 @@ def test_a_burst_of_connections_is_accepted_without_loss(wrapper: Wrapper) -> No
 def test_titles_and_log_lines_tell_who_serves_what(wrapper: Wrapper) -> None:
     with wrapper.connect() as client:
         peer = f"127.0.0.1:{client.sock.getsockname()[1]}"
+        client.greet()
         wait_until(lambda: len(wrapper.servers()) == 1, "the client's process")
         (pid,) = wrapper.servers()
         wait_until(lambda: title_of(pid) == f"xnbd-wrapper: negotiating with {peer}", "the title")
-        client.negotiate("disk.img")
+        assert client.go("disk.img")[-1][0] == ACK
         assert client.works()
         assert title_of(pid) == f"xnbd-server: serving {peer} disk.img"
         wrapper.wait_for_log(f"{peer}: export 'disk.img', served by process {pid}")

@@ -270,16 +270,16 @@ def _listen(arguments: Arguments, listeners: Listeners) -> None:
         listeners.listen_unix(path)
 
 
-_DESCRIPTORS = {"target": 16, "cow": 24, "proxy": 32}
-"""What a process opens besides what it has from the master, with some to spare, by the mode."""
+_DESCRIPTORS = {"target": 26, "cow": 34, "proxy": 42}
+"""What the master, and then a process of it, opens besides disk and sockets, with some to spare, by the mode."""
 
 
 def _run_master(
     service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon], pid_file: Optional[PidFile]
 ) -> int:
+    require_descriptors(_DESCRIPTORS[service.source.mode])
     master = Master(service, listeners.sockets, limits)
     try:
-        require_descriptors(_DESCRIPTORS[service.source.mode])
         if service.needs_steward:
             master.start_steward(leave_terminal if daemon else do_nothing)
         if pid_file:

@@ -8,6 +8,7 @@ connection only. The protocol is described in ``xnbd-bgctl(8)``.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 from socket import socket
@@ -15,7 +16,7 @@ from time import monotonic
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from ..errors import CommandError, XnbdError
-from ..logs import log
+from ..logs import Seldom, log
 from ..polling import poll_patiently
 from ..text import is_writable
 from .listen import UnixSocket
@@ -41,6 +42,7 @@ _BACKLOG = 128
 _OUTPUT_LIMIT = 64 << 10
 _STEPS = 256
 _RETRY = 1.0
+_TELL_OF_SHORTAGE = 30.0
 _FIRST_REQUEST_TIME = 10.0
 """Seconds that a client may take for its first request: one of NBD waits for a greeting, and for ever."""
 
@@ -66,6 +68,7 @@ class ControlSocket:
         self._owner = os.getpid()
         self._connections: List[_Connection] = []
         self._accept_at: Optional[float] = None
+        self._shortages = Seldom(_TELL_OF_SHORTAGE)
 
     def interests(self) -> List[Tuple[int, int]]:
         """Descriptors and what to poll them for; a mask of 0 is for the client's leaving."""
@@ -115,7 +118,8 @@ class ControlSocket:
             except BlockingIOError:
                 return
             except OSError as error:
-                log.error("cannot accept on the control socket, trying again in a second: %s", error.strerror)
+                text = "cannot accept on the control socket, trying again every second: %s"
+                self._shortages.log(logging.ERROR, text, error.strerror)
                 self._accept_at = monotonic() + _RETRY
                 return
             self._admit(_Connection(sock, self._commands))

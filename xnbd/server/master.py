@@ -45,6 +45,18 @@ class Limits(NamedTuple):
         return 2 * self.max_clients + 4 * self.spare_workers
 
 
+class _Pauses:
+    """Seconds until what has failed is tried again: twice as many each time in a row."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def next(self) -> float:
+        pause = min(_LONGEST_RETRY, _RETRY * (1 << min(self.failures, 10)))
+        self.failures += 1
+        return pause
+
+
 class Master:
     """Serves *service* on *listeners*, non-blocking sockets, until it is told to stop."""
 
@@ -57,7 +69,7 @@ class Master:
         self._signals: Set[int] = set()
         self._unproven: Set[int] = set()  # spares that have not yet said that they can work
         self._retry_at: Optional[float] = None
-        self._troubles = 0  # times in a row that a worker could not start
+        self._pauses, self._steward_pauses = _Pauses(), _Pauses()
         self._full = False
         self._killing = self._stopping = False
         self._retiring = 0
@@ -140,9 +152,11 @@ class Master:
         self._steward_at = 0.0
         try:
             self.start_steward()
+            self._steward_pauses.failures = 0
         except ConfigurationError as error:
-            log.error("%s; trying again in a second", error)
-            self._steward_at = monotonic() + _RETRY
+            pause = self._steward_pauses.next()
+            log.error("%s; trying again in %g s", error, pause)
+            self._steward_at = monotonic() + pause
 
     def _ask_for_snapshot(self) -> None:
         if self._steward is None:
@@ -168,7 +182,7 @@ class Master:
         if self._retry_at is not None and monotonic() >= self._retry_at:
             self._retry_at = None
         while len(self._spares) < min(room, wanted) and self._retry_at is None:
-            if self._troubles and self._unproven:
+            if self._pauses.failures and self._unproven:
                 break  # one at a time, until one of them can work
             self._spawn()
         excess = spares - self._retiring - 2 * wanted
@@ -187,9 +201,8 @@ class Master:
         self._unproven.add(pid)
 
     def _back_off(self) -> float:
-        """No worker is started for so many seconds, twice as many each time in a row."""
-        pause = min(_LONGEST_RETRY, _RETRY * (1 << min(self._troubles, 10)))
-        self._troubles += 1
+        """No worker is started for so many seconds."""
+        pause = self._pauses.next()
         self._retry_at = monotonic() + pause
         return pause
 
@@ -204,7 +217,7 @@ class Master:
                 del self._clients[pid]
                 self._spares.add(pid)
             elif not peer:
-                self._troubles = 0
+                self._pauses.failures = 0
             self._unproven.discard(pid)
 
     def _reap(self) -> None:

@@ -74,6 +74,11 @@ class Progress:
             self._note(self._pages.total(), monotonic() - self._count_began)
             return True
 
+    @property
+    def counted(self) -> bool:
+        """Whether `missing` has a figure: of a large disk that has to be counted it does not at first."""
+        return self._pages is None or self._count_again > 0 or self.complete
+
     def missing(self) -> int:
         """Blocks that are not local; 0 only if none is. It may be a figure of a moment ago."""
         if self.complete:

@@ -415,7 +415,8 @@ class _Stewardship:
         if child.status:
             log.warning("the copy has ended: %s", child.message or f"status {child.status}")
         else:
-            log.info("the copy has ended, %d blocks are missing", self._progress.missing())
+            missing = self._progress.missing() if self._progress.counted else "some"
+            log.info("the copy has ended, %s blocks are missing", missing)
 
     # Snapshots
 
