@@ -165,12 +165,20 @@ def test_another_cache_image_is_refused(
     assert "--clear-bitmap" in line
 
 
-@pytest.mark.parametrize("how", ["cp -a", "cp -a over it", "cp over it"])
-@pytest.mark.parametrize("end", ["stopped", "killed"])
+@pytest.mark.parametrize(
+    ("how", "end"),
+    [
+        ("cp -a", "stopped"),
+        ("cp -a", "killed"),
+        ("cp -a over it", "stopped"),
+        ("cp -a over it", "killed"),
+        ("cp over it", "stopped"),
+    ],
+)
 def test_an_older_copy_of_the_cache_image_is_refused(
     start: Start, files: CacheFiles, far: Server, how: str, end: str
 ) -> None:
-    """But for one written over the image of a proxy that was killed: nothing shows that."""
+    """What is written over the image of a proxy that was killed, without attributes, is left out: nothing shows that."""
     start(*files.arguments(far.uri)).stop()
     older = files.image.with_suffix(".older")
     run("cp", "-a", files.image, older)
@@ -179,8 +187,6 @@ def test_an_older_copy_of_the_cache_image_is_refused(
     server.stop() if end == "stopped" else kill_server(server)
     if how == "cp -a":
         files.image.unlink()
-    if how == "cp over it" and end == "killed":
-        return
     run("cp", *(["-a"] if "-a" in how else []), older, files.image)
     line = refused(files, far)
     assert "older copy" in line or "was changed since" in line or "another file" in line

@@ -337,7 +337,7 @@ def test_cache_file_is_sparse_and_as_large_as_the_disk(proxy: Proxy) -> None:
 
 def test_larger_cache_file_is_kept(start: Start, tmp_path: Path, origin: Server, disk: Path) -> None:
     (tmp_path / "cache.img").write_bytes(b"old" * 2 * MIB)
-    proxy = Proxy(start, tmp_path, origin.uri)
+    proxy = Proxy(start, tmp_path, origin.uri, "--clear-bitmap")
     with proxy.raw() as client:
         assert client.size == DISK
         assert client.read(0, DISK) == disk.read_bytes()

@@ -229,7 +229,7 @@ def test_a_larger_cache_full_of_garbage_is_no_harm(
     garbage = rng.randbytes(5 * MIB)
     files.image.write_bytes(garbage)
     origin = start("--target", "--readonly", image)
-    proxy = start(*files.arguments(origin.uri))
+    proxy = start(*files.arguments(origin.uri, "--clear-bitmap"))
     clients = clients_of([proxy], 3)
     model = Model(clients, content, rng)
     model.play(40)
@@ -260,7 +260,7 @@ def test_a_block_device_can_be_the_cache(
     make_image(image, content)
     origin = start("--target", "--readonly", image)
     files.image = device
-    proxy = start(*files.arguments(origin.uri))
+    proxy = start(*files.arguments(origin.uri, "--clear-bitmap"))
     clients = clients_of([proxy], 3)
     model = Model(clients, content, rng, exact_trim=False)
     model.play(40)
@@ -373,7 +373,7 @@ def test_holes_of_a_large_origin_become_local_without_a_byte(
     garbage = 3 << 30
     with files.image.open("rb+") as file:
         os.pwrite(file.fileno(), rng.randbytes(MIB), garbage)
-    proxy = start(*files.arguments(start("--target", "--readonly", image).uri))
+    proxy = start(*files.arguments(start("--target", "--readonly", image).uri, "--clear-bitmap"))
     client = connect(proxy.uri)
     client.pwrite(b"w" * 100, (1 << 30) + 50)
     bgctl("--cache-all", files.control)

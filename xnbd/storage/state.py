@@ -438,7 +438,7 @@ class _Opening:
             elif clear:
                 self._refuse_to_clear()
             elif belonging.holds_data(self._cache_fd):
-                raise self._refusal(f"there is no {self._path}, but the cache image holds data")
+                raise self._refusal(f"there is no {self._path}, but the cache image holds data, which would be lost")
             os.ftruncate(state_fd, 0)
             files.allocate(state_fd, self._layout.size)
             if take_over:
