@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import List
 
@@ -434,3 +435,15 @@ def test_manual_page_has_no_warnings(page: str, columns: int) -> None:
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_silent_connections_take_no_places_of_a_wrapper(start_wrapper: StartWrapper, image: Path) -> None:
+    wrapper = start_wrapper("--imgfile", image, "--max-clients", "1", "--handshake-timeout", "600")
+    with ExitStack() as crowd:
+        for _ in range(400):
+            crowd.enter_context(wrapper.connect())
+        with wrapper.client("disk.img") as client:
+            assert client.works()
+            assert len(wrapper.servers()) == 1
+        with wrapper.client("disk.img") as client:
+            assert client.works()
