@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional
 
 from .. import __version__
 from ..errors import ConfigurationError
-from ..protocol.negotiation import Agreement
+from ..protocol.server_handshake import Agreement
 from ..server.worker import GARBAGE_THRESHOLD
 from ..text import one_line
 from ..wrapper.exports import ProxyExport, TargetExport
@@ -55,7 +55,7 @@ _lines: List[_Line] = []
 
 def load_server(servers: Servers) -> None:
     """Do ahead what every process of a client would have to do."""
-    from ..server import steward  # noqa: F401
+    from ..server.steward import process  # noqa: F401
     from . import proxying, serving  # noqa: F401
 
     if servers.cow:

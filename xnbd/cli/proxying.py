@@ -10,15 +10,15 @@ from typing import Any, Dict, Optional
 from ..errors import ConfigurationError
 from ..logs import log
 from ..origin.address import OriginAddress, parse_origin
-from ..origin.connection import OriginLost
-from ..origin.probe import probe
-from ..server.waiting import QueueLimits
+from ..origin.nbd.connection import OriginLost
+from ..origin.nbd.probe import probe
+from ..proxy.fetcher import Patience
+from ..proxy.image import DEFAULT_READAHEAD, ProxySettings, ProxySource
+from ..proxy.state.belonging import is_marked_bitmap
+from ..proxy.state.opening import Known, has_cached_blocks, known_state, open_state
+from ..server.session.parking import QueueLimits
 from ..storage import space
-from ..storage.belonging import is_marked_bitmap
-from ..storage.claims import ImageInUse, OtherBitmap
-from ..storage.fetch import Patience
-from ..storage.proxy import DEFAULT_READAHEAD, ProxySettings, ProxySource
-from ..storage.state import Known, has_cached_blocks, known_state, open_state
+from ..storage.image_use import ImageInUse, OtherBitmap
 from ..storage.target import create_sparse, open_disk
 from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size
 

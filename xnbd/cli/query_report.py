@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 
-from .conversation import shown
+from ..control.client import shown
 from .quantities import counted, duration, percentage, rate, short_count, short_size, size
 
 Message = Dict[str, Any]

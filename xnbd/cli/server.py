@@ -125,7 +125,7 @@ import sys
 from typing import List, NoReturn, Optional
 
 from .. import __version__
-from ..process import is_super_servers_child, take_client_socket
+from ..system.process import is_super_servers_child, take_client_socket
 from .program import run_program
 from .values import parse_command_line
 

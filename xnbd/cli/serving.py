@@ -13,7 +13,18 @@ from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
 from ..making import set_file_mode
-from ..process import (
+from ..protocol.constants import MAXIMUM_STRING
+from ..protocol.server_handshake import Agreement
+from ..server.master import ORDERS, Limits, Master
+from ..server.process_loop import ProcessLoop
+from ..server.service import Service
+from ..server.session.connection import LONGEST_SPIN, Connection
+from ..server.session.parking import QueueLimits
+from ..storage.image import Source
+from ..storage.target import TargetSource, create_sparse
+from ..system.file_locks import do_nothing
+from ..system.listen import DEFAULT_PORT, Listeners
+from ..system.process import (
     Daemon,
     PidFile,
     keep_standard_streams,
@@ -24,17 +35,6 @@ from ..process import (
     take_client_socket,
     whole_path,
 )
-from ..protocol.constants import MAXIMUM_STRING
-from ..protocol.negotiation import Agreement
-from ..server.connection import LONGEST_SPIN, Connection
-from ..server.listen import DEFAULT_PORT, Listeners
-from ..server.master import ORDERS, Limits, Master
-from ..server.service import Service
-from ..server.waiting import QueueLimits
-from ..server.watch import Watch
-from ..storage.image import Source
-from ..storage.locks import do_nothing
-from ..storage.target import TargetSource, create_sparse
 from .values import (
     USAGE_ERROR,
     parse_integer,
@@ -105,9 +105,9 @@ def _files_of_bitmap(arguments: Arguments) -> Dict[str, str]:
     path = arguments["CACHE_BITMAP_IMAGE"]
     if not path:
         return {}
-    from ..storage.state import BOARD_SUFFIX, SUFFIX
+    from ..proxy.state.opening import SCOREBOARD_SUFFIX, SUFFIX
 
-    return {f"CACHE_BITMAP_IMAGE{suffix}": path + suffix for suffix in (SUFFIX, BOARD_SUFFIX)}
+    return {f"CACHE_BITMAP_IMAGE{suffix}": path + suffix for suffix in (SUFFIX, SCOREBOARD_SUFFIX)}
 
 
 def _set_up_logs(program: str, arguments: Arguments) -> None:
@@ -130,7 +130,7 @@ def _open_service(arguments: Arguments, processes: int) -> Service:
         raise ConfigurationError(f"--exportname: clients cannot ask for more than {MAXIMUM_STRING} bytes", USAGE_ERROR)
     return Service(
         source=source,
-        board_fd=source.board_fd(processes),
+        scoreboard_fd=source.scoreboard_fd(processes),
         export_name=name,
         oldstyle=arguments["--oldstyle"],
         handshake_timeout=timeout,
@@ -171,9 +171,9 @@ def _serve_one(arguments: Arguments, client: Optional[int]) -> int:
     service = _open_service(arguments, processes=1)
     require_descriptors(_DESCRIPTORS[service.source.mode])
     with _steward_for_one(service, sock):
-        watch = Watch()
-        disk = watch.disk = service.open_disk()
-        connection = Connection(sock, watch, service.spin)
+        loop = ProcessLoop()
+        disk = loop.disk = service.open_disk()
+        connection = Connection(sock, loop, service.spin)
         set_title("serving", connection.peer, service.source.name)
         service.serve(connection, disk, agreement)
         disk.close()
@@ -186,7 +186,7 @@ def _steward_for_one(service: Service, client: socket.socket) -> Iterator[None]:
     if not service.needs_steward:
         yield
         return
-    from ..server.steward import Steward
+    from ..server.steward.process import Steward
 
     lifeline, holder = os.pipe()
 

@@ -9,9 +9,9 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple
 
+from ..control.client import PATIENCE, ControlClient, Message, shown
 from ..errors import ConfigurationError
 from .bgctl import PROGRAM
-from .conversation import PATIENCE, Conversation, Message, shown
 from .program import INTERRUPTED, print_answer, print_outcome, say
 from .quantities import counted, duration, percentage, size
 from .values import parse_integer, parse_seconds, parse_size
@@ -171,9 +171,9 @@ def _warn(text: str) -> None:
     print(f"{PROGRAM}: {text}", file=sys.stderr)
 
 
-def _connect(arguments: Arguments) -> Conversation:
+def _connect(arguments: Arguments) -> ControlClient:
     timeout = arguments["--timeout"]
-    return Conversation(
+    return ControlClient(
         arguments["CONTROL_SOCKET"], PATIENCE if timeout is None else parse_seconds(timeout, "--timeout")
     )
 

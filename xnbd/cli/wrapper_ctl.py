@@ -72,7 +72,7 @@ import sys
 from typing import List, NoReturn, Optional
 
 from .. import __version__
-from ..process import keep_standard_streams
+from ..system.process import keep_standard_streams
 from .program import run_program
 from .values import parse_command_line
 

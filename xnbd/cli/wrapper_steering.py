@@ -7,10 +7,10 @@ import sys
 import time
 from typing import Any, Callable, Dict, List, Tuple
 
+from ..control.client import ControlClient, shown
 from ..errors import ConfigurationError
-from ..process import whole_path
-from ..sockets import is_listening
-from .conversation import Conversation, shown
+from ..system.process import whole_path
+from ..system.sockets import is_listening
 from .program import print_answer, print_outcome, say
 from .values import parse_integer
 
@@ -57,8 +57,8 @@ def steer(arguments: Arguments) -> int:
     command = next(name for name in _COMMANDS if arguments[f"--{name}"])
     request = _request(arguments)
     path = arguments["--socket"]
-    with Conversation(path, _ANSWER_TIME) as conversation:
-        replies = conversation.follow(command=_REQUESTS.get(command, command), **request)
+    with ControlClient(path, _ANSWER_TIME) as client:
+        replies = client.follow(command=_REQUESTS.get(command, command), **request)
         if command == "list":
             return _show_list([reply["export"] for reply in replies if "export" in reply], arguments["--json"])
         show = print_answer if command == "bgctl-query" else print_outcome

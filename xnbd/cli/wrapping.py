@@ -14,12 +14,12 @@ from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
 from ..making import set_file_mode
-from ..process import Daemon, keep_standard_streams, notify_service_manager, require_descriptors, whole_path
-from ..server.listen import DEFAULT_PORT, Listeners
+from ..system.listen import DEFAULT_PORT, Listeners
+from ..system.process import Daemon, keep_standard_streams, notify_service_manager, require_descriptors, whole_path
+from ..wrapper.child_output import program
 from ..wrapper.children import Body
 from ..wrapper.database import Database
 from ..wrapper.exports import TargetExport, check_name, check_room, paths_of
-from ..wrapper.jobs import program
 from ..wrapper.servers import Servers, is_extended
 from ..wrapper.wrapper import Settings, Wrapper
 from .inside import load_server, run_bgctl, run_server

@@ -11,7 +11,7 @@ from typing import Dict, NamedTuple, Optional, Tuple
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from ..errors import ConfigurationError
-from ..process import whole_path
+from ..system.process import whole_path
 from ..text import is_writable
 
 URI_PORT = 10809

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..logs import log
-from ..storage.board import SNAPSHOT, TARGET, Board
+from ..scoreboard.scoreboard import SNAPSHOT, TARGET, Scoreboard
 from ..storage.image import Image, Source
-from ..storage.locks import do_nothing
 from ..storage.snapshot import Keeper, KeepingImage, open_files
 from ..storage.target import reopen
+from ..system.file_locks import do_nothing
 
 
 class Disk:
@@ -17,18 +17,18 @@ class Disk:
     session calls, between two requests.
     """
 
-    def __init__(self, source: Source, board_fd: int) -> None:
+    def __init__(self, source: Source, scoreboard_fd: int) -> None:
         self._source = source
         self.name = source.name
         self._told = (0, "")
-        self.board = Board(reopen(board_fd, readonly=False))
-        self.place = self.board.take_place()
+        self.scoreboard = Scoreboard(reopen(scoreboard_fd, readonly=False))
+        self.place = self.scoreboard.take_place()
         self._open()
 
     def _open(self) -> None:
         """As long as this fails the disk is `outdated`, and the image that it had is still there."""
-        changes, mode = self.place.changes, self.board.mode
-        self.image: Image = self._source.open(self.board)
+        changes, mode = self.place.changes, self.scoreboard.mode
+        self.image: Image = self._source.open(self.scoreboard)
         self.changes, self._mode = changes, mode
         self.image.count_in(self.place.counts)
         self.place.tell_mode(self._mode)
@@ -42,7 +42,7 @@ class Disk:
     def renew(self) -> None:
         """Go on with the disk as it is now. Called inside the gate."""
         on_wait = self.image.on_wait
-        if self.board.mode == TARGET != self._mode:
+        if self.scoreboard.mode == TARGET != self._mode:
             old = self.image
             self._open()
             old.close()
@@ -54,26 +54,26 @@ class Disk:
         self.image.wait_with(on_wait)
 
     def _keep_for_snapshot(self) -> None:
-        snapshot = self.board.snapshot
+        snapshot = self.scoreboard.snapshot
         if snapshot is None:
             return
         reason = "its process is alive, and cannot be found"
         try:
             files = None
-            if snapshot.namespace != self.board.namespace:
+            if snapshot.namespace != self.scoreboard.namespace:
                 reason = "it is made in another PID namespace (container)"
             else:
                 files = open_files(snapshot)
             if files is not None:
                 self.image = KeepingImage(self.image, Keeper(self.image, files))
                 return
-            if not self.board.is_locked(SNAPSHOT):
+            if not self.scoreboard.is_locked(SNAPSHOT):
                 return  # a steward ends what a dead process has begun, and wakes those who keep blocks for it
         except (OSError, ValueError) as error:
             reason = str(error)
-        if self.board.snapshot == snapshot:
+        if self.scoreboard.snapshot == snapshot:
             log.warning("cannot keep old blocks for the snapshot, which is given up: %s", reason)
-            self.board.end_snapshot()
+            self.scoreboard.end_snapshot()
 
     def let_go(self) -> None:
         """Of a snapshot that has ended, for a process that sleeps."""
@@ -102,4 +102,4 @@ class Disk:
     def close(self) -> None:
         """Let go of everything, the origin's connection included, which may take a moment."""
         self.image.close()
-        self.board.close()
+        self.scoreboard.close()

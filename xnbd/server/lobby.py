@@ -19,8 +19,8 @@ from time import monotonic
 from typing import List, NamedTuple, Optional
 
 from ..logs import Seldom, log
-from ..protocol.negotiation import pack_greeting
-from .connection import describe_peer
+from ..protocol.server_handshake import pack_greeting
+from .session.connection import describe_peer
 
 _MOST = 240
 """Connections in one process, and in one message between two of them (SCM_MAX_FD is 253)."""

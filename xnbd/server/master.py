@@ -15,13 +15,13 @@ from time import monotonic
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Set
 
 from ..errors import ConfigurationError
-from ..forking import SIGNALS, fork
 from ..logs import log
-from ..polling import poll_patiently
-from ..process import set_title
-from ..storage.locks import do_nothing
+from ..system.file_locks import do_nothing
+from ..system.forking import SIGNALS, fork
+from ..system.polling import poll_patiently
+from ..system.process import set_title
+from .process_loop import GRACE
 from .service import Service
-from .watch import GRACE
 from .worker import REPORT_SIZE, Pipes, Pool, Worker, parse_report, read_pipe
 
 _RETRY = 1.0
@@ -132,7 +132,7 @@ class Master:
 
     def start_steward(self, prepare: Callable[[], None] = do_nothing) -> None:
         """The steward does *prepare* first. Raises `ConfigurationError` if it cannot listen where it should."""
-        from .steward import Steward
+        from .steward.process import Steward
 
         steward = Steward(self._service, self._service.control_path, must_listen=True)
 

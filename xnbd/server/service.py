@@ -7,23 +7,23 @@ from typing import NamedTuple, Optional
 
 from ..errors import Disconnected, ProtocolError
 from ..logs import log
-from ..protocol.negotiation import Agreement, Export, Exports, export_flags
-from ..storage.board import Board
+from ..protocol.server_handshake import Agreement, Export, Exports, export_flags
+from ..scoreboard.scoreboard import Scoreboard
 from ..storage.image import Source
 from ..storage.target import reopen
-from .connection import Connection
 from .disk import Disk
-from .handshake import greet, greet_oldstyle, negotiate
-from .session import Session
-from .waiting import QueueLimits
-from .watch import Stop
+from .process_loop import Stop
+from .session.connection import Connection
+from .session.handshake import greet, greet_oldstyle, negotiate
+from .session.loop import Session
+from .session.parking import QueueLimits
 
 
 class Service(NamedTuple):
     """*source* under the name *export_name*; times in seconds."""
 
     source: Source
-    board_fd: int
+    scoreboard_fd: int
     export_name: str
     oldstyle: bool = False
     handshake_timeout: float = 10.0
@@ -33,7 +33,7 @@ class Service(NamedTuple):
 
     def open_disk(self) -> Disk:
         """For a worker, after the fork. Raises `OSError`."""
-        return Disk(self.source, self.board_fd)
+        return Disk(self.source, self.scoreboard_fd)
 
     @property
     def needs_steward(self) -> bool:
@@ -54,11 +54,11 @@ class Service(NamedTuple):
     def flush(self, *, hurry: bool = False) -> bool:
         """Bring everything to stable storage at the end, unless in a *hurry*; False if any write-back has failed."""
         try:
-            with closing(Board(reopen(self.board_fd, readonly=False))) as board:
+            with closing(Scoreboard(reopen(self.scoreboard_fd, readonly=False))) as scoreboard:
                 if hurry:
-                    self.source.write_back(board).check()
+                    self.source.write_back(scoreboard).check()
                 else:
-                    self.source.flush(board)
+                    self.source.flush(scoreboard)
         except OSError as error:
             log.error("%s: the last flush failed: %s", self.source.name, error.strerror)
             return False
@@ -81,7 +81,7 @@ class Service(NamedTuple):
             self._serve(connection, disk, agreement, deadline)
         except Stop as reason:
             log.info("%s: closed: %s", connection.peer, reason)
-            connection.watch.farewell()
+            connection.loop.farewell()
             connection.linger()
         except Disconnected as error:
             log.info("%s: connection lost: %s", connection.peer, error)

@@ -20,14 +20,14 @@ from logging import ERROR
 from time import monotonic
 from typing import NamedTuple, Optional, Sequence
 
-from ..forking import let_signals_in
 from ..logs import Seldom, log
-from ..process import set_title
-from .connection import Connection, describe_peer
+from ..system.forking import let_signals_in
+from ..system.process import set_title
 from .disk import Disk
 from .lobby import Guest, Lobby
+from .process_loop import ProcessLoop, Stop
 from .service import Service
-from .watch import Stop, Watch
+from .session.connection import Connection, describe_peer
 
 _RETRY_ACCEPT = 1.0
 _TELL_OF_SHORTAGE = 30.0
@@ -79,52 +79,52 @@ class Worker:
             log.error("worker cannot work: %s", error)
             return 1
 
-    def _init_process(self) -> Watch:
+    def _init_process(self) -> ProcessLoop:
         os.close(self._pipes.lifeline_master)
         os.close(self._pipes.reports_master)
         os.close(self._pipes.retirements_master)
         gc.set_threshold(GARBAGE_THRESHOLD)
-        watch = Watch(self._pipes.lifeline)
+        loop = ProcessLoop(self._pipes.lifeline)
         let_signals_in()
-        return watch
+        return loop
 
-    def _work(self, watch: Watch) -> int:
+    def _work(self, loop: ProcessLoop) -> int:
         service = self._service
-        disk = watch.disk = service.open_disk()
-        watch.farewell = self._close_listeners  # a successor may listen there already
+        disk = loop.disk = service.open_disk()
+        loop.farewell = self._close_listeners  # a successor may listen there already
         with closing(Lobby(service.handshake_timeout)) as lobby:
             self._report("")  # it can work
-            return self._serve_clients(watch, disk, lobby)
+            return self._serve_clients(loop, disk, lobby)
 
-    def _serve_clients(self, watch: Watch, disk: Disk, lobby: Lobby) -> int:
+    def _serve_clients(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> int:
         service = self._service
         while True:
             set_title("spare worker", service.source.name)
-            guest = self._next_client(watch, lobby)
+            guest = self._next_client(loop, lobby)
             lobby.hand_over(self._pool.writing)
             if guest is None:
                 disk.close()
                 return 0
-            connection = Connection(guest.sock, watch, service.spin, guest.peer)
+            connection = Connection(guest.sock, loop, service.spin, guest.peer)
             self._report(connection.peer)
             set_title("worker for", connection.peer, service.source.name)
             service.serve(connection, disk, deadline=guest.deadline)
             del connection, guest
             gc.collect()
             self._report("")
-            watch.check()
+            loop.check()
 
-    def _next_client(self, watch: Watch, lobby: Lobby) -> Optional[Guest]:
+    def _next_client(self, loop: ProcessLoop, lobby: Lobby) -> Optional[Guest]:
         """The next client, or None if this worker is one spare too many."""
         retirements, pool = self._pipes.retirements, self._pool.reading
-        disk = watch.disk
+        disk = loop.disk
         assert disk is not None
         listening = [listener.fileno() for listener in self._listeners]
         descriptors = (*listening, pool.fileno(), lobby.fileno(), retirements)
         while True:
             deadline = lobby.deadline()
             timeout = None if deadline is None else max(0.0, deadline - monotonic())
-            watch.wait(descriptors, select.POLLIN, timeout, results=True)
+            loop.wait(descriptors, select.POLLIN, timeout, results=True)
             disk.forget_results()
             if disk.outdated:
                 disk.renew()
@@ -133,7 +133,7 @@ class Worker:
                 return guest
             lobby.expire()
             for listener in self._listeners:
-                sock = self._try_accept(listener, watch)
+                sock = self._try_accept(listener, loop)
                 if sock is not None and self._service.oldstyle:  # where a client need not say anything
                     return Guest(sock, describe_peer(sock), monotonic() + self._service.handshake_timeout)
                 if sock is not None:
@@ -142,14 +142,14 @@ class Worker:
             if read_pipe(retirements, 1):
                 return None
 
-    def _try_accept(self, listener: socket.socket, watch: Watch) -> Optional[socket.socket]:
+    def _try_accept(self, listener: socket.socket, loop: ProcessLoop) -> Optional[socket.socket]:
         try:
             return listener.accept()[0]
         except OSError as error:
             if error.errno not in _SHORTAGES:
                 return None  # another worker was faster, or the client has changed its mind (``accept(2)``)
             self._shortages.log(ERROR, "cannot accept a client, trying again every second: %s", error.strerror)
-            watch.pause(_RETRY_ACCEPT)
+            loop.pause(_RETRY_ACCEPT)
             return None
 
     def _close_listeners(self) -> None:

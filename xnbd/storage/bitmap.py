@@ -5,7 +5,7 @@ first, the length rounded up to whole words, no header. As bytes: block *n* is b
 ``n % 8`` of byte ``n // 8``. Bits beyond the last block count nowhere.
 
 A bit that is set stays set. Setting one rewrites its byte, so whoever sets holds
-the lock of that byte (`storage.locks`); looking needs no lock, and what it finds
+the lock of that byte (`system.file_locks`); looking needs no lock, and what it finds
 unset may be set a moment later.
 """
 

@@ -21,13 +21,13 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..making import make_file
-from . import claims, space
+from ..scoreboard.scoreboard import Scoreboard
+from ..system.file_locks import RangeLocks
+from . import image_use, space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, block_count, block_start, block_stop, bytes_of, covered, steps, touched
-from .board import Board
 from .extents import file_data_until, file_extents
 from .image import Buffer, Extent, Image, Source
-from .locks import RangeLocks
 from .target import map_disk, map_trouble, open_disk, reopen
 
 _SLOW_STEP = 1 << 20
@@ -48,7 +48,7 @@ class CowSource(Source):
 
     def __init__(self, path: str, *, readonly: bool, directory: Optional[str] = None) -> None:
         self._base = open_disk(path, readonly=True)
-        claims.claim_disk(self._base, path)
+        image_use.use_as_disk(self._base, path)
         self.path = path
         self.name = os.path.basename(path)
         self.description = f"copy-on-write disk over {self.name}"
@@ -66,7 +66,7 @@ class CowSource(Source):
         except (OSError, OverflowError) as error:
             raise ConfigurationError(map_trouble(path, self.size, error)) from error
 
-    def open(self, board: Board) -> CowImage:
+    def open(self, scoreboard: Scoreboard) -> CowImage:
         return self._open()
 
     def _open(self) -> CowImage:
@@ -82,7 +82,7 @@ class CowSource(Source):
     def allocated(self) -> int:
         return sum(os.fstat(fd).st_blocks * 512 for fd in (self._base, self._overlay))
 
-    def flush(self, board: Board) -> None:
+    def flush(self, scoreboard: Scoreboard) -> None:
         """Nothing: the overlay ends with the server."""
 
     def close(self) -> None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
-from .board import FAILURE, Board, create_board
-from .locks import do_nothing
+from ..scoreboard.scoreboard import FAILURE, Scoreboard, create_scoreboard
+from ..system.file_locks import do_nothing
 from .passage import Parcel
 from .writeback import Record, WriteBack
 
@@ -81,7 +81,7 @@ class Background(ABC):
     @property
     @abstractmethod
     def health(self) -> int:
-        """What the board tells of the origin: `board.REACHED` and its like."""
+        """What the scoreboard tells of the origin: `scoreboard.REACHED` and its like."""
 
     @abstractmethod
     def interests(self) -> List[Tuple[int, int]]:
@@ -117,7 +117,7 @@ class Image(ABC):
     """How many bytes from the start can be reached now: less than ``size`` if the file shrank."""
 
     def count_in(self, counts: List[int]) -> None:
-        """Count what was missed and fetched in *counts*, at the places that `board.Counts` has for it."""
+        """Count what was missed and fetched in *counts*, at the places that `scoreboard.Counts` has for it."""
         del counts  # but for a proxy nothing is
 
     @abstractmethod
@@ -203,29 +203,29 @@ class Source(ABC):
     readonly: bool
 
     @abstractmethod
-    def open(self, board: Board) -> Image:
-        """The disk for this process, whose *board* it is. Called after the fork; raises `OSError`."""
+    def open(self, scoreboard: Scoreboard) -> Image:
+        """The disk for this process, whose *scoreboard* it is. Called after the fork; raises `OSError`."""
 
-    def is_whole(self, board: Board) -> bool:
+    def is_whole(self, scoreboard: Scoreboard) -> bool:
         """Whether all of the disk is here, so that there can be snapshots of it."""
-        del board  # but for a proxy's it is
+        del scoreboard  # but for a proxy's it is
         return True
 
     def allocated(self) -> int:
         """Bytes of storage that the disk's content takes, about."""
         return self.size
 
-    def board_fd(self, processes: int) -> int:
-        """The file of the board, which at most so many processes share."""
-        return create_board(processes)
+    def scoreboard_fd(self, processes: int) -> int:
+        """The file of the scoreboard, which at most so many processes share."""
+        return create_scoreboard(processes)
 
-    def write_back(self, board: Board) -> WriteBack:
-        """How a process whose *board* it is syncs the disk, and knows whether that has failed."""
-        return WriteBack(Record(board.fd, FAILURE))
+    def write_back(self, scoreboard: Scoreboard) -> WriteBack:
+        """How a process whose *scoreboard* it is syncs the disk, and knows whether that has failed."""
+        return WriteBack(Record(scoreboard.fd, FAILURE))
 
     @abstractmethod
-    def flush(self, board: Board) -> None:
-        """What `Image.flush` does, for the master, whose *board* it is, when the workers are gone."""
+    def flush(self, scoreboard: Scoreboard) -> None:
+        """What `Image.flush` does, for the master, whose *scoreboard* it is, when the workers are gone."""
 
     @abstractmethod
     def close(self) -> None:

@@ -3,7 +3,7 @@
 Such blocks come in a `Parcel` with the ticket of each request that needs them, and are
 gone with the last of those. While a process reads through it tries once in a while
 whether there is room again. All processes of a disk tell the log together, once when
-the first of them finds no room, and once when there is some again: the board knows.
+the first of them finds no room, and once when there is some again: the scoreboard knows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from time import monotonic
 
 from ..logs import log
-from .board import Board
+from ..scoreboard.scoreboard import Scoreboard
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -25,11 +25,11 @@ _LEAST = 256 << 10
 class Passage:
     """The way through for one process, beside the cache behind *fd*. ``held`` is the bytes of its parcels."""
 
-    def __init__(self, fd: int, board: Board) -> None:
+    def __init__(self, fd: int, scoreboard: Scoreboard) -> None:
         self.held = 0
         self.is_open = False
         self._fd = fd
-        self._board = board
+        self._scoreboard = scoreboard
         self._try_at = 0.0
 
     def may_keep(self) -> bool:
@@ -46,7 +46,7 @@ class Passage:
         """There was no room, as *error* says."""
         self._try_at = monotonic() + _TRY_EVERY
         self.is_open = True
-        if self._board.change_reads_through(True):
+        if self._scoreboard.change_reads_through(True):
             log.warning(
                 "no room for the cache image (%s): what is read from the origin is passed on and not kept",
                 error.strerror,
@@ -55,7 +55,7 @@ class Passage:
     def on_kept(self) -> None:
         """Something that was fetched is in the cache."""
         self.is_open = False
-        if self._board.reads_through and self._has_room() and self._board.change_reads_through(False):
+        if self._scoreboard.reads_through and self._has_room() and self._scoreboard.change_reads_through(False):
             log.info("there is room for the cache image again: what is read from the origin is kept")
 
     def _has_room(self) -> bool:

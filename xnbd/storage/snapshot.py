@@ -20,12 +20,12 @@ import time
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..making import WIDEST
+from ..scoreboard.scoreboard import SnapshotPlace
+from ..system.file_locks import RangeLocks, do_nothing
 from . import space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, BLOCKS_PER_BYTE, block_count, block_start, block_stop, bytes_of, steps, touched
-from .board import SnapshotPlace
 from .image import Buffer, Extent, Image
-from .locks import RangeLocks, do_nothing
 from .target import reopen
 
 _FICLONE = 0x40049409

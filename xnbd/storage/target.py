@@ -14,9 +14,9 @@ from typing import Callable, Iterator, List
 
 from ..errors import ConfigurationError
 from ..making import make_file
+from ..scoreboard.scoreboard import FAILURE, Scoreboard
 from ..text import one_line
-from . import claims, space
-from .board import FAILURE, Board
+from . import image_use, space
 from .extents import file_data_until, file_extents
 from .image import Buffer, Extent, Image, Source
 from .writeback import Record, WriteBack, WriteBackFailed, drop_cached
@@ -88,7 +88,7 @@ def usable_size(path: str, *, readonly: bool) -> int:
     """Bytes of the disk at *path*, if a target could serve it. Raises `ConfigurationError` like `TargetSource`."""
     fd = open_disk(path, readonly=readonly)
     try:
-        claims.refuse_cache(fd, path)
+        image_use.refuse_cache(fd, path)
         return space.device_size(fd)
     finally:
         os.close(fd)
@@ -114,7 +114,7 @@ def map_disk(fd: int, size: int) -> memoryview:
     """The disk of *size* bytes behind *fd* as shared memory to read from; less of it if the file has shrunk.
 
     The kernel is told not to read around what is touched: what is needed next, the
-    request loop knows better (`server.readahead`).
+    request loop knows better (`server.session.page_prefetch`).
     """
     length = min(size, os.lseek(fd, 0, os.SEEK_END))
     if not length:
@@ -131,7 +131,7 @@ class TargetSource(Source):
 
     def __init__(self, path: str, *, readonly: bool) -> None:
         self._fd = open_disk(path, readonly=readonly)
-        claims.claim_disk(self._fd, path)
+        image_use.use_as_disk(self._fd, path)
         self.path = path
         self.name = os.path.basename(path)
         self.description = f"disk image {self.name}"
@@ -143,18 +143,18 @@ class TargetSource(Source):
         except (OSError, OverflowError) as error:
             raise ConfigurationError(map_trouble(path, self.size, error)) from error
 
-    def open(self, board: Board) -> TargetImage:
-        return self._open(self.write_back(board).sync)
+    def open(self, scoreboard: Scoreboard) -> TargetImage:
+        return self._open(self.write_back(scoreboard).sync)
 
     def _open(self, sync: Sync) -> TargetImage:
         return TargetImage(reopen(self._fd, readonly=self.readonly), self.size, readonly=self.readonly, sync=sync)
 
-    def write_back(self, board: Board) -> WriteBack:
-        return WriteBack(Record(board.fd, FAILURE), self._fd, self._witness)
+    def write_back(self, scoreboard: Scoreboard) -> WriteBack:
+        return WriteBack(Record(scoreboard.fd, FAILURE), self._fd, self._witness)
 
-    def flush(self, board: Board) -> None:
+    def flush(self, scoreboard: Scoreboard) -> None:
         try:
-            self.write_back(board).sync(self._fd)
+            self.write_back(scoreboard).sync(self._fd)
         except WriteBackFailed:
             drop_cached(self._fd)
             raise

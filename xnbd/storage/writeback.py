@@ -10,7 +10,7 @@ A process has opened its files after others. For what they were told, and died o
 syncs once through the *witness*, a description of the image as old as the server.
 
 Servers that share an image but no record tell each other by a lock on the image
-(`claims.FAILED`), which lasts as long as any process of the one that was told.
+(`image_use.FAILED`), which lasts as long as any process of the one that was told.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from contextlib import suppress
 from typing import Callable, NamedTuple, NoReturn, Optional
 
 from ..logs import log
-from . import claims
-from .locks import RangeLocks
+from ..system.file_locks import RangeLocks
+from . import image_use
 
 RECORD_SIZE = 16
 
@@ -129,7 +129,7 @@ class WriteBack:
         if self._own is not None:
             return self._own
         failure = self._record.read()
-        if failure is None and self._image_fd is not None and claims.is_failed(self._image_fd):
+        if failure is None and self._image_fd is not None and image_use.is_failed(self._image_fd):
             if self._record.note(errno.EIO):
                 log.error("%s: write-back failed in another server of it: %s", _name(self._image_fd), _ADVICE)
             failure = self._record.read()
@@ -166,7 +166,7 @@ class WriteBack:
         except OSError:  # its file is on the disk that fails, and so will the syncs of all others
             first, self._own = True, Failure(number, int(time.time()))
         if self._image_fd is not None:
-            claims.tell_failed(self._image_fd)
+            image_use.tell_failed(self._image_fd)
         if first:
             log.error("%s: write-back failed: %s; %s", _name(fd), error.strerror, _ADVICE)
         self._record.keep()

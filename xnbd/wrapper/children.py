@@ -9,8 +9,8 @@ import os
 import signal
 from typing import Callable, Dict, Iterable, List
 
-from .. import forking
 from ..logs import log
+from ..system import forking
 
 Body = Callable[[], int]
 OnEnd = Callable[[int], None]

@@ -15,19 +15,19 @@ from typing import Dict, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError, Disconnected, ProtocolError, RequestError
 from ..logs import log
-from ..origin.connection import OriginLost
-from ..origin.probe import probe
-from ..process import set_title
-from ..protocol.negotiation import Agreement, Exports
-from ..protocol.negotiation import Export as Offer
-from ..server.connection import Connection
-from ..server.handshake import negotiate
+from ..origin.nbd.connection import OriginLost
+from ..origin.nbd.probe import probe
+from ..protocol.server_handshake import Agreement, Exports
+from ..protocol.server_handshake import Export as Offer
+from ..proxy.state.opening import is_switched, known_size
 from ..server.lobby import Guest
-from ..server.watch import Watch
-from ..storage.state import is_switched, known_size
+from ..server.process_loop import ProcessLoop
+from ..server.session.connection import Connection
+from ..server.session.handshake import negotiate
 from ..storage.target import usable_size
+from ..system.process import set_title
 from .database import Database
-from .exports import Export, ProxyExport, TargetExport
+from .exports import ProxyExport, StoredExport, TargetExport
 from .servers import Servers
 
 PROGRAM = "xnbd-wrapper"
@@ -37,7 +37,7 @@ _REPORT_TIME = 2.0
 _LARGEST_REPORT = 64 << 10
 
 
-class Report(NamedTuple):
+class ClientReport(NamedTuple):
     """What the process of a client tells the wrapper: the client's address, and the export it has chosen.
 
     If that export is a proxy which was switched past the wrapper, *switched_image* is its cache image.
@@ -49,15 +49,15 @@ class Report(NamedTuple):
     switched_image: str = ""
 
 
-def receive_report(reports: socket.socket) -> Optional[Report]:
+def receive_report(reports: socket.socket) -> Optional[ClientReport]:
     """The next report, if there is one."""
     try:
-        return Report(*json.loads(reports.recv(_LARGEST_REPORT)))
+        return ClientReport(*json.loads(reports.recv(_LARGEST_REPORT)))
     except BlockingIOError:
         return None
 
 
-def _send_report(reports: socket.socket, report: Report) -> None:
+def _send_report(reports: socket.socket, report: ClientReport) -> None:
     reports.settimeout(_REPORT_TIME)
     try:
         reports.send(json.dumps(report).encode())
@@ -71,8 +71,8 @@ class Catalogue:
     def __init__(self, database: Database, servers: Servers) -> None:
         self._database = database
         self._servers = servers
-        self._sizes: Dict[Export, int] = {}
-        self.offered: Dict[str, Export] = {}
+        self._sizes: Dict[StoredExport, int] = {}
+        self.offered: Dict[str, StoredExport] = {}
         """What stood behind the names when the client last heard of them."""
         self.switched: Dict[str, TargetExport] = {}
         """What the database still says to be proxies."""
@@ -96,7 +96,7 @@ class Catalogue:
         size = self._size(real_name, export)
         return Offer(real_name, size, self._servers.flags(export), self._servers.describe(export))
 
-    def _find(self, name: str) -> Optional[Tuple[str, Export]]:
+    def _find(self, name: str) -> Optional[Tuple[str, StoredExport]]:
         """The export *name*; the empty name stands for the only one there is."""
         entries = self._entries()
         if not name and len(entries) == 1:
@@ -104,14 +104,14 @@ class Catalogue:
         real_name = self._database.real_name(name)
         return None if real_name is None else (real_name, entries[real_name])
 
-    def _entries(self) -> Dict[str, Export]:
+    def _entries(self) -> Dict[str, StoredExport]:
         try:
             return self._database.current()
         except ConfigurationError as error:
             log.error("%s", error)
             return {}
 
-    def _size(self, name: str, export: Export) -> int:
+    def _size(self, name: str, export: StoredExport) -> int:
         if export not in self._sizes:
             try:
                 self._sizes[export] = self._find_size(export)
@@ -120,7 +120,7 @@ class Catalogue:
                 raise RequestError(errno.EIO, "this disk is not available at the moment") from error
         return self._sizes[export]
 
-    def _find_size(self, export: Export) -> int:
+    def _find_size(self, export: StoredExport) -> int:
         if isinstance(export, ProxyExport):
             size = known_size(export.bitmap_path)
             return probe(export.origin, timeout=_PROBE_TIME).size if size is None else size
@@ -137,7 +137,7 @@ class Client(NamedTuple):
 
     def serve(self) -> int:
         """Life of the process: negotiate, then be the server of the chosen disk. The exit status."""
-        connection = Connection(self.guest.sock, _watch_handshake(), peer=self.guest.peer)
+        connection = Connection(self.guest.sock, _handshake_loop(), peer=self.guest.peer)
         set_title("negotiating with", connection.peer, program=PROGRAM)
         catalogue = Catalogue(self.database, self.servers)
         agreement = self._negotiate(connection, catalogue)
@@ -147,7 +147,7 @@ class Client(NamedTuple):
         name = agreement.export.name
         log.info("%s: export %r, served by process %d", connection.peer, name, os.getpid())
         switched = catalogue.switched.get(name)
-        report = Report(os.getpid(), connection.peer, name, switched.image_path if switched else "")
+        report = ClientReport(os.getpid(), connection.peer, name, switched.image_path if switched else "")
         _send_report(self.reports, report)
         self.reports.close()
         self.database.close()
@@ -169,12 +169,12 @@ class Client(NamedTuple):
         return None
 
 
-def _watch_handshake() -> Watch:
+def _handshake_loop() -> ProcessLoop:
     """What a handshake is watched by; a signal that ends the wrapper ends this process at once."""
     deadly = (signal.SIGTERM, signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_BLOCK, deadly)
-    watch = Watch()
+    loop = ProcessLoop()
     for number in deadly:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, deadly)
-    return watch
+    return loop

@@ -10,10 +10,10 @@ from time import monotonic
 from typing import Callable, Dict, List, Mapping, Optional, Set
 
 from ..logs import log
-from ..server.listen import Listeners
 from ..server.lobby import Guest, Lobby
+from ..system.listen import Listeners
 from .children import Body, Children
-from .client import Report, receive_report
+from .client import ClientReport, receive_report
 
 _ACCEPTS = 64
 """Clients accepted at one listener before anything else gets its turn."""
@@ -48,7 +48,7 @@ class Clients:
         self._lobby = lobby
         self._children = children
         self._serve = serve
-        self._reports: Dict[int, Optional[Report]] = {}
+        self._reports: Dict[int, Optional[ClientReport]] = {}
         self._short_of = ""
         self._accept_at: Optional[float] = None
         """When to accept clients again, if there is something short (monotonic seconds)."""

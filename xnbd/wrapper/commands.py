@@ -12,15 +12,15 @@ from typing import Any, Callable, Dict, Generator, Iterator, List, Mapping, Name
 
 from ..errors import CommandError, ConfigurationError
 from ..logs import log
-from ..sockets import is_listening
-from ..storage.state import known_size
+from ..proxy.state.opening import known_size
 from ..storage.target import usable_size
-from .attendant import Attendant
+from ..system.sockets import is_listening
+from .child_output import ChildOutput, check
 from .children import Body, Children
 from .database import Database
 from .exports import (
-    Export,
     ProxyExport,
+    StoredExport,
     TargetExport,
     check_name,
     check_room,
@@ -28,7 +28,7 @@ from .exports import (
     fields_of,
     names_by_file,
 )
-from .jobs import Job, check
+from .idle_server import IdleServer
 from .servers import Servers
 
 Message = Dict[str, Any]
@@ -38,7 +38,7 @@ Bgctl = Callable[[List[str]], Body]
 _START_TIME = 10.0
 
 
-class Steering(NamedTuple):
+class WrapperControls(NamedTuple):
     """What the wrapper lets commands do: *end* it (and leave the servers alive if told so), see that it *has_ended*."""
 
     end: Callable[[bool], None]
@@ -46,20 +46,20 @@ class Steering(NamedTuple):
     count_clients: Callable[[], Mapping[str, int]]
 
 
-class Commands:
+class WrapperCommands:
     """The commands over *database*; *bgctl* makes of its arguments the body of a process that runs ``xnbd-bgctl``."""
 
     def __init__(
-        self, database: Database, children: Children, servers: Servers, bgctl: Bgctl, steering: Steering
+        self, database: Database, children: Children, servers: Servers, bgctl: Bgctl, controls: WrapperControls
     ) -> None:
         self._database = database
         self._children = children
         self._servers = servers
         self._bgctl = bgctl
-        self._steering = steering
-        self._attendants: List[Attendant] = []
-        self._dismissed: List[Attendant] = []
-        self._interruptible: List[Job] = []
+        self._controls = controls
+        self._idle_servers: List[IdleServer] = []
+        self._dismissed: List[IdleServer] = []
+        self._interruptible: List[ChildOutput] = []
 
     def table(self) -> Mapping[str, Callable[[Message], Reply]]:
         return {
@@ -80,13 +80,13 @@ class Commands:
 
     def after_fork(self) -> None:
         """In a child: nothing that a server waits for may be held by another process."""
-        for attendant in self._attendants:
-            attendant.close()
+        for idle_server in self._idle_servers:
+            idle_server.close()
 
     # The exports
 
     def _list(self, request: Message) -> Reply:
-        clients = self._steering.count_clients()
+        clients = self._controls.count_clients()
         for name, export in list(self._database.exports.items()):
             index = self._database.index_of(name)
             yield {"export": {"index": index, "name": name, **fields_of(export), "clients": clients.get(name, 0)}}
@@ -103,7 +103,7 @@ class Commands:
         self._database.change({**self._database.exports, name: export})
         log.info("export %r added: %s", name, _summary(export))
 
-    def _check_origin(self, export: Export) -> None:
+    def _check_origin(self, export: StoredExport) -> None:
         """Raises `CommandError` if the servers could not find it."""
         if isinstance(export, ProxyExport) and export.remote_uri and not self._servers.extended:
             raise CommandError(f"{self._servers.command[0]} knows no URIs: it can only use an origin on TCP")
@@ -119,14 +119,14 @@ class Commands:
                 raise CommandError(f"cannot use {path}: {error.strerror}") from error
             usable_size(path, readonly=readonly)
 
-        job = Job(self._children, check(open_it))
+        child = ChildOutput(self._children, check(open_it))
         try:
-            while job.status is None:
+            while child.status is None:
                 yield None
-            if job.status:
-                raise CommandError(job.errors() or f"cannot use {path}")
+            if child.status:
+                raise CommandError(child.errors() or f"cannot use {path}")
         finally:
-            job.forget()
+            child.forget()
 
     def _remove_by_name(self, request: Message) -> Reply:
         asked = str(request.get("name"))
@@ -154,7 +154,7 @@ class Commands:
     def _remove(self, names: List[str]) -> Reply:
         exports = {name: export for name, export in self._database.exports.items() if name not in names}
         self._database.change(exports)
-        clients = self._steering.count_clients()
+        clients = self._controls.count_clients()
         for name in names:
             log.info("export %r removed; clients that stay: %d", name, clients.get(name, 0))
             yield {"removed": name}
@@ -209,7 +209,7 @@ class Commands:
         options = [*words, "--reconnect"]
         yield from self._steer(export, options, new.origin_words, then=lambda: self._replace(name, export, new))
 
-    def _replace(self, name: str, old: Export, new: Export) -> None:
+    def _replace(self, name: str, old: StoredExport, new: StoredExport) -> None:
         """Change an entry that is still what it was."""
         exports = self._database.exports
         if exports.get(name) != old:
@@ -232,22 +232,22 @@ class Commands:
         With *stop_early* it ends with the operator who asked for it.
         """
         words = [*options, export.control_socket_path, *(arguments or [])]
-        attendant = yield from self._attend(export)
-        outcome = yield from self._run(words, attendant, then, stop_early)
-        if outcome["status"] and not attendant and not is_listening(export.control_socket_path):
-            attendant = yield from self._attend(export)  # whoever served it has left with its last client
-            outcome = yield from self._run(words, attendant, then, stop_early)
+        idle_server = yield from self._attend(export)
+        outcome = yield from self._run(words, idle_server, then, stop_early)
+        if outcome["status"] and not idle_server and not is_listening(export.control_socket_path):
+            idle_server = yield from self._attend(export)  # whoever served it has left with its last client
+            outcome = yield from self._run(words, idle_server, then, stop_early)
         yield outcome
 
     def _run(
-        self, words: List[str], attendant: Optional[Attendant], then: Callable[[], None], stop_early: bool
+        self, words: List[str], idle_server: Optional[IdleServer], then: Callable[[], None], stop_early: bool
     ) -> Generator[Optional[Message], None, Message]:
-        """One run of ``xnbd-bgctl``, after which *attendant* may go: what it says on the way, and in the end."""
+        """One run of ``xnbd-bgctl``, after which *idle_server* may go: what it says on the way, and in the end."""
         failure: List[Exception] = []
 
         def on_end(status: int) -> None:
-            if attendant:
-                self._dismiss(attendant)
+            if idle_server:
+                self._dismiss(idle_server)
             try:
                 if not status:
                     then()
@@ -255,60 +255,62 @@ class Commands:
                 log.error("xnbd-bgctl has done its work, but: %s", error)
                 failure.append(error)
 
-        outcome = yield from self._follow(Job(self._children, self._bgctl(words), on_end), stop_early)
+        outcome = yield from self._follow(ChildOutput(self._children, self._bgctl(words), on_end), stop_early)
         if failure:
             raise failure[0]
         return outcome
 
-    def _attend(self, export: ProxyExport) -> Generator[None, None, Optional[Attendant]]:
-        """See to it that somebody serves *export*; the attendant that was started if nobody did."""
+    def _attend(self, export: ProxyExport) -> Generator[None, None, Optional[IdleServer]]:
+        """See to it that somebody serves *export*; the idle server that was started if nobody did."""
         deadline = monotonic() + _START_TIME
         while self._is_leaving(export) and monotonic() < deadline:
             yield None
         if is_listening(export.control_socket_path):
             return None
-        attendant = Attendant(self._children, self._servers, export)
-        self._attendants.append(attendant)
+        idle_server = IdleServer(self._children, self._servers, export)
+        self._idle_servers.append(idle_server)
         deadline = monotonic() + _START_TIME
         try:
             while not is_listening(export.control_socket_path):
-                if attendant.status is not None or monotonic() > deadline:
+                if idle_server.status is not None or monotonic() > deadline:
                     raise CommandError("a server for this proxy was started and does not work: see the log")
                 yield None
         except BaseException:
-            self._dismiss(attendant)
+            self._dismiss(idle_server)
             raise
-        return attendant
+        return idle_server
 
     def _is_leaving(self, export: ProxyExport) -> bool:
-        """Whether a former attendant may still listen, but not for long."""
-        self._dismissed = [attendant for attendant in self._dismissed if attendant.status is None]
-        return any(attendant.export.control_socket_path == export.control_socket_path for attendant in self._dismissed)
+        """Whether a former idle server may still listen, but not for long."""
+        self._dismissed = [idle_server for idle_server in self._dismissed if idle_server.status is None]
+        return any(
+            idle_server.export.control_socket_path == export.control_socket_path for idle_server in self._dismissed
+        )
 
-    def _dismiss(self, attendant: Attendant) -> None:
-        self._attendants.remove(attendant)
-        self._dismissed.append(attendant)
-        attendant.close()
+    def _dismiss(self, idle_server: IdleServer) -> None:
+        self._idle_servers.remove(idle_server)
+        self._dismissed.append(idle_server)
+        idle_server.close()
 
-    def _follow(self, job: Job, stop_early: bool) -> Generator[Optional[Message], None, Message]:
-        """What *job* says, line by line; returns the last of it, and its exit status."""
+    def _follow(self, child: ChildOutput, stop_early: bool) -> Generator[Optional[Message], None, Message]:
+        """What *child* says, line by line; returns the last of it, and its exit status."""
         if stop_early:
-            self._interruptible.append(job)
+            self._interruptible.append(child)
         try:
-            while job.status is None:
-                output = job.output()
+            while child.status is None:
+                output = child.output()
                 yield {"output": output} if output else None
-            return {"output": job.output(), "errors": job.errors(), "status": job.status}
+            return {"output": child.output(), "errors": child.errors(), "status": child.status}
         finally:
             if stop_early:
-                self._interruptible.remove(job)
-                job.stop()
-            job.forget()
+                self._interruptible.remove(child)
+                child.stop()
+            child.forget()
 
     def interrupt(self) -> None:
         """Stop what may be stopped at any time, because the wrapper is to end."""
-        for job in self._interruptible:
-            job.stop()
+        for child in self._interruptible:
+            child.stop()
 
     # The end
 
@@ -319,10 +321,10 @@ class Commands:
         return self._end(orphan=False)
 
     def _end(self, *, orphan: bool) -> Reply:
-        self._steering.end(orphan)
-        while not self._steering.has_ended():
+        self._controls.end(orphan)
+        while not self._controls.has_ended():
             yield None
 
 
-def _summary(export: Export) -> str:
+def _summary(export: StoredExport) -> str:
     return " ".join(filter(None, fields_of(export).values()))

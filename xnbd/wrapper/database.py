@@ -20,7 +20,7 @@ from ..logs import log
 from ..making import make_afresh
 from ..storage import space
 from ..text import is_writable
-from .exports import Export, check_name, export_from_fields, fields_of, find_export, split_fields
+from .exports import StoredExport, check_name, export_from_fields, fields_of, find_export, split_fields
 
 VERSION = 2
 _LARGEST = 64 << 20
@@ -37,17 +37,17 @@ class Unknown(NamedTuple):
 _NOTHING = Unknown({}, {})
 
 
-def pack_database(exports: Dict[str, Export], unknown: Unknown = _NOTHING) -> bytes:
+def pack_database(exports: Dict[str, StoredExport], unknown: Unknown = _NOTHING) -> bytes:
     images = {name: {**fields_of(export), **unknown.within.get(name, {})} for name, export in exports.items()}
     return json.dumps({"version": VERSION, "images": images, **unknown.beside}, indent=2).encode() + b"\n"
 
 
-def parse_database(data: bytes) -> Dict[str, Export]:
+def parse_database(data: bytes) -> Dict[str, StoredExport]:
     """The exports in *data*; raises `ConfigurationError` unless all of it makes sense."""
     return parse_all(data)[0]
 
 
-def parse_all(data: bytes) -> Tuple[Dict[str, Export], Unknown]:
+def parse_all(data: bytes) -> Tuple[Dict[str, StoredExport], Unknown]:
     """The exports in *data*, and what it has besides; raises `ConfigurationError` unless all of it makes sense."""
     try:
         content = json.loads(data.decode(), object_pairs_hook=_without_repetition)
@@ -68,7 +68,7 @@ def parse_all(data: bytes) -> Tuple[Dict[str, Export], Unknown]:
     return exports, Unknown(content, {name: rest for name, (_, rest) in entries.items() if rest})
 
 
-def _parse_entry(name: str, fields: object) -> Tuple[Export, Dict[str, Any]]:
+def _parse_entry(name: str, fields: object) -> Tuple[StoredExport, Dict[str, Any]]:
     """An export, and the fields of its entry that are not known."""
     if not isinstance(fields, dict):
         raise ConfigurationError(f"the entry of {name!r} is no JSON object")
@@ -100,7 +100,7 @@ class Database:
     def __init__(self, path: str) -> None:
         """Open or make the file and lock it. Raises `ConfigurationError`."""
         self.path = path
-        self.aliases: Dict[str, Export] = {}
+        self.aliases: Dict[str, StoredExport] = {}
         self._indexes: Dict[str, int] = {}
         self._last_index = 0
         self._generation = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the processes forked later
@@ -118,7 +118,7 @@ class Database:
         self._number()
         self._tell_unknown()
 
-    def change(self, exports: Dict[str, Export]) -> None:
+    def change(self, exports: Dict[str, StoredExport]) -> None:
         """Make *exports* the content, on disk first. Raises `ConfigurationError`, then nothing has changed."""
         try:
             self._refuse_foreign_changes()
@@ -134,7 +134,7 @@ class Database:
         self._seen += 1
         self._generation[:8] = self._seen.to_bytes(8, "little")
 
-    def current(self) -> Dict[str, Export]:
+    def current(self) -> Dict[str, StoredExport]:
         """The exports as they are now, for a process that was forked from the wrapper some time ago.
 
         Raises `ConfigurationError` if they cannot be read.

@@ -54,13 +54,13 @@ class ProxyExport(NamedTuple):
         return [self.remote_uri] if self.remote_uri else [self.remote_host, self.remote_port]
 
 
-Export = Union[TargetExport, ProxyExport]
-_KINDS: Dict[str, Type[Export]] = {"target": TargetExport, "proxy": ProxyExport}
+StoredExport = Union[TargetExport, ProxyExport]
+_KINDS: Dict[str, Type[StoredExport]] = {"target": TargetExport, "proxy": ProxyExport}
 _PATHS = ("image_path", "bitmap_path", "control_socket_path")
 _HOST_AND_NAME = ("remote_host", "remote_port", "remote_export_name")
 
 
-def export_from_fields(fields: Dict[str, Any]) -> Export:
+def export_from_fields(fields: Dict[str, Any]) -> StoredExport:
     """The export that *fields*, an entry of the database, describes; raises `ConfigurationError`."""
     kind = _KINDS.get(fields["mode"]) if isinstance(fields.get("mode"), str) else None
     if kind is None:
@@ -97,7 +97,7 @@ def _fields_of_uri(values: Dict[str, str]) -> Dict[str, str]:
     return {**dict(zip(_HOST_AND_NAME, remote)), "remote_uri": ""}
 
 
-def _checked(export: Export) -> Export:
+def _checked(export: StoredExport) -> StoredExport:
     for name, path in paths_of(export).items():
         if not os.path.isabs(path):
             raise ConfigurationError(f"{name} {path!r} is no absolute path")
@@ -110,7 +110,7 @@ def _checked(export: Export) -> Export:
     return export
 
 
-def fields_of(export: Export) -> Dict[str, Optional[str]]:
+def fields_of(export: StoredExport) -> Dict[str, Optional[str]]:
     """The entry of the database for *export*; None stands for the origin's default export, as in the C xNBD's."""
     fields: Dict[str, Optional[str]] = {"mode": export.mode, **export._asdict()}
     if isinstance(export, ProxyExport):
@@ -146,7 +146,7 @@ def _whole_path(field: str, path: str) -> str:
         raise ConfigurationError(f"{field} {path!r} is relative, and the working directory is gone") from None
 
 
-def paths_of(export: Export) -> Dict[str, str]:
+def paths_of(export: StoredExport) -> Dict[str, str]:
     return {name: path for name, path in export._asdict().items() if name in _PATHS}
 
 
@@ -163,7 +163,7 @@ def check_name(name: object) -> str:
     return name
 
 
-def find_export(exports: Mapping[str, Export], aliases: Mapping[str, Export], name: str) -> Optional[str]:
+def find_export(exports: Mapping[str, StoredExport], aliases: Mapping[str, StoredExport], name: str) -> Optional[str]:
     """The name in *exports* of what is asked for as *name*, which may be one of *aliases*; the own names go first."""
     if name in exports:
         return name
@@ -173,7 +173,7 @@ def find_export(exports: Mapping[str, Export], aliases: Mapping[str, Export], na
     return next((real for real, export in exports.items() if export == wanted), None)
 
 
-def check_room(exports: Dict[str, Export], name: str, new: Export) -> None:
+def check_room(exports: Dict[str, StoredExport], name: str, new: StoredExport) -> None:
     """Raises `ConfigurationError` if *new* cannot be added to *exports* as *name*.
 
     Targets may share an image; nothing else shares a file, because a proxy's three
@@ -189,6 +189,6 @@ def check_room(exports: Dict[str, Export], name: str, new: Export) -> None:
             raise ConfigurationError(f"{path} is in use by the export {other!r}")
 
 
-def names_by_file(exports: Dict[str, Export], path: str) -> List[str]:
+def names_by_file(exports: Dict[str, StoredExport], path: str) -> List[str]:
     """The exports whose disk or cache image is the file *path*."""
     return [name for name, export in exports.items() if export.image_path == path]

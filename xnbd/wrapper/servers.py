@@ -14,9 +14,9 @@ from typing import Callable, List, NamedTuple, Optional
 from ..errors import ConfigurationError
 from ..logs import open_log, standard_stream
 from ..protocol import constants as c
-from ..protocol.negotiation import Agreement, export_flags
+from ..protocol.server_handshake import Agreement, export_flags
 from .children import execute
-from .exports import Export, ProxyExport
+from .exports import ProxyExport, StoredExport
 
 _ASKING_TIME = 20.0
 _OWN_OPTION = "--negotiated"
@@ -42,7 +42,7 @@ class Servers(NamedTuple):
     max_buf_size: Optional[str] = None
     file_mode: Optional[str] = None
 
-    def arguments(self, export: Export, fd: int, agreement: Agreement) -> List[str]:
+    def arguments(self, export: StoredExport, fd: int, agreement: Agreement) -> List[str]:
         """The arguments with which the server takes over the client on *fd*."""
         proxy = isinstance(export, ProxyExport)
         words = ["--proxy" if proxy else "--cow-target" if self.cow else "--target"]
@@ -64,21 +64,21 @@ class Servers(NamedTuple):
             words += [option, value] if value else []
         return [*words, *export.origin_words, export.image_path, export.bitmap_path, export.control_socket_path]
 
-    def flags(self, export: Export) -> int:
+    def flags(self, export: StoredExport) -> int:
         """The transmission flags of what the server does; DF not among them."""
         if not self.extended:
             return c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | (c.FLAG_READ_ONLY if self.readonly else 0)
         own_overlay = self.cow and not isinstance(export, ProxyExport)
         return export_flags(readonly=self.readonly, multi_conn=not own_overlay)
 
-    def describe(self, export: Export) -> str:
+    def describe(self, export: StoredExport) -> str:
         """A few words for clients that list the exports."""
         file = os.path.basename(export.image_path)
         if isinstance(export, ProxyExport):
             return f"disk cached in {file}"
         return f"copy-on-write disk over {file}" if self.cow else f"disk image {file}"
 
-    def become(self, sock: socket.socket, export: Export, agreement: Agreement) -> int:
+    def become(self, sock: socket.socket, export: StoredExport, agreement: Agreement) -> int:
         """Serve the client of *sock*, in this process; the exit status."""
         fd = sock.detach()
         words = self.arguments(export, fd, agreement)

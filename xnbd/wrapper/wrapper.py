@@ -12,18 +12,18 @@ import signal
 from time import monotonic
 from typing import List, NamedTuple, Optional, Set
 
+from ..control.server import ControlSocket
 from ..errors import ConfigurationError
 from ..logs import log
-from ..polling import poll_patiently
-from ..process import set_title
-from ..server.control import ControlSocket
-from ..server.listen import Listeners
 from ..server.lobby import Guest, Lobby
-from ..server.watch import GRACE
+from ..server.process_loop import GRACE
+from ..system.listen import Listeners
+from ..system.polling import poll_patiently
+from ..system.process import set_title
 from .children import SIGNALS, Body, Children
 from .client import PROGRAM, Client
 from .clients import Clients
-from .commands import Bgctl, Commands, Steering
+from .commands import Bgctl, WrapperCommands, WrapperControls
 from .database import Database
 from .servers import Servers
 
@@ -34,7 +34,7 @@ _PIPE_SIZE = 64 << 10
 
 
 class Settings(NamedTuple):
-    """*bgctl* is as for `Commands`; the timeout is in seconds."""
+    """*bgctl* is as for `WrapperCommands`; the timeout is in seconds."""
 
     servers: Servers
     bgctl: Bgctl
@@ -63,8 +63,8 @@ class Wrapper:
         self._ending: Optional[_Ending] = None
         self._signals: Set[int] = set()
         self._children = Children(self._after_fork)
-        steering = Steering(self._end, self._has_ended, lambda: self._clients.count())
-        self._commands = Commands(database, self._children, settings.servers, settings.bgctl, steering)
+        controls = WrapperControls(self._end, self._has_ended, lambda: self._clients.count())
+        self._commands = WrapperCommands(database, self._children, settings.servers, settings.bgctl, controls)
         self._control = ControlSocket(control_path, self._commands.table())
         self._clients = Clients(
             listeners,

@@ -1,0 +1,522 @@
+"""Power failures, simulated: what a disk may hold after one, whatever order the kernel wrote back in.
+
+The real code runs on real files. `Recorder` looks at them at every line of it, and
+is told of every sync that succeeded. From that it knows for each page all contents
+that may be on the disk: those the page has had since its last sync. Names of files
+go back to what any moment since the last sync of their directory showed.
+
+`World` drives several processes' bitmaps of one cache at random. At lines picked at
+random it lets another process act in the middle, or fails the power: it draws an
+image of the disk from what is possible, opens it in "another boot" and compares it
+with what was promised:
+
+- a block whose bit is set holds its true data: nothing older than the last flush;
+- a block that an answered flush covered has its bit set.
+
+After a sync that has failed no flush may succeed before everything was opened anew,
+and what is there then has to keep the same promises.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import struct
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+from xnbd.proxy.state import belonging, checkpoint, files, opening
+from xnbd.proxy.state.belonging import ATTRIBUTE
+from xnbd.proxy.state.checkpoint import ProcessState
+from xnbd.proxy.state.opening import SharedState, open_state
+from xnbd.storage import bitmap, writeback
+from xnbd.storage.blocks import BLOCK, bytes_of
+from xnbd.storage.writeback import WriteBackFailed
+from xnbd.system import file_locks
+from xnbd.system.file_locks import RangeLocks
+
+SECTOR = 512
+ORIGIN = "nbd://origin/disk"
+_TRACED = {module.__file__ for module in (belonging, bitmap, checkpoint, file_locks, opening, files, writeback)}
+
+
+class _File:
+    """Everything that may be on disk of one file, of which only the pages *watched* ever have content."""
+
+    def __init__(self, fd: int, watched: Optional[List[int]]) -> None:
+        self.fd = fd
+        self._watched = watched
+        self.sizes: List[int] = [0]
+        self.marks: List[Tuple[bytes, int]] = []
+        self.pages: Dict[int, List[bytes]] = {}
+
+    def observe(self) -> None:
+        size = os.fstat(self.fd).st_size
+        if self.sizes[-1] != size:
+            self.sizes.append(size)
+        mark = _mark_of(self.fd)
+        if mark not in self.marks[-1:]:
+            self.marks.append(mark)
+        for page in self._watched if self._watched is not None else range(-(-size // BLOCK)):
+            content = os.pread(self.fd, BLOCK, page * BLOCK).ljust(BLOCK, b"\0")
+            versions = self.pages.setdefault(page, [bytes(BLOCK)])
+            if versions[-1] != content:
+                versions.append(content)
+
+    def synced(self, *, marks: bool = True) -> None:
+        """*marks* are not data: ``fdatasync(2)`` may leave them."""
+        del self.sizes[:-1]
+        if marks:
+            del self.marks[:-1]
+        for versions in self.pages.values():
+            del versions[:-1]
+
+    def write_crashed(self, path: Path, rng: random.Random) -> None:
+        """Make *path* one of the files that may be left. Some draws are mostly old, some mostly new."""
+        newest = rng.choice((0.0, 0.3, 0.7, 1.0))
+
+        def pick(versions: List[bytes]) -> bytes:
+            return versions[-1] if rng.random() < newest else rng.choice(versions)
+
+        with path.open("wb") as file:
+            for page, versions in self.pages.items():
+                content = pick(versions)
+                if len(versions) > 1 and rng.random() < 0.2:
+                    content = b"".join(pick(versions)[at : at + SECTOR] for at in range(0, BLOCK, SECTOR))
+                if any(content):
+                    file.seek(page * BLOCK)
+                    file.write(content)
+            file.truncate(rng.choice(self.sizes))
+        attribute, changed = rng.choice(self.marks)
+        if attribute:
+            os.setxattr(path, ATTRIBUTE, attribute)
+        os.utime(path, ns=(changed, changed))
+
+
+def _mark_of(fd: int) -> Tuple[bytes, int]:
+    """The mark of a cache image, and when it was changed."""
+    try:
+        return os.getxattr(fd, ATTRIBUTE), os.fstat(fd).st_mtime_ns
+    except OSError:
+        return b"", os.fstat(fd).st_mtime_ns
+
+
+class Recorder:
+    """What may be on disk of the files in *directory*, all of which is synced now.
+
+    Of the large sparse file ``cache`` only the blocks *watched* are looked at, of the
+    scoreboard, which no start after a power failure reads, only the first.
+    """
+
+    def __init__(self, directory: Path, watched: List[int]) -> None:
+        self.directory = directory
+        self.paused = False
+        self._watched = watched
+        self._files: Dict[int, _File] = {}
+        self._names: List[Dict[str, int]] = [{}]
+        self.observe()
+        for file in self._files.values():
+            file.synced()
+        del self._names[:-1]
+
+    def observe(self) -> None:
+        names: Dict[str, int] = {}
+        for entry in os.scandir(self.directory):
+            names[entry.name] = entry.inode()
+            if entry.inode() not in self._files:
+                watched = self._watched if entry.name == "cache" else [0] if entry.name.endswith(".board") else None
+                self._files[entry.inode()] = _File(os.open(entry.path, os.O_RDONLY), watched)
+        if self._names[-1] != names:
+            self._names.append(names)
+        for file in self._files.values():
+            file.observe()
+
+    def synced(self, fd: int, *, marks: bool) -> None:
+        if self.paused:
+            return
+        inode = os.fstat(fd).st_ino
+        self.observe()
+        if inode in self._files:
+            self._files[inode].synced(marks=marks)
+        elif inode == self.directory.stat().st_ino:
+            del self._names[:-1]
+
+    def fail_power(self, image: Path, rng: random.Random) -> None:
+        """Put into the directory *image* one of the states the disk may be in."""
+        for name, inode in rng.choice(self._names).items():
+            self._files[inode].write_crashed(image / name, rng)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file.fd)
+
+
+@contextmanager
+def watching_syncs(
+    on_synced: Callable[[int, bool], None], before: Optional[Callable[[int], None]] = None
+) -> Iterator[None]:
+    """Tell of the descriptor of every ``fsync(2)`` (True) and ``fdatasync(2)`` here after it succeeded.
+
+    What *before* raises is the sync's error, and nothing is synced.
+    """
+    real = {name: getattr(os, name) for name in ("fsync", "fdatasync")}
+
+    def watched(sync: Callable[[int], None], whole: bool) -> Callable[[int], None]:
+        def call(fd: int) -> None:
+            if before is not None:
+                before(fd)
+            sync(fd)
+            on_synced(fd, whole)
+
+        return call
+
+    try:
+        for name, sync in real.items():
+            setattr(os, name, watched(sync, name == "fsync"))
+        yield
+    finally:
+        for name, sync in real.items():
+            setattr(os, name, sync)
+
+
+@contextmanager
+def at_every_line(action: Callable[[], None]) -> Iterator[None]:
+    """Call *action* before every line of the code under test that runs in here."""
+
+    def on_line(_frame: FrameType, event: str, _argument: Any) -> Any:
+        if event == "line":
+            action()
+        return on_line
+
+    def on_call(frame: FrameType, _event: str, _argument: Any) -> Any:
+        return on_line if frame.f_code.co_filename in _TRACED else None
+
+    before = sys.gettrace()
+    sys.settrace(on_call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+class Paused:
+    """*work* in a thread, which stops before its *line*-th line of the code under test until it is told to go on."""
+
+    def __init__(self, work: Callable[[], None], line: int) -> None:
+        self.reached = False
+        self._work = work
+        self._lines_left = line
+        self._stopped, self._go = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._stopped.wait()
+
+    def _run(self) -> None:
+        try:
+            with at_every_line(self._on_line):
+                self._work()
+        finally:
+            self._stopped.set()
+
+    def _on_line(self) -> None:
+        self._lines_left -= 1
+        if not self._lines_left:
+            self.reached = True
+            self._stopped.set()
+            self._go.wait()
+
+    def finish(self) -> None:
+        self._go.set()
+        self._thread.join()
+
+
+def content_of(block: int, serial: int) -> bytes:
+    """What the write number *serial* puts into *block*; never zeros."""
+    return struct.pack("<II", block, serial) * (BLOCK // 8)
+
+
+class Promises:
+    """What clients were told: the contents each block has had, which of them was answered, which flushed."""
+
+    def __init__(self) -> None:
+        self.contents: Dict[int, List[bytes]] = {}
+        self.answered: Dict[int, int] = {}
+        self.flushed: Dict[int, int] = {}
+
+    def trouble(self, block: int, is_set: bool, content: bytes) -> Optional[str]:
+        """What is wrong with *block* as it was found after a power failure."""
+        if not is_set:
+            return f"block {block} was flushed, and is forgotten" if block in self.flushed else None
+        allowed = self.contents.get(block, [])[self.flushed.get(block, 0) :]
+        for at in range(0, BLOCK, SECTOR):
+            if content[at : at + SECTOR] not in [one[at : at + SECTOR] for one in allowed]:
+                return f"block {block} is set and holds {content[at : at + 8]!r} at {at}, of {len(allowed)} allowed"
+        return None
+
+    def found(self, block: int, is_set: bool, content: bytes) -> None:
+        """Go on with what a power failure has left."""
+        for promise in (self.contents, self.answered, self.flushed):
+            promise.pop(block, None)
+        if is_set:
+            self.contents[block] = [content]
+            self.answered[block] = self.flushed[block] = 0
+
+
+class Odds(NamedTuple):
+    """How often something happens at a line, or instead of a sync."""
+
+    intrusion: float
+    power_failure: float
+    power_failure_in_flush: float
+    failed_sync: float
+
+
+class World:
+    """One cache of *disk_size* bytes, of which only *blocks* are ever used, under several processes."""
+
+    def __init__(self, scratch: Path, disk_size: int, blocks: List[int], rng: random.Random, odds: Odds) -> None:
+        self.failures = 0
+        self.failed_syncs = 0
+        self._failed = False
+        self._scratch = scratch
+        self._disk_size = disk_size
+        self._blocks = blocks
+        self._rng = rng
+        self._odds = odds
+        self._serial = 0
+        self._directories = 0
+        self._flushing = False
+        self._promises = Promises()
+        self._also: Optional[Promises] = None
+        self._boot = 1
+        self.directory = self._new_directory()
+        with (self.directory / "cache").open("wb") as cache:
+            cache.truncate(disk_size)
+        self._recorder = Recorder(self.directory, blocks)
+        self._cache_fd = os.open(self.directory / "cache", os.O_RDWR)
+        self.shared: Optional[SharedState] = None
+        self._processes: List[ProcessState] = []
+        self._others: List[ProcessState] = []
+
+    def _new_directory(self) -> Path:
+        self._directories += 1
+        directory = self._scratch / str(self._directories)
+        directory.mkdir()
+        return directory
+
+    # What happens
+
+    def run(self, steps: int) -> None:
+        actions = [self.write] * 14 + [self.flush] * 5 + [self.restart, self.exit_and_start, self.reboot, self.clear]
+        with watching_syncs(lambda fd, whole: self._recorder.synced(fd, marks=whole), self._maybe_fail_sync):
+            self.start()
+            for _ in range(steps):
+                self._rng.choice(actions)()
+        self._close()
+
+    def start(self, *, clear: bool = False) -> None:
+        """Open the files as a server does; the power may fail at any line."""
+        with at_every_line(self._maybe_fail_power):
+            self.shared = self._open(self.directory, self._cache_fd, self._boot, clear=clear)
+            self._processes = [self.shared.open_process() for _ in range(3)]
+
+    def write(self) -> None:
+        process, *self._others = self._rng.sample(self._processes, 3)
+        with at_every_line(self._disturb):
+            self._write(process)
+
+    def flush(self) -> None:
+        process, *self._others = self._rng.sample(self._processes, 3)
+        with at_every_line(self._disturb):
+            self._flush(process)
+
+    def restart(self) -> None:
+        """Everything dies, the system stays up."""
+        self._leave()
+        self.start()
+        self._go_on()
+
+    def exit_and_start(self) -> None:
+        shared = self.shared
+        assert shared is not None
+        for process in self._processes:
+            process.close()
+        self._processes = []
+        promised = dict(self._promises.answered)
+        with at_every_line(self._maybe_fail_power):
+            try:
+                assert shared.mark_clean(self._cache_fd)
+                assert not self._failed
+                self._promises.flushed.update(promised)
+            except WriteBackFailed:
+                assert self._failed
+        shared.close()
+        self.shared = None
+        self._boot += self._rng.random() < 0.5
+        self.start()
+        self._go_on()
+
+    def clear(self) -> None:
+        """Until it is done, either everything is as before or nothing is cached."""
+        self._leave()
+        self._also = Promises()
+        self.start(clear=True)
+        self._promises, self._also = self._also, None
+        self._failed = False
+
+    def reboot(self) -> None:
+        """The power fails, and things go on from there."""
+        image = self._new_directory()
+        self._recorder.fail_power(image, self._rng)
+        self._close()
+        self.directory = image
+        self._recorder = Recorder(image, self._blocks)
+        self._cache_fd = os.open(image / "cache", os.O_RDWR)
+        self._boot += 1
+        self.start()
+        self._compare()
+
+    def _go_on(self) -> None:
+        """Everything was opened anew: what a failed sync has left in doubt may be forgotten."""
+        if self._failed:
+            self._compare()
+
+    def _compare(self) -> None:
+        """What is there now keeps the promises; go on with that."""
+        self._failed = False
+        view = self._processes[0].bitmap
+        troubles = self._troubles(self._promises, self._processes[0], self._cache_fd)
+        assert not troubles, troubles
+        for block in self._blocks:
+            self._promises.found(block, block in view, os.pread(self._cache_fd, BLOCK, block * BLOCK))
+
+    # Processes
+
+    def _open(self, directory: Path, cache_fd: int, boot: int, *, clear: bool = False) -> SharedState:
+        boot_id = self._scratch / f"boot{boot}"
+        boot_id.write_text(f"{boot:032x}\n")
+        return open_state(
+            str(directory / "bitmap"),
+            cache_fd,
+            disk_size=self._disk_size,
+            origin=ORIGIN,
+            clear=clear,
+            boot_id_path=str(boot_id),
+        )
+
+    def _write(self, process: ProcessState) -> None:
+        """Write a block or two as a proxy does: fill it under its lock, or in place if it is there."""
+        first = self._rng.choice(self._blocks)
+        end = first + 1 + (first + 1 in self._blocks and self._rng.random() < 0.5)
+        fills = RangeLocks(process.fd)
+        start, count = bytes_of(first, end)
+        view = process.bitmap
+        if view.all_set(first, end):
+            self._put(first, end)
+        elif fills.try_acquire(start, count):
+            try:
+                if self._rng.random() < 0.9:
+                    self._put(first, end, done=False)
+                    view.set(first, end)
+                    self._answer(first, end)
+            finally:
+                fills.release(start, count)
+
+    def _put(self, first: int, end: int, *, done: bool = True) -> None:
+        self._serial += 1
+        for block in range(first, end):
+            content = content_of(block, self._serial)
+            self._promises.contents.setdefault(block, []).append(content)
+            os.pwrite(self._cache_fd, content, block * BLOCK)
+        self._recorder.observe()
+        if done:
+            self._answer(first, end)
+
+    def _answer(self, first: int, end: int) -> None:
+        for block in range(first, end):
+            self._promises.answered[block] = len(self._promises.contents[block]) - 1
+
+    def _flush(self, process: ProcessState) -> None:
+        """Flush; an error is an answer too, promises nothing, and is followed by another one."""
+        failed = self._failed
+        promised = dict(self._promises.answered)
+        self._flushing = True
+        try:
+            process.checkpoint(self._cache_fd)
+            assert not failed
+        except WriteBackFailed:
+            assert self._failed
+            return
+        finally:
+            self._flushing = False
+        self._promises.flushed.update(promised)
+
+    def _leave(self) -> None:
+        for process in self._processes:
+            process.close()
+        if self.shared is not None:
+            self.shared.close()
+        self._processes, self.shared = [], None
+
+    def _close(self) -> None:
+        self._leave()
+        self._recorder.close()
+        os.close(self._cache_fd)
+
+    # In the middle of a line
+
+    def _disturb(self) -> None:
+        self._recorder.observe()
+        while self._rng.random() < self._odds.intrusion:
+            process = self._rng.choice(self._others)
+            if self._flushing or self._rng.random() < 0.6:
+                self._write(process)
+            else:
+                self._flush(process)
+            self._recorder.observe()
+        self._maybe_fail_power()
+
+    def _maybe_fail_sync(self, _fd: int) -> None:
+        if self._flushing and not self._recorder.paused and self._rng.random() < self._odds.failed_sync:
+            self.failed_syncs += 1
+            self._failed = True
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def _maybe_fail_power(self) -> None:
+        self._recorder.observe()
+        odds = self._odds.power_failure_in_flush if self._flushing else self._odds.power_failure
+        if self._rng.random() < odds:
+            image = self._new_directory()
+            self._recorder.fail_power(image, self._rng)
+            self._check(image)
+            for path in image.iterdir():
+                path.unlink()
+            image.rmdir()
+
+    def _check(self, image: Path) -> None:
+        """Open what the power failure has left; it has to be as promised."""
+        self.failures += 1
+        self._recorder.paused = True
+        cache_fd = os.open(image / "cache", os.O_RDWR)
+        shared = self._open(image, cache_fd, self._boot + 1)
+        process = shared.open_process()
+        troubles = [self._troubles(promises, process, cache_fd) for promises in (self._promises, self._also)]
+        process.close()
+        shared.close()
+        os.close(cache_fd)
+        self._recorder.paused = False
+        assert not all(troubles), troubles
+
+    def _troubles(self, promises: Optional[Promises], process: ProcessState, cache_fd: int) -> List[str]:
+        if promises is None:
+            return ["not promised"]
+        found = (
+            promises.trouble(block, block in process.bitmap, os.pread(cache_fd, BLOCK, block * BLOCK))
+            for block in self._blocks
+        )
+        return [trouble for trouble in found if trouble]

@@ -1,0 +1,1 @@
+"""Origins that speak NBD."""

@@ -1,0 +1,307 @@
+"""The handshake as a state machine without I/O: options in, replies out.
+
+Source: ``doc/proto.md``, sections "Handshake phase" and "Option types".  Every
+option that a client may repeat leaves the machine where a fresh client would be;
+an option that is wrong is answered and forgotten, so that the next one works.
+Whoever feeds the machine reads the bytes, and gives up when it raises
+`ProtocolError`.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+
+from ..errors import ProtocolError, RequestError
+from . import constants as c
+
+OPTION_HEADER = struct.Struct(">QII")
+_OPTION_REPLY = struct.Struct(">QIII")
+_EXPORT_TAIL = struct.Struct(">QH")
+_U32 = struct.Struct(">I")
+_U16 = struct.Struct(">H")
+
+MAXIMUM_OPTION_DATA = 64 << 10
+"""More data than any option needs; a client that announces more is dropped."""
+
+MAXIMUM_OPTIONS = 1000
+"""Options that one client may send before it has to choose an export."""
+
+MAXIMUM_QUERIES = 100
+"""Meta contexts that one option may ask for."""
+
+ALLOCATION_CONTEXT = 1
+"""The id under which ``base:allocation`` is negotiated."""
+
+
+class Export(NamedTuple):
+    """A disk as the handshake tells of it: *size* in bytes, *flags* without DF."""
+
+    name: str
+    size: int
+    flags: int
+    description: str
+
+
+class Agreement(NamedTuple):
+    """What client and server agreed on; the default is what an old client gets.
+
+    Old clients count on replies in the order of their requests: *ordered*.
+    """
+
+    export: Optional[Export] = None
+    structured: bool = False
+    allocation: bool = False
+    ordered: bool = True
+
+
+class Exports(NamedTuple):
+    """Where a negotiation finds disks: *names* for LIST, *find* for all the rest.
+
+    *find* may raise `RequestError` for a disk that is there but cannot be had now.
+    Without *structured* clients are offered simple replies only.
+    """
+
+    names: Callable[[], Sequence[str]]
+    find: Callable[[str], Optional[Export]]
+    structured: bool = True
+
+
+def export_flags(*, readonly: bool, multi_conn: bool = True) -> int:
+    """The transmission flags of a disk that xnbd-server serves; *multi_conn*: its clients all see the same disk."""
+    flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_SEND_CACHE
+    if multi_conn:
+        flags |= c.FLAG_CAN_MULTI_CONN
+    if readonly:
+        return flags | c.FLAG_READ_ONLY
+    return flags | c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_FAST_ZERO
+
+
+class _Refused(Exception):
+    """An option gets the error reply *kind* with *message*; the negotiation goes on."""
+
+    def __init__(self, kind: int, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def pack_oldstyle(export: Export) -> bytes:
+    """The whole oldstyle handshake: it asks nothing of the client."""
+    header = struct.pack(">QQQI", c.NBDMAGIC, c.OLDSTYLE_MAGIC, export.size, export.flags)
+    return header + bytes(124)
+
+
+def pack_greeting() -> bytes:
+    return struct.pack(">QQH", c.NBDMAGIC, c.IHAVEOPT, c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES)
+
+
+def parse_option_header(header: bytes) -> Tuple[int, int]:
+    """Number and data length of an option.
+
+    Raises `ProtocolError` for a wrong magic and for data that no option needs.
+    """
+    magic, option, length = OPTION_HEADER.unpack(header)
+    if magic != c.IHAVEOPT:
+        raise ProtocolError("wrong option magic")
+    limit = c.MAXIMUM_STRING if option == c.OPT_EXPORT_NAME else MAXIMUM_OPTION_DATA
+    if length > limit:
+        raise ProtocolError(f"option {option} announces {length} bytes of data")
+    return option, length
+
+
+class ServerHandshake:
+    """One client's way to an `Agreement`.
+
+    ``agreement`` is None until an export was chosen; ``aborted`` tells that the
+    client has given up. The reply that `on_option` returns has to be sent in
+    either case. ``unknown`` is the first name for which there was no export.
+    """
+
+    def __init__(self, exports: Exports) -> None:
+        self.agreement: Optional[Agreement] = None
+        self.aborted = False
+        self.unknown: Optional[str] = None
+        self._exports = exports
+        self._structured = False
+        self._context_name: Optional[str] = None
+        self._no_zeroes = False
+        self._options = 0
+        self._handlers = {
+            c.OPT_ABORT: self._on_abort,
+            c.OPT_LIST: self._on_list,
+            c.OPT_INFO: self._on_info,
+            c.OPT_GO: self._on_go,
+        }
+        if exports.structured:
+            self._handlers[c.OPT_STRUCTURED_REPLY] = self._on_structured_reply
+            self._handlers[c.OPT_LIST_META_CONTEXT] = self._on_list_meta_context
+            self._handlers[c.OPT_SET_META_CONTEXT] = self._on_set_meta_context
+
+    def on_client_flags(self, flags: int) -> None:
+        """Raises `ProtocolError` for flags that the server does not know."""
+        if flags & ~(c.FLAG_C_FIXED_NEWSTYLE | c.FLAG_C_NO_ZEROES):
+            raise ProtocolError(f"unknown client flags {flags:#x}")
+        self._no_zeroes = bool(flags & c.FLAG_C_NO_ZEROES)
+
+    def on_option(self, option: int, data: bytes) -> bytes:
+        """The reply to one option; raises `ProtocolError` where there can be none."""
+        self._options += 1
+        if self._options > MAXIMUM_OPTIONS:
+            raise ProtocolError(f"more than {MAXIMUM_OPTIONS} options")
+        if option == c.OPT_EXPORT_NAME:
+            return self._on_export_name(data)
+        handler = self._handlers.get(option)
+        if handler is None:
+            return _pack_reply(option, c.REP_ERR_UNSUP, b"option not supported")
+        try:
+            return handler(option, data)
+        except _Refused as refusal:
+            return _pack_reply(option, refusal.kind, str(refusal).encode())
+
+    # One method an option
+
+    def _on_export_name(self, data: bytes) -> bytes:
+        name = _decode(data)
+        try:
+            export = self._exports.find(name)
+        except RequestError as error:
+            raise ProtocolError(f"export {name!r}: {error}") from error
+        if export is None:
+            raise ProtocolError(f"unknown export {name!r}")
+        self._agree(name, export)
+        return _EXPORT_TAIL.pack(export.size, self._flags(export)) + bytes(0 if self._no_zeroes else 124)
+
+    def _on_abort(self, option: int, data: bytes) -> bytes:
+        self.aborted = True
+        return _pack_reply(option, c.REP_ACK)
+
+    def _on_list(self, option: int, data: bytes) -> bytes:
+        """The names alone: some clients fail on a description behind one, which INFO_DESCRIPTION brings as well."""
+        _refuse_data(data)
+        servers = []
+        for name in self._exports.names():
+            encoded = _encode(name)
+            servers.append(_pack_reply(option, c.REP_SERVER, _U32.pack(len(encoded)) + encoded))
+        return b"".join(servers) + _pack_reply(option, c.REP_ACK)
+
+    def _on_info(self, option: int, data: bytes) -> bytes:
+        return self._describe(option, data)[2]
+
+    def _on_go(self, option: int, data: bytes) -> bytes:
+        name, export, reply = self._describe(option, data)
+        self._agree(name, export)
+        return reply
+
+    def _describe(self, option: int, data: bytes) -> Tuple[str, Export, bytes]:
+        """INFO and GO: the name asked for, its export, and the replies that tell of it."""
+        name, rest = _parse_string(data)
+        if len(rest) < 2 or len(rest) != 2 + 2 * _U16.unpack_from(rest)[0]:
+            raise _Refused(c.REP_ERR_INVALID, "number of information requests does not fit the data")
+        requests = [kind for (kind,) in _U16.iter_unpack(rest[2:])]
+        export = self._find(name)
+        details = {
+            c.INFO_NAME: _encode(export.name),
+            c.INFO_DESCRIPTION: _encode(export.description),
+            c.INFO_BLOCK_SIZE: struct.pack(">III", c.MINIMUM_BLOCK, c.PREFERRED_BLOCK, c.MAXIMUM_PAYLOAD),
+        }
+        infos = [_U16.pack(c.INFO_EXPORT) + _EXPORT_TAIL.pack(export.size, self._flags(export))]
+        infos += [_U16.pack(kind) + details[kind] for kind in sorted(set(requests)) if kind in details]
+        replies = [_pack_reply(option, c.REP_INFO, info) for info in infos]
+        return name, export, b"".join(replies) + _pack_reply(option, c.REP_ACK)
+
+    def _on_structured_reply(self, option: int, data: bytes) -> bytes:
+        _refuse_data(data)
+        self._structured = True
+        return _pack_reply(option, c.REP_ACK)
+
+    def _on_list_meta_context(self, option: int, data: bytes) -> bytes:
+        return self._select_contexts(option, data)[1]
+
+    def _on_set_meta_context(self, option: int, data: bytes) -> bytes:
+        self._context_name = None
+        self._context_name, reply = self._select_contexts(option, data)
+        return reply
+
+    def _select_contexts(self, option: int, data: bytes) -> Tuple[Optional[str], bytes]:
+        """The export's name if ``base:allocation`` is asked for, and the replies."""
+        if not self._structured:
+            raise _Refused(c.REP_ERR_INVALID, "structured replies have to be negotiated first")
+        name, rest = _parse_string(data)
+        queries = _parse_queries(rest)
+        self._find(name)
+        wanted = [c.BASE_ALLOCATION]
+        if option == c.OPT_LIST_META_CONTEXT:
+            wanted.append("base:")
+        chosen = any(query in wanted for query in queries)
+        if option == c.OPT_LIST_META_CONTEXT and not queries:
+            chosen = True
+        reply = b""
+        if chosen:
+            context = _U32.pack(ALLOCATION_CONTEXT) + c.BASE_ALLOCATION.encode()
+            reply = _pack_reply(option, c.REP_META_CONTEXT, context)
+        return name if chosen else None, reply + _pack_reply(option, c.REP_ACK)
+
+    # What they share
+
+    def _find(self, name: str) -> Export:
+        try:
+            export = self._exports.find(name)
+        except RequestError as error:
+            raise _Refused(c.REP_ERR_UNKNOWN, str(error)) from error
+        if export is None:
+            self.unknown = name if self.unknown is None else self.unknown
+            raise _Refused(c.REP_ERR_UNKNOWN, "no such export")
+        return export
+
+    def _flags(self, export: Export) -> int:
+        return export.flags | c.FLAG_SEND_DF if self._structured else export.flags
+
+    def _agree(self, name: str, export: Export) -> None:
+        self.agreement = Agreement(export, self._structured, self._context_name == name, ordered=False)
+
+
+def _pack_reply(option: int, kind: int, data: bytes = b"") -> bytes:
+    return _OPTION_REPLY.pack(c.OPTION_REPLY_MAGIC, option, kind, len(data)) + data
+
+
+def _refuse_data(data: bytes) -> None:
+    if data:
+        raise _Refused(c.REP_ERR_INVALID, "this option takes no data")
+
+
+def _decode(raw: bytes) -> str:
+    """Names are UTF-8; one that is not stands for the file name of the same bytes."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _parse_string(data: bytes) -> Tuple[str, bytes]:
+    """A string with its 32-bit length in front, and what follows it."""
+    if len(data) < 4:
+        raise _Refused(c.REP_ERR_INVALID, "data too short")
+    (length,) = _U32.unpack_from(data)
+    if length > len(data) - 4:
+        raise _Refused(c.REP_ERR_INVALID, "a string is longer than the data")
+    if length > c.MAXIMUM_STRING:
+        raise _Refused(c.REP_ERR_TOO_BIG, f"a string is longer than {c.MAXIMUM_STRING} bytes")
+    return _decode(data[4 : 4 + length]), data[4 + length :]
+
+
+def _parse_queries(data: bytes) -> List[str]:
+    if len(data) < 4:
+        raise _Refused(c.REP_ERR_INVALID, "data too short")
+    (count,), rest = _U32.unpack_from(data), data[4:]
+    if count > len(rest) // 4:
+        raise _Refused(c.REP_ERR_INVALID, "number of queries does not fit the data")
+    if count > MAXIMUM_QUERIES:
+        raise _Refused(c.REP_ERR_TOO_BIG, f"more than {MAXIMUM_QUERIES} queries")
+    queries: List[str] = []
+    while rest and len(queries) < count:
+        query, rest = _parse_string(rest)
+        queries.append(query)
+    if rest or len(queries) != count:
+        raise _Refused(c.REP_ERR_INVALID, "number of queries does not fit the data")
+    return queries

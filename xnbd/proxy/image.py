@@ -1,0 +1,382 @@
+"""A disk that lives elsewhere: read from its origin once, kept here, written here only.
+
+What is local lies in the cache image, which is a disk image like any other
+(`storage.target`); the bitmap tells which blocks those are. A request that needs
+others raises `NotLocal` with a ticket of the `Fetcher`, and is done again when they
+are here. What is written, trimmed or zeroed counts as local.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+
+from ..origin.address import OriginAddress
+from ..scoreboard.scoreboard import MISSES, TARGET, Counts, Scoreboard
+from ..storage import image_use
+from ..storage.blocks import BLOCK_SHIFT, block_count, block_start, block_stop, covered, touched
+from ..storage.image import FETCH_STEP, Buffer, Extent, Image, NotLocal, Source, Ticket
+from ..storage.passage import Parcel
+from ..storage.target import TargetImage, reopen
+from ..storage.writeback import WriteBack
+from .fetcher import Fetcher, Patience, Whereabouts
+from .readahead import Readahead
+from .state.checkpoint import ProcessState
+from .state.format import Steering
+from .state.opening import SharedState
+
+DEFAULT_READAHEAD = 8 << 20
+
+_STEP = 1 << 14
+"""Blocks that are zeroed under one lock."""
+
+_SHORT = 32 << 10
+
+
+class ProxyImage(Image):
+    """The disk for one process, which owns *cache* and *state* from now on."""
+
+    def __init__(
+        self,
+        cache: TargetImage,
+        state: ProcessState,
+        whereabouts: Whereabouts,
+        patience: Patience,
+        *,
+        readonly: bool,
+        readahead: int = DEFAULT_READAHEAD,
+    ) -> None:
+        self.size = cache.size
+        self.readonly = readonly
+        self._scoreboard = whereabouts.scoreboard
+        self._counts: List[int] = [0] * len(Counts())
+        self.fetcher = Fetcher(cache, state, whereabouts, patience)
+        self.background = self.fetcher
+        self._cache = cache
+        self._state = state
+        self.bitmap = state.bitmap
+        self._octets = state.bitmap.octets
+        self._readahead = Readahead(block_count(self.size), readahead >> BLOCK_SHIFT)
+        self._marks = self._readahead.marks
+        self._parcels: Optional[List[Parcel]] = None
+        self.readable: Callable[[], int] = self._readable
+        self._readable()
+
+    def _readable(self) -> int:
+        length = self._cache.readable()
+        assert self._cache.flat is not None
+        self._view = self._cache.flat
+        self.flat = self._view if self._scoreboard.mode else None  # nothing is missing: no need to look at the bitmap
+        return length
+
+    def count_in(self, counts: List[int]) -> None:
+        self._counts = self.fetcher.counts = counts
+
+    # A byte of the bitmap speaks for 32 KiB (1 << 15). Most requests lie within one.
+
+    def read(self, offset: int, length: int) -> List[memoryview]:
+        stop = offset + length
+        byte = offset >> 15
+        if byte in self._marks:
+            self._bring_ahead(self._readahead.on_marked(byte, stop >> BLOCK_SHIFT))
+        if self._octets[byte] == 0xFF and (stop - 1) >> 15 == byte:
+            return [self._view[offset:stop]]
+        if length:
+            self._demand(*touched(offset, length))
+            if self._parcels:
+                return self._pieces(offset, length)
+        return [self._view[offset:stop]]
+
+    def read_fresh(self, offset: int, length: int) -> List[memoryview]:
+        """A copy, if it is short: cheaper than a page fault."""
+        if length > _SHORT:
+            return self.read(offset, length)
+        first, end = touched(offset, length)
+        if not (self._octets[first >> 3] >> (first & 7) & 1 if end - first == 1 else self.bitmap.all_set(first, end)):
+            return self.read(offset, length)
+        data = os.pread(self._cache.fd, length, offset)
+        return [memoryview(data)] if len(data) == length else self.read(offset, length)
+
+    def _bring_ahead(self, blocks: Optional[Tuple[int, int]]) -> None:
+        if blocks is not None:
+            self.fetcher.bring_ahead(*blocks)
+
+    def _demand(self, first: int, end: int) -> None:
+        """Raises `NotLocal` unless these blocks are all here; then they are on their way."""
+        ticket: Optional[Ticket]
+        if end - first == 1:
+            if self._octets[first >> 3] >> (first & 7) & 1 or self._is_in_hand(first, end):
+                return
+            ticket = self.fetcher.need_block(first)
+        elif self.bitmap.all_set(first, end) or self._is_in_hand(first, end):
+            return
+        else:
+            ticket = self.fetcher.need(first, end)
+        self._bring_ahead(self._readahead.on_read(first, end))
+        if ticket is not None:
+            self._counts[MISSES] += 1
+            raise NotLocal(ticket)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        length = len(data)
+        byte = offset >> 15
+        if not length:
+            return
+        if self._octets[byte] == 0xFF and (offset + length - 1) >> 15 == byte:
+            self._cache.write(offset, data)
+            return
+        first, end = touched(offset, length)
+        if self.bitmap.all_set(first, end):
+            self._cache.write(offset, data)
+            return
+        self._demand_edges(offset, length)
+        self._borrow(first, end)
+        try:
+            self._cache.write(offset, data)
+            self.fetcher.mark_local(first, end)
+        finally:
+            self.fetcher.give_back(first, end)
+
+    def _demand_edges(self, offset: int, length: int) -> None:
+        """Raises `NotLocal` unless the blocks that the range covers in part only are local."""
+        first, end = touched(offset, length)
+        inner, inner_end = covered(offset, length, self.size)
+        if inner > first:
+            self._demand_block(first)
+        if inner_end < end and end - 1 >= inner:
+            self._demand_block(end - 1)
+
+    def _demand_block(self, block: int) -> None:
+        if self._is_in_hand(block, block + 1):
+            self._keep(block)
+        if block not in self.bitmap:
+            ticket = self.fetcher.need(block, block + 1)
+            if ticket is not None:
+                raise NotLocal(ticket)
+
+    def _borrow(self, first: int, end: int) -> None:
+        if not self.fetcher.borrow(first, end):
+            raise NotLocal(self.fetcher.next_turn(first, end))
+
+    # What has come and could not be kept
+
+    def take(self, parcels: Optional[List[Parcel]]) -> None:
+        self._parcels = parcels
+
+    def _is_in_hand(self, first: int, end: int) -> bool:
+        """Whether there are parcels with all of these blocks that are not local."""
+        parcels = self._parcels
+        if not parcels:
+            return False
+        for run_first, run_end, local in self.bitmap.runs(first, end):
+            while not local and run_first < run_end:
+                parcel = next((parcel for parcel in parcels if parcel.first <= run_first < parcel.end), None)
+                if parcel is None:
+                    return False
+                run_first = parcel.end
+        return True
+
+    def _pieces(self, offset: int, length: int) -> List[memoryview]:
+        """What `read` returns where not all is local, but in hand."""
+        pieces: List[memoryview] = []
+        for at, count, local in self.bitmap.parts(offset, length):
+            pieces += [self._view[at : at + count]] if local else self._unpack(at, count)
+        return pieces
+
+    def _unpack(self, offset: int, length: int) -> Iterator[memoryview]:
+        stop = offset + length
+        while offset < stop:
+            block = offset >> BLOCK_SHIFT
+            parcel = next(parcel for parcel in self._parcels or () if parcel.first <= block < parcel.end)
+            start = block_start(parcel.first)
+            piece = memoryview(parcel)[offset - start : stop - start]
+            yield piece
+            offset += len(piece)
+
+    def _keep(self, block: int) -> None:
+        """Bring a *block* that is in hand into the cache, because part of it is to be written; it may find no room."""
+        self._borrow(block, block + 1)
+        try:
+            if block not in self.bitmap:
+                at = block_start(block)
+                self._cache.write(at, b"".join(self._unpack(at, block_stop(block, self.size) - at)))
+                self.fetcher.mark_local(block, block + 1)
+        finally:
+            self.fetcher.give_back(block, block + 1)
+
+    def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
+        if fast and covered(offset, length, self.size) != touched(offset, length):
+            raise OSError(errno.EOPNOTSUPP, "parts of blocks have to be written")
+        self._zero(offset, length, may_trim, fast)
+
+    def trim(self, offset: int, length: int) -> None:
+        try:
+            self._zero(offset, length, may_trim=True, fast=True)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+
+    def _zero(self, offset: int, length: int, may_trim: bool, fast: bool) -> None:
+        """Parts of blocks at either end are written, whole blocks zeroed; what was done is done again after a wait."""
+        first, end = covered(offset, length, self.size)
+        stop = offset + length
+        if first >= end:
+            self.write(offset, bytes(length))
+            return
+        head, tail = block_start(first), block_stop(end - 1, self.size)
+        self.write(offset, bytes(head - offset))
+        self.write(tail, bytes(stop - tail))
+        for run_first, run_end, local in list(self.bitmap.runs(first, end)):
+            if local:
+                at = block_start(run_first)
+                self._cache.write_zeroes(at, block_stop(run_end - 1, self.size) - at, may_trim=may_trim, fast=fast)
+                continue
+            for step in range(run_first, run_end, _STEP):
+                self._zero_blocks(step, min(step + _STEP, run_end), may_trim, fast)
+
+    def _zero_blocks(self, first: int, end: int, may_trim: bool, fast: bool) -> None:
+        self._borrow(first, end)
+        try:
+            at = block_start(first)
+            self._cache.write_zeroes(at, block_stop(end - 1, self.size) - at, may_trim=may_trim, fast=fast)
+            self.fetcher.mark_local(first, end)
+        finally:
+            self.fetcher.give_back(first, end)
+
+    def flush(self) -> None:
+        self._state.checkpoint(self._cache.fd, self.on_wait)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        self._cache.prefetch(offset, length)
+
+    def fetch(self, offset: int, length: int) -> None:
+        first, end = touched(offset, length)
+        step = FETCH_STEP >> BLOCK_SHIFT
+        while first < end:
+            stop = min(first + step, end)
+            self._demand(first, stop)
+            if self._parcels and not self.bitmap.all_set(first, stop):
+                raise OSError(errno.ENOSPC, "there is no room to keep what was fetched")
+            first = stop
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """What is not here counts as data: only the origin knows better."""
+        for at, count, local in self.bitmap.parts(offset, length):
+            if local:
+                yield from self._cache.extents(at, count)
+            else:
+                yield Extent(count, hole=False)
+
+    def data_until(self, offset: int) -> int:
+        first = offset >> BLOCK_SHIFT
+        _, end, local = next(self.bitmap.runs(first, block_count(self.size)))
+        stop = min(block_start(end), self.size)
+        return min(self._cache.data_until(offset), stop) if local else stop
+
+    def close(self) -> None:
+        self.fetcher.close()
+        self._cache.close()
+        self._state.close()
+
+
+class ProxySource(Source):
+    """The cache image behind *cache_fd* with its bitmap, before a disk that lives elsewhere.
+
+    ``witness`` is a second description of the image, as old, which every process syncs
+    once; *cache_fd* is the master's, to hear at its end what they have died of.
+    """
+
+    mode = "proxy"
+
+    def __init__(self, cache_fd: int, state: SharedState, settings: ProxySettings) -> None:
+        self._cache_fd = cache_fd
+        self.witness = reopen(cache_fd, readonly=False)
+        self._state = state
+        self._settings = settings
+        self._is_disk = False
+        self.address = settings.address
+        self.patience = settings.patience
+        self.path = settings.path
+        self.name = os.path.basename(settings.path)
+        self.size = settings.size
+        self.readonly = settings.readonly
+        self.description = self.describe(state.steering.address or str(settings.address))
+
+    def describe(self, address: str) -> str:
+        """The disk while its origin is at *address*."""
+        return f"proxy of {address}, cached in {self.name}"
+
+    def open(self, scoreboard: Scoreboard) -> Image:
+        if scoreboard.mode == TARGET:
+            self.follow_switch(scoreboard)
+            fd, sync = reopen(self._cache_fd, readonly=False), self.write_back(scoreboard).sync
+            return TargetImage(fd, self.size, readonly=self.readonly, sync=sync)
+        return self.open_proxy(scoreboard)
+
+    def open_proxy(self, scoreboard: Scoreboard) -> ProxyImage:
+        """The disk as long as it is a proxy."""
+        settings = self._settings
+        cache = TargetImage(reopen(self._cache_fd, readonly=False), self.size, readonly=False)
+        state = self.open_state()
+        state.write_back.witness = self.witness
+        return ProxyImage(
+            cache,
+            state,
+            Whereabouts(scoreboard, settings.address),
+            settings.patience,
+            readonly=settings.readonly,
+            readahead=settings.readahead,
+        )
+
+    def is_whole(self, scoreboard: Scoreboard) -> bool:
+        return scoreboard.mode == TARGET
+
+    def allocated(self) -> int:
+        return os.fstat(self._cache_fd).st_blocks * 512
+
+    def scoreboard_fd(self, processes: int) -> int:
+        return self._state.scoreboard_fd
+
+    def open_state(self) -> ProcessState:
+        """The bitmap for a process that serves nobody. Called after the fork; raises `OSError`."""
+        return self._state.open_process()
+
+    def write_back(self, scoreboard: Scoreboard) -> WriteBack:
+        return WriteBack(self._state.failures, self._cache_fd, self.witness)
+
+    @property
+    def steering(self) -> Steering:
+        """With what servers of another day would begin. Raises `OSError`."""
+        return self._state.steering
+
+    def steer(self, steering: Steering) -> None:
+        """Have servers of another day begin with *steering*; raises like `SharedState.steer`."""
+        self._state.steer(steering)
+
+    def follow_switch(self, scoreboard: Scoreboard) -> None:
+        """Once the server is a plain target, have other servers know: for any of its processes, at any time."""
+        if not self._is_disk and scoreboard.mode == TARGET:
+            image_use.turn_into_disk(self._cache_fd)
+            self._is_disk = True
+
+    def flush(self, scoreboard: Scoreboard) -> None:
+        """Called when the workers are gone: everything is durable, and marked so unless others use the files."""
+        self.follow_switch(scoreboard)
+        self._state.mark_clean(self._cache_fd)
+
+    def close(self) -> None:
+        os.close(self._cache_fd)
+        os.close(self.witness)
+        self._state.close()
+
+
+class ProxySettings(NamedTuple):
+    """What does not change while the server runs; *size* and *readahead* in bytes."""
+
+    path: str
+    size: int
+    readonly: bool
+    address: OriginAddress
+    patience: Patience
+    readahead: int

@@ -1,0 +1,163 @@
+"""The bitmap of a cache in one process, and how its bits become durable.
+
+Whoever sets bits marks their pages dirty **before** the bits, and holds the locks of
+their bytes from before the mark until after the bits. A checkpoint, one at a time:
+
+1. claims the dirty pages: notes them as claimed, then takes the mark away;
+2. looks which of them are locked by others, then copies all of them;
+3. syncs the cache image: the data of all bits in the copies;
+4. writes the copies to the durable copy of the bitmap, and syncs that;
+5. lets go of the claimed pages that were not locked in step 2.
+
+So a bit that anyone can see is in the durable copy, or the next checkpoint finds its
+page: if step 1 took a mark whose bit is still to come, the lock shows it in step 2,
+and a lock that is gone by then has left the bit for the copy. That holds when the
+process in question dies at any point, because the lock goes with it. A mark after
+the bit would not do: another process may see the bit, write to the block and have it
+flushed before the mark is there, or the mark may never come.
+
+A process does not see its own locks: it must not begin a checkpoint in the middle of
+setting bits, from a thread or a signal handler.
+
+A checkpoint that dies leaves its pages claimed: the next one takes them too. So does one
+that fails for another reason than a write-back; after that there is none any more.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import mmap
+import os
+import re
+from typing import Callable, List
+
+from ...storage import space
+from ...storage.bitmap import Bitmap
+from ...system.file_locks import RangeLocks, do_nothing
+from .files import write_back
+from .format import BEGUN, CHECKPOINT, NUMBER, PAGE, PAGE_SHIFT, SUCCEEDED, Layout
+
+_PAGES_AT_ONCE = 4096
+_MARKS = re.compile(rb"[^\x00]+")
+_MARK = re.compile(rb"[^\x00]")
+
+
+class MarkingBitmap(Bitmap):
+    """A bitmap that marks the pages it changes, in *marks* from offset *dirty* on."""
+
+    def __init__(self, fd: int, blocks: int, marks: mmap.mmap, dirty: int) -> None:
+        super().__init__(fd, blocks)
+        self._marks = marks
+        self._dirty = dirty
+
+    def set(self, first: int, end: int) -> None:
+        """Set the bits of these blocks, one at least. The caller holds the lock of their bytes."""
+        start = self._dirty + (first >> PAGE_SHIFT)
+        last = self._dirty + ((end - 1) >> PAGE_SHIFT)
+        if start == last:
+            self._marks[start] = 1
+        else:
+            self._marks[start : last + 1] = b"\x01" * (last + 1 - start)
+        Bitmap.set(self, first, end)
+
+
+class ProcessState:
+    """The bitmap for this process, which owns both descriptors from now on.
+
+    ``fd`` is the live bitmap: locks on its bytes have to be taken through it.
+    """
+
+    def __init__(self, bitmap_fd: int, state_fd: int, layout: Layout) -> None:
+        self.fd = bitmap_fd
+        self._state_fd = state_fd
+        self._layout = layout
+        self._head = mmap.mmap(state_fd, layout.durable)
+        self.bitmap = MarkingBitmap(bitmap_fd, layout.blocks, self._head, layout.dirty)
+        self._fills = RangeLocks(bitmap_fd)
+        self._locks = RangeLocks(state_fd)
+        self.write_back = write_back(state_fd)
+
+    @property
+    def changed(self) -> bool:
+        """Whether there may be bits that are not yet in the durable copy."""
+        return _MARK.search(self._head, self._layout.dirty, self._layout.durable) is not None
+
+    def dirty_pages(self) -> int:
+        """Pages of the bitmap that the next checkpoint has to save; each speaks for 128 MiB."""
+        head, layout = self._head, self._layout
+        return len(_MARK.findall(head[layout.dirty : layout.durable]))
+
+    def checkpoint(self, cache_fd: int, on_wait: Callable[[], None] = do_nothing, timeout: float = math.inf) -> None:
+        """Return when all that was in the cache image before the call is durable, data and bits.
+
+        *cache_fd* is this process's own descriptor of the image. Waits, with *on_wait*
+        before every pause, for the checkpoint of another process, which waits for
+        nobody, *timeout* seconds; one that has begun after this call serves both. Raises
+        `WriteBackFailed` if any write-back of the disk has ever failed; after another
+        `OSError` nothing is lost, and the next call tries the same again.
+        """
+        self.write_back.check()
+        begun = self._number(BEGUN)
+        self._locks.acquire(CHECKPOINT, 1, on_wait, timeout)
+        try:
+            if self._number(SUCCEEDED) <= begun:
+                self._make_durable(cache_fd)
+        finally:
+            self._locks.release(CHECKPOINT, 1)
+        self.write_back.check()
+
+    def sync_live(self) -> None:
+        """Have the kernel write the live bitmap, and hear whether it can: a page it could not would come back old."""
+        self.write_back.sync(self.fd)
+
+    def abandon_checkpoint(self) -> None:
+        """A process that was forked from this one has died in a checkpoint: its lock is this one's too, and left."""
+        self._locks.release(CHECKPOINT, 1)
+
+    def _make_durable(self, cache_fd: int) -> None:
+        number = self._number(BEGUN) + 1
+        # By system call: whoever still reads the old number has set its marks where the claim sees them.
+        os.pwrite(self._state_fd, NUMBER.pack(number), BEGUN)
+        pages = self._claim()
+        if not pages:
+            self._sync_cache(cache_fd)
+        for at in range(0, len(pages), _PAGES_AT_ONCE):
+            self._save(pages[at : at + _PAGES_AT_ONCE], cache_fd)
+        os.pwrite(self._state_fd, NUMBER.pack(number), SUCCEEDED)
+
+    def _claim(self) -> List[int]:
+        """The pages this checkpoint has to save: the dirty ones, and those an earlier one has not let go."""
+        head, layout = self._head, self._layout
+        shift = layout.claimed - layout.dirty
+        for marks in list(_MARKS.finditer(head, layout.dirty, layout.claimed)):
+            start, stop = marks.span()
+            head[start + shift : stop + shift] = b"\x01" * (stop - start)
+            head[start:stop] = bytes(stop - start)
+        return [mark.start() - layout.claimed for mark in _MARK.finditer(head, layout.claimed, layout.durable)]
+
+    def _save(self, pages: List[int], cache_fd: int) -> None:
+        live, head, layout = self.bitmap.octets, self._head, self._layout
+        free = [page for page in pages if not self._fills.held_elsewhere(page * PAGE, PAGE)]
+        copies = [live[page * PAGE : (page + 1) * PAGE] for page in pages]
+        self._sync_cache(cache_fd)
+        for page, copy in zip(pages, copies):
+            space.write_all(self._state_fd, memoryview(copy), layout.durable + page * PAGE)
+        self.write_back.sync(self._state_fd)
+        for page in free:
+            head[layout.claimed + page] = 0
+
+    def _sync_cache(self, cache_fd: int) -> None:
+        """Raises `OSError`, also (EIO) if the cache image is too short: what was there is lost."""
+        self.write_back.sync(cache_fd)
+        if os.lseek(cache_fd, 0, os.SEEK_END) < self._layout.disk_size:
+            raise OSError(errno.EIO, "the cache image has shrunk")
+
+    def _number(self, offset: int) -> int:
+        return int(NUMBER.unpack_from(self._head, offset)[0])
+
+    def close(self) -> None:
+        self.bitmap.octets.close()
+        self._head.close()
+        os.close(self.fd)
+        os.close(self._state_fd)

@@ -1,0 +1,213 @@
+"""The file ``CACHE_BITMAP_IMAGE.state``: where in it lies what, and its header in bytes.
+
+======================  ==========================================================
+offset                  content
+======================  ==========================================================
+0                       header, 512 bytes: one sector, so that no power failure can
+                        leave half of one
+2048, 2056              numbers of the checkpoint begun last and of the last one
+                        that succeeded, 8 bytes each, of the machine's own endianness
+2064                    the first write-back that failed, 16 bytes: `writeback.Record`
+2304                    the session that the cache image is known to bear, 8 bytes
+2560                    what was changed while servers ran: `Steering`
+4096                    dirty map: one byte for every page of the live bitmap
+then, at a page's start  map of the pages in the hands of a checkpoint, likewise
+then, at a page's start  durable copy of the bitmap; the file ends with it
+======================  ==========================================================
+
+A page has 4,096 bytes, whatever the machine thinks. Numbers and maps mean something
+while one system runs, the rest for good. Any byte but 0 is a mark.
+
+The header, little-endian: magic (8 bytes), version, block size, flags (4 bytes each;
+flag 1: closed cleanly, 2: the cache image bears its mark), disk size (8), boot id (16;
+zeros: the bitmap is yet to be made), length of the origin's identity (4), that identity
+(256); from version 2 on what is known of the cache image (`belonging.Tie`): id (16),
+session and previous session, its number, size and time of change, the mounts of cache
+and state file (8 each), CRC-32 of the bitmap (4); in the end CRC-32 of all that precedes
+(4).
+
+Locks on bytes of this file (`system.file_locks`): `OPENING` by whoever opens, creates or
+closes the files, `CHECKPOINT` during a checkpoint, for a moment `FAILURE` by who logs a
+failure, and by every process that may set
+bits one byte picked at random from `USERS`: who can lock all of those is alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from typing import Callable, Dict, NamedTuple, Optional
+
+from ...storage.bitmap import bitmap_size
+from ...storage.blocks import BLOCK, block_count
+from .belonging import NO_TIE, Tie
+
+PAGE = 4096
+PAGE_SHIFT = 15
+"""A page of the bitmap speaks for 2 to this power blocks."""
+
+OPENING = 0
+CHECKPOINT = 1
+USERS = 1 << 32
+USERS_COUNT = 1 << 60
+
+BEGUN = 2048
+SUCCEEDED = 2056
+FAILURE = 2064
+NUMBER = struct.Struct("Q")
+SHOWN = 2304
+STEERING = 2560
+STEERING_SIZE = PAGE - STEERING
+
+MAGIC = b"xNBD\r\n\x1as"
+VERSION = 2
+HEADER_SIZE = 512
+NO_BOOT = bytes(16)
+
+_CLEAN, _MARKED = 1, 2
+_PREFIX = struct.Struct("<8sI")
+_HEADER = struct.Struct("<8sIIIQ16sI256s")
+_TIE = struct.Struct("<16s8s8sQQqQQI")
+_CHECKSUM = struct.Struct("<I")
+_ORIGIN_SIZE = 256
+
+
+class Layout(NamedTuple):
+    """Offsets in the state file of a disk of ``disk_size`` bytes; ``size`` is the file's."""
+
+    disk_size: int
+    blocks: int
+    bitmap_size: int
+    dirty: int
+    claimed: int
+    durable: int
+    size: int
+
+
+def layout_of(disk_size: int) -> Layout:
+    blocks = block_count(disk_size)
+    length = bitmap_size(blocks)
+    map_size = _whole_pages(-(-length // PAGE))
+    durable = PAGE + 2 * map_size
+    return Layout(disk_size, blocks, length, PAGE, PAGE + map_size, durable, durable + length)
+
+
+def _whole_pages(length: int) -> int:
+    return -(-length // PAGE) * PAGE
+
+
+class Header(NamedTuple):
+    """What does not change with every block; *origin* as `identity` makes it, *tie* to the cache image."""
+
+    disk_size: int
+    origin: bytes
+    boot_id: bytes
+    clean: bool
+    block_size: int = BLOCK
+    tie: Tie = NO_TIE
+
+
+_STEERING = struct.Struct("<III")
+_STEERING_CHECKED = struct.Struct("<II")
+
+
+class Steering(NamedTuple):
+    """Whether the proxy was *switched* to a plain target, and where its origin has moved; empty: nowhere.
+
+    Little-endian: CRC-32 of all that follows, switched (0 or 1), length of the
+    address (4 bytes each), address. Anything else there means that nothing was changed.
+    """
+
+    switched: bool = False
+    address: str = ""
+
+
+LONGEST_ADDRESS = STEERING_SIZE - _STEERING.size
+
+
+def pack_steering(steering: Steering) -> bytes:
+    """Raises `ValueError` if the address is longer than `LONGEST_ADDRESS` bytes."""
+    address = steering.address.encode("utf-8", "surrogateescape")
+    if len(address) > LONGEST_ADDRESS:
+        raise ValueError(f"the address has more than {LONGEST_ADDRESS} bytes")
+    checked = _STEERING_CHECKED.pack(steering.switched, len(address)) + address
+    return _CHECKSUM.pack(zlib.crc32(checked)) + checked
+
+
+def parse_steering(data: bytes) -> Steering:
+    if len(data) < _STEERING.size:
+        return Steering()
+    checksum, switched, length = _STEERING.unpack_from(data)
+    end = _STEERING.size + min(length, LONGEST_ADDRESS)
+    if zlib.crc32(data[_CHECKSUM.size : end]) != checksum:
+        return Steering()
+    return Steering(bool(switched), data[_STEERING.size : end].decode("utf-8", "surrogateescape"))
+
+
+class BadHeader(Exception):
+    """These bytes are no header that this program can read; the message says why."""
+
+
+def identity(origin: str) -> bytes:
+    """The origin's identity in the header's space: itself, or if it is long its beginning and its hash."""
+    text = origin.encode("utf-8", "surrogateescape")
+    if len(text) <= _ORIGIN_SIZE:
+        return text
+    return text[:160] + b" sha256:" + hashlib.sha256(text).hexdigest().encode()
+
+
+def readable(origin: bytes) -> str:
+    """An origin's identity for a message: one line, whatever it contains."""
+    return repr(origin.decode("utf-8", "backslashreplace"))
+
+
+def pack_header(header: Header) -> bytes:
+    """The header in the current version, padded to its whole sector."""
+    packed = _HEADER.pack(
+        MAGIC,
+        VERSION,
+        header.block_size,
+        _CLEAN * header.clean | _MARKED * header.tie.marked,
+        header.disk_size,
+        header.boot_id,
+        len(header.origin),
+        header.origin,
+    )
+    id_, session, previous, _, *numbers = header.tie
+    packed += _TIE.pack(id_, session, previous, *numbers)
+    return (packed + _CHECKSUM.pack(zlib.crc32(packed))).ljust(HEADER_SIZE, b"\0")
+
+
+def parse_header(data: bytes) -> Header:
+    """The header of any version there has been. Raises `BadHeader`."""
+    if len(data) != HEADER_SIZE or not data.startswith(MAGIC):
+        raise BadHeader("is not the state file of a cache bitmap")
+    version = _PREFIX.unpack_from(data)[1]
+    parse: Optional[Callable[[bytes], Header]] = _PARSERS.get(version)
+    if parse is None:
+        raise BadHeader(f"has version {version}, which this program does not know")
+    return parse(data)
+
+
+def _parse_version_1(data: bytes) -> Header:
+    return _parse(data, _HEADER.size)
+
+
+def _parse_version_2(data: bytes) -> Header:
+    header = _parse(data, _HEADER.size + _TIE.size)
+    flags = _HEADER.unpack_from(data)[3]
+    id_, session, previous, *numbers = _TIE.unpack_from(data, _HEADER.size)
+    return header._replace(tie=Tie(id_, session, previous, bool(flags & _MARKED), *numbers))
+
+
+def _parse(data: bytes, size: int) -> Header:
+    """What all versions begin with; *size* bytes are followed by their checksum."""
+    if _CHECKSUM.unpack_from(data, size)[0] != zlib.crc32(data[:size]):
+        raise BadHeader("is damaged: its checksum is wrong")
+    _, _, block_size, flags, disk_size, boot_id, length, origin = _HEADER.unpack_from(data)
+    return Header(disk_size, origin[:length], boot_id, bool(flags & _CLEAN), block_size)
+
+
+_PARSERS: Dict[int, Callable[[bytes], Header]] = {1: _parse_version_1, 2: _parse_version_2}
+"""One for every version ever released: files of all of them stay readable."""

@@ -1,0 +1,1 @@
+"""One client: from its handshake to its last reply."""

@@ -1,0 +1,241 @@
+"""What each command does to a disk, and how it is answered.
+
+A command raises `NotLocal` before it has answered anything, and is done once more
+then; so nothing here may count on being called once. Nothing is sent from here: an
+answer is a list of pieces (`server.session.replies`), and whoever calls says where it goes.
+WRITE has a module of its own, because its payload has (`server.session.writes`).
+"""
+
+from __future__ import annotations
+
+import errno
+from logging import WARNING
+from typing import List
+
+from ...errors import ProtocolError, RequestError
+from ...logs import Seldom, log
+from ...protocol import constants as c
+from ...protocol import transmission as wire
+from ...protocol.reply_format import ReplyFormat
+from ...protocol.server_handshake import ALLOCATION_CONTEXT, Agreement
+from ...scoreboard.scoreboard import BYTES_READ
+from ...text import one_line
+from ..disk import Disk
+from .holes import HOLE_MINIMUM, Holes
+from .page_prefetch import PagePrefetch
+from .parking import Where
+from .replies import Piece
+
+MAXIMUM_REQUEST = 256 << 20
+"""Reads and writes above this are refused: no client sends them but by mistake."""
+
+MAY_TAKE_LONG = frozenset((c.CMD_FLUSH, c.CMD_TRIM, c.CMD_WRITE_ZEROES, c.CMD_BLOCK_STATUS))
+"""Replies to what came before these should not wait for them."""
+
+_MAXIMUM_EXTENTS = 1 << 14
+
+_KNOWN_FLAGS = {
+    c.CMD_READ: c.CMD_FLAG_DF,
+    c.CMD_WRITE: 0,
+    c.CMD_DISC: 0,
+    c.CMD_FLUSH: 0,
+    c.CMD_TRIM: 0,
+    c.CMD_CACHE: 0,
+    c.CMD_WRITE_ZEROES: c.CMD_FLAG_NO_HOLE | c.CMD_FLAG_FAST_ZERO,
+    c.CMD_BLOCK_STATUS: c.CMD_FLAG_REQ_ONE,
+}
+"""Flags by command; FUA is one of all of them, though it says something to writers only."""
+
+_MODIFYING = (c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES)
+_ENOSPC_BEYOND_END = (c.CMD_WRITE, c.CMD_WRITE_ZEROES)
+
+
+_NAMES = {
+    c.CMD_READ: "READ",
+    c.CMD_WRITE: "WRITE",
+    c.CMD_FLUSH: "FLUSH",
+    c.CMD_TRIM: "TRIM",
+    c.CMD_CACHE: "CACHE",
+    c.CMD_WRITE_ZEROES: "WRITE_ZEROES",
+    c.CMD_BLOCK_STATUS: "BLOCK_STATUS",
+}
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether *error* tells of this computer, or an origin, and not of a request that nobody could serve."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, RequestError):
+        return number == errno.EIO
+    return number != errno.EOPNOTSUPP
+
+
+def _described(error: Exception) -> str:
+    """``No space left on device (ENOSPC)``."""
+    number = getattr(error, "errno", None) or errno.EIO
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return f"{text} ({errno.errorcode.get(number, number)})"
+
+
+class Commands:
+    """The commands of the client *peer* over *disk*, as agreed in the handshake; *replies* is the format of theirs."""
+
+    def __init__(self, disk: Disk, agreement: Agreement, replies: ReplyFormat, peer: str) -> None:
+        self._disk = disk
+        self._counts = disk.place.counts
+        self._format = replies
+        self._allocation = agreement.allocation
+        self._peer = peer
+        self._export = agreement.export.name if agreement.export is not None else disk.name
+        self._failures = Seldom()
+        self.renew()
+        self._commands = {
+            c.CMD_READ: self._read,
+            c.CMD_FLUSH: self._flush,
+            c.CMD_TRIM: self._trim,
+            c.CMD_CACHE: self._cache,
+            c.CMD_WRITE_ZEROES: self._write_zeroes,
+            c.CMD_BLOCK_STATUS: self._block_status,
+        }
+
+    def renew(self) -> None:
+        """Go on with the image that the disk has now."""
+        self._image = self._disk.image
+        self.page_prefetch = PagePrefetch(self._image)
+        self._holes = Holes(self._image)
+
+    def execute(self, command: int, flags: int, cookie: bytes, offset: int, length: int, out: List[Piece]) -> None:
+        """Do any request but WRITE and DISC, and answer it in *out*.
+
+        Raises like `check`, `NotLocal`, and `OSError`. What leaves the gate leaves it for
+        another image perhaps: it is the caller who has to `renew` then.
+        """
+        self.check(command, flags, offset, length)
+        self._commands[command](flags, cookie, offset, length, out)
+
+    def check(self, command: int, flags: int, offset: int, length: int) -> None:
+        """Raises `RequestError` for a request that nothing can be done about, `ProtocolError` for a fatal one."""
+        image = self._image
+        if command not in _KNOWN_FLAGS:
+            raise RequestError(errno.EINVAL, f"unknown command {command}")
+        if image.readonly and command in _MODIFYING:
+            raise ProtocolError("client writes to a read-only disk")
+        if flags & ~(_KNOWN_FLAGS[command] | c.CMD_FLAG_FUA):
+            raise RequestError(errno.EINVAL, "unknown flags for this command")
+        if command == c.CMD_FLUSH:
+            return
+        if offset + length > image.size:
+            beyond = errno.ENOSPC if command in _ENOSPC_BEYOND_END else errno.EINVAL
+            raise RequestError(beyond, "beyond the end of the disk")
+        if command in (c.CMD_READ, c.CMD_WRITE) and length > MAXIMUM_REQUEST:
+            raise RequestError(errno.EINVAL, f"more than {MAXIMUM_REQUEST} bytes at once")
+        if offset + length > image.readable():
+            raise RequestError(errno.EIO, "the disk image has shrunk")
+
+    def refuse(self, command: int, cookie: bytes, error: Exception, out: List[Piece], where: Where) -> None:
+        """Answer with *error* a request for *where*; what is wrong here, and not with the request, is for the log."""
+        offset, length = where
+        name, reason = _NAMES.get(command, f"command {command}"), one_line(str(error))
+        if _is_ours(error):
+            self._failures.log(
+                WARNING,
+                "%s: export %r: %s of %d bytes at %d failed: %s",
+                self._peer,
+                self._export,
+                name,
+                length,
+                offset,
+                _described(error),
+            )
+        else:
+            log.debug("%s: %s of %d bytes at %d refused: %s", self._peer, name, length, offset, reason)
+        number = wire.nbd_error(getattr(error, "errno", None) or errno.EIO)
+        out.append(self._format.error(command, cookie, number, str(error)))
+
+    def end(self) -> None:
+        """The client has left: of what was left out in the log the number is told."""
+        self._failures.rest(WARNING, self._peer)
+
+    def acknowledge(self, cookie: bytes, flags: int, out: List[Piece]) -> None:
+        """Success of a command that returns nothing, durable if *flags* ask for it."""
+        if flags & c.CMD_FLAG_FUA:
+            self._flush_image()
+        out.append(self._format.success(cookie))
+
+    def _flush_image(self) -> None:
+        """Outside the gate: it changes nothing, and may take long."""
+        self._disk.place.leave()
+        try:
+            self._image.flush()
+        finally:
+            self._disk.place.enter()
+
+    # READ
+
+    def _read(self, flags: int, cookie: bytes, offset: int, length: int, out: List[Piece]) -> None:
+        if length and self.page_prefetch.active:
+            self.page_prefetch.announce(offset, length)
+        if flags & c.CMD_FLAG_DF and not self._format.chunked:
+            raise RequestError(errno.EINVAL, "DF needs structured replies")
+        if not length:
+            out.append(self._format.nothing_read(cookie))
+        elif flags & c.CMD_FLAG_DF or length < HOLE_MINIMUM or not self._format.chunked:
+            self._append_data(cookie, offset, length, c.REPLY_FLAG_DONE, out)
+        else:
+            self._read_around_holes(cookie, offset, length, out)
+        self._counts[BYTES_READ] += length
+
+    def read_fresh(self, cookie: bytes, offset: int, length: int, out: List[Piece]) -> None:
+        """A plain READ without long holes, which had been checked before it had to wait for its blocks."""
+        data = self._image.read_fresh(offset, length)
+        out.append(self._format.data_header(cookie, offset, length))
+        out.extend(data)
+        self._counts[BYTES_READ] += length
+
+    def _read_around_holes(self, cookie: bytes, offset: int, length: int, out: List[Piece]) -> None:
+        """A structured answer in which long holes are chunks without data."""
+        if self._image.background is not None:
+            self._image.read(offset, length)  # all of it is here, or nothing has been said yet
+        parts = list(self._holes.parts(offset, length))
+        for part, (hole, at, count) in enumerate(parts, 1):
+            flags = c.REPLY_FLAG_DONE if part == len(parts) else 0
+            if hole:
+                out.append(wire.pack_hole_chunk(cookie, at, count, flags))
+            else:
+                self._append_data(cookie, at, count, flags, out)
+
+    def _append_data(self, cookie: bytes, offset: int, length: int, flags: int, out: List[Piece]) -> None:
+        data = self._image.read(offset, length)
+        out.append(self._format.data_header(cookie, offset, length, flags))
+        out.extend(data)
+
+    # The other commands
+
+    def _flush(self, _flags: int, cookie: bytes, _offset: int, _length: int, out: List[Piece]) -> None:
+        self.acknowledge(cookie, c.CMD_FLAG_FUA, out)
+
+    def _trim(self, flags: int, cookie: bytes, offset: int, length: int, out: List[Piece]) -> None:
+        if length:
+            self._image.trim(offset, length)
+            self._holes.forget()
+        self.acknowledge(cookie, flags, out)
+
+    def _cache(self, _flags: int, cookie: bytes, offset: int, length: int, out: List[Piece]) -> None:
+        if length:
+            self._image.fetch(offset, length)
+        self.acknowledge(cookie, 0, out)
+
+    def _write_zeroes(self, flags: int, cookie: bytes, offset: int, length: int, out: List[Piece]) -> None:
+        if length:
+            may_trim, fast = not flags & c.CMD_FLAG_NO_HOLE, bool(flags & c.CMD_FLAG_FAST_ZERO)
+            self._image.write_zeroes(offset, length, may_trim=may_trim, fast=fast)
+            self._holes.forget()
+        self.acknowledge(cookie, flags, out)
+
+    def _block_status(self, flags: int, cookie: bytes, offset: int, length: int, out: List[Piece]) -> None:
+        if not self._allocation:
+            raise RequestError(errno.EINVAL, "no meta context was negotiated")
+        if not length:
+            raise RequestError(errno.EINVAL, "block status of nothing")
+        limit = 1 if flags & c.CMD_FLAG_REQ_ONE else _MAXIMUM_EXTENTS
+        extents = self._holes.status(offset, length, limit)
+        out.append(wire.pack_block_status(cookie, ALLOCATION_CONTEXT, extents))

@@ -1,0 +1,221 @@
+"""A client's connection: how this process waits for bytes to come and go.
+
+They come and go by `server.session.transport`. Waiting is done in `ProcessLoop`, where a stop and
+the master's death are noticed too.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from time import monotonic
+from typing import Optional
+
+from ...errors import Disconnected, ProtocolError
+from ...system.sockets import set_socket_options
+from ..process_loop import ProcessLoop, Stop
+from .spin import Spin
+from .transport import Buffers, PlainTransport, Transport
+
+_LINGER = 1.0
+
+LONGEST_SPIN = 0.01
+"""Seconds: a worker polls inside the gate, and who closes that waits for it."""
+
+
+class Connection:
+    """One client's connection; *spin* is the longest time in seconds to poll before sleeping."""
+
+    def __init__(self, sock: socket.socket, loop: ProcessLoop, spin: float = 0.0, peer: str = "") -> None:
+        set_socket_options(sock)
+        self.peer = peer or describe_peer(sock)
+        self.transport: Transport = PlainTransport(sock)
+        self.loop = loop
+        self.waits = 0  # how often the client did not take what was to be sent at once
+        self._waited = False
+        self._fds = (sock.fileno(),)
+        self._receive_into = self.transport.receive_into
+        self._send = self.transport.send
+        self._spin = Spin(spin)
+        ready = select.poll()
+        ready.register(sock, select.POLLIN)
+        self._ready = ready.poll
+
+    def receive(self, view: memoryview) -> Optional[int]:
+        """Receive the next requests into *view*: the number of bytes, 0 at the end, None if the process was woken.
+
+        Between messages: raises `Stop` as soon as the worker is to leave.
+        """
+        receive_into, poll, spin = self._receive_into, self._ready, self._spin
+        if (
+            not self._waited
+        ):  # else it comes later than this most likely, and to look costs less than to receive nothing
+            try:
+                return receive_into(view)
+            except BlockingIOError:
+                self._waited = True
+        elif poll(0):
+            self._waited = False
+        began = monotonic()
+        until = began + spin.seconds
+        while True:
+            if poll(0):
+                try:
+                    received = receive_into(view)
+                except BlockingIOError:
+                    continue
+                spin.hit()
+                return received
+            if monotonic() >= until:
+                break
+        while True:
+            if not self.loop.wait(self._fds, select.POLLIN, results=True):
+                return None
+            try:
+                received = receive_into(view)
+            except BlockingIOError:
+                continue
+            spin.missed(monotonic() - began)
+            return received
+
+    def receive_now(self, view: memoryview) -> Optional[int]:
+        """Receive what is there: the number of bytes, 0 at the end, None if there is nothing yet."""
+        try:
+            return self._receive_into(view)
+        except BlockingIOError:
+            return None
+
+    def soon(self) -> bool:
+        """Poll for more requests as long as that has paid; whether some are there."""
+        until = monotonic() + self._spin.seconds
+        while monotonic() < until:
+            if self._ready(0):
+                self._spin.hit()
+                return True
+        return False
+
+    def wait_beside(self, events: int, timeout: Optional[float]) -> bool:
+        """Sleep until the client shows *events*, or the background has results; tells whether it was the client.
+
+        Raises `Stop` as soon as the worker is to leave, `Disconnected` if the client
+        is gone altogether.
+        """
+        began = monotonic()
+        if not self.loop.wait(self._fds, events, timeout, results=True):
+            return False
+        if events & select.POLLIN:
+            self._spin.missed(monotonic() - began)
+            return True
+        poll = select.poll()
+        poll.register(self._fds[0], events)
+        if any(mask & (select.POLLHUP | select.POLLERR) for _, mask in poll.poll(0)):
+            raise Disconnected("client left with requests waiting")
+        return True
+
+    def receive_rest(self, view: memoryview) -> int:
+        """Receive more of a message that has begun: at least one byte.
+
+        Raises `Disconnected` at the end, `Stop` if the rest does not come in time
+        once the worker is to leave.
+        """
+        while True:
+            try:
+                received = self._receive_into(view)
+            except BlockingIOError:
+                self.loop.wait(self._fds, select.POLLIN, mid_message=True)
+                continue
+            if not received:
+                raise Disconnected("client left in the middle of a message")
+            return received
+
+    def receive_exactly(self, length: int, deadline: float) -> bytes:
+        """*length* bytes, for the handshake.
+
+        Raises `Disconnected` at the end, `ProtocolError` if they are not there at
+        *deadline* (monotonic seconds).
+        """
+        data = bytearray(length)
+        view = memoryview(data)
+        while view:
+            try:
+                received = self._receive_into(view)
+            except BlockingIOError:
+                self._wait_until(select.POLLIN, deadline)
+                continue
+            if not received:
+                raise Disconnected("client left during the handshake")
+            view = view[received:]
+        return bytes(data)
+
+    def send_until(self, data: bytes, deadline: float) -> None:
+        """Send *data*, for the handshake; raises like `receive_exactly`."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._send((view,)) :]
+            except BlockingIOError:
+                self._wait_until(select.POLLOUT, deadline)
+
+    def _wait_until(self, events: int, deadline: float) -> None:
+        remaining = deadline - monotonic()
+        if remaining <= 0 or not self.loop.wait(self._fds, events, remaining):
+            raise ProtocolError("handshake took too long")
+
+    def send_some(self, buffers: Buffers, *, wait: bool = True) -> int:
+        """Send the beginning of *buffers*, at most IOV_MAX of them: the number of bytes.
+
+        Raises `OSError` (EFAULT) if the next byte lies in memory that cannot be
+        read, or without *wait* (`BlockingIOError`) if the client takes nothing now,
+        and `Stop` if it does not take it in time once the worker is to leave.
+        """
+        while True:
+            try:
+                return self._send(buffers)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                self.waits += 1
+                self.loop.wait(self._fds, select.POLLOUT, mid_message=True)
+
+    def linger(self) -> None:
+        """Part without loss: a close with unread bytes would take back replies that are on their way."""
+        try:
+            self.transport.shutdown()
+            rest = memoryview(bytearray(64 << 10))
+            until = monotonic() + _LINGER
+            while monotonic() < until and self._drain(rest, until):
+                pass
+        except (OSError, Stop):
+            pass  # the client is gone, which is what this waits for
+
+    def _drain(self, scratch: memoryview, until: float) -> int:
+        try:
+            return self._receive_into(scratch)
+        except BlockingIOError:
+            return self.loop.wait(self._fds, select.POLLIN, max(0.0, until - monotonic()), mid_message=True)
+
+    def close(self) -> None:
+        self.transport.close()
+
+
+def describe_peer(sock: socket.socket) -> str:
+    """The client's address for log lines and titles."""
+    try:
+        address = sock.getpeername()
+    except OSError:
+        return "a client that has left"
+    if sock.family == socket.AF_INET6:
+        host = address[0]
+        if host.startswith("::ffff:"):
+            return f"{host[7:]}:{address[1]}"
+        return f"[{host}]:{address[1]}"
+    if sock.family == socket.AF_INET:
+        return f"{address[0]}:{address[1]}"
+    return _describe_local_peer(sock)
+
+
+def _describe_local_peer(sock: socket.socket) -> str:
+    import struct
+
+    pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return f"unix:pid={pid},uid={uid}"

@@ -1,0 +1,54 @@
+"""How a client is told of holes: chunks without data in a read, extents in a block status."""
+
+from __future__ import annotations
+
+from typing import Iterator, List, Tuple
+
+from ...protocol import constants as c
+from ...storage.image import Image
+
+HOLE_MINIMUM = 32 << 10
+"""Holes shorter than this cost less as zeros on the wire than as a chunk of their own."""
+
+
+class Holes:
+    """The holes of *image*, and where none was found the last time: to look takes long on some file systems."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._data_from = self._data_until = 0
+
+    def forget(self) -> None:
+        """There may be holes where there were none."""
+        self._data_until = 0
+
+    def parts(self, offset: int, length: int) -> Iterator[Tuple[bool, int, int]]:
+        """*length* bytes at *offset* as (hole?, offset, length); short holes count as data."""
+        if not self._data_from <= offset < self._data_until:
+            self._data_from, self._data_until = offset, self._image.data_until(offset)
+        if offset + length <= self._data_until:
+            yield False, offset, length
+            return
+        data_from = position = offset
+        for extent in self._image.extents(offset, length):
+            if extent.hole and extent.length >= HOLE_MINIMUM:
+                if position > data_from:
+                    yield False, data_from, position - data_from
+                yield True, position, extent.length
+                data_from = position + extent.length
+            position += extent.length
+        if position > data_from:
+            yield False, data_from, position - data_from
+
+    def status(self, offset: int, length: int, limit: int) -> List[Tuple[int, int]]:
+        """At most *limit* extents from *offset* on: their lengths and ``base:allocation`` flags."""
+        status: List[Tuple[int, int]] = []
+        for extent in self._image.extents(offset, length):
+            flags = c.STATE_HOLE | c.STATE_ZERO if extent.hole else 0
+            if status and status[-1][1] == flags:
+                status[-1] = (status[-1][0] + extent.length, flags)
+                continue
+            if len(status) == limit:
+                break
+            status.append((extent.length, flags))
+        return status

@@ -1,0 +1,275 @@
+"""One client's requests, from the first to the last.
+
+As many requests as one receive brings are worked through, and all their replies
+leave with one gathering send; plain reads and writes take a path of their own
+through `Session._work`, everything else goes through `Session._execute`. Whatever
+may take long sends the replies before it first.
+
+A request whose blocks are not local is put aside, those behind it go on, and it is
+done once more when its blocks have come (`server.session.parked`). But for that, replies
+leave in the order of the requests.
+
+Mapped data is passed on, never looked at (see `storage.image`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from time import monotonic
+from typing import Optional
+
+from ...errors import Disconnected, ProtocolError
+from ...protocol import constants as c
+from ...protocol import transmission as wire
+from ...protocol.reply_format import reply_format
+from ...protocol.server_handshake import Agreement
+from ...scoreboard.scoreboard import BYTES_READ, BYTES_WRITTEN, REQUESTS
+from ...storage.image import FETCH_STEP, NotLocal
+from ..disk import Disk
+from .commands import MAXIMUM_REQUEST, Commands
+from .connection import Connection
+from .holes import HOLE_MINIMUM
+from .parked import Parked
+from .parking import ParkedRequest, Parking, QueueLimits
+from .receive_buffer import BUFFER_SIZE, ReceiveBuffer
+from .replies import MAXIMUM_PIECES, Replies
+from .writes import Writes
+
+_BATCH = 4096
+"""Requests answered in one go: many enough to cost little each, few enough to keep their replies in memory."""
+
+_SEVERAL = 3
+"""Requests from which on it pays to unpack all of them at once."""
+
+_ROUNDS = 16
+"""Batches after which others are shown what was counted, and the worker looks whether it is to stop."""
+
+_NO_LIMITS = QueueLimits()
+
+_LONG = 64 << 10
+"""Bytes from which on a request that waits for all of its blocks takes more memory than any other."""
+
+_AT_ONCE = {c.CMD_READ: MAXIMUM_REQUEST, c.CMD_CACHE: FETCH_STEP}
+"""Bytes of one request whose blocks are fetched at once."""
+
+_READ = wire.request_word(c.CMD_READ)
+_WRITE = wire.request_word(c.CMD_WRITE)
+
+
+class Session:
+    """The transmission phase of *connection*, over *disk*, as agreed in the handshake."""
+
+    def __init__(
+        self, connection: Connection, disk: Disk, agreement: Agreement, limits: QueueLimits = _NO_LIMITS
+    ) -> None:
+        self._connection = connection
+        self._disk = disk
+        self._counts = disk.place.counts
+        self._format = reply_format(structured=agreement.structured)
+        self._receive_buffer = ReceiveBuffer(connection)
+        self._replies = Replies(connection, self._format)
+        self._parking = Parking(self._replies.pieces, limits, ordered=agreement.ordered)
+        self._commands = Commands(disk, agreement, self._format, connection.peer)
+        self._parked = Parked(connection, disk, self._replies, self._commands, self._parking)
+        self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
+        self._left = False
+        disk.image.wait_with(self._on_wait)
+
+    def run(self) -> None:
+        """Serve until the client leaves.
+
+        Raises `ProtocolError` if it has to be thrown out, `Stop` once the requests
+        in hand are answered and the worker is to leave, `OSError` if the connection
+        breaks.
+        """
+        try:
+            self._run()
+        except Disconnected:
+            raise
+        except ProtocolError:
+            self._replies.send()  # what came before the fatal request was answered
+            raise
+        finally:
+            self._commands.end()
+
+    def _run(self) -> None:
+        connection, disk, receive_buffer, parked = self._connection, self._disk, self._receive_buffer, self._parked
+        while not self._left:
+            connection.loop.check(mid_message=True)  # what has come already is answered; the next sleep ends it
+            if receive_buffer.start > BUFFER_SIZE // 2:
+                receive_buffer.move_to_front()
+            background = disk.image.background
+            received: Optional[int]
+            if background is not None and background.busy:
+                received = parked.receive(receive_buffer.view[receive_buffer.end :])
+            elif not receive_buffer.end:
+                received = connection.receive(receive_buffer.view)
+            else:
+                received = connection.receive_rest(receive_buffer.view[receive_buffer.end :])
+            if received == 0:
+                return
+            receive_buffer.end += received or 0
+            while self._work():
+                pass
+
+    def _on_wait(self) -> None:
+        """The image waits for another process: nobody else has to. The gate must not be left meanwhile."""
+        self._parked.send_now()
+        self._connection.loop.check(mid_message=True)
+
+    def _work(self) -> bool:
+        """Work through the complete requests that were received, and answer them; True if there may be more.
+
+        Goes on with what comes next while it is plain reads and writes, of a disk that
+        stays as it is: what is bound here once would cost as much as a request.
+        """
+        disk, receive_buffer, connection, parking = self._disk, self._receive_buffer, self._connection, self._parking
+        place, parked = disk.place, self._parked
+        place.enter()
+        if disk.outdated:
+            parked.renew()
+        commands, image = self._commands, disk.image
+        buffer, view, page_prefetch, background = (
+            receive_buffer.buffer,
+            receive_buffer.view,
+            commands.page_prefetch,
+            image.background,
+        )
+        unpack_request, unpack_requests = wire.REQUEST.unpack_from, wire.REQUEST.iter_unpack
+        ok_prefix, header_size, several = wire.OK_PREFIX, wire.REQUEST.size, _SEVERAL * wire.REQUEST.size
+        data_header = self._format.data_header if self._format.chunked else None
+        longest_read = HOLE_MINIMUM - 1 if data_header else MAXIMUM_REQUEST
+        pieces, counts, send = self._replies.pieces, self._counts, self._replies.send
+        append, extend = pieces.append, pieces.extend
+        size, read, write, readable_now, changes = image.size, image.read, image.write, image.readable, disk.changes
+        batches, plain, complete = 0, True, True
+        while True:
+            readable, flat = min(readable_now(), size), image.flat
+            writable = -1 if image.readonly else readable
+            announce = page_prefetch.announce if page_prefetch.active else None
+            position, end, read_first = receive_buffer.start, receive_buffer.end, 0
+            if end - position >= several and flat is not None and not announce and not parking.blocked:
+                # Most batches are nothing but reads of what is here, which need not be looked at one by one.
+                total, first = 0, len(pieces)
+                usable = min((end - position) // header_size, _BATCH) * header_size
+                for word, cookie, offset, length in unpack_requests(view[position : position + usable]):
+                    stop = offset + length
+                    if word != _READ or stop > readable or not 0 < length <= longest_read:
+                        break
+                    append(data_header(cookie, offset, length) if data_header else ok_prefix + cookie)
+                    append(flat[offset:stop])
+                    total += length
+                read_first = (len(pieces) - first) >> 1
+                position += read_first * header_size
+                counts[BYTES_READ] += total
+            done = read_first
+            for done in range(read_first + 1, _BATCH + 1):
+                if end - position < header_size:
+                    done -= 1
+                    break
+                word, cookie, offset, length = unpack_request(buffer, position)
+                stop = offset + length
+                if word == _READ and stop <= readable and 0 < length <= longest_read and not parking.blocked:
+                    if announce:
+                        announce(offset, length)
+                    position += header_size
+                    if flat is not None:
+                        append(data_header(cookie, offset, length) if data_header else ok_prefix + cookie)
+                        append(flat[offset:stop])
+                        counts[BYTES_READ] += length
+                        continue
+                    try:
+                        data = read(offset, length)
+                    except NotLocal as missing:
+                        again = partial(commands.read_fresh, cookie, offset, length)
+                        parking.enter(
+                            missing.ticket, ParkedRequest(c.CMD_READ, cookie, again, (offset, length), _notes(length))
+                        )
+                        if parking.full:
+                            break
+                        continue
+                    except OSError as error:
+                        commands.refuse(c.CMD_READ, cookie, error, pieces, (offset, length))
+                        continue
+                    append(data_header(cookie, offset, length) if data_header else ok_prefix + cookie)
+                    extend(data)
+                    counts[BYTES_READ] += length
+                    if len(data) > 1 and len(pieces) > MAXIMUM_PIECES:
+                        break
+                elif (
+                    word == _WRITE
+                    and stop <= writable
+                    and position + header_size + length <= end
+                    and not parking.blocked
+                ):
+                    payload = position + header_size
+                    position = payload + length
+                    try:
+                        write(offset, view[payload:position])
+                    except NotLocal as missing:
+                        left = [(offset, bytes(view[payload:position]))]
+                        again = partial(self._writes.finish, 0, cookie, None, left)
+                        parking.enter(
+                            missing.ticket, ParkedRequest(c.CMD_WRITE, cookie, again, (offset, length), length)
+                        )
+                        if parking.full:
+                            break
+                    except OSError as error:
+                        commands.refuse(c.CMD_WRITE, cookie, error, pieces, (offset, length))
+                    else:
+                        append(ok_prefix + cookie)
+                        counts[BYTES_WRITTEN] += length
+                else:
+                    receive_buffer.start, plain = position, False
+                    complete = self._execute(word, cookie, offset, length)
+                    position, end = receive_buffer.start, receive_buffer.end
+                    if not complete:
+                        done -= 1
+                        break
+                    if parking.full or image is not disk.image or disk.outdated or len(pieces) > MAXIMUM_PIECES:
+                        break
+            else:
+                plain = False
+            counts[REQUESTS] += done
+            receive_buffer.start = position
+            if position == end:
+                receive_buffer.start = receive_buffer.end = 0
+            if pieces:
+                began, waits, count = monotonic(), connection.waits, len(pieces)
+                length = send()
+                if connection.waits == waits:  # else it was the client that took its time
+                    commands.page_prefetch.sent(count, length, monotonic() - began)
+            batches += 1
+            if not plain or position != end or batches == _ROUNDS or (background is not None and background.busy):
+                place.tell()
+                return complete and end - position >= header_size and not parking.full
+            received = connection.receive(view)
+            if not received:
+                self._left = received == 0
+                return not self._left  # woken: the disk may be another one
+            receive_buffer.end = received
+            if place.disturbed(changes):
+                return True
+
+    def _execute(self, word: int, cookie: bytes, offset: int, length: int) -> bool:
+        """Any request that is next in the receive buffer; False if it has to wait for more bytes, or is the last."""
+        self._connection.loop.check(mid_message=True)
+        magic, flags, command = wire.split_word(word)
+        if magic != c.REQUEST_MAGIC:
+            raise ProtocolError(f"wrong request magic {magic:#x}")
+        if command == c.CMD_WRITE:
+            return self._writes.begin(flags, cookie, offset, length)
+        self._receive_buffer.start += wire.REQUEST.size
+        if command == c.CMD_DISC:
+            self._parked.finish()
+            self._left = True
+            return False
+        work = partial(self._commands.execute, command, flags, cookie, offset, length)
+        notes = _notes(min(length, _AT_ONCE[command])) if command in _AT_ONCE else 0
+        self._parked.do(command, cookie, work, (offset, length), notes)
+        return True
+
+
+def _notes(length: int) -> int:
+    """Bytes that are held for a request that waits for *length* bytes: the proxy notes each of their blocks."""
+    return length >> 5 if length >= _LONG else 0

@@ -1,0 +1,54 @@
+"""Fetching what is about to be sent, while the image turns out not to be in memory.
+
+The kernel reads mapped memory page by page when it is sent, one after the other:
+right for a disk that is in the page cache, hopeless for one that is not. So when
+replies take long to send, the reads of the next batches are all announced to the
+image before the first of them is sent, and a sequential reader's next ones too.
+"""
+
+from __future__ import annotations
+
+from ...storage.image import Image
+
+_SLOW, _SLOW_PIECE, _SLOW_BYTE = 1e-4, 1e-5, 1e-9
+"""Seconds to send a batch, for each of its pieces, and for each byte; what takes longer comes from the disk."""
+
+_BATCHES = 64
+_WINDOW = 2 << 20
+
+
+class PagePrefetch:
+    """``active`` tells whether reads have to be announced."""
+
+    def __init__(self, image: Image) -> None:
+        self.active = False
+        self._prefetch, self._size = image.prefetch, image.size
+        self._batches = 0
+        self._expected = 0
+        self._reach = 0
+
+    def announce(self, offset: int, length: int) -> None:
+        """A read of *length* bytes at *offset* is about to be answered."""
+        stop = offset + length
+        if offset == self._expected:
+            self._announce_next(stop)
+        else:
+            self._reach = stop
+            self._prefetch(offset, length)
+        self._expected = stop
+
+    def _announce_next(self, stop: int) -> None:
+        """The reader goes on from where it was: stay half a window ahead of it."""
+        if self._reach - stop < _WINDOW // 2 and self._reach < self._size:
+            reach = min(max(self._reach, stop) + _WINDOW, self._size)
+            self._prefetch(self._reach, reach - self._reach)
+            self._reach = reach
+
+    def sent(self, pieces: int, length: int, seconds: float) -> None:
+        """It took so long to send a batch of so many *pieces*, of *length* bytes in all."""
+        if seconds > _SLOW + pieces * _SLOW_PIECE + length * _SLOW_BYTE:
+            self.active = True
+            self._batches = _BATCHES
+        elif self._batches:
+            self._batches -= 1
+            self.active = self._batches > 0

@@ -1,0 +1,229 @@
+"""Requests that cannot be answered yet: put aside, and done once more when their blocks have come.
+
+To do one raises `NotLocal`, with the ticket that it has to wait for; the session's
+loop goes on with those behind it. As long as the image's background has anything to
+do, the loop receives by `Parked.receive`, which does again what can be done.
+
+Wherever this process sleeps or leaves the gate the disk may become another one, also
+in the middle of a request: what waits is done on that one then, at once. Whoever
+holds on to an image across such a place has to look whether it still is the disk's.
+"""
+
+from __future__ import annotations
+
+import select
+from time import monotonic
+from typing import List, Optional
+
+from ...errors import Disconnected, RequestError
+from ...logs import log
+from ...storage.image import Background, NotLocal, Ticket
+from ...storage.passage import Parcel
+from ..disk import Disk
+from .commands import MAY_TAKE_LONG, Commands
+from .connection import Connection
+from .parking import ParkedRequest, Parking, Where, Work
+from .replies import MAXIMUM_PIECES, Replies
+
+_PATIENCE = 30.0
+"""Seconds that a client which has closed its end may wait for the replies that are still to come."""
+
+
+class Parked:
+    """Those of the client behind *connection*, in *parking*."""
+
+    def __init__(
+        self, connection: Connection, disk: Disk, replies: Replies, commands: Commands, parking: Parking
+    ) -> None:
+        self._connection = connection
+        self._disk = disk
+        self._replies = replies
+        self._commands = commands
+        self._parking = parking
+        self._leaves_at: Optional[float] = None
+        self._hung_up_at: Optional[float] = None
+        self._parting = False
+        self._told_short = False
+
+    # Doing requests
+
+    def do(self, command: int, cookie: bytes, work: Work, where: Where, buffered: int = 0) -> None:
+        """Do the *work* that answers a request for *where*: now if it can be, and if nobody stands in line before it.
+
+        If it has to wait it holds so many bytes *buffered*. The disk may have changed on return.
+        """
+        if self._parking.blocked:
+            request = ParkedRequest(command, cookie, work, where, buffered)
+            self._parking.stand_in_line(request)
+            self._do_again(request)
+            return
+        if command in MAY_TAKE_LONG:
+            self.send_first()
+        pieces = self._replies.pieces
+        try:
+            work(pieces)
+        except NotLocal as missing:
+            self._parking.enter(missing.ticket, ParkedRequest(command, cookie, work, where, buffered))
+        except (OSError, RequestError) as error:
+            self._commands.refuse(command, cookie, error, pieces, where)
+
+    def _do_again(self, request: ParkedRequest, parcels: Optional[List[Parcel]] = None) -> None:
+        """Do *request*, for which *parcels* have come; then it is answered, or waits for another ticket."""
+        if request.command in MAY_TAKE_LONG:
+            self.send_first()
+        image = self._disk.image
+        image.take(parcels)
+        try:
+            request.again(request.answer)
+        except NotLocal as missing:
+            request.answer.clear()
+            self._parking.enter(missing.ticket, request)
+            return
+        except (OSError, RequestError) as error:
+            self._refuse(request, error)
+        else:
+            self._parking.answered(request)
+        finally:
+            image.take(None)
+        if self._disk.outdated or len(self._replies.pieces) > MAXIMUM_PIECES:
+            self.send_first()
+
+    def _refuse(self, request: ParkedRequest, error: Exception) -> None:
+        request.answer.clear()
+        self._commands.refuse(request.command, request.cookie, error, request.answer, request.where)
+        self._parking.answered(request)
+
+    def _go_on(self, background: Background) -> None:
+        """Do the requests again whose tickets are done."""
+        finished, background.finished = background.finished, []
+        for ticket in finished:
+            request = self._parking.leave(ticket)
+            if request is None:
+                continue
+            if ticket.error:
+                self._refuse(request, RequestError(ticket.error, "a block could not be fetched"))
+            else:
+                self._do_again(request, ticket.parcels)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._parking.short and not self._told_short:
+            self._told_short = True
+            log.warning(
+                "%s: memory is short, nothing is received from it before some of its %d waiting requests are answered",
+                self._connection.peer,
+                len(self._parking),
+            )
+        self._disk.place.tell_queue(len(self._parking), self._parking.buffered)
+        self._disk.tell_health()
+
+    # A disk that becomes another one
+
+    def renew(self) -> None:
+        """Go on with the disk that has changed; what had waited for blocks is done there."""
+        self._disk.renew()
+        self._commands.renew()
+        for ticket in self._parking.tickets():
+            request = self._parking.leave(ticket)
+            if request is not None:
+                self._do_again(request)
+
+    def send_first(self) -> None:
+        """For what may take long: replies before it leave. Meanwhile the disk may have changed."""
+        if self._parting:
+            self.send_now()
+        else:
+            self._replies.send()
+        if self._disk.outdated:
+            self.renew()
+
+    def send_now(self) -> None:
+        """Send what leaves without a wait; a client that takes its leave need not be there any more."""
+        try:
+            self._replies.send(wait=False)
+        except Disconnected:
+            if not self._parting:
+                raise
+            self._replies.pieces.clear()
+
+    # Waiting
+
+    def receive(self, view: memoryview) -> Optional[int]:
+        """Receive into *view* while the background works: the number of bytes, 0 when the client has left for good.
+
+        Returns None when requests that had to wait were gone on with, when there is
+        nothing left to wait for, and when the disk has changed.
+        """
+        disk, background = self._disk, self._disk.image.background
+        disk.place.enter()
+        if disk.outdated or background is None:
+            return None
+        background.progress()
+        self._tell()
+        while not background.finished:
+            wanted = self._leaves_at is None and not self._parking.full
+            received = self._connection.receive_now(view) if wanted else None
+            if received:
+                return received
+            if received == 0:
+                self._leaves_at = monotonic() + _PATIENCE
+            elif self._leaves_at is not None and (not len(self._parking) or monotonic() > self._leaves_at):
+                return 0
+            elif not background.busy:
+                return None
+            else:
+                self._wait_beside(background, wanted)
+                if disk.outdated:
+                    return None
+        self._go_on(background)
+        return None
+
+    def _wait_beside(self, background: Background, wanted: bool) -> None:
+        """Sleep; a client that has to wait before it may send more is watched for its leaving.
+
+        Over TCP one that has gone looks like one that only has no more to say, so its
+        last requests get `_PATIENCE` to come to their turn.
+        """
+        if wanted:
+            if not (background.quiet and self._connection.soon()):
+                self._connection.wait_beside(select.POLLIN, None)
+        elif self._leaves_at is not None or self._hung_up_at is not None:
+            self._connection.wait_beside(0, 1.0)
+            if self._hung_up_at is not None and monotonic() > self._hung_up_at + _PATIENCE:
+                raise Disconnected("client left with requests waiting")
+        elif self._connection.wait_beside(select.POLLRDHUP, None):
+            self._hung_up_at = monotonic()
+
+    def finish(self) -> None:
+        """The client takes its leave: what it has asked for before is done for `_PATIENCE`, even if it has gone."""
+        self._parting = True
+        until = monotonic() + _PATIENCE
+        while len(self._parking) and monotonic() < until:
+            self._connection.loop.wait((), 0, 1.0, mid_message=True, results=True)
+            if self._disk.outdated:
+                self.renew()
+            elif self._disk.image.background is not None:
+                self._go_on(self._disk.image.background)
+            self.send_now()
+
+    def wait_for(self, ticket: Ticket) -> None:
+        """Wait in the middle of a message until *ticket* is done or the disk has changed; the background goes on.
+
+        The image has taken the ticket's parcels then.
+        """
+        image = self._disk.image
+        background = image.background
+        assert background is not None
+        while ticket.pending and self._disk.image is image:  # going on with others may end in another one
+            self._connection.loop.wait((), 0, mid_message=True, results=True)
+            if self._disk.outdated:
+                self.renew()
+                return
+            ours = [done for done in background.finished if done is ticket]
+            background.finished = [done for done in background.finished if done is not ticket]
+            if background.finished:
+                self._go_on(background)
+                self._replies.send()
+            if ours:
+                image.take(ticket.parcels)
+                return

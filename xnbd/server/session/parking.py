@@ -1,0 +1,143 @@
+"""Requests put aside until blocks are local, and the order in which replies may leave.
+
+A session with an old client answers in the order of the requests: there, replies
+that are ready stand in line behind those that are not.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from time import monotonic
+from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Tuple
+
+from ...storage.image import Ticket
+from .replies import Piece
+
+Work = Callable[[List[Piece]], None]
+"""Does a request and appends its answer to the list; raises `NotLocal`, or the error to answer with instead."""
+
+
+REQUEST_SIZE = 3 << 10
+"""Bytes of a waiting request, with what the proxy notes of its blocks if they are few; measured: 0.6 to 2.6 KiB."""
+
+LEAST = 1 << 20
+"""Bytes that any client's requests may hold: a process for a client takes more than that already."""
+
+_STEP = 1 << 20
+_STEPS_OF_SHARE = 128
+_VALID = 1.0
+Where = Tuple[int, int]
+"""The bytes that a request is about: offset and length."""
+
+
+class QueueLimits(NamedTuple):
+    """At *requests* put aside, or *buffered* bytes of their payloads, receiving stops; 0 is no limit."""
+
+    requests: int = 0
+    buffered: int = 0
+
+
+class ParkedRequest:
+    """One request, from when it was put aside until its reply has left the line.
+
+    *again* does it once more, and may find that it has to wait for more; *buffered*
+    is what it holds in memory, in bytes.
+    """
+
+    __slots__ = ("again", "answer", "buffered", "command", "cookie", "in_line", "ready", "where")
+
+    def __init__(self, command: int, cookie: bytes, again: Work, where: Where, buffered: int = 0) -> None:
+        self.command = command
+        self.cookie = cookie
+        self.again = again
+        self.where = where
+        self.buffered = buffered
+        self.ready = self.in_line = False
+        self.answer: List[Piece] = []
+
+
+class Allowance:
+    """What the waiting requests of one client may hold: measured again as that grows, and as seconds pass."""
+
+    def __init__(self) -> None:
+        self._until = 0
+        self._valid = 0.0
+
+    def covers(self, held: int) -> bool:
+        """Whether a client whose requests hold so many bytes may send more."""
+        if held < LEAST or (held < self._until and monotonic() < self._valid):
+            return True
+        from .memory import share
+
+        limit = share()
+        self._until = min(limit, held + max(_STEP, limit // _STEPS_OF_SHARE))
+        self._valid = monotonic() + _VALID
+        return held < limit
+
+
+class Parking:
+    """All requests of one session that are put aside. With *ordered*, ready replies keep their place too.
+
+    ``blocked`` tells whether later replies have to stand in line; ``buffered`` is the
+    bytes held for those that wait; ``short`` that it is for want of memory that no
+    more should come.
+    """
+
+    def __init__(self, replies: List[Piece], limits: QueueLimits, *, ordered: bool) -> None:
+        self.blocked = False
+        self.buffered = 0
+        self._replies = replies
+        self._limits = limits
+        self._ordered = ordered
+        self._allowance = Allowance()
+        self.short = False
+        self._by_ticket: Dict[Ticket, ParkedRequest] = {}
+        self._line: Deque[ParkedRequest] = deque()
+
+    def __len__(self) -> int:
+        """Requests that wait for a ticket."""
+        return len(self._by_ticket)
+
+    @property
+    def full(self) -> bool:
+        """Whether no more requests should come, which does not change before one has left."""
+        requests, buffered = self._limits
+        count = max(len(self._by_ticket), len(self._line))
+        if self.short or 0 < requests <= count or 0 < buffered <= self.buffered:
+            return True
+        self.short = count > 0 and not self._allowance.covers(count * REQUEST_SIZE + self.buffered)
+        return self.short
+
+    def enter(self, ticket: Ticket, request: ParkedRequest) -> None:
+        """*request* waits for *ticket*."""
+        self._by_ticket[ticket] = request
+        self.buffered += request.buffered
+        if self._ordered and not request.in_line:
+            self.stand_in_line(request)
+
+    def leave(self, ticket: Ticket) -> Optional[ParkedRequest]:
+        """The request that waits for *ticket*, if one does: it has to be done again now."""
+        request = self._by_ticket.pop(ticket, None)
+        if request is not None:
+            self.buffered -= request.buffered
+            self.short = False
+        return request
+
+    def tickets(self) -> List[Ticket]:
+        return list(self._by_ticket)
+
+    def stand_in_line(self, request: ParkedRequest) -> None:
+        """A request of an ordered session takes its place, whether it has to wait itself or for others only."""
+        request.in_line = self.blocked = True
+        self._line.append(request)
+
+    def answered(self, request: ParkedRequest) -> None:
+        """The answer of *request* is complete: it leaves, unless it has to keep its place."""
+        request.ready = True
+        self.short = False
+        if not self._ordered:
+            self._replies += request.answer
+            return
+        while self._line and self._line[0].ready:
+            self._replies += self._line.popleft().answer
+        self.blocked = bool(self._line)

@@ -1,0 +1,55 @@
+"""What has come from a client and is still to be worked on: whole requests, and the beginning of another one."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Iterator, Tuple
+
+from ...storage.blocks import BLOCK
+from .connection import Connection
+
+BUFFER_SIZE = 1 << 20
+"""Bytes received at once: many small requests, or several large writes."""
+
+
+class ReceiveBuffer:
+    """Of what *connection* brought, the bytes of ``view`` from ``start`` up to ``end`` are left.
+
+    ``buffer`` is the memory behind ``view``. Whoever receives adds to ``end``, whoever
+    takes a request off adds to ``start``.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._receive_rest = connection.receive_rest
+        self.buffer = mmap.mmap(-1, BUFFER_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(self.buffer)
+        self.start = self.end = 0
+
+    def move_to_front(self) -> None:
+        """Make room for more behind what is left."""
+        rest = self.end - self.start
+        if rest:
+            self.view[:rest] = self.view[self.start : self.end]
+        self.start, self.end = 0, rest
+
+    def payload(self, offset: int, length: int) -> Iterator[Tuple[int, memoryview]]:
+        """The payload of *length* bytes from ``start`` on, with the offsets where its pieces belong.
+
+        A piece ends at a block's end, so that no block has to be written twice. It has
+        to be used before the next one is asked for. Raises like `Connection.receive_rest`.
+        """
+        view = self.view
+        while self.end - self.start < length:
+            usable = self.end - self.start
+            usable -= (offset + usable) % BLOCK
+            if usable > 0:
+                yield offset, view[self.start : self.start + usable]
+                self.start += usable
+                offset += usable
+                length -= usable
+            self.move_to_front()
+            wanted = min(length, len(view))
+            while self.end < wanted:
+                self.end += self._receive_rest(view[self.end : wanted])
+        yield offset, view[self.start : self.start + length]
+        self.start += length

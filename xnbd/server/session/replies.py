@@ -1,0 +1,113 @@
+"""Replies on their way out, gathered so that one system call sends many.
+
+The queue is a flat list: a header is ``bytes``, the mapped memory that follows it
+is a ``memoryview``. Nothing is copied. If the kernel cannot read some of that
+memory (the image was truncated, the disk under it failed), the replies concerned
+become errors; a reply that has begun to leave cannot, and ends the connection.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Iterator, List, Tuple, Union
+
+from ...errors import Disconnected, ProtocolError
+from ...protocol.reply_format import ReplyFormat
+from .connection import Connection
+
+MAXIMUM_PIECES = 4096
+"""Pieces that may pile up before they are sent."""
+
+_IOV_MAX = 1024
+_PROBE = 1 << 20
+
+Piece = Union[bytes, memoryview]
+
+
+class Replies:
+    """What has to be sent to one client, in its format. The session appends to ``pieces`` directly."""
+
+    def __init__(self, connection: Connection, reply_format: ReplyFormat) -> None:
+        self.pieces: List[Piece] = []
+        self._format = reply_format
+        self._send_some = connection.send_some
+
+    def send(self, *, wait: bool = True) -> int:
+        """Send everything, or what leaves without a *wait*: the number of bytes.
+
+        Raises `Disconnected` if the client is gone, `ProtocolError` if a reply that
+        has begun cannot be finished.
+        """
+        pieces, total = self.pieces, 0
+        while pieces:
+            group = pieces if len(pieces) <= _IOV_MAX else pieces[:_IOV_MAX]
+            try:
+                sent = self._send_some(group, wait=wait)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise Disconnected(error.strerror) from error
+                self._replace_unreadable()
+                continue
+            total += sent
+            if sent == sum(map(len, group)) and group is pieces:
+                pieces.clear()
+            else:
+                self._drop(sent)
+        return total
+
+    def _drop(self, sent: int) -> None:
+        """Forget the first *sent* bytes. What is left of a piece, even of a header, is a memoryview."""
+        pieces = self.pieces
+        index = 0
+        while index < len(pieces) and sent >= len(pieces[index]):
+            sent -= len(pieces[index])
+            index += 1
+        del pieces[:index]
+        if sent:
+            pieces[0] = memoryview(pieces[0])[sent:]
+
+    def _replace_unreadable(self) -> None:
+        """Turn the first reply whose data cannot be read into an error; a later one comes back here."""
+        position = 0
+        for header, data in _replies(self.pieces):
+            length = len(data) + bool(header)
+            if not all(map(_can_be_read, data)):
+                if not header:
+                    raise ProtocolError("the data of a reply that has begun cannot be read")
+                self.pieces[position : position + length] = [
+                    self._format.error_instead(header, "the data cannot be read")
+                ]
+                return
+            position += length
+        raise ProtocolError("replies cannot be sent: bad address")
+
+
+def _replies(pieces: List[Piece]) -> Iterator[Tuple[bytes, List[memoryview]]]:
+    """The queue reply by reply; the header is empty for one that has begun to leave."""
+    header, data = b"", []  # type: Tuple[bytes, List[memoryview]]
+    for piece in pieces:
+        if isinstance(piece, memoryview):
+            data.append(piece)
+            continue
+        if header or data:
+            yield header, data
+        header, data = piece, []
+    yield header, data
+
+
+def _can_be_read(data: memoryview) -> bool:
+    """Whether the kernel can read this memory: tried with a copy into a file of no name."""
+    scratch = os.memfd_create("xnbd-probe")
+    try:
+        while data:
+            data = data[os.pwrite(scratch, data[:_PROBE], 0) :]  # short where only the beginning can be read
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            return False
+        raise
+    finally:
+        os.close(scratch)
+    return True

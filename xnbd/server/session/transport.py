@@ -1,0 +1,70 @@
+"""How the bytes of one client come and go, below `server.session.connection`.
+
+Nothing here waits. `BlockingIOError` says that there is nothing to receive, or that
+nothing is taken, until the descriptor shows it to ``poll(2)``; waiting is the
+business of `Connection`.
+"""
+
+from __future__ import annotations
+
+import socket
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import Callable, Sequence, Union
+
+Buffers = Sequence[Union[bytes, memoryview]]
+
+_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+
+class Transport(ABC):
+    """One client's stream of bytes; errors are `OSError`."""
+
+    receive_into: Callable[[memoryview], int]
+    """Receive into a view: the number of bytes, 0 at the end. Raises `BlockingIOError`."""
+
+    @abstractmethod
+    def send(self, buffers: Buffers) -> int:
+        """Send the beginning of *buffers*, at most IOV_MAX of them: the number of bytes.
+
+        Raises `BlockingIOError`, and `OSError` (EFAULT) if the next byte lies in
+        memory that cannot be read.
+        """
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """The descriptor to wait for."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Say that nothing more will be sent."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the descriptor."""
+
+
+class PlainTransport(Transport):
+    """The stream of the socket *sock* as it is.
+
+    The descriptor stays blocking, because whoever handed it over shares its flags;
+    every call asks not to wait.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._sendmsg = sock.sendmsg
+        self.receive_into = partial(sock.recv_into, nbytes=0, flags=socket.MSG_DONTWAIT)
+        sock.setblocking(True)
+
+    def send(self, buffers: Buffers) -> int:
+        return self._sendmsg(buffers, (), _SEND_FLAGS)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def shutdown(self) -> None:
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._sock.close()

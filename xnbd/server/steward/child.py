@@ -1,0 +1,77 @@
+"""A process that a steward forks to do one thing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from functools import partial
+from time import sleep
+from typing import Callable, Optional
+
+from ...errors import TaskFailed
+from ...system.forking import fork_with_pipe, reset_signals
+from ..process_loop import Stop
+from ..worker import read_pipe
+
+_LONGEST = 32 << 10
+
+
+class Child:
+    """A process that does one thing; ``message`` is what it came to, or why it failed."""
+
+    def __init__(self, close_first: Callable[[], None], work: Callable[[], Optional[str]]) -> None:
+        """In the process *close_first* lets go of what is its parent's. Raises `TaskFailed` if there can be no more."""
+        try:
+            self.pid, self._reading = fork_with_pipe("a child of the steward", partial(_do, close_first, work))
+        except OSError as error:
+            raise TaskFailed(f"the server cannot start a process: {error.strerror}") from error
+        os.set_blocking(self._reading, False)
+        self.status: Optional[int] = None
+        self.message = ""
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when it is about to end."""
+        return self._reading
+
+    def is_done(self) -> bool:
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+                self.message = read_pipe(self._reading, _LONGEST).decode("utf-8", "replace")
+                os.close(self._reading)
+        return self.status is not None
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether it was told to end, as by Ctrl-C to all processes, and did not fail."""
+        return self.status in (-signal.SIGTERM, -signal.SIGINT)
+
+    def stop(self) -> None:
+        if self.status is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Until it has ended, which takes no long time after `stop`."""
+        while not self.is_done():
+            sleep(0.005)
+
+
+def _do(close_first: Callable[[], None], work: Callable[[], Optional[str]], writing: int) -> int:
+    """Life of the process: its exit status."""
+    reset_signals(signal.SIGTERM, signal.SIGINT)  # until it has a `ProcessLoop` of its own
+    close_first()
+    status, message = 1, ""
+    try:
+        message = work() or ""
+        status = 0
+    except Stop:
+        status = 0
+    except TaskFailed as failure:
+        message = str(failure)
+    except OSError as error:
+        message = error.strerror or str(error)
+    with suppress(BrokenPipeError):  # the steward has ended first
+        os.write(writing, message.encode("utf-8", "backslashreplace")[:_LONGEST])
+    return status

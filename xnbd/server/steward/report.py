@@ -1,0 +1,149 @@
+"""What ``xnbd-bgctl --query`` is told (``xnbd-bgctl(8)``, section CONTROL SOCKET PROTOCOL)."""
+
+from __future__ import annotations
+
+import os
+from time import time
+from typing import Any, List, Optional
+
+from ... import __version__
+from ...control.server import Message
+from ...proxy.image import ProxySource
+from ...proxy.state.checkpoint import ProcessState
+from ...scoreboard.scoreboard import REACHED, TARGET, UNREACHABLE, Counts, Line, Scoreboard, clock
+from ...storage.blocks import BLOCK
+from ...system.usage import UsageMeter
+from ..service import Service
+from ..session.memory import share
+from .progress import Progress, Rate
+
+COPYING_PEER = "(copying all blocks)"
+"""Stands on the scoreboard in place of a client."""
+
+
+class QueryAnswers:
+    """The answers of one steward."""
+
+    def __init__(self, service: Service, scoreboard: Scoreboard) -> None:
+        self._service = service
+        self._source = service.source
+        self._scoreboard = scoreboard
+        self._began = clock()
+        self._meter = UsageMeter()
+        self._copier: Optional[int] = None
+        self._copy_rate = Rate()
+
+    def answer(self, state: Optional[ProcessState], progress: Optional[Progress], cells: Optional[int]) -> Message:
+        """Everything; *state* and *progress* are a proxy's, whose map gets *cells* if that is not None.
+
+        After the switch it is a target, and nothing is told of an origin and a cache.
+        """
+        source, lines, totals = self._source, self._scoreboard.lines(), self._scoreboard.totals()
+        switched = self._scoreboard.mode == TARGET
+        near = [line for line in lines if line.namespace == self._scoreboard.namespace]
+        usage = self._meter.usage([line.pid for line in near])
+        answer: Message = {
+            "mode": "target" if switched else source.mode,
+            "name": source.name,
+            "description": self._description(),
+            "pid": os.getppid(),
+            "version": __version__,
+            "uptime_seconds": clock() - self._began,
+            "readonly": source.readonly,
+            "disk_size": source.size,
+            "block_size": BLOCK,
+            "write_back_failure": self._write_back_failure(),
+            "counters": _counters(totals),
+            "workers": [
+                _worker(line, usage.get(line.pid) if line in near else None)
+                for line in lines
+                if line.peer not in ("", COPYING_PEER)
+            ],
+        }
+        if isinstance(source, ProxySource) and not switched and state is not None and progress is not None:
+            answer["queue"] = self._queue(lines)
+            answer["blocks"] = {"total": progress.blocks, "cached": progress.blocks - progress.missing()}
+            answer["origin"] = self._origin(source, lines)
+            answer["checkpoint"] = self._checkpoint(state)
+            answer["cache_all"] = self._copy(lines, progress)
+            if cells is not None:
+                answer["map"] = progress.shares(cells)
+        return answer
+
+    def _description(self) -> str:
+        source = self._source
+        if not isinstance(source, ProxySource):
+            return source.description
+        if self._scoreboard.mode == TARGET:
+            return f"disk image {source.name}, a proxy's cache until the switch"
+        return source.describe(self._scoreboard.address or str(source.address))
+
+    def _write_back_failure(self) -> Optional[Message]:
+        failure = self._source.write_back(self._scoreboard).failure()
+        if failure is None:
+            return None
+        return {
+            "errno": failure.number,
+            "error": os.strerror(failure.number),
+            "seconds_since": max(0.0, time() - failure.when),
+        }
+
+    def _queue(self, lines: List[Line]) -> Message:
+        limits = self._service.limits
+        return {
+            "requests": sum(line.queued_requests for line in lines),
+            "requests_limit": limits.requests,
+            "bytes": sum(line.queued_bytes for line in lines),
+            "bytes_limit": limits.buffered,
+            "memory_limit": share(),
+        }
+
+    def _origin(self, proxy: ProxySource, lines: List[Line]) -> Message:
+        connected = sum(line.origin == REACHED for line in lines)
+        unreachable = any(line.origin == UNREACHABLE for line in lines)
+        return {
+            "address": self._scoreboard.address or str(proxy.address),
+            "state": "unreachable" if unreachable else "connected" if connected else "idle",
+            "error": next((line.trouble for line in lines if line.trouble), None),
+            "connections": connected,
+        }
+
+    def _checkpoint(self, state: ProcessState) -> Message:
+        count, last = self._scoreboard.checkpoints()
+        return {
+            "dirty_pages": state.dirty_pages(),
+            "completed": count,
+            "seconds_since_last": None if last is None else max(0.0, clock() - last),
+        }
+
+    def _copy(self, lines: List[Line], progress: Progress) -> Optional[Message]:
+        pid = next((line.pid for line in lines if line.peer == COPYING_PEER), None)
+        if pid != self._copier:
+            self._copier, self._copy_rate = pid, Rate()
+        if pid is None:
+            return None
+        cached = progress.cached_bytes()
+        return {
+            "pid": pid,
+            "copied_bytes": cached,
+            "total_bytes": progress.size,
+            "rate": self._copy_rate.of(cached),
+        }
+
+
+def _counters(counts: Counts) -> Message:
+    return {**counts._asdict(), "hits": max(0, counts.requests - counts.misses)}
+
+
+def _worker(line: Line, usage: Any) -> Message:
+    about: Message = {
+        "pid": line.pid,
+        "client": line.peer,
+        "connected_seconds": max(0.0, clock() - line.since),
+        **_counters(line.counts),
+        "queued_requests": line.queued_requests,
+        "queued_bytes": line.queued_bytes,
+    }
+    if usage is not None:
+        about.update(usage._asdict())
+    return about

@@ -1,0 +1,42 @@
+"""A server for a proxy export that has no clients, for as long as the operator wants something of it."""
+
+from __future__ import annotations
+
+import socket
+from typing import Optional
+
+from ..errors import CommandError
+from ..protocol.server_handshake import Agreement
+from .children import Children
+from .exports import ProxyExport
+from .servers import Servers
+
+
+class IdleServer:
+    """A server whose only client is the wrapper, which says nothing; `close` lets it go.
+
+    Raises `CommandError` if it cannot be started.
+    """
+
+    def __init__(self, children: Children, servers: Servers, export: ProxyExport) -> None:
+        self.export = export
+        self.status: Optional[int] = None
+        self._ours, theirs = socket.socketpair()
+
+        def serve() -> int:
+            self._ours.close()
+            return servers.become(theirs, export, Agreement())
+
+        try:
+            self.pid = children.start(serve, self._ended)
+        except OSError as error:
+            self._ours.close()
+            raise CommandError(f"the wrapper cannot start a process: {error.strerror}") from error
+        finally:
+            theirs.close()
+
+    def _ended(self, status: int) -> None:
+        self.status = status
+
+    def close(self) -> None:
+        self._ours.close()
