@@ -90,7 +90,7 @@ class Worker:
 
     def _work(self, loop: ProcessLoop) -> int:
         service = self._service
-        disk = loop.disk = service.open_disk()
+        disk = loop.companion = service.open_disk()
         loop.farewell = self._close_listeners  # a successor may listen there already
         with closing(Lobby(service.handshake_timeout)) as lobby:
             self._report("")  # it can work
@@ -100,7 +100,7 @@ class Worker:
         service = self._service
         while True:
             set_title("spare worker", service.source.name)
-            guest = self._next_client(loop, lobby)
+            guest = self._next_client(loop, disk, lobby)
             lobby.hand_over(self._pool.writing)
             if guest is None:
                 disk.close()
@@ -114,11 +114,9 @@ class Worker:
             self._report("")
             loop.check()
 
-    def _next_client(self, loop: ProcessLoop, lobby: Lobby) -> Optional[Guest]:
+    def _next_client(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> Optional[Guest]:
         """The next client, or None if this worker is one spare too many."""
         retirements, pool = self._pipes.retirements, self._pool.reading
-        disk = loop.disk
-        assert disk is not None
         listening = [listener.fileno() for listener in self._listeners]
         descriptors = (*listening, pool.fileno(), lobby.fileno(), retirements)
         while True:
@@ -126,8 +124,7 @@ class Worker:
             timeout = None if deadline is None else max(0.0, deadline - monotonic())
             loop.wait(descriptors, select.POLLIN, timeout, results=True)
             disk.forget_results()
-            if disk.outdated:
-                disk.renew()
+            disk.catch_up()
             guest = lobby.speaker()
             if guest is not None:
                 return guest

@@ -163,11 +163,8 @@ class Commands:
 
     def _flush_image(self) -> None:
         """Outside the gate: it changes nothing, and may take long."""
-        self._disk.place.leave()
-        try:
+        with self._disk.outside():
             self._image.flush()
-        finally:
-            self._disk.place.enter()
 
     # READ
 

@@ -73,8 +73,7 @@ class Writes:
         held = 0
         for at, piece in self._receive_buffer.payload(offset, length):
             while failure is None:
-                if self._disk.outdated:
-                    self._parked.renew()
+                self._disk.catch_up()
                 try:
                     self._refuse_if_shrunk(at + len(piece))
                     self._disk.image.write(at, piece)
