@@ -15,9 +15,9 @@ from typing import List
 from ...errors import ProtocolError, RequestError
 from ...logs import Seldom, log
 from ...protocol import constants as c
-from ...protocol import transmission as wire
 from ...protocol.reply_format import ReplyFormat
 from ...protocol.server_handshake import ALLOCATION_CONTEXT, Agreement
+from ...protocol.transmission import nbd_error
 from ...scoreboard.scoreboard import BYTES_READ
 from ...text import one_line
 from ..disk import Disk
@@ -148,7 +148,7 @@ class Commands:
             )
         else:
             log.debug("%s: %s of %d bytes at %d refused: %s", self._peer, name, length, offset, reason)
-        number = wire.nbd_error(getattr(error, "errno", None) or errno.EIO)
+        number = nbd_error(getattr(error, "errno", None) or errno.EIO)
         out.append(self._format.error(command, cookie, number, str(error)))
 
     def end(self) -> None:
@@ -196,7 +196,7 @@ class Commands:
         for part, (hole, at, count) in enumerate(parts, 1):
             flags = c.REPLY_FLAG_DONE if part == len(parts) else 0
             if hole:
-                out.append(wire.pack_hole_chunk(cookie, at, count, flags))
+                out.append(self._format.hole(cookie, at, count, flags))
             else:
                 self._append_data(cookie, at, count, flags, out)
 
@@ -235,4 +235,4 @@ class Commands:
             raise RequestError(errno.EINVAL, "block status of nothing")
         limit = 1 if flags & c.CMD_FLAG_REQ_ONE else _MAXIMUM_EXTENTS
         extents = self._holes.status(offset, length, limit)
-        out.append(wire.pack_block_status(cookie, ALLOCATION_CONTEXT, extents))
+        out.append(self._format.block_status(cookie, ALLOCATION_CONTEXT, extents))
