@@ -8,8 +8,12 @@ becomes a target, a snapshot begins or ends. The rules:
   does `Disk.outside`. Back inside, the image is still the old one, so that what is
   half done can be finished: replies may be half sent, and point into its memory.
 - `Disk.enter`, `Disk.request` and `Disk.catch_up` go on with the disk as it is now, and
-  nothing else does. Who calls them holds no image of his own across the call, or looks
-  at ``generation`` after it. The session is told by `Session`'s callbacks.
+  nothing else does. Who calls them holds no image across the call, or compares
+  ``generation`` after it. A session is told, by what it gave to `Disk.accompany`.
+
+A process that calls one of these three, and has no unsent replies (those in a line
+included), holds no slice of the disk. That is the point to count for whoever has to wait
+until all processes have passed one, before blocks are let go.
 
 The request loop (`Session._work`) asks ``outdated`` itself, because a call would cost it
 too much. The copier does, because it ends with its proxy.

@@ -57,7 +57,7 @@ class Companion(ABC):
 
 
 class ProcessLoop:
-    """The sleep of one process, in which it was made, after the fork."""
+    """Where one process sleeps. It is made in that process, after the fork."""
 
     def __init__(self, lifeline: Optional[int] = None, *, handle_signals: bool = True) -> None:
         """*lifeline* is the pipe's reading end, or None for a process without a master.

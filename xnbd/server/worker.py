@@ -38,10 +38,10 @@ GARBAGE_THRESHOLD = 50_000
 
 
 class Pipes(NamedTuple):
-    """Descriptors between master and workers.
+    """Pipes between the master and its workers, as descriptors.
 
-    ``lifeline`` breaks with the master; through ``reports`` a worker tells of its
-    client; a byte in ``retirements`` is for one spare, which then leaves.
+    ``lifeline`` breaks with the master. Through ``reports`` a worker tells of its
+    client. Each byte in ``retirements`` ends one spare worker.
     """
 
     lifeline: int
@@ -53,14 +53,14 @@ class Pipes(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Where workers leave silent connections to each other."""
+    """A pair of sockets by which workers pass silent connections to each other."""
 
     reading: socket.socket
     writing: socket.socket
 
 
 class Worker:
-    """The next worker, as the master prepares it."""
+    """A process that serves one client after the other: prepared by the master, run in the child."""
 
     def __init__(self, service: Service, listeners: Sequence[socket.socket], pipes: Pipes, pool: Pool) -> None:
         self._service = service

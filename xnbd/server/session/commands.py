@@ -77,9 +77,10 @@ def _described(error: Exception) -> str:
 
 
 class Commands:
-    """The commands of the client *peer* over *disk*, as agreed in the handshake; *replies* is the format of theirs."""
+    """The commands of one client, WRITE and DISC excepted: checks each, does it on the disk, and answers it."""
 
     def __init__(self, disk: Disk, agreement: Agreement, replies: ReplyFormat, peer: str) -> None:
+        """*peer* is the client's name in the log, *replies* the format of the answers."""
         self._disk = disk
         self._counts = disk.place.counts
         self._format = replies

@@ -57,7 +57,7 @@ _WRITE = wire.request_word(c.CMD_WRITE)
 
 
 class Session:
-    """The transmission phase of *connection*, over *disk*, as agreed in the handshake."""
+    """The transmission phase of one client: receives requests, does them on the disk, and sends the replies."""
 
     def __init__(
         self, connection: Connection, disk: Disk, agreement: Agreement, limits: QueueLimits = _NO_LIMITS

@@ -4,9 +4,8 @@ To do one raises `NotLocal`, with the ticket that it has to wait for; the sessio
 loop goes on with those behind it. As long as the image's background has anything to
 do, the loop receives by `Parked.receive`, which does again what can be done.
 
-Wherever this process sleeps or leaves the gate the disk may become another one, also
-in the middle of a request: what waits is done on that one then, at once. Whoever
-holds on to an image across such a place has to look whether it still is the disk's.
+When the disk has become another one (see `server.disk`), all that is parked is done on
+that one at once.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _PATIENCE = 30.0
 
 
 class Parked:
-    """Those of the client behind *connection*, in *parking*."""
+    """Does one client's requests, parks those whose blocks are missing, and does them again when these have come."""
 
     def __init__(
         self, connection: Connection, disk: Disk, replies: Replies, commands: Commands, parking: Parking
