@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
-import signal
 import socket
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,19 +24,10 @@ GOOD = memoryview(b"\x0d" * PAGE)
 
 Ends = Tuple[RawClient, Replies]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
-
 
 @pytest.fixture
-def loop() -> Iterator[ProcessLoop]:
-    """A worker's watch; the signals that it takes over are the tests' own again afterwards."""
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    try:
-        yield ProcessLoop()
-    finally:
-        os.close(signal.set_wakeup_fd(-1))
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def loop() -> ProcessLoop:
+    return ProcessLoop(handle_signals=False)
 
 
 @pytest.fixture

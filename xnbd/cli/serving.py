@@ -172,7 +172,7 @@ def _serve_one(arguments: Arguments, client: Optional[int]) -> int:
     require_descriptors(_DESCRIPTORS[service.source.mode])
     with _steward_for_one(service, sock):
         loop = ProcessLoop()
-        disk = loop.disk = service.open_disk()
+        disk = loop.companion = service.open_disk()
         connection = Connection(sock, loop, service.spin)
         set_title("serving", connection.peer, service.source.name)
         service.serve(connection, disk, agreement)

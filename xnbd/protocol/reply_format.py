@@ -7,16 +7,18 @@ message". Another format of replies belongs here, and nothing else has to know i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Sequence, Tuple
 
 from . import constants as c
 from . import transmission as wire
 
 
 class ReplyFormat(ABC):
-    """The headers of replies. The data of a READ follows its header and is never seen here.
+    """How the replies of one session begin. The data of a READ follows its header and is never seen here.
 
-    With ``chunked`` replies a READ may be answered in several chunks, with holes among them.
+    A *cookie* is what a reply repeats of its request; nobody else looks into it. With
+    ``chunked`` replies a READ may be answered in several chunks, with holes among
+    them, and a BLOCK_STATUS can be answered; no other format is asked for either.
     """
 
     chunked: ClassVar[bool]
@@ -28,6 +30,14 @@ class ReplyFormat(ABC):
     @abstractmethod
     def nothing_read(self, cookie: bytes) -> bytes:
         """The whole reply to a READ of no bytes."""
+
+    def hole(self, cookie: bytes, offset: int, length: int, flags: int) -> bytes:
+        """A chunk of a READ that says: *length* bytes at *offset* are zeros."""
+        raise TypeError("this format has no chunks")
+
+    def block_status(self, cookie: bytes, context: int, extents: Sequence[Tuple[int, int]]) -> bytes:
+        """The whole reply to a BLOCK_STATUS: *extents*, pairs of length in bytes and status flags, for *context*."""
+        raise TypeError("this format has no chunks")
 
     def success(self, cookie: bytes) -> bytes:
         """The whole reply to a command that returns nothing."""
@@ -43,7 +53,7 @@ class ReplyFormat(ABC):
 
 
 class SimpleFormat(ReplyFormat):
-    """Every reply is a simple one."""
+    """The format in which every reply is a simple one."""
 
     chunked = False
 
@@ -61,12 +71,14 @@ class SimpleFormat(ReplyFormat):
 
 
 class StructuredFormat(ReplyFormat):
-    """READ and BLOCK_STATUS have structured replies, their errors too; the other commands have simple ones."""
+    """The format with structured replies to READ and BLOCK_STATUS, errors too, and simple ones to all else."""
 
     chunked = True
 
     data_header = staticmethod(wire.pack_data_chunk)
     nothing_read = staticmethod(wire.pack_done)
+    hole = staticmethod(wire.pack_hole_chunk)
+    block_status = staticmethod(wire.pack_block_status)
 
     def error(self, command: int, cookie: bytes, error: int, message: str) -> bytes:
         if command in (c.CMD_READ, c.CMD_BLOCK_STATUS):

@@ -1,26 +1,54 @@
-"""The disk in the hands of one process: its image, its way through the gate, and what the process tells of itself."""
+"""The disk in the hands of one process: its image, its way through the gate, and what the process tells of itself.
+
+The disk may become another one while this process is outside the gate: a proxy
+becomes a target, a snapshot begins or ends. The rules:
+
+- Who works on the image is inside the gate.
+- Who sleeps leaves the gate (`Disk.fall_asleep`, called by the process loop), and so
+  does `Disk.outside`. Back inside, the image is still the old one, so that what is
+  half done can be finished: replies may be half sent, and point into its memory.
+- `Disk.enter`, `Disk.request` and `Disk.catch_up` go on with the disk as it is now, and
+  nothing else does. Who calls them holds no image across the call, or compares
+  ``generation`` after it. A session is told, by what it gave to `Disk.accompany`.
+
+A process that calls one of these three, and has no unsent replies (those in a line
+included), holds no slice of the disk. That is the point to count for whoever has to wait
+until all processes have passed one, before blocks are let go.
+
+The request loop (`Session._work`) asks ``outdated`` itself, because a call would cost it
+too much. The copier does, because it ends with its proxy.
+"""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from typing import Callable, Iterator, Optional
+
 from ..logs import log
 from ..scoreboard.scoreboard import SNAPSHOT, TARGET, Scoreboard
-from ..storage.image import Image, Source
+from ..storage.image import Background, Image, Source
 from ..storage.snapshot import Keeper, KeepingImage, open_files
 from ..storage.target import reopen
 from ..system.file_locks import do_nothing
+from .process_loop import Companion, Interests
 
 
-class Disk:
-    """*source*, opened by this process, after the fork. Raises `OSError`.
+class Disk(Companion):
+    """The disk behind a `Source`, as one process has it open; ``image`` is what it can read and write now.
 
-    ``image`` is another one after `renew`, which nobody but the owner of a client's
-    session calls, between two requests.
+    ``generation`` grows whenever ``image`` becomes another one. While the process sleeps
+    the image's background works on.
     """
 
     def __init__(self, source: Source, scoreboard_fd: int) -> None:
+        """Opens *source* for this process, after the fork. Raises `OSError`."""
         self._source = source
         self.name = source.name
         self._told = (0, "")
+        self._on_renewed: Callable[[], None] = do_nothing
+        self._inside = False
+        self._at_work: Optional[Background] = None
+        self.generation = 0
         self.scoreboard = Scoreboard(reopen(scoreboard_fd, readonly=False))
         self.place = self.scoreboard.take_place()
         self._open()
@@ -34,13 +62,50 @@ class Disk:
         self.place.tell_mode(self._mode)
         self._keep_for_snapshot()
 
+    # The gate, and a disk that becomes another one
+
     @property
     def outdated(self) -> bool:
-        """Whether the disk has become a plain target, or a snapshot of it begun or ended, since `renew`."""
+        """Whether ``image`` is the old one: the disk has become a target, or a snapshot has begun or ended."""
         return self.place.changes != self.changes
 
-    def renew(self) -> None:
-        """Go on with the disk as it is now. Called inside the gate."""
+    def enter(self) -> Image:
+        """Enter the gate, and go on with the disk as it is now."""
+        self.place.enter()
+        if self.outdated:
+            self._renew()
+        return self.image
+
+    @contextmanager
+    def request(self) -> Iterator[Image]:
+        """Be inside the gate, for one request on the disk as it is now."""
+        image = self.enter()
+        try:
+            yield image
+        finally:
+            self.place.leave()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Leave the gate in the middle of a request, for what changes nothing and may take long."""
+        self.place.leave()
+        try:
+            yield
+        finally:
+            self.place.enter()
+
+    def catch_up(self) -> bool:
+        """Go on with the disk as it is now; whether it was another one. Stays inside the gate, or outside."""
+        if not self.outdated:
+            return False
+        if self.place.inside:
+            self._renew()
+        else:
+            with self.request():
+                pass
+        return True
+
+    def _renew(self) -> None:
         on_wait = self.image.on_wait
         if self.scoreboard.mode == TARGET != self._mode:
             old = self.image
@@ -52,6 +117,8 @@ class Disk:
                 self.image = self.image.release()
             self._keep_for_snapshot()
         self.image.wait_with(on_wait)
+        self.generation += 1
+        self._on_renewed()
 
     def _keep_for_snapshot(self) -> None:
         snapshot = self.scoreboard.snapshot
@@ -75,10 +142,52 @@ class Disk:
             log.warning("cannot keep old blocks for the snapshot, which is given up: %s", reason)
             self.scoreboard.end_snapshot()
 
-    def let_go(self) -> None:
-        """Of a snapshot that has ended, for a process that sleeps."""
-        if isinstance(self.image, KeepingImage) and self.outdated:
-            self.image.let_go()
+    # While the process sleeps
+
+    def fall_asleep(self) -> None:
+        """Leave the gate."""
+        self._inside = self.place.inside
+        self.place.tell()
+        self.place.leave()
+
+    def wake_up(self) -> None:
+        """Back to where the process was. What it does next is done on the old image, until it catches up."""
+        if self._inside:
+            self.place.enter()
+
+    def progress(self) -> bool:
+        """Let the image's background work, inside the gate; True if it has results, or the disk is another one."""
+        background, self._at_work = self.image.background, None
+        if self.outdated:
+            if isinstance(self.image, KeepingImage):
+                self.image.let_go()
+            return True
+        if background is None or not background.busy:
+            return False
+        self.place.enter()
+        try:
+            if self.outdated:
+                return True
+            background.progress()
+            self.tell_health()
+            self.place.tell()
+        finally:
+            self.place.leave()
+        self._at_work = background
+        return bool(background.finished)
+
+    def interests(self) -> Interests:
+        return () if self._at_work is None else self._at_work.interests()
+
+    def deadline(self) -> Optional[float]:
+        return None if self._at_work is None else self._at_work.deadline()
+
+    # A client
+
+    def accompany(self, on_wait: Callable[[], None], on_renewed: Callable[[], None]) -> None:
+        """Until `part` call *on_wait* while the image waits, and *on_renewed* when it has become another one."""
+        self.image.wait_with(on_wait)
+        self._on_renewed = on_renewed
 
     def tell_health(self) -> None:
         """Tell of the origin, if there is news."""
@@ -97,7 +206,7 @@ class Disk:
         self.place.leave()
         self.place.tell()
         self.place.welcome("")
-        self.image.wait_with(do_nothing)
+        self.accompany(do_nothing, do_nothing)
 
     def close(self) -> None:
         """Let go of everything, the origin's connection included, which may take a moment."""

@@ -31,7 +31,7 @@ _TIME = struct.Struct("=d")
 
 
 class Guest(NamedTuple):
-    """A connection, and when its handshake has to be over (monotonic seconds)."""
+    """A connection that is no client yet, and the *deadline* of its handshake in monotonic seconds."""
 
     sock: socket.socket
     peer: str
@@ -39,9 +39,10 @@ class Guest(NamedTuple):
 
 
 class Lobby:
-    """Those of one process; *timeout* seconds is how long a handshake may take."""
+    """The connections of one process that have been greeted and have not said anything yet."""
 
     def __init__(self, timeout: float) -> None:
+        """*timeout* seconds is how long a handshake may take."""
         self._timeout = timeout
         self._guests: OrderedDict[int, Guest] = OrderedDict()
         self._epoll = select.epoll()

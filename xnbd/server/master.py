@@ -34,7 +34,7 @@ ORDERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Limits(NamedTuple):
-    """Numbers of processes."""
+    """How many processes a server may have for clients, and how many spare workers it keeps."""
 
     max_clients: int
     spare_workers: int
@@ -46,7 +46,7 @@ class Limits(NamedTuple):
 
 
 class _Pauses:
-    """Seconds until what has failed is tried again: twice as many each time in a row."""
+    """How many seconds to wait before what has failed is tried again: twice as many after each failure in a row."""
 
     def __init__(self) -> None:
         self.failures = 0
@@ -58,9 +58,10 @@ class _Pauses:
 
 
 class Master:
-    """Serves *service* on *listeners*, non-blocking sockets, until it is told to stop."""
+    """The first process of a server: it forks workers and the steward, and takes signals, until it is told to stop."""
 
     def __init__(self, service: Service, listeners: Sequence[socket.socket], limits: Limits) -> None:
+        """*listeners* are non-blocking sockets."""
         self._service = service
         self._listeners = list(listeners)
         self._limits = limits

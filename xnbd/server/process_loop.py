@@ -1,8 +1,11 @@
-"""What ends a worker besides its client: a signal to stop, and the master's death.
+"""Where a process sleeps, and all that wakes it: descriptors, its companion's work, signals, the master's death.
 
 A signal handler only sets a flag; the wake-up pipe that Python writes to makes a
-sleeping worker look at it. The lifeline is a pipe of which the master alone holds
+sleeping process look at it. The lifeline is a pipe of which the master alone holds
 the writing end, so that it breaks however the master ends.
+
+What goes on while a process sleeps is handed to its loop as a `Companion`. The loop
+knows nothing of disks and clients.
 """
 
 from __future__ import annotations
@@ -10,38 +13,73 @@ from __future__ import annotations
 import os
 import select
 import signal
+from abc import ABC, abstractmethod
 from time import monotonic
 from typing import Callable, Container, Dict, Iterator, Optional, Sequence, Tuple
 
-from ..storage.image import Background
 from ..system.polling import poll_patiently
-from .disk import Disk
 
 GRACE = 2.0
-"""Seconds that a message under way may still take once the worker is to stop."""
+"""Seconds that a message under way may still take once the process is to stop."""
 
 _POLLS = 16
 
+Interests = Sequence[Tuple[int, int]]
+"""Descriptors to wait for, each with its poll events."""
+
 
 class Stop(Exception):
-    """This worker has to leave now."""
+    """This process has to leave now."""
+
+
+class Companion(ABC):
+    """Work that goes on in a process while the process sleeps in `ProcessLoop.wait`."""
+
+    @abstractmethod
+    def fall_asleep(self) -> None:
+        """The process sleeps from now on until `wake_up`."""
+
+    @abstractmethod
+    def wake_up(self) -> None:
+        """The sleep is over."""
+
+    @abstractmethod
+    def progress(self) -> bool:
+        """Do all that can be done without waiting; True if whoever waits for results has to look."""
+
+    @abstractmethod
+    def interests(self) -> Interests:
+        """What `progress` waits for, as it said the last time."""
+
+    @abstractmethod
+    def deadline(self) -> Optional[float]:
+        """When `progress` wants to be called in any case, in monotonic seconds."""
 
 
 class ProcessLoop:
-    """Made after the fork, in the process that it watches over."""
+    """Where one process sleeps. It is made in that process, after the fork."""
 
-    def __init__(self, lifeline: Optional[int] = None) -> None:
-        """*lifeline* is the pipe's reading end, or None for a process without a master."""
+    def __init__(self, lifeline: Optional[int] = None, *, handle_signals: bool = True) -> None:
+        """*lifeline* is the pipe's reading end, or None for a process without a master.
+
+        Without *handle_signals* they do what they did before, as in a process that may
+        simply be killed, or in a thread.
+        """
         self.stopping = False
         self.farewell: Callable[[], None] = lambda: None
         """What the process has to let go of before it takes leave of its last client."""
-        self.disk: Optional[Disk] = None
-        """The disk whose background goes on while the process sleeps, and whose gate is left for that."""
+        self.companion: Optional[Companion] = None
         self._woken = False
         self._key: object = None
         self._side_poll = select.poll()
         self._deadline = float("inf")
         self._parent = os.getppid() if lifeline is not None else None
+        self._wake = self._handle_signals() if handle_signals else -1
+        self.lifeline = -1 if lifeline is None else lifeline
+        self._polls: Dict[Tuple[Sequence[int], int], select.poll] = {}
+
+    def _handle_signals(self) -> int:
+        """Install the handlers; the wake-up pipe's reading end."""
         wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -50,9 +88,7 @@ class ProcessLoop:
         for number in (signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._wake = wake
-        self.lifeline = -1 if lifeline is None else lifeline
-        self._polls: Dict[Tuple[Sequence[int], int], select.poll] = {}
+        return wake
 
     def _on_stop(self, _number: int, _frame: object) -> None:
         if not self.stopping:
@@ -63,7 +99,7 @@ class ProcessLoop:
         self._woken = True
 
     def check(self, *, mid_message: bool = False) -> None:
-        """Raises `Stop` when the worker is to leave, like `wait`. Cheap: a busy worker asks all the time."""
+        """Raises `Stop` when the process is to leave, like `wait`. Cheap: a busy worker asks all the time."""
         if self._parent is not None and os.getppid() != self._parent:
             raise Stop("the master is gone")
         if self.stopping and not (mid_message and monotonic() < self._deadline):
@@ -80,27 +116,21 @@ class ProcessLoop:
     ) -> bool:
         """Sleep until one of *fds* shows *events*; False if *timeout* seconds passed before.
 
-        With *results* returns False also as soon as the background has some, or
-        somebody has woken this process because the disk has changed. Raises `Stop` when the worker is to leave: at once
-        if the master is gone, after `GRACE` if the wait is in the middle of a message.
+        With *results* returns False also as soon as the companion has some, or somebody
+        has woken this process. Raises `Stop` when the process is to leave: at once if
+        the master is gone, after `GRACE` if the wait is in the middle of a message.
         """
         until = None if timeout is None else monotonic() + timeout
-        disk = self.disk
-        if disk is None:
+        companion = self.companion
+        if companion is None:
             return self._sleep(fds, events, until, mid_message, results)
-        place, background = disk.place, disk.image.background
-        inside = place.inside
-        place.tell()
-        place.leave()
+        companion.fall_asleep()
         try:
-            if background is None or not background.busy:
-                return self._sleep(fds, events, until, mid_message, results)
-            return self._work_and_sleep(disk, fds, events, until, mid_message, results)
+            return self._sleep(fds, events, until, mid_message, results)
         finally:
-            if inside:
-                place.enter()
+            companion.wake_up()
 
-    def wait_for(self, interests: Sequence[Tuple[int, int]], timeout: Optional[float]) -> None:
+    def wait_for(self, interests: Interests, timeout: Optional[float]) -> None:
         """Sleep until one of *interests*, each with its events, is ready, or somebody has woken this process.
 
         Raises `Stop` like `wait`.
@@ -122,19 +152,24 @@ class ProcessLoop:
         self.wait((), 0, seconds)
 
     def _sleep(self, fds: Sequence[int], events: int, until: Optional[float], mid_message: bool, results: bool) -> bool:
-        poll = self._plain_poll(fds, events)
+        companion = self.companion
+        interests: Interests = ()
+        wake_at = until
         while True:
             self.check(mid_message=mid_message)
-            if self._woken and self.disk is not None:
-                self.disk.let_go()
-            ready = {fd for fd, _ in poll_patiently(poll, self._milliseconds(until))}
+            if companion is not None:
+                if companion.progress() and results:
+                    return False
+                interests = companion.interests()
+                wake_at = _earlier(until, companion.deadline())
+            poll = self._poll_beside(fds, events, interests) if interests else self._plain_poll(fds, events)
+            ready = {fd for fd, _ in poll_patiently(poll, self._milliseconds(wake_at))}
             self._attend(ready)
             if not ready.isdisjoint(fds):
                 return True
-            if results and self._woken:
-                self._woken = False
+            if results and self.woken():
                 return False
-            if not ready and until is not None and monotonic() >= until:
+            if until is not None and monotonic() >= until:
                 return False
 
     def _plain_poll(self, fds: Sequence[int], events: int) -> select.poll:
@@ -148,45 +183,19 @@ class ProcessLoop:
                 poll.register(fd, wanted)
         return poll
 
-    def _work_and_sleep(
-        self, disk: Disk, fds: Sequence[int], events: int, until: Optional[float], mid_message: bool, results: bool
-    ) -> bool:
-        background = disk.image.background
-        assert background is not None
-        while True:
-            self.check(mid_message=mid_message)
-            disk.place.enter()
-            if disk.outdated:
-                if results:
-                    return False
-                disk.place.leave()
-                return self._sleep(fds, events, until, mid_message, results)
-            background.progress()
-            disk.tell_health()
-            disk.place.tell()
-            disk.place.leave()
-            if results and background.finished:
-                return False
-            poll = self._poll_for((*fds, -1, events, *background.interests()), fds, events, background)
-            times = [time for time in (until, background.deadline()) if time is not None]
-            ready = {fd for fd, _ in poll_patiently(poll, self._milliseconds(min(times) if times else None))}
-            self._attend(ready)
-            if not ready.isdisjoint(fds):
-                return True
-            if until is not None and monotonic() >= until:
-                return False
-
-    def _poll_for(self, key: object, fds: Sequence[int], events: int, background: Background) -> select.poll:
-        """What to poll for; the same as the last time more often than not."""
+    def _poll_beside(self, fds: Sequence[int], events: int, interests: Interests) -> select.poll:
+        """Polls for the companion's *interests* too, which are the same as the last time more often than not."""
+        key = (*fds, -1, events, *interests)
         if key != self._key:
             self._key = key
             self._side_poll = select.poll()
-            for fd, wanted in (*self._own_interests(), *((fd, events) for fd in fds), *background.interests()):
+            for fd, wanted in (*self._own_interests(), *((fd, events) for fd in fds), *interests):
                 self._side_poll.register(fd, wanted)
         return self._side_poll
 
     def _own_interests(self) -> Iterator[Tuple[int, int]]:
-        yield self._wake, select.POLLIN
+        if self._wake >= 0:
+            yield self._wake, select.POLLIN
         if self.lifeline >= 0:
             yield self.lifeline, select.POLLIN
 
@@ -200,3 +209,10 @@ class ProcessLoop:
         if self.stopping:
             until = self._deadline if until is None else min(until, self._deadline)
         return None if until is None else max(0.0, (until - monotonic()) * 1000)
+
+
+def _earlier(one: Optional[float], other: Optional[float]) -> Optional[float]:
+    """None is never."""
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)

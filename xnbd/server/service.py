@@ -20,7 +20,7 @@ from .session.parking import QueueLimits
 
 
 class Service(NamedTuple):
-    """*source* under the name *export_name*; times in seconds."""
+    """A disk as it is offered to clients: its source, its export name, and how a client is served; times in seconds."""
 
     source: Source
     scoreboard_fd: int

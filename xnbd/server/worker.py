@@ -38,10 +38,10 @@ GARBAGE_THRESHOLD = 50_000
 
 
 class Pipes(NamedTuple):
-    """Descriptors between master and workers.
+    """Pipes between the master and its workers, as descriptors.
 
-    ``lifeline`` breaks with the master; through ``reports`` a worker tells of its
-    client; a byte in ``retirements`` is for one spare, which then leaves.
+    ``lifeline`` breaks with the master. Through ``reports`` a worker tells of its
+    client. Each byte in ``retirements`` ends one spare worker.
     """
 
     lifeline: int
@@ -53,14 +53,14 @@ class Pipes(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Where workers leave silent connections to each other."""
+    """A pair of sockets by which workers pass silent connections to each other."""
 
     reading: socket.socket
     writing: socket.socket
 
 
 class Worker:
-    """The next worker, as the master prepares it."""
+    """A process that serves one client after the other: prepared by the master, run in the child."""
 
     def __init__(self, service: Service, listeners: Sequence[socket.socket], pipes: Pipes, pool: Pool) -> None:
         self._service = service
@@ -90,7 +90,7 @@ class Worker:
 
     def _work(self, loop: ProcessLoop) -> int:
         service = self._service
-        disk = loop.disk = service.open_disk()
+        disk = loop.companion = service.open_disk()
         loop.farewell = self._close_listeners  # a successor may listen there already
         with closing(Lobby(service.handshake_timeout)) as lobby:
             self._report("")  # it can work
@@ -100,7 +100,7 @@ class Worker:
         service = self._service
         while True:
             set_title("spare worker", service.source.name)
-            guest = self._next_client(loop, lobby)
+            guest = self._next_client(loop, disk, lobby)
             lobby.hand_over(self._pool.writing)
             if guest is None:
                 disk.close()
@@ -114,11 +114,9 @@ class Worker:
             self._report("")
             loop.check()
 
-    def _next_client(self, loop: ProcessLoop, lobby: Lobby) -> Optional[Guest]:
+    def _next_client(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> Optional[Guest]:
         """The next client, or None if this worker is one spare too many."""
         retirements, pool = self._pipes.retirements, self._pool.reading
-        disk = loop.disk
-        assert disk is not None
         listening = [listener.fileno() for listener in self._listeners]
         descriptors = (*listening, pool.fileno(), lobby.fileno(), retirements)
         while True:
@@ -126,8 +124,7 @@ class Worker:
             timeout = None if deadline is None else max(0.0, deadline - monotonic())
             loop.wait(descriptors, select.POLLIN, timeout, results=True)
             disk.forget_results()
-            if disk.outdated:
-                disk.renew()
+            disk.catch_up()
             guest = lobby.speaker()
             if guest is not None:
                 return guest

@@ -47,7 +47,7 @@ class LockHeld(OSError):
 
 
 class RangeLocks:
-    """Exclusive locks on bytes of the file behind *fd*, opened for writing by this very process."""
+    """Exclusive locks of this process on ranges of bytes of a file, which it has opened for writing itself."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -122,9 +122,9 @@ class RangeLocks:
 
 
 class SharedLocks:
-    """Locks on single bytes of the file behind *fd*, opened for reading, that several may hold at once.
+    """Shared locks on single bytes of a file that is open for reading; several processes may hold one at once.
 
-    They belong to all processes that have inherited *fd*, and end with the last of them.
+    They belong to all processes that have inherited the descriptor, and end with the last of them.
     """
 
     def __init__(self, fd: int) -> None:

@@ -25,7 +25,7 @@ _LEAVING_TIME = 1.0
 
 
 class Listeners:
-    """The sockets that a server listens on, non-blocking, and what has to be tidied up after them."""
+    """The non-blocking sockets that a server listens on, and the files that have to be removed with them."""
 
     def __init__(self) -> None:
         self.sockets: List[socket.socket] = []
@@ -142,7 +142,7 @@ _EVERYWHERE: Dict[int, str] = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
 
 
 class _NotHere(ConfigurationError):
-    """This computer does not have the address."""
+    """An address to listen on is not one of this computer's."""
 
 
 def _bind_all(addresses: Sequence[str], port: int) -> List[socket.socket]:

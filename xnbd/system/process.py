@@ -124,7 +124,7 @@ def leave_terminal() -> None:
 
 
 class Daemon:
-    """The way into the background: the parent stays until the child is ready or has failed."""
+    """A process that goes into the background: its parent stays until the child is ready or has failed."""
 
     def __init__(self) -> None:
         """Fork; only the daemon returns from here, the parent leaves with its verdict."""
@@ -165,7 +165,7 @@ _PID_FILE = re.compile(rb"[\d\n\0]{0,32}")
 
 
 class PidFile:
-    """A file with the master's process id from when it can be reached; locked for as long as the master lives."""
+    """A file with the master's process id, written when clients can connect; locked for as long as the master lives."""
 
     def __init__(self, path: str) -> None:
         """What a dead process has left there goes: who waits for the file must not find it too early.

@@ -13,7 +13,7 @@ _SHORTEST_INTERVAL = 0.5
 
 
 class Usage(NamedTuple):
-    """*cpu_percent* of one processor, *cpu_seconds* since the process began, memory of its own."""
+    """What a process uses: *cpu_percent* of one processor, *cpu_seconds* since it began, and memory of its own."""
 
     cpu_percent: float
     cpu_seconds: float
@@ -26,7 +26,7 @@ class _Sample(NamedTuple):
 
 
 class UsageMeter:
-    """Looks at the same processes again and again."""
+    """Measures the usage of processes, again and again."""
 
     def __init__(self) -> None:
         self._processes: Dict[int, psutil.Process] = {}

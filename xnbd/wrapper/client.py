@@ -170,11 +170,7 @@ class Client(NamedTuple):
 
 
 def _handshake_loop() -> ProcessLoop:
-    """What a handshake is watched by; a signal that ends the wrapper ends this process at once."""
-    deadly = (signal.SIGTERM, signal.SIGINT)
-    signal.pthread_sigmask(signal.SIG_BLOCK, deadly)
-    loop = ProcessLoop()
-    for number in deadly:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, deadly)
-    return loop
+    """A loop without handlers: what ends the wrapper ends this process at once, what servers are told by is ignored."""
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    return ProcessLoop(handle_signals=False)

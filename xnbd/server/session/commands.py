@@ -15,9 +15,9 @@ from typing import List
 from ...errors import ProtocolError, RequestError
 from ...logs import Seldom, log
 from ...protocol import constants as c
-from ...protocol import transmission as wire
 from ...protocol.reply_format import ReplyFormat
 from ...protocol.server_handshake import ALLOCATION_CONTEXT, Agreement
+from ...protocol.transmission import nbd_error
 from ...scoreboard.scoreboard import BYTES_READ
 from ...text import one_line
 from ..disk import Disk
@@ -77,9 +77,10 @@ def _described(error: Exception) -> str:
 
 
 class Commands:
-    """The commands of the client *peer* over *disk*, as agreed in the handshake; *replies* is the format of theirs."""
+    """The commands of one client, WRITE and DISC excepted: checks each, does it on the disk, and answers it."""
 
     def __init__(self, disk: Disk, agreement: Agreement, replies: ReplyFormat, peer: str) -> None:
+        """*peer* is the client's name in the log, *replies* the format of the answers."""
         self._disk = disk
         self._counts = disk.place.counts
         self._format = replies
@@ -148,7 +149,7 @@ class Commands:
             )
         else:
             log.debug("%s: %s of %d bytes at %d refused: %s", self._peer, name, length, offset, reason)
-        number = wire.nbd_error(getattr(error, "errno", None) or errno.EIO)
+        number = nbd_error(getattr(error, "errno", None) or errno.EIO)
         out.append(self._format.error(command, cookie, number, str(error)))
 
     def end(self) -> None:
@@ -163,11 +164,8 @@ class Commands:
 
     def _flush_image(self) -> None:
         """Outside the gate: it changes nothing, and may take long."""
-        self._disk.place.leave()
-        try:
+        with self._disk.outside():
             self._image.flush()
-        finally:
-            self._disk.place.enter()
 
     # READ
 
@@ -199,7 +197,7 @@ class Commands:
         for part, (hole, at, count) in enumerate(parts, 1):
             flags = c.REPLY_FLAG_DONE if part == len(parts) else 0
             if hole:
-                out.append(wire.pack_hole_chunk(cookie, at, count, flags))
+                out.append(self._format.hole(cookie, at, count, flags))
             else:
                 self._append_data(cookie, at, count, flags, out)
 
@@ -238,4 +236,4 @@ class Commands:
             raise RequestError(errno.EINVAL, "block status of nothing")
         limit = 1 if flags & c.CMD_FLAG_REQ_ONE else _MAXIMUM_EXTENTS
         extents = self._holes.status(offset, length, limit)
-        out.append(wire.pack_block_status(cookie, ALLOCATION_CONTEXT, extents))
+        out.append(self._format.block_status(cookie, ALLOCATION_CONTEXT, extents))

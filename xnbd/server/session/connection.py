@@ -9,7 +9,7 @@ from __future__ import annotations
 import select
 import socket
 from time import monotonic
-from typing import Optional
+from typing import Callable, Optional
 
 from ...errors import Disconnected, ProtocolError
 from ...system.sockets import set_socket_options
@@ -24,22 +24,30 @@ LONGEST_SPIN = 0.01
 
 
 class Connection:
-    """One client's connection; *spin* is the longest time in seconds to poll before sleeping."""
+    """One client's connection: sends and receives over a `Transport`, and sleeps in the process's loop."""
 
     def __init__(self, sock: socket.socket, loop: ProcessLoop, spin: float = 0.0, peer: str = "") -> None:
+        """*spin* is the longest time in seconds to poll before sleeping."""
         set_socket_options(sock)
         self.peer = peer or describe_peer(sock)
-        self.transport: Transport = PlainTransport(sock)
         self.loop = loop
         self.waits = 0  # how often the client did not take what was to be sent at once
         self._waited = False
-        self._fds = (sock.fileno(),)
-        self._receive_into = self.transport.receive_into
-        self._send = self.transport.send
         self._spin = Spin(spin)
+        self.use(PlainTransport(sock))
+
+    def use(self, transport: Transport) -> None:
+        """From now on bytes come and go by *transport*, of which none is left unsent or unread in the one before."""
+        self.transport = transport
+        self._fds = (transport.fileno(),)
+        self._receive_into = transport.receive_into
+        self._send = transport.send
         ready = select.poll()
-        ready.register(sock, select.POLLIN)
-        self._ready = ready.poll
+        ready.register(transport.fileno(), select.POLLIN)
+        self._ready: Callable[[int], object] = ready.poll
+        pending = transport.pending
+        if pending is not None:  # a function of its own, so that those that need none do not pay for it
+            self._ready = lambda timeout: pending() or ready.poll(timeout)
 
     def receive(self, view: memoryview) -> Optional[int]:
         """Receive the next requests into *view*: the number of bytes, 0 at the end, None if the process was woken.

@@ -12,7 +12,10 @@ HOLE_MINIMUM = 32 << 10
 
 
 class Holes:
-    """The holes of *image*, and where none was found the last time: to look takes long on some file systems."""
+    """Where an image has holes.
+
+    It remembers where the last look found none: to look takes long on some file systems.
+    """
 
     def __init__(self, image: Image) -> None:
         self._image = image

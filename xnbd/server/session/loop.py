@@ -57,7 +57,7 @@ _WRITE = wire.request_word(c.CMD_WRITE)
 
 
 class Session:
-    """The transmission phase of *connection*, over *disk*, as agreed in the handshake."""
+    """The transmission phase of one client: receives requests, does them on the disk, and sends the replies."""
 
     def __init__(
         self, connection: Connection, disk: Disk, agreement: Agreement, limits: QueueLimits = _NO_LIMITS
@@ -73,7 +73,7 @@ class Session:
         self._parked = Parked(connection, disk, self._replies, self._commands, self._parking)
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
         self._left = False
-        disk.image.wait_with(self._on_wait)
+        disk.accompany(self._on_wait, self._on_renewed)
 
     def run(self) -> None:
         """Serve until the client leaves.
@@ -117,6 +117,11 @@ class Session:
         self._parked.send_now()
         self._connection.loop.check(mid_message=True)
 
+    def _on_renewed(self) -> None:
+        """The disk is another one: what had waited for blocks of the old one is done there."""
+        self._commands.renew()
+        self._parked.start_again()
+
     def _work(self) -> bool:
         """Work through the complete requests that were received, and answer them; True if there may be more.
 
@@ -124,10 +129,8 @@ class Session:
         stays as it is: what is bound here once would cost as much as a request.
         """
         disk, receive_buffer, connection, parking = self._disk, self._receive_buffer, self._connection, self._parking
-        place, parked = disk.place, self._parked
-        place.enter()
-        if disk.outdated:
-            parked.renew()
+        place = disk.place
+        disk.enter()
         commands, image = self._commands, disk.image
         buffer, view, page_prefetch, background = (
             receive_buffer.buffer,

@@ -24,14 +24,14 @@ _NO_LIMIT = 1 << 60
 
 
 class _Room(NamedTuple):
-    """*free* bytes of *total*."""
+    """Memory of the computer, of a cgroup or within a limit: *free* bytes of *total*."""
 
     total: int
     free: int
 
 
 class _Files(NamedTuple):
-    """Of a memory cgroup: its limits, its usage, and what of that can be taken back at once."""
+    """Files of a memory cgroup: limits, usage, and the field for what of that can be taken back at once."""
 
     limits: Tuple[str, ...]
     usage: str
@@ -45,7 +45,7 @@ _VERSIONS = {
 
 
 class Memory:
-    """What there is for this process; *root* is where ``/proc`` and the cgroups are found."""
+    """The memory that this process can still get."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root

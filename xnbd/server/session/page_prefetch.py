@@ -18,7 +18,7 @@ _WINDOW = 2 << 20
 
 
 class PagePrefetch:
-    """``active`` tells whether reads have to be announced."""
+    """Announces reads to the image while replies take long to send; ``active`` tells whether that is so."""
 
     def __init__(self, image: Image) -> None:
         self.active = False

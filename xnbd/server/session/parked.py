@@ -4,9 +4,8 @@ To do one raises `NotLocal`, with the ticket that it has to wait for; the sessio
 loop goes on with those behind it. As long as the image's background has anything to
 do, the loop receives by `Parked.receive`, which does again what can be done.
 
-Wherever this process sleeps or leaves the gate the disk may become another one, also
-in the middle of a request: what waits is done on that one then, at once. Whoever
-holds on to an image across such a place has to look whether it still is the disk's.
+When the disk has become another one (see `server.disk`), all that is parked is done on
+that one at once.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _PATIENCE = 30.0
 
 
 class Parked:
-    """Those of the client behind *connection*, in *parking*."""
+    """Does one client's requests, parks those whose blocks are missing, and does them again when these have come."""
 
     def __init__(
         self, connection: Connection, disk: Disk, replies: Replies, commands: Commands, parking: Parking
@@ -119,10 +118,8 @@ class Parked:
 
     # A disk that becomes another one
 
-    def renew(self) -> None:
-        """Go on with the disk that has changed; what had waited for blocks is done there."""
-        self._disk.renew()
-        self._commands.renew()
+    def start_again(self) -> None:
+        """The disk has become another one: do all that had waited for blocks there."""
         for ticket in self._parking.tickets():
             request = self._parking.leave(ticket)
             if request is not None:
@@ -134,8 +131,7 @@ class Parked:
             self.send_now()
         else:
             self._replies.send()
-        if self._disk.outdated:
-            self.renew()
+        self._disk.catch_up()
 
     def send_now(self) -> None:
         """Send what leaves without a wait; a client that takes its leave need not be there any more."""
@@ -154,9 +150,9 @@ class Parked:
         Returns None when requests that had to wait were gone on with, when there is
         nothing left to wait for, and when the disk has changed.
         """
-        disk, background = self._disk, self._disk.image.background
-        disk.place.enter()
-        if disk.outdated or background is None:
+        disk = self._disk
+        background = disk.enter().background
+        if background is None:
             return None
         background.progress()
         self._tell()
@@ -173,7 +169,7 @@ class Parked:
                 return None
             else:
                 self._wait_beside(background, wanted)
-                if disk.outdated:
+                if disk.catch_up():
                     return None
         self._go_on(background)
         return None
@@ -200,9 +196,7 @@ class Parked:
         until = monotonic() + _PATIENCE
         while len(self._parking) and monotonic() < until:
             self._connection.loop.wait((), 0, 1.0, mid_message=True, results=True)
-            if self._disk.outdated:
-                self.renew()
-            elif self._disk.image.background is not None:
+            if not self._disk.catch_up() and self._disk.image.background is not None:
                 self._go_on(self._disk.image.background)
             self.send_now()
 
@@ -211,13 +205,12 @@ class Parked:
 
         The image has taken the ticket's parcels then.
         """
-        image = self._disk.image
+        disk, image, generation = self._disk, self._disk.image, self._disk.generation
         background = image.background
         assert background is not None
-        while ticket.pending and self._disk.image is image:  # going on with others may end in another one
+        while ticket.pending and disk.generation == generation:  # going on with others may end in another one
             self._connection.loop.wait((), 0, mid_message=True, results=True)
-            if self._disk.outdated:
-                self.renew()
+            if disk.catch_up():
                 return
             ours = [done for done in background.finished if done is ticket]
             background.finished = [done for done in background.finished if done is not ticket]

@@ -31,14 +31,17 @@ Where = Tuple[int, int]
 
 
 class QueueLimits(NamedTuple):
-    """At *requests* put aside, or *buffered* bytes of their payloads, receiving stops; 0 is no limit."""
+    """How many requests of one client may be parked, and how many bytes of their payloads; 0 is no limit.
+
+    At a limit nothing more is received from the client.
+    """
 
     requests: int = 0
     buffered: int = 0
 
 
 class ParkedRequest:
-    """One request, from when it was put aside until its reply has left the line.
+    """A request from the moment it is put aside until its reply has left the line.
 
     *again* does it once more, and may find that it has to wait for more; *buffered*
     is what it holds in memory, in bytes.
@@ -57,7 +60,7 @@ class ParkedRequest:
 
 
 class Allowance:
-    """What the waiting requests of one client may hold: measured again as that grows, and as seconds pass."""
+    """The memory that the parked requests of one client may hold; measured again when they hold more, and with time."""
 
     def __init__(self) -> None:
         self._until = 0
@@ -76,11 +79,11 @@ class Allowance:
 
 
 class Parking:
-    """All requests of one session that are put aside. With *ordered*, ready replies keep their place too.
+    """The requests of one session that are put aside, and the line of replies if they keep the order of requests.
 
-    ``blocked`` tells whether later replies have to stand in line; ``buffered`` is the
-    bytes held for those that wait; ``short`` that it is for want of memory that no
-    more should come.
+    ``blocked`` tells whether later replies have to stand in line. ``buffered`` is the
+    number of bytes that parked requests hold. ``short`` tells that memory is short, so
+    that no more requests should come.
     """
 
     def __init__(self, replies: List[Piece], limits: QueueLimits, *, ordered: bool) -> None:

@@ -13,7 +13,7 @@ BUFFER_SIZE = 1 << 20
 
 
 class ReceiveBuffer:
-    """Of what *connection* brought, the bytes of ``view`` from ``start`` up to ``end`` are left.
+    """One client's bytes that were received and are still to be worked on: ``view`` from ``start`` up to ``end``.
 
     ``buffer`` is the memory behind ``view``. Whoever receives adds to ``end``, whoever
     takes a request off adds to ``start``.

@@ -26,7 +26,7 @@ Piece = Union[bytes, memoryview]
 
 
 class Replies:
-    """What has to be sent to one client, in its format. The session appends to ``pieces`` directly."""
+    """The replies to one client that are still to be sent. The session appends to ``pieces`` directly."""
 
     def __init__(self, connection: Connection, reply_format: ReplyFormat) -> None:
         self.pieces: List[Piece] = []

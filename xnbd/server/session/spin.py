@@ -35,9 +35,10 @@ _LONG_WAIT = 1e-3
 
 
 class Spin:
-    """``seconds`` is how long to poll now: the *longest* time allowed, or 0 where it does not pay."""
+    """Decides how long to poll before sleeping: ``seconds``, which is 0 where polling does not pay."""
 
     def __init__(self, longest: float) -> None:
+        """*longest* seconds is the time allowed."""
         self.seconds = longest
         self._longest = longest
         self._paid = 1.0

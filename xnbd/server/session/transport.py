@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import Callable, Sequence, Union
+from typing import Callable, Optional, Sequence, Union
 
 Buffers = Sequence[Union[bytes, memoryview]]
 
@@ -18,10 +18,16 @@ _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 class Transport(ABC):
-    """One client's stream of bytes; errors are `OSError`."""
+    """One client's stream of bytes in both directions; errors are `OSError`."""
 
     receive_into: Callable[[memoryview], int]
-    """Receive into a view: the number of bytes, 0 at the end. Raises `BlockingIOError`."""
+    """Receive into a view: the number of bytes, 0 at the end. Raises `BlockingIOError`, never with bytes `pending`."""
+
+    pending: Optional[Callable[[], bool]] = None
+    """Whether bytes have been taken from the descriptor that `receive_into` has not handed out.
+
+    No poll shows these. None for a transport that never has any.
+    """
 
     @abstractmethod
     def send(self, buffers: Buffers) -> int:
@@ -45,7 +51,7 @@ class Transport(ABC):
 
 
 class PlainTransport(Transport):
-    """The stream of the socket *sock* as it is.
+    """A socket's stream of bytes as it is.
 
     The descriptor stays blocking, because whoever handed it over shares its flags;
     every call asks not to wait.

@@ -31,7 +31,10 @@ _BUFFERED = 8 << 20
 
 
 class Writes:
-    """Those that come in *receive_buffer*, for *disk*."""
+    """Large WRITE requests of one client: receives their payload piece by piece and writes it to the disk.
+
+    WRITEs with flags, and those to refuse, come here too.
+    """
 
     def __init__(self, receive_buffer: ReceiveBuffer, disk: Disk, commands: Commands, parked: Parked) -> None:
         self._receive_buffer = receive_buffer
@@ -73,8 +76,7 @@ class Writes:
         held = 0
         for at, piece in self._receive_buffer.payload(offset, length):
             while failure is None:
-                if self._disk.outdated:
-                    self._parked.renew()
+                self._disk.catch_up()
                 try:
                     self._refuse_if_shrunk(at + len(piece))
                     self._disk.image.write(at, piece)

@@ -34,14 +34,14 @@ _LOOK_AROUND = 0.1
 
 
 class CopyOptions(NamedTuple):
-    """*piece* in blocks, *rate* in bytes per second (0: as fast as it goes)."""
+    """How to copy: *piece* blocks with one request, *rate* bytes per second at most (0: as fast as it goes)."""
 
     piece: int = PIECE
     rate: int = 0
 
 
 class Copier:
-    """Copies what *disk* misses; the process has no client."""
+    """Copies all missing blocks of one disk, in a process without a client."""
 
     def __init__(self, disk: Disk, image: ProxyImage, loop: ProcessLoop, options: CopyOptions) -> None:
         self._disk = disk

@@ -363,7 +363,7 @@ class _Stewardship:
         def work() -> None:
             set_title("copying", self._source.name)
             loop = ProcessLoop(self._loop.lifeline)
-            disk = loop.disk = self._service.open_disk()
+            disk = loop.companion = self._service.open_disk()
             if not disk.scoreboard.try_lock(COPYING):
                 raise TaskFailed("another server on this cache is copying already")
             if isinstance(disk.image, ProxyImage):

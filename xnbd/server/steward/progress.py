@@ -27,7 +27,7 @@ _COUNT = struct.Struct("=H")
 
 
 class Progress:
-    """Of the disk of *size* bytes with *bitmap*.
+    """How many blocks of one disk are set in a bitmap.
 
     Counting takes long on a large disk. There it is the work of a child, page by page
     into memory that both have, and `keep_up` has to be called until it says so.
@@ -102,7 +102,7 @@ class Progress:
 
 
 class Pages:
-    """How many blocks each page of a large *bitmap* has, as of the last `count`, by whichever process."""
+    """How many blocks are set in each page of a large bitmap, as the last `count` of any process has found."""
 
     def __init__(self, bitmap: Bitmap) -> None:
         self._bitmap = bitmap
@@ -132,7 +132,7 @@ class Pages:
 
 
 class Rate:
-    """Bytes per second over the last moments."""
+    """How fast a number of bytes grows: bytes per second over the last moments."""
 
     def __init__(self) -> None:
         self._samples: List[Tuple[float, int]] = []

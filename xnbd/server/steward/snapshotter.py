@@ -25,7 +25,7 @@ _DATA_STEP, _HOLE_STEP = 256 << 10, 64 << 20
 
 
 class Snapshotter:
-    """Makes one snapshot of *source*; the bitmap behind *bitmap_fd* shows how far it is."""
+    """Makes one snapshot of a disk, in a process of its own; a bitmap shows how far it is."""
 
     def __init__(self, source: Source, scoreboard: Scoreboard, bitmap_fd: int, loop: ProcessLoop) -> None:
         self._source = source
