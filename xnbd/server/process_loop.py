@@ -101,7 +101,7 @@ class ProcessLoop:
                 place.enter()
 
     def wait_for(self, interests: Sequence[Tuple[int, int]], timeout: Optional[float]) -> None:
-        """Sleep until one of *interests*, each with its events, is ready, or somebody has woken this process.
+        """Sleep until one of *interests*, each with its events, is ready, or a signal has come.
 
         Raises `Stop` like `wait`.
         """
@@ -111,11 +111,6 @@ class ProcessLoop:
             poll.register(fd, events)
         until = None if timeout is None else monotonic() + timeout
         self._attend({fd for fd, _ in poll_patiently(poll, self._milliseconds(until))})
-
-    def woken(self) -> bool:
-        """Whether somebody has woken this process since this was asked last."""
-        woken, self._woken = self._woken, False
-        return woken
 
     def pause(self, seconds: float) -> None:
         """Sleep; raises `Stop` like `wait`."""
