@@ -124,6 +124,22 @@ class Seldom:
             log.log(level, "%s: %d more like the last line", what, left_out)
 
 
+class ToldOnce:
+    """The failures of what is tried again and again: each is told once, until it is another one or has passed."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def log(self, level: int, failure: str) -> None:
+        if failure != self._last:
+            log.log(level, "%s", failure)
+        self._last = failure
+
+    def passed(self) -> None:
+        """It was tried with success: the same failure would be news."""
+        self._last = ""
+
+
 class _SyslogHandler(logging.Handler):
     """The C library's ``syslog(3)``: it needs no connection and survives forks and restarts of the daemon."""
 

@@ -18,6 +18,7 @@ import termios
 import threading
 import time
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -940,6 +941,9 @@ class Siblings:
     def answers(self) -> bool:
         return self.answering() is not None
 
+    def log(self) -> str:
+        return self._log.read_text()
+
     def stop(self) -> None:
         try:
             for client in self.clients:
@@ -950,7 +954,7 @@ class Siblings:
             for process in self.processes:
                 process.kill()
                 process.wait()
-        text = self._log.read_text()
+        text = self.log()
         assert " ERROR: " not in text, text
         assert "Traceback" not in text, text
 
@@ -1022,6 +1026,23 @@ def test_newcomer_after_a_switch_of_its_siblings_is_a_target(siblings: Siblings,
     assert newcomer.read(0, DISK) == disk.read_bytes()
     assert newcomer.write(5, b"x") == 0
     assert siblings.clients[0].read(5, 1) == b"x"
+
+
+def has_made(scoreboard: Scoreboard, checkpoints: int) -> bool:
+    return scoreboard.checkpoints()[0] >= checkpoints
+
+
+def test_sibling_that_cannot_answer_the_control_socket_says_so_once(siblings: Siblings) -> None:
+    """It tries every second. A checkpoint in between is no reason to say it again."""
+    siblings.control.write_text("somebody's notes")
+    client = siblings.add()
+    client.read(0, BLOCK)
+    with closing(Scoreboard(os.open(f"{siblings.files[1]}{SCOREBOARD_SUFFIX}", os.O_RDWR))) as scoreboard:
+        for number in range(1, 5):
+            assert client.write(number * BLOCK, b"news") == 0
+            wait_until(partial(has_made, scoreboard, number), "a checkpoint")
+    assert siblings.log().count("WARNING") == siblings.log().count(str(siblings.control)) == 1
+    assert siblings.control.read_text() == "somebody's notes"
 
 
 def test_siblings_make_no_snapshots(siblings: Siblings) -> None:

@@ -18,11 +18,11 @@ from ..errors import ConfigurationError
 from ..logs import log
 from ..system.file_locks import do_nothing
 from ..system.forking import SIGNALS, fork
-from ..system.polling import poll_patiently
+from ..system.polling import poll_patiently, read_pipe
 from ..system.process import set_title
 from .process_loop import GRACE
 from .service import Service
-from .worker import REPORT_SIZE, Pipes, Pool, Worker, parse_report, read_pipe
+from .worker import REPORT_SIZE, Pipes, Pool, Worker, parse_report
 
 _RETRY = 1.0
 _LONGEST_RETRY = 30.0

@@ -131,7 +131,7 @@ class ProcessLoop:
             companion.wake_up()
 
     def wait_for(self, interests: Interests, timeout: Optional[float]) -> None:
-        """Sleep until one of *interests*, each with its events, is ready, or somebody has woken this process.
+        """Sleep until one of *interests*, each with its events, is ready, or a signal has come.
 
         Raises `Stop` like `wait`.
         """
@@ -141,11 +141,6 @@ class ProcessLoop:
             poll.register(fd, events)
         until = None if timeout is None else monotonic() + timeout
         self._attend({fd for fd, _ in poll_patiently(poll, self._milliseconds(until))})
-
-    def woken(self) -> bool:
-        """Whether somebody has woken this process since this was asked last."""
-        woken, self._woken = self._woken, False
-        return woken
 
     def pause(self, seconds: float) -> None:
         """Sleep; raises `Stop` like `wait`."""
@@ -167,7 +162,8 @@ class ProcessLoop:
             self._attend(ready)
             if not ready.isdisjoint(fds):
                 return True
-            if results and self.woken():
+            if results and self._woken:
+                self._woken = False
                 return False
             if until is not None and monotonic() >= until:
                 return False

@@ -22,6 +22,7 @@ from typing import NamedTuple, Optional, Sequence
 
 from ..logs import Seldom, log
 from ..system.forking import let_signals_in
+from ..system.polling import read_pipe
 from ..system.process import set_title
 from .disk import Disk
 from .lobby import Guest, Lobby
@@ -161,14 +162,6 @@ class Worker:
 
 
 REPORT_SIZE = 128
-
-
-def read_pipe(fd: int, length: int) -> bytes:
-    """At most *length* bytes of what a non-blocking pipe holds."""
-    try:
-        return os.read(fd, length)
-    except BlockingIOError:
-        return b""
 
 
 def pack_report(pid: int, peer: str) -> bytes:

@@ -1,7 +1,8 @@
-"""Sleeping in ``poll(2)`` on a computer that is short of memory for a moment."""
+"""Waiting for descriptors, on a computer that is short of memory for a moment, and reading what is there."""
 
 from __future__ import annotations
 
+import os
 import select
 import time
 from typing import List, Optional, Tuple
@@ -21,3 +22,11 @@ def poll_patiently(poll: select.poll, timeout: Optional[float] = None) -> List[T
         pass
     time.sleep(_PAUSE if timeout is None else min(_PAUSE, timeout / 1000))
     return []
+
+
+def read_pipe(fd: int, length: int) -> bytes:
+    """At most *length* bytes of what a non-blocking pipe holds."""
+    try:
+        return os.read(fd, length)
+    except BlockingIOError:
+        return b""

@@ -1,18 +1,19 @@
-"""A process that a steward forks to do one thing."""
+"""The processes that a steward forks, each to do one thing."""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 from contextlib import suppress
 from functools import partial
 from time import sleep
-from typing import Callable, Optional
+from typing import Callable, List, Optional, Tuple
 
 from ...errors import TaskFailed
 from ...system.forking import fork_with_pipe, reset_signals
+from ...system.polling import read_pipe
 from ..process_loop import Stop
-from ..worker import read_pipe
 
 _LONGEST = 32 << 10
 
@@ -56,6 +57,42 @@ class Child:
         """Until it has ended, which takes no long time after `stop`."""
         while not self.is_done():
             sleep(0.005)
+
+
+class Children:
+    """The children of one steward, which wakes up when one of them ends."""
+
+    def __init__(self) -> None:
+        self.let_go: List[Callable[[], None]] = []
+        """What a child does first: it closes what has to end with the steward."""
+        self._running: List[Child] = []
+
+    def start(self, work: Callable[[], Optional[str]]) -> Child:
+        """Raises `TaskFailed` if there can be no more processes."""
+        child = Child(self._close, work)
+        self._running.append(child)
+        return child
+
+    def _close(self) -> None:
+        for close in self.let_go:
+            close()
+
+    def interests(self) -> List[Tuple[int, int]]:
+        """What to poll for."""
+        return [(child.fileno(), select.POLLIN) for child in self._running if child.status is None]
+
+    def bury(self) -> bool:
+        """Whether any has ended since this was asked last."""
+        before = len(self._running)
+        self._running = [child for child in self._running if not child.is_done()]
+        return len(self._running) < before
+
+    def end(self) -> None:
+        """Stop all of them."""
+        for child in self._running:
+            child.stop()
+        for child in self._running:
+            child.wait()
 
 
 def _do(close_first: Callable[[], None], work: Callable[[], Optional[str]], writing: int) -> int:

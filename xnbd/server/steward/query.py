@@ -7,7 +7,7 @@ from time import time
 from typing import Any, List, Optional
 
 from ... import __version__
-from ...control.server import Message
+from ...control.server import CommandTable, Message, Reply, integer_argument
 from ...proxy.image import ProxySource
 from ...proxy.state.checkpoint import ProcessState
 from ...scoreboard.scoreboard import REACHED, TARGET, UNREACHABLE, Counts, Line, Scoreboard, clock
@@ -15,26 +15,47 @@ from ...storage.blocks import BLOCK
 from ...system.usage import UsageMeter
 from ..service import Service
 from ..session.memory import share
+from .duty import Cache, Context, Duty
 from .progress import Progress, Rate
 
 COPYING_PEER = "(copying all blocks)"
 """Stands on the scoreboard in place of a client."""
 
+_MAXIMUM_CELLS = 1 << 16
+
+
+class Query(Duty):
+    """Answers what operators want to know; *cache* is a proxy's."""
+
+    def __init__(self, context: Context, cache: Optional[Cache]) -> None:
+        self._cache = cache
+        self._answers = QueryAnswers(context.service, context.scoreboard, cache)
+
+    def commands(self) -> CommandTable:
+        return {"query": self._query}
+
+    def _query(self, request: Message) -> Reply:
+        cells = integer_argument(request, "map", 1, _MAXIMUM_CELLS)
+        if self._cache is not None:
+            yield from self._cache.count()
+        yield {"done": True, **self._answers.answer(cells)}
+
 
 class QueryAnswers:
     """The answers of one steward."""
 
-    def __init__(self, service: Service, scoreboard: Scoreboard) -> None:
+    def __init__(self, service: Service, scoreboard: Scoreboard, cache: Optional[Cache]) -> None:
         self._service = service
         self._source = service.source
         self._scoreboard = scoreboard
+        self._cache = cache
         self._began = clock()
         self._meter = UsageMeter()
         self._copier: Optional[int] = None
         self._copy_rate = Rate()
 
-    def answer(self, state: Optional[ProcessState], progress: Optional[Progress], cells: Optional[int]) -> Message:
-        """Everything; *state* and *progress* are a proxy's, whose map gets *cells* if that is not None.
+    def answer(self, cells: Optional[int]) -> Message:
+        """Everything; the map of a proxy gets *cells* if that is not None.
 
         After the switch it is a target, and nothing is told of an origin and a cache.
         """
@@ -60,11 +81,12 @@ class QueryAnswers:
                 if line.peer not in ("", COPYING_PEER)
             ],
         }
-        if isinstance(source, ProxySource) and not switched and state is not None and progress is not None:
+        if self._cache is not None and not switched:
+            progress = self._cache.progress
             answer["queue"] = self._queue(lines)
             answer["blocks"] = {"total": progress.blocks, "cached": progress.blocks - progress.missing()}
-            answer["origin"] = self._origin(source, lines)
-            answer["checkpoint"] = self._checkpoint(state)
+            answer["origin"] = self._origin(self._cache.source, lines)
+            answer["checkpoint"] = self._checkpoint(self._cache.state)
             answer["cache_all"] = self._copy(lines, progress)
             if cells is not None:
                 answer["map"] = progress.shares(cells)

@@ -1,0 +1,79 @@
+"""What a steward's duties are made of.
+
+A duty has a module, and a line in the list of `steward.process`. It keeps its own
+state, waits for nothing, and is asked for all it wants each time the steward wakes up.
+What takes long is the work of a child, at whose end the steward wakes up by itself.
+"""
+
+from __future__ import annotations
+
+from typing import List, Optional, Tuple
+
+from ...control.server import CommandTable, Reply
+from ...proxy.image import ProxySource
+from ...scoreboard.scoreboard import PROXY, Scoreboard
+from ...storage.target import reopen
+from ..process_loop import ProcessLoop
+from ..service import Service
+from .child import Children
+from .progress import Progress
+
+
+class Duty:
+    """One thing that a steward looks after."""
+
+    def commands(self) -> CommandTable:
+        """What it does for operators, by the names of the control socket."""
+        return {}
+
+    def interests(self) -> List[Tuple[int, int]]:
+        """Descriptors and what to poll them for; children are polled for anyway."""
+        return []
+
+    def deadline(self) -> Optional[float]:
+        """When `progress` wants to be called at the latest (monotonic seconds)."""
+        return None
+
+    def progress(self) -> None:
+        """Do all that can be done without waiting. Called at least once a second."""
+
+    def on_child_end(self) -> None:
+        """A child of the steward has ended, whoever has started it: `progress` comes next."""
+
+    def end(self) -> None:
+        """The steward ends; its children are stopped next."""
+
+
+class Context:
+    """What all duties of one steward work with. *has_master* is False for the one process of a wrapped client."""
+
+    def __init__(self, service: Service, loop: ProcessLoop, *, has_master: bool) -> None:
+        """In the steward's own process. Raises `OSError`."""
+        self.service = service
+        self.source = service.source
+        self.loop = loop
+        self.has_master = has_master
+        self.scoreboard = Scoreboard(reopen(service.scoreboard_fd, readonly=False))
+        self.children = Children()
+        self.children.let_go.append(self.scoreboard.close)  # its locks have to end with the steward
+
+
+class Cache:
+    """What the duties of a proxy share besides: the files, and how much of the disk is local."""
+
+    def __init__(self, context: Context, source: ProxySource) -> None:
+        """Raises `OSError`."""
+        self.source = source
+        self.state = source.open_state()
+        self.progress = Progress(self.state.bitmap, source.size)
+        self._scoreboard = context.scoreboard
+        self._children = context.children
+
+    def keep_up(self) -> bool:
+        """Keep the figure of what is local up to date; False while a child counts that of a large disk."""
+        return self.progress.keep_up(self._children.start)
+
+    def count(self) -> Reply:
+        """Wait until there is such a figure."""
+        while self._scoreboard.mode == PROXY and not self.keep_up():
+            yield None

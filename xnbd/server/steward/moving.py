@@ -1,0 +1,86 @@
+"""Moving a proxy to another origin, while its clients go on."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Generator, Optional
+
+from ...control.server import CommandTable, Message, Reply, text_argument
+from ...errors import CommandError, TaskFailed
+from ...logs import log
+from ...origin.address import OriginAddress, parse_origin
+from ...origin.nbd.connection import OriginLost
+from ...origin.nbd.probe import probe
+from ...proxy.state.format import Steering
+from ...scoreboard.scoreboard import TARGET
+from ...system.process import set_title
+from .command_lock import CommandLock
+from .duty import Cache, Context, Duty
+
+
+class Moving(Duty):
+    """Notes the address that an operator gives, if there is a disk of the right size."""
+
+    def __init__(self, context: Context, cache: Cache, lock: CommandLock) -> None:
+        self._scoreboard = context.scoreboard
+        self._children = context.children
+        self._source = cache.source
+        self._lock = lock
+
+    def commands(self) -> CommandTable:
+        return {"reconnect": self._reconnect}
+
+    def _reconnect(self, request: Message) -> Reply:
+        name = text_argument(request, "exportname")
+        uri = text_argument(request, "uri")
+        if self._scoreboard.mode == TARGET:
+            raise CommandError("this is a plain target: it has no origin any more")
+        if uri is not None:
+            address = parse_origin(uri, None, name)
+        else:
+            address = parse_origin(text_argument(request, "host") or "", text_argument(request, "port"), name)
+        size = yield from self._ask_size(address)
+        if size != self._source.size:
+            raise CommandError(f"the disk at {address} has {size} bytes, not {self._source.size}; nothing was changed")
+        yield from self._lock.acquire("reconnect")
+        try:
+            self._reconnect_now(str(address))
+        finally:
+            self._lock.release()
+        self._scoreboard.wake_all()
+        log.info("the origin is %s now", address)
+        yield {"done": True, "address": str(address)}
+
+    def _reconnect_now(self, address: str) -> None:
+        """Raises `CommandError`, and then nothing was changed."""
+        if self._scoreboard.mode == TARGET:
+            raise CommandError("this is a plain target by now: it has no origin any more")
+        try:
+            self._source.steer(Steering(switched=False, address=address))
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+        except OSError as error:
+            raise CommandError(f"the address cannot be noted: {error.strerror}; nothing was changed") from error
+        self._scoreboard.address = address
+
+    def _ask_size(self, address: OriginAddress) -> Generator[Optional[Message], None, int]:
+        """Bytes of the disk at *address*, asked by a child: an origin or a name server may take its time."""
+        child = self._children.start(partial(_ask, address, self._source.patience.connect))
+        try:
+            while not child.is_done():
+                yield None
+        finally:
+            child.stop()
+            child.wait()
+        if child.status:
+            raise CommandError(f"{child.message or 'the process that asked it was stopped'}; nothing was changed")
+        return int(child.message)
+
+
+def _ask(address: OriginAddress, timeout: float) -> str:
+    """The work of the child: the disk's size in bytes. Raises `TaskFailed`."""
+    set_title("asking", str(address))
+    try:
+        return str(probe(address, timeout=timeout).size)
+    except OriginLost as lost:
+        raise TaskFailed(str(lost)) from lost

@@ -1,0 +1,24 @@
+"""Passing on what other servers have changed."""
+
+from __future__ import annotations
+
+from typing import Tuple
+
+from ...scoreboard.scoreboard import TARGET
+from .duty import Context, Duty
+
+
+class News(Duty):
+    """Wakes this server's processes if somebody has changed the disk, maybe a server whose signals do not get here."""
+
+    def __init__(self, context: Context) -> None:
+        self._scoreboard = context.scoreboard
+        self._seen: Tuple[object, ...] = (None,)
+
+    def progress(self) -> None:
+        """Nobody needs to wake up because a snapshot has begun."""
+        scoreboard, seen = self._scoreboard, self._seen
+        changes = scoreboard.changes if scoreboard.snapshot is None else seen[-1]
+        self._seen = scoreboard.mode == TARGET, scoreboard.generation, changes
+        if self._seen != seen:
+            scoreboard.wake_all()

@@ -1,0 +1,111 @@
+"""Where operators' commands come in: the control socket, and signals."""
+
+from __future__ import annotations
+
+import signal
+from logging import WARNING
+from time import monotonic
+from typing import List, Optional, Set, Tuple
+
+from ...control.server import TICK, CommandTable, ControlSocket, Reply, end_reply
+from ...errors import CommandError, ConfigurationError, TaskFailed
+from ...logs import ToldOnce, log
+from ...scoreboard.scoreboard import CONTROL
+from .duty import Context, Duty
+
+_TAKE_OVER_EVERY = 1.0
+
+_SIGNALS = {signal.SIGUSR1: "snapshot", signal.SIGUSR2: "switch"}
+"""The commands that signals to the master stand for."""
+
+
+class ControlOrders(Duty):
+    """Answers the control socket at *path*; without a master only if no sibling on the same cache does."""
+
+    def __init__(self, context: Context, path: str, commands: CommandTable) -> None:
+        """Raises `ConfigurationError` if it has to listen, and cannot."""
+        self._scoreboard = context.scoreboard
+        self._let_go = context.children.let_go
+        self._path = path
+        self._commands = commands
+        self._control: Optional[ControlSocket] = None
+        self._next_try = monotonic()
+        self._failure = ToldOnce()
+        if context.has_master:
+            self._listen()
+
+    def _listen(self) -> None:
+        self._control = ControlSocket(self._path, self._commands)
+        self._let_go.append(self._control.close)
+
+    def interests(self) -> List[Tuple[int, int]]:
+        return [] if self._control is None else self._control.interests()
+
+    def deadline(self) -> Optional[float]:
+        return self._next_try if self._control is None else self._control.deadline()
+
+    def progress(self) -> None:
+        if self._control is not None:
+            self._control.progress()
+        elif monotonic() >= self._next_try:
+            self._take_over()
+
+    def _take_over(self) -> None:
+        """Listen if the former owner is gone."""
+        self._next_try = monotonic() + _TAKE_OVER_EVERY
+        if not self._scoreboard.try_lock(CONTROL):
+            return
+        try:
+            self._listen()
+        except ConfigurationError as error:
+            self._scoreboard.unlock(CONTROL)
+            self._failure.log(WARNING, str(error))
+
+    def on_child_end(self) -> None:
+        """Commands wait for children."""
+        if self._control is not None:
+            self._control.hurry()
+
+    def end(self) -> None:
+        """Before children are waited for: a successor may want to listen there already."""
+        if self._control is not None:
+            self._control.close()
+
+
+class SignalOrders(Duty):
+    """Carries out the commands that came as signals: their outcome is for the log."""
+
+    def __init__(self, commands: CommandTable) -> None:
+        self._commands = commands
+        self._came: Set[int] = set()
+        self._replies: List[Tuple[str, Reply]] = []
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._came.add(number)
+
+    def deadline(self) -> Optional[float]:
+        return monotonic() + TICK if self._replies else None
+
+    def progress(self) -> None:
+        came, self._came = self._came, set()
+        for number, name in _SIGNALS.items():
+            if number in came and name in self._commands:
+                self._replies.append((number.name, self._commands[name]({})))
+        self._replies = [(name, reply) for name, reply in self._replies if self._goes_on(name, reply)]
+
+    def _goes_on(self, signal_name: str, reply: Reply) -> bool:
+        try:
+            for answer in reply:
+                if answer is None:
+                    return True
+        except TaskFailed:
+            pass  # the log has it already
+        except (CommandError, ConfigurationError) as error:
+            log.warning("%s: %s", signal_name, error)
+        return False
+
+    def end(self) -> None:
+        for _, reply in self._replies:
+            end_reply(reply)
