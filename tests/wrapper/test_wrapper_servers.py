@@ -19,7 +19,7 @@ from wrapper_process import Wrapper, fails, program
 
 from xnbd.protocol.server_handshake import Agreement
 from xnbd.wrapper.exports import ProxyExport, StoredExport, TargetExport
-from xnbd.wrapper.servers import Servers
+from xnbd.wrapper.servers import ForeignServer
 
 TESTS = ROOT / "tests" / "support"
 FOREIGN = f"{sys.executable} {TESTS / 'foreign_server.py'}"
@@ -33,7 +33,7 @@ PLAIN = Agreement()
 
 def words(export: StoredExport = TARGET, agreement: Agreement = PLAIN, **options: Any) -> str:
     """The arguments of a server for *export*, as they would be typed."""
-    return " ".join(Servers(run_here=len, command=["x"], **options).arguments(export, 7, agreement))
+    return " ".join(ForeignServer(["x"], **options).arguments(export, 7, agreement))
 
 
 # Command lines

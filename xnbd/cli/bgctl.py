@@ -69,10 +69,11 @@ def main(argv: Optional[List[str]] = None) -> NoReturn:
 
     def body() -> int:
         keep_standard_streams()
-        arguments = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
+        line = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
+        from .bgctl_options import steering_options
         from .steering import steer
 
-        steer(arguments)
+        steer(steering_options(PROGRAM, line))
         return 0
 
     run_program(PROGRAM, body)

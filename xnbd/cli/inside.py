@@ -1,7 +1,7 @@
 """xnbd-server and xnbd-bgctl inside of a process that exists already, one that the wrapper has forked.
 
-What takes long at the server's start is done ahead: its modules are imported, and
-its command line is parsed once with placeholders, which are filled in for each client.
+What takes long at the server's start is done ahead: its modules are imported, and the
+wrapper's own options are checked. A client's server gets its options without a command line.
 """
 
 from __future__ import annotations
@@ -9,92 +9,91 @@ from __future__ import annotations
 import gc
 import io
 import sys
-from typing import Any, Dict, List, Optional
+from typing import Dict, List, NamedTuple
 
-from .. import __version__
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
+from ..server.session.parking import QueueLimits
 from ..server.worker import GARBAGE_THRESHOLD
+from ..system.process import whole_path
 from ..text import one_line
-from ..wrapper.exports import ProxyExport, TargetExport
-from ..wrapper.servers import Servers
+from ..wrapper.exports import ProxyExport, StoredExport
 from . import server
-from .program import trouble
-from .values import parse_command_line
-
-Arguments = Dict[str, Any]
-
-_PLACEHOLDER = "placeholder-"
+from .options import CowOptions, LogOptions, OneClient, ServerOptions, TargetOptions
+from .program import begin, trouble
 
 
-class _Line:
-    """A parsed command line in which some words are placeholders."""
+class OwnServer(NamedTuple):
+    """What all servers of the wrapper have in common; *queue_limits* are those of proxies."""
 
-    def __init__(self, words: List[str]) -> None:
-        self._words = words
-        self._arguments = _parse(words)
+    cow: bool = False
+    readonly: bool = False
+    log: LogOptions = LogOptions()
+    queue_limits: QueueLimits = QueueLimits()
 
-    def fill(self, words: List[str]) -> Optional[Arguments]:
-        """What parsing *words* would give, or None if they differ in more than the placeholders."""
-        values = {}
-        for ours, given in zip(self._words, words):
-            if ours.startswith(_PLACEHOLDER):
-                values[ours] = given
-            elif ours != given:
-                return None
-        if len(words) != len(self._words):
-            return None
-        return {
-            name: values.get(value, value) if isinstance(value, str) else value
-            for name, value in self._arguments.items()
-        }
+    def load(self) -> None:
+        """Do ahead what every process of a client would have to do."""
+        from ..server.steward import process  # noqa: F401
+        from . import proxying, server_options, serving  # noqa: F401
 
+        if self.cow:
+            from ..storage import cow  # noqa: F401
 
-_lines: List[_Line] = []
-
-
-def load_server(servers: Servers) -> None:
-    """Do ahead what every process of a client would have to do."""
-    from ..server.steward import process  # noqa: F401
-    from . import proxying, serving  # noqa: F401
-
-    if servers.cow:
-        from ..storage import cow  # noqa: F401
-    proxy = ProxyExport(*(_PLACEHOLDER + field for field in ProxyExport._fields))
-    for export in (
-        TargetExport(_PLACEHOLDER + "image"),
-        proxy._replace(remote_uri=""),
-        proxy._replace(remote_uri="", remote_export_name=""),
-        proxy._replace(remote_export_name=""),
-    ):
-        for structured, allocation in ((False, False), (True, False), (True, True)):
-            words = servers.arguments(export, 0, Agreement(structured=structured, allocation=allocation))
-            words[words.index("--connected-fd") + 1] = _PLACEHOLDER + "fd"
-            try:
-                _lines.append(_Line(words))
-            except ConfigurationError:
-                pass  # said when there is an export for it
-
-
-def _parse(words: List[str]) -> Arguments:
-    return parse_command_line(server.PROGRAM, server.__doc__ or "", words, f"{server.PROGRAM} {__version__}")
-
-
-def run_server(words: List[str]) -> int:
-    """What the program xnbd-server does with the arguments *words*; its exit status."""
-    gc.set_threshold(GARBAGE_THRESHOLD)
-    try:
-        filled = (line.fill(words) for line in _lines)
-        arguments = next((found for found in filled if found is not None), None) or _parse(words)
+    def take_over(self, export: StoredExport, fd: int, agreement: Agreement) -> int:
+        """Serve the client on *fd*, in this process; the exit status."""
         from .serving import serve
 
-        return serve(server.PROGRAM, arguments, None)
-    except (ConfigurationError, OSError, MemoryError) as error:
-        from ..logs import complain
+        gc.set_threshold(GARBAGE_THRESHOLD)
+        try:
+            options = self.options(export, fd, agreement)
+            begin(server.PROGRAM, options.log, None)
+            return serve(options, None)
+        except (ConfigurationError, OSError, MemoryError) as error:
+            from ..logs import complain
 
-        ours = isinstance(error, ConfigurationError)
-        complain(server.PROGRAM, one_line(str(error) if ours else trouble(error)), super_server=False)
-        return error.exit_status if isinstance(error, ConfigurationError) else 1
+            ours = isinstance(error, ConfigurationError)
+            complain(server.PROGRAM, one_line(str(error) if ours else trouble(error)), super_server=False)
+            return error.exit_status if isinstance(error, ConfigurationError) else 1
+
+    def options(self, export: StoredExport, fd: int, agreement: Agreement) -> ServerOptions:
+        """For a client with whom *agreement* is made. Raises `ConfigurationError` if one file is to be two things."""
+        from .server_options import refuse_shared_files
+
+        paths = {name: whole_path(path, name) for name, path in self._files(export).items()}
+        refuse_shared_files(paths)
+        client = OneClient(fd, Agreement(None, agreement.structured, agreement.allocation, ordered=False))
+        if isinstance(export, ProxyExport):
+            return self._proxy(export, paths, client)
+        path = paths[self._image]
+        disk = CowOptions(path, self.readonly) if self.cow else TargetOptions(path, self.readonly)
+        return ServerOptions(disk, client, self.log)
+
+    def _proxy(self, export: ProxyExport, paths: Dict[str, str], client: OneClient) -> ServerOptions:
+        from .proxy_options import ProxyOptions
+
+        return ServerOptions(
+            ProxyOptions(export.origin, paths["CACHE_DISK_IMAGE"], paths["CACHE_BITMAP_IMAGE"], self.readonly),
+            client,
+            self.log,
+            queue_limits=self.queue_limits,
+            control_path=paths["CONTROL_SOCKET_PATH"],
+        )
+
+    @property
+    def _image(self) -> str:
+        return "BASE_DISK_IMAGE" if self.cow else "DISK_IMAGE"
+
+    def _files(self, export: StoredExport) -> Dict[str, str]:
+        """The server's files, by the names that they have on a command line."""
+        log = {"--logpath": self.log.path} if self.log.path else {}
+        if not isinstance(export, ProxyExport):
+            return {self._image: export.image_path, **log}
+        return {
+            "CACHE_DISK_IMAGE": export.image_path,
+            "CACHE_BITMAP_IMAGE": export.bitmap_path,
+            "CONTROL_SOCKET_PATH": export.control_socket_path,
+            **log,
+        }
 
 
 def _stream(fd: int) -> io.TextIOWrapper:

@@ -1,4 +1,4 @@
-"""How each of the programs begins and ends: its standard streams, and the one line if it cannot go on.
+"""How each of the programs begins and ends: its log, its standard streams, and the one line if it cannot go on.
 
 An answer that cannot be written is a failure of its command. What was done is done:
 if only the word of it cannot be written, the exit status is still that of the deed.
@@ -9,10 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Callable, NoReturn, Optional, TextIO, Union
+from typing import TYPE_CHECKING, Callable, NoReturn, Optional, TextIO, Union
 
 from ..errors import ConfigurationError
 from ..text import one_line
+
+if TYPE_CHECKING:
+    from .options import LogOptions
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
@@ -23,6 +26,20 @@ _ADVICE = {
     errno.EFBIG: " (ulimit -f is too low)",
     errno.ENOMEM: " (see ulimit -v, and the memory that is free)",
 }
+
+
+def begin(program: str, log: LogOptions, file_mode: Optional[int]) -> None:
+    """Have files that are made get *file_mode*, and lines of the log go where *log* says.
+
+    Raises `ConfigurationError` if that is a file which cannot be opened.
+    """
+    from .. import logs
+    from ..making import set_file_mode
+
+    if file_mode is not None:
+        set_file_mode(file_mode)
+    stderr = not (log.path or log.syslog)
+    logs.set_up(program, path=log.path, syslog=log.syslog, stderr=stderr, level=log.level)
 
 
 def run_program(program: str, body: Callable[[], int], complain: Optional[Callable[[str], None]] = None) -> NoReturn:

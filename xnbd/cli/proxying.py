@@ -1,46 +1,44 @@
-"""From the arguments of ``xnbd-server --proxy`` to its disk."""
+"""From the options of ``xnbd-server --proxy`` to its disk."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Optional
 
 from ..errors import ConfigurationError
 from ..logs import log
 from ..origin.address import OriginAddress, parse_origin
 from ..origin.nbd.connection import OriginLost
 from ..origin.nbd.probe import probe
-from ..proxy.fetcher import Patience
-from ..proxy.image import DEFAULT_READAHEAD, ProxySettings, ProxySource
+from ..proxy.image import ProxySettings, ProxySource
 from ..proxy.state.belonging import is_marked_bitmap
 from ..proxy.state.opening import Known, has_cached_blocks, known_state, open_state
-from ..server.session.parking import QueueLimits
 from ..storage import space
 from ..storage.image_use import ImageInUse, OtherBitmap
 from ..storage.target import create_sparse, open_disk
-from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size
-
-Arguments = Dict[str, Any]
+from .proxy_options import ProxyOptions
 
 
-def open_proxy(arguments: Arguments, *, alone: bool) -> ProxySource:
+def open_proxy(options: ProxyOptions, *, alone: bool) -> ProxySource:
     """The disk. With *alone* this server has no siblings that were asked for the same disk a moment ago.
 
     Raises `ConfigurationError`.
     """
-    patience = Patience(_seconds(arguments, "--connect-timeout", 10.0), _seconds(arguments, "--origin-timeout", None))
-    readahead = _size_or_zero(arguments, "--readahead", DEFAULT_READAHEAD)
-    address = origin_of(arguments)
-    cache_path, bitmap_path = arguments["CACHE_DISK_IMAGE"], arguments["CACHE_BITMAP_IMAGE"]
-    known = None if arguments["--clear-bitmap"] else known_state(bitmap_path)
-    size = _find_size(address, known, patience.connect, ask=alone)
-    clear, adopt = arguments["--clear-bitmap"], arguments["--adopt-cache"]
-    cache_fd = _open_cache(cache_path, size, must_exist=not clear and has_cached_blocks(bitmap_path))
+    cache_path, bitmap_path = options.cache_path, options.bitmap_path
+    known = None if options.clear else known_state(bitmap_path)
+    size = _find_size(options.origin, known, options.patience.connect, ask=alone)
+    cache_fd = _open_cache(cache_path, size, must_exist=not options.clear and has_cached_blocks(bitmap_path))
     grow = space.device_size(cache_fd) < size
     try:
-        state = open_state(bitmap_path, cache_fd, disk_size=size, origin=str(address), clear=clear, adopt=adopt)
+        state = open_state(
+            bitmap_path,
+            cache_fd,
+            disk_size=size,
+            origin=str(options.origin),
+            clear=options.clear,
+            adopt=options.adopt,
+        )
     except OtherBitmap:
         raise ConfigurationError(
             f"{cache_path} is the cache of a running proxy with another bitmap: name that one, or another cache"
@@ -55,47 +53,12 @@ def open_proxy(arguments: Arguments, *, alone: bool) -> ProxySource:
     settings = ProxySettings(
         path=cache_path,
         size=size,
-        readonly=arguments["--readonly"],
-        address=address,
-        patience=patience,
-        readahead=readahead,
+        readonly=options.readonly,
+        address=options.origin,
+        patience=options.patience,
+        readahead=options.readahead,
     )
     return ProxySource(cache_fd, state, settings)
-
-
-def queue_limits(arguments: Arguments) -> QueueLimits:
-    """Raises `ConfigurationError`."""
-    requests = arguments["--max-queue-size"]
-    return QueueLimits(
-        0 if requests is None else parse_integer(requests, "--max-queue-size", 0, sys.maxsize),
-        _size_or_zero(arguments, "--max-buf-size", 0),
-    )
-
-
-def origin_of(arguments: Arguments) -> OriginAddress:
-    """Where the command line says that the origin is. Raises `ConfigurationError`."""
-    uri, name = arguments["REMOTE_URI"], arguments["--target-exportname"]
-    if uri is not None:
-        if "://" not in uri:
-            raise ConfigurationError(
-                f"{uri} is no NBD URI; with a host the arguments are REMOTE_HOST REMOTE_PORT CACHE_DISK_IMAGE "
-                "CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH",
-                USAGE_ERROR,
-            )
-        return parse_origin(uri, None, name)
-    return parse_origin(arguments["REMOTE_HOST"], arguments["REMOTE_PORT"], name)
-
-
-def _seconds(arguments: Arguments, option: str, default: Optional[float]) -> Any:
-    text = arguments[option]
-    return default if text is None else parse_seconds(text, option)
-
-
-def _size_or_zero(arguments: Arguments, option: str, default: int) -> int:
-    text = arguments[option]
-    if text is None:
-        return default
-    return 0 if text.strip() == "0" else parse_size(text, option)
 
 
 def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *, ask: bool) -> int:

@@ -122,11 +122,12 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from typing import List, NoReturn, Optional
 
 from .. import __version__
-from ..system.process import is_super_servers_child, take_client_socket
-from .program import run_program
+from ..system.process import is_super_servers_child, keep_standard_streams, take_client_socket
+from .program import begin, run_program
 from .values import parse_command_line
 
 PROGRAM = "xnbd-server"
@@ -143,10 +144,12 @@ def main(argv: Optional[List[str]] = None) -> NoReturn:
     def body() -> int:
         nonlocal client
         client = take_client_socket(0) if any(map(_INETD.match, words)) or is_super_servers_child() else None
-        arguments = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
+        line = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
+        keep_standard_streams()
+        from .server_options import server_options
         from .serving import serve
 
-        return serve(PROGRAM, arguments, client)
+        return serve(server_options(line, partial(begin, PROGRAM)), client)
 
     def complain(message: str) -> None:
         from ..logs import complain

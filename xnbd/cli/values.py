@@ -1,4 +1,7 @@
-"""Values of command line options: from text to numbers, or a line that says what was expected."""
+"""Command lines: from words to options, and from the text of values to numbers, or a line that says what is wrong.
+
+docopt's dictionary stays in here: `CommandLine` is what the other modules of this package make their options of.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import re
 import stat
 import sys
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Union, cast
 
 from ..errors import ConfigurationError
 from ..making import OWNER_ONLY, WIDEST
@@ -18,8 +21,68 @@ USAGE_ERROR = 2
 _SIZE = re.compile(r"(\d+)([KMGTPE]?)(?:I?B)?", re.IGNORECASE)
 _LARGEST_SIZE = (1 << 63) - 1
 
+Value = Union[None, bool, str, List[str]]
 
-def parse_command_line(program: str, usage: str, argv: List[str], version: str) -> Dict[str, Any]:
+
+class CommandLine:
+    """Options and arguments by their names, as they stand on a command line that fits the usage text.
+
+    What makes a number of a value raises `ConfigurationError` if it is none.
+    """
+
+    def __init__(self, values: Dict[str, Value]) -> None:
+        self._values = values
+
+    def has(self, name: str) -> bool:
+        """Whether it is given, or has a default."""
+        return bool(self._values[name])
+
+    def text(self, name: str) -> Optional[str]:
+        value = self._values[name]
+        return value if isinstance(value, str) else None
+
+    def texts(self, name: str) -> List[str]:
+        """The values of an option that may be given several times."""
+        return cast(List[str], self._values[name])
+
+    def needed(self, name: str) -> str:
+        """The value of what the usage text demands or has a default for; so too in the methods that follow."""
+        return cast(str, self._values[name])
+
+    def integer(self, name: str, lowest: int, highest: int) -> int:
+        return parse_integer(self.needed(name), name, lowest, highest)
+
+    def seconds(self, name: str) -> float:
+        return parse_seconds(self.needed(name), name)
+
+    def size(self, name: str) -> int:
+        """In bytes."""
+        return parse_size(self.needed(name), name)
+
+    def size_or_zero(self, name: str) -> int:
+        return 0 if self.needed(name).strip() == "0" else self.size(name)
+
+    def mode(self, name: str) -> int:
+        return parse_mode(self.needed(name), name)
+
+    def rename(self, old_names: Mapping[str, str]) -> None:
+        """Move the values of options to today's names. Raises `ConfigurationError` if both names are given."""
+        for old, new in old_names.items():
+            self.refuse_together(old, [new])
+            value = self._values.pop(old)
+            if value is not None:
+                self._values[new] = value
+
+    def refuse_together(self, first: str, others: Sequence[str]) -> None:
+        """Raises `ConfigurationError` if option *first* is given with one of *others*."""
+        if not self.has(first):
+            return
+        for other in others:
+            if self.has(other):
+                raise ConfigurationError(f"{first} and {other} do not go together", USAGE_ERROR)
+
+
+def parse_command_line(program: str, usage: str, argv: List[str], version: str) -> CommandLine:
     """What docopt makes of *argv*; help and version are printed and end the program.
 
     Raises `ConfigurationError` for a command line that does not fit *usage*.
@@ -32,14 +95,14 @@ def parse_command_line(program: str, usage: str, argv: List[str], version: str) 
         ) from None
     try:
         with _printing():
-            arguments = dict(docopt(usage, argv, version=version))
+            values: Dict[str, Value] = dict(docopt(usage, argv, version=version))
     except DocoptExit as error:
         reason = _reason(error, usage, argv)
         raise ConfigurationError(f"{reason} ({program} --help shows the usage)", USAGE_ERROR) from None
-    for name, value in arguments.items():
+    for name, value in values.items():
         if value == "":
             raise ConfigurationError(f"{name} is empty ({program} --help shows the usage)", USAGE_ERROR)
-    return arguments
+    return CommandLine(values)
 
 
 @contextmanager
@@ -146,40 +209,13 @@ def parse_seconds(text: str, option: str) -> float:
     raise ConfigurationError(f"{option} {text}: expected a number of seconds above 0", USAGE_ERROR)
 
 
-def rename_options(arguments: Dict[str, Any], old_names: Dict[str, str]) -> None:
-    """Move the values of options to today's names. Raises `ConfigurationError` if both names are given."""
-    for old, new in old_names.items():
-        refuse_together(arguments, old, [new])
-        value = arguments.pop(old)
-        if value is not None:
-            arguments[new] = value
-
-
-def refuse_together(arguments: Dict[str, Any], first: str, others: List[str]) -> None:
-    """Raises `ConfigurationError` if option *first* is given with one of *others*."""
-    if not arguments[first]:
-        return
-    for other in others:
-        if arguments[other]:
-            raise ConfigurationError(f"{first} and {other} do not go together", USAGE_ERROR)
-
-
-def refuse_lost_log(arguments: Dict[str, Any]) -> None:
-    """Raises `ConfigurationError` if the log is to go where a daemon has nothing any more."""
-    path = arguments["--logpath"]
-    if path in ("/dev/stdout", "/dev/stderr") and arguments["--daemonize"]:
-        raise ConfigurationError(f"--daemonize lets go of {path}: name a file for --logpath", USAGE_ERROR)
-
-
-def refuse_same_file(paths: Dict[str, Any]) -> None:
-    """Raises `ConfigurationError` if two of *paths*, by what they are for, are one file; a path may be None.
+def refuse_same_file(paths: Mapping[str, str]) -> None:
+    """Raises `ConfigurationError` if two of *paths*, by what they are for, are one file.
 
     A file can have several names: links of both kinds are seen through.
     """
     found: Dict[object, str] = {}
     for name, path in paths.items():
-        if path is None:
-            continue
         for identity in _identities(path):
             other = found.setdefault(identity, name)
             if other != name:

@@ -62,10 +62,11 @@ Signals: TERM or INT stops the wrapper and its servers, a second one at once.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import List, NoReturn, Optional
 
 from .. import __version__
-from .program import run_program
+from .program import begin, run_program
 from .values import parse_command_line
 
 PROGRAM = "xnbd-wrapper"
@@ -76,10 +77,13 @@ def main(argv: Optional[List[str]] = None) -> NoReturn:
     words = sys.argv[1:] if argv is None else argv
 
     def body() -> int:
-        arguments = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
+        line = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
+        from ..system.process import keep_standard_streams
+        from .wrapper_options import wrapper_options
         from .wrapping import wrap
 
-        return wrap(PROGRAM, arguments)
+        keep_standard_streams()
+        return wrap(wrapper_options(line, partial(begin, PROGRAM)))
 
     def complain(message: str) -> None:
         from ..logs import complain

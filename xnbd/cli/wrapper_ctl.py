@@ -85,9 +85,10 @@ def main(argv: Optional[List[str]] = None) -> NoReturn:
 
     def body() -> int:
         keep_standard_streams()
-        arguments = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
+        line = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
+        from .wrapper_ctl_options import ctl_options
         from .wrapper_steering import steer
 
-        return steer(arguments)
+        return steer(ctl_options(line))
 
     run_program(PROGRAM, body)

@@ -1,92 +1,37 @@
-"""From the parsed command line of xnbd-wrapper-ctl to a request, and from the replies to what is printed."""
+"""From the options of xnbd-wrapper-ctl to a request, and from the replies to what is printed."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import Any, Callable, Dict, List, Tuple
 
 from ..control.client import ControlClient, shown
 from ..errors import ConfigurationError
-from ..system.process import whole_path
 from ..system.sockets import is_listening
 from .program import print_answer, print_outcome, say
-from .values import parse_integer
+from .wrapper_ctl_options import CtlOptions
 
-Arguments = Dict[str, Any]
 Message = Dict[str, Any]
 
-_COMMANDS = (
-    "list",
-    "add-target",
-    "add",
-    "add-proxy",
-    "remove-by-exportname",
-    "remove-by-file",
-    "remove",
-    "bgctl-query",
-    "bgctl-cache-all",
-    "bgctl-switch",
-    "bgctl-reconnect",
-    "save",
-    "orphan",
-    "shutdown",
-)
-_REQUESTS = {"add": "add-target", "remove": "remove-by-index"}
-"""What the wrapper calls those that have another name there."""
-
-_FIELDS = {
-    "FILE": "image_path",
-    "CACHE_IMAGE": "image_path",
-    "BITMAP_IMAGE": "bitmap_path",
-    "CONTROL_SOCKET_PATH": "control_socket_path",
-    "REMOTE_HOST": "remote_host",
-    "REMOTE_PORT": "remote_port",
-    "NAME": "name",
-    "--target-exportname": "remote_export_name",
-}
-_PATHS = ("FILE", "CACHE_IMAGE", "BITMAP_IMAGE", "CONTROL_SOCKET_PATH")
 _END_TIME = 10.0
 _ANSWER_TIME = 60.0
 """Seconds without a word after which a wrapper is thought to hang: longer than ``xnbd-bgctl`` gives its server."""
 
 
-def steer(arguments: Arguments) -> int:
+def steer(options: CtlOptions) -> int:
     """Do what the command line says; the exit status. Raises `ConfigurationError`."""
-    command = next(name for name in _COMMANDS if arguments[f"--{name}"])
-    request = _request(arguments)
-    path = arguments["--socket"]
-    with ControlClient(path, _ANSWER_TIME) as client:
-        replies = client.follow(command=_REQUESTS.get(command, command), **request)
-        if command == "list":
-            return _show_list([reply["export"] for reply in replies if "export" in reply], arguments["--json"])
-        show = print_answer if command == "bgctl-query" else print_outcome
+    with ControlClient(options.socket_path, _ANSWER_TIME) as client:
+        replies = client.follow(**options.request)
+        if options.command == "list":
+            return _show_list([reply["export"] for reply in replies if "export" in reply], options.json)
+        show = print_answer if options.command == "bgctl-query" else print_outcome
         status = 0
         for reply in replies:
             status = _show(reply, show) or status
-    if command in ("orphan", "shutdown"):
-        _wait_for_the_end(path)
+    if options.command in ("orphan", "shutdown"):
+        _wait_for_the_end(options.socket_path)
     return status
-
-
-def _request(arguments: Arguments) -> Message:
-    """The fields of the request; paths are the wrapper's, which has another working directory."""
-    request: Message = {}
-    for argument, field in _FIELDS.items():
-        value = arguments[argument]
-        if value is not None:
-            request[field] = whole_path(value, argument) if argument in _PATHS else value
-    if arguments["--add"]:
-        request["name"] = arguments["FILE"]
-    if arguments["INDEX"] is not None:
-        request["index"] = parse_integer(arguments["INDEX"], "--remove", 1, sys.maxsize)
-    if arguments["REMOTE_URI"] is not None:
-        from ..origin.address import parse_origin
-
-        address = parse_origin(arguments["REMOTE_URI"], None, request.pop("remote_export_name", None))
-        request["remote_uri"] = str(address)
-    return request
 
 
 def _show(reply: Message, show: Callable[[str], None]) -> int:

@@ -1,72 +1,39 @@
-"""From the parsed command line of xnbd-wrapper to a wrapper that runs."""
+"""From the options of xnbd-wrapper to a wrapper that runs."""
 
 from __future__ import annotations
 
-import logging
 import os
-import shlex
-import shutil
-import sys
 from functools import partial
-from typing import Any, Dict, List, Optional
+from typing import Dict, List, Optional
 
-from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
-from ..making import set_file_mode
 from ..system.listen import DEFAULT_PORT, Listeners
-from ..system.process import Daemon, keep_standard_streams, notify_service_manager, require_descriptors, whole_path
+from ..system.process import Daemon, notify_service_manager, require_descriptors
 from ..wrapper.child_output import program
 from ..wrapper.children import Body
 from ..wrapper.database import Database
 from ..wrapper.exports import TargetExport, check_name, check_room, paths_of
-from ..wrapper.servers import Servers, is_extended
+from ..wrapper.servers import ForeignServer, Servers, is_extended
 from ..wrapper.wrapper import Settings, Wrapper
-from .inside import load_server, run_bgctl, run_server
-from .values import (
-    USAGE_ERROR,
-    parse_integer,
-    parse_mode,
-    parse_seconds,
-    parse_size,
-    refuse_lost_log,
-    refuse_same_file,
-    rename_options,
-)
-
-Arguments = Dict[str, Any]
+from .inside import OwnServer, run_bgctl
+from .options import ListenOptions, WrapperOptions
+from .values import refuse_same_file
 
 _DESCRIPTORS = 48
 """What the wrapper, or a server of one client, opens besides what it has at the start, with some to spare."""
 
-_PATHS = ("--dbpath", "--socket", "--logpath")
-_OLD_NAMES = {"--port": "--lport", "--xnbd-binary": "--xnbd-server"}
 
-
-def wrap(program: str, arguments: Arguments) -> int:
+def wrap(options: WrapperOptions) -> int:
     """Serve until the end; the exit status. Raises `ConfigurationError` if that cannot begin."""
-    keep_standard_streams()
-    rename_options(arguments, _OLD_NAMES)
-    for option in _PATHS:
-        if arguments[option]:
-            arguments[option] = whole_path(arguments[option], option)
-    images = {path: whole_path(path, "--imgfile") for path in arguments["--imgfile"]}
-    ours = {name: arguments[name] for name in _PATHS}
-    refuse_same_file(ours)
-    for image in images.values():
-        refuse_same_file({f"--imgfile {image}": image, **ours})
-    refuse_lost_log(arguments)
-    if arguments["--file-mode"]:
-        set_file_mode(parse_mode(arguments["--file-mode"], "--file-mode"))
-    path, syslog = arguments["--logpath"], arguments["--syslog"]
-    syslog = syslog or bool(arguments["--daemonize"] and not path)
-    logs.set_up(program, path=path, syslog=syslog, stderr=not (path or syslog), level=logging.INFO)
-    settings = _settings(arguments, syslog)
+    servers = _foreign_servers(options) if options.server_command else _own_servers(options)
+    bgctl = partial(_bgctl, options.bgctl_command)
+    settings = Settings(servers, bgctl, options.handshake_timeout, options.max_clients)
     listeners = Listeners()
     listeners.take_passed()
-    daemon = Daemon() if arguments["--daemonize"] else None
+    daemon = Daemon() if options.daemonize else None
     try:
-        return _run(arguments, images, settings, listeners, daemon)
+        return _run(options, settings, listeners, daemon)
     except ConfigurationError as error:
         if daemon:
             daemon.failed(error.exit_status)
@@ -75,42 +42,27 @@ def wrap(program: str, arguments: Arguments) -> int:
         listeners.close()
 
 
-def _settings(arguments: Arguments, syslog: bool) -> Settings:
-    server = _command(arguments["--xnbd-server"], "--xnbd-server")
-    if arguments["--max-queue-size"]:
-        parse_integer(arguments["--max-queue-size"], "--max-queue-size", 0, sys.maxsize)
-    if arguments["--max-buf-size"] not in (None, "0"):
-        parse_size(arguments["--max-buf-size"], "--max-buf-size")
-    servers = Servers(
-        run_here=run_server,
-        command=server,
-        extended=not server or is_extended(server),
-        cow=arguments["--cow"],
-        readonly=arguments["--readonly"],
-        syslog=syslog,
-        log_path=arguments["--logpath"],
-        max_queue_size=arguments["--max-queue-size"],
-        max_buf_size=arguments["--max-buf-size"],
-        file_mode=arguments["--file-mode"],
+def _own_servers(options: WrapperOptions) -> Servers:
+    own = OwnServer(options.cow, options.readonly, options.log, options.queue_limits)
+    own.load()
+    return Servers(own.take_over, cow=options.cow, readonly=options.readonly)
+
+
+def _foreign_servers(options: WrapperOptions) -> Servers:
+    command = options.server_command
+    given = options.as_given
+    foreign = ForeignServer(
+        command=command,
+        extended=is_extended(command),
+        cow=options.cow,
+        readonly=options.readonly,
+        syslog=options.log.syslog,
+        log_path=options.log.path,
+        max_queue_size=given.max_queue_size,
+        max_buf_size=given.max_buf_size,
+        file_mode=given.file_mode,
     )
-    bgctl = _command(arguments["--xnbd-bgctl"], "--xnbd-bgctl")
-    timeout = parse_seconds(arguments["--handshake-timeout"], "--handshake-timeout")
-    clients = parse_integer(arguments["--max-clients"], "--max-clients", 1, 1_000_000)
-    return Settings(servers, partial(_bgctl, bgctl), timeout, clients)
-
-
-def _command(text: Optional[str], option: str) -> List[str]:
-    """The words of a command; the program gets its full path, because the wrapper may change its directory."""
-    if text is None:
-        return []
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise ConfigurationError(f"{option} {text}: {error}", USAGE_ERROR) from error
-    found = shutil.which(words[0]) if words else None
-    if found is None:
-        raise ConfigurationError(f"{option} {text}: there is no such program")
-    return [whole_path(found, option), *words[1:]]
+    return Servers(foreign.take_over, command[0], foreign.extended, options.cow, options.readonly)
 
 
 def _bgctl(command: List[str], words: List[str]) -> Body:
@@ -118,29 +70,27 @@ def _bgctl(command: List[str], words: List[str]) -> Body:
     return program([*command, *words]) if command else partial(run_bgctl, words)
 
 
-def _run(
-    arguments: Arguments, images: Dict[str, str], settings: Settings, listeners: Listeners, daemon: Optional[Daemon]
-) -> int:
-    database = Database(arguments["--dbpath"])
+def _run(options: WrapperOptions, settings: Settings, listeners: Listeners, daemon: Optional[Daemon]) -> int:
+    database = Database(options.database_path)
     for name, export in database.exports.items():
         for path in paths_of(export).values():
-            refuse_same_file({f"a file of the export {name!r}": path, **{name: arguments[name] for name in _PATHS}})
-    _add_images(database, images)
-    if not settings.servers.command:
-        load_server(settings.servers)
-    if arguments["--laddr"] or not listeners.sockets:
-        port = arguments["--lport"]
-        number = DEFAULT_PORT if port is None else parse_integer(port, "--lport", 0, 65535)
-        listeners.listen_tcp(arguments["--laddr"], number)
+            refuse_same_file({f"a file of the export {name!r}": path, **options.own_files})
+    _add_images(database, options.images)
+    _listen(options.listen, listeners)
     require_descriptors(_DESCRIPTORS)
-    wrapper = Wrapper(listeners, database, arguments["--socket"], settings)
+    wrapper = Wrapper(listeners, database, options.control_path, settings)
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
     if not settings.servers.extended:
-        log.info("%s does not know --negotiated: clients are offered simple replies", settings.servers.command[0])
+        log.info("%s does not know --negotiated: clients are offered simple replies", settings.servers.program)
     if daemon:
         daemon.ready()
     notify_service_manager("READY=1")
     return wrapper.run()
+
+
+def _listen(options: ListenOptions, listeners: Listeners) -> None:
+    if options.addresses or not listeners.sockets:
+        listeners.listen_tcp(options.addresses, DEFAULT_PORT if options.port is None else options.port)
 
 
 def _add_images(database: Database, images: Dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The server that a client is handed over to: its command line, and how a process becomes it.
+"""The server that a client is handed over to, and how a process becomes it.
 
 Our own xnbd-server runs in the process that has negotiated, which saves the start
 of an interpreter. A command of the user's is executed, and may be a C xNBD, which
@@ -20,49 +20,23 @@ from .exports import ProxyExport, StoredExport
 
 _ASKING_TIME = 20.0
 _OWN_OPTION = "--negotiated"
-RunServer = Callable[[List[str]], int]
+
+TakeOver = Callable[[StoredExport, int, Agreement], int]
+"""Serves the client on a descriptor, in this process; the exit status."""
 
 
 class Servers(NamedTuple):
-    """How disks are served.
+    """How disks are served: by what *take_over* does.
 
-    *command* is the program to execute, or empty for *run_here*, which runs our own
-    server in this process. *extended* servers know ``--negotiated``, all others get
-    clients that expect simple replies.
+    *program* is what is executed there, or empty for our own server. *extended* servers
+    know ``--negotiated``, all others get clients that expect simple replies.
     """
 
-    run_here: RunServer
-    command: List[str]
+    take_over: TakeOver
+    program: str = ""
     extended: bool = True
     cow: bool = False
     readonly: bool = False
-    syslog: bool = False
-    log_path: Optional[str] = None
-    max_queue_size: Optional[str] = None
-    max_buf_size: Optional[str] = None
-    file_mode: Optional[str] = None
-
-    def arguments(self, export: StoredExport, fd: int, agreement: Agreement) -> List[str]:
-        """The arguments with which the server takes over the client on *fd*."""
-        proxy = isinstance(export, ProxyExport)
-        words = ["--proxy" if proxy else "--cow-target" if self.cow else "--target"]
-        words += ["--logpath", self.log_path] if self.log_path and not self.command else []
-        words += ["--readonly"] if self.readonly else []
-        words += ["--syslog"] if self.syslog else []
-        words += ["--file-mode", self.file_mode] if self.file_mode and self.extended else []
-        words += ["--connected-fd", str(fd)]
-        words += [_OWN_OPTION, _features(agreement)] if self.extended else []
-        return words + (self._of_proxy(export) if isinstance(export, ProxyExport) else [export.image_path])
-
-    def _of_proxy(self, export: ProxyExport) -> List[str]:
-        words: List[str] = []
-        for option, value in (
-            ("--max-queue-size", self.max_queue_size),
-            ("--max-buf-size", self.max_buf_size),
-            ("--target-exportname", export.remote_export_name),
-        ):
-            words += [option, value] if value else []
-        return [*words, *export.origin_words, export.image_path, export.bitmap_path, export.control_socket_path]
 
     def flags(self, export: StoredExport) -> int:
         """The transmission flags of what the server does; DF not among them."""
@@ -80,17 +54,52 @@ class Servers(NamedTuple):
 
     def become(self, sock: socket.socket, export: StoredExport, agreement: Agreement) -> int:
         """Serve the client of *sock*, in this process; the exit status."""
-        fd = sock.detach()
-        words = self.arguments(export, fd, agreement)
-        if not self.command:
-            return self.run_here(words)
+        return self.take_over(export, sock.detach(), agreement)
+
+
+class ForeignServer(NamedTuple):
+    """A *command* of the user's choice; numbers are text as the user has written it."""
+
+    command: List[str]
+    extended: bool = True
+    cow: bool = False
+    readonly: bool = False
+    syslog: bool = False
+    log_path: Optional[str] = None
+    max_queue_size: Optional[str] = None
+    max_buf_size: Optional[str] = None
+    file_mode: Optional[str] = None
+
+    def arguments(self, export: StoredExport, fd: int, agreement: Agreement) -> List[str]:
+        """The arguments with which the server takes over the client on *fd*."""
+        proxy = isinstance(export, ProxyExport)
+        words = ["--proxy" if proxy else "--cow-target" if self.cow else "--target"]
+        words += ["--readonly"] if self.readonly else []
+        words += ["--syslog"] if self.syslog else []
+        words += ["--file-mode", self.file_mode] if self.file_mode and self.extended else []
+        words += ["--connected-fd", str(fd)]
+        words += [_OWN_OPTION, _features(agreement)] if self.extended else []
+        return words + (self._of_proxy(export) if isinstance(export, ProxyExport) else [export.image_path])
+
+    def _of_proxy(self, export: ProxyExport) -> List[str]:
+        words: List[str] = []
+        for option, value in (
+            ("--max-queue-size", self.max_queue_size),
+            ("--max-buf-size", self.max_buf_size),
+            ("--target-exportname", export.remote_export_name),
+        ):
+            words += [option, value] if value else []
+        return [*words, *export.origin_words, export.image_path, export.bitmap_path, export.control_socket_path]
+
+    def take_over(self, export: StoredExport, fd: int, agreement: Agreement) -> int:
+        """Execute the command, whose lines go to the wrapper's log; the exit status if that cannot be."""
         os.set_blocking(fd, True)
         os.set_inheritable(fd, True)
         if self.log_path is not None:
             stream = standard_stream(self.log_path)
             log_fd = open_log(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if stream is None else stream
             os.dup2(log_fd, 2)
-        return execute([*self.command, *words])
+        return execute([*self.command, *self.arguments(export, fd, agreement)])
 
 
 def _features(agreement: Agreement) -> str:

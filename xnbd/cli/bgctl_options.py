@@ -1,0 +1,88 @@
+"""From the command line of xnbd-bgctl to its options; what is of no use for the command is ignored with a warning."""
+
+from __future__ import annotations
+
+import sys
+from typing import Dict, NamedTuple, Optional
+
+from ..control.client import PATIENCE
+from .program import say
+from .values import CommandLine
+
+_MOST_BLOCKS = 8192
+_COPY_OPTIONS = ("--blocks-per-request", "--limit-rate")
+_OF_USE = {
+    "--query": ("--json", "--map"),
+    "--switch": ("--force",),
+    "--shutdown": ("--force",),
+    "--cache-all": (*_COPY_OPTIONS, "--progress"),
+    "--cache-all2": _COPY_OPTIONS,
+    "--reconnect": ("--exportname",),
+    "--snapshot": ("--progress",),
+}
+"""The commands, and the options that are of use for each."""
+
+
+class SteeringOptions(NamedTuple):
+    """*command* is the option's name; *timeout* in seconds, *limit_rate* in bytes a second.
+
+    *new_origin* has fields of the request that tell where it is.
+    """
+
+    control_path: str
+    command: str
+    timeout: float
+    json: bool
+    map: bool
+    force: bool
+    progress: bool
+    blocks_per_request: Optional[int]
+    limit_rate: Optional[int]
+    export_name: Optional[str]
+    new_origin: Dict[str, str]
+
+
+def steering_options(program: str, line: CommandLine) -> SteeringOptions:
+    """What *line* asks for. Raises `ConfigurationError`."""
+    command = next((command for command in _OF_USE if line.has(command)), "--query")
+    given = {option for options in _OF_USE.values() for option in options if line.has(option)}
+    for option in dict.fromkeys(option for options in _OF_USE.values() for option in options):
+        if option in given and option not in _OF_USE[command]:
+            _warn(program, f"{option} is ignored: {command} has no use for it")
+    used = given.intersection(_OF_USE[command])
+    return SteeringOptions(
+        control_path=line.needed("CONTROL_SOCKET"),
+        command=command,
+        blocks_per_request=_blocks_per_request(program, line) if "--blocks-per-request" in used else None,
+        limit_rate=line.size("--limit-rate") if "--limit-rate" in used else None,
+        new_origin=_new_origin(line) if command == "--reconnect" else {},
+        timeout=line.seconds("--timeout") if line.has("--timeout") else PATIENCE,
+        json="--json" in used,
+        map="--map" in used,
+        force="--force" in used,
+        progress="--progress" in used,
+        export_name=line.text("--exportname") if "--exportname" in used else None,
+    )
+
+
+def _warn(program: str, text: str) -> None:
+    say(f"{program}: {text}")
+
+
+def _blocks_per_request(program: str, line: CommandLine) -> int:
+    """What the server takes of that number."""
+    count = line.integer("--blocks-per-request", 1, sys.maxsize)
+    if count > _MOST_BLOCKS:
+        _warn(
+            program,
+            f"--blocks-per-request {count} is cut to {_MOST_BLOCKS}, the most that a server asks for at once",
+        )
+    return min(count, _MOST_BLOCKS)
+
+
+def _new_origin(line: CommandLine) -> Dict[str, str]:
+    from ..origin.address import parse_origin
+
+    name, port = line.text("--exportname"), line.text("REMOTE_PORT")
+    address = parse_origin(line.text("REMOTE_HOST") or line.needed("ORIGIN_URI"), port, name)
+    return {"host": address.host, "port": port} if port else {"uri": str(address)}

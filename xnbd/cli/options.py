@@ -1,0 +1,147 @@
+"""What the command lines of xnbd-server and xnbd-wrapper ask for: checked, with types, and never changed.
+
+These are named tuples and no dataclasses: the module ``dataclasses`` brings ``inspect`` along, and
+takes many times the millisecond that a client of ``--inetd`` may be kept waiting for the sake of style.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Dict, Iterable, List, NamedTuple, Optional, Sequence, Union
+
+from ..errors import ConfigurationError
+from ..protocol.server_handshake import Agreement
+from ..server.session.parking import QueueLimits
+from ..system.process import whole_path
+from .values import USAGE_ERROR, CommandLine
+
+if TYPE_CHECKING:
+    from ..server.master import Limits
+    from .proxy_options import ProxyOptions
+
+
+class LogOptions(NamedTuple):
+    """Where log lines go, and which of them: those of at least *level*. Without *path* and *syslog*: standard error."""
+
+    path: Optional[str] = None
+    syslog: bool = False
+    level: int = logging.INFO
+
+
+class ListenOptions(NamedTuple):
+    """Where clients connect; with nothing of it on the default port of all addresses."""
+
+    port: Optional[int] = None
+    addresses: Sequence[str] = ()
+    unix_path: Optional[str] = None
+
+
+class TargetOptions(NamedTuple):
+    """The image at *path*, made with *create* bytes if it is not there."""
+
+    path: str
+    readonly: bool = False
+    create: Optional[int] = None
+
+
+class CowOptions(NamedTuple):
+    """The base at *path*, made like a target; what clients write goes to *directory*, or where there is room."""
+
+    path: str
+    readonly: bool = False
+    create: Optional[int] = None
+    directory: Optional[str] = None
+
+
+class OneClient(NamedTuple):
+    """A client that is connected: on the descriptor *fd*, or on standard input.
+
+    With an *agreement* somebody else has negotiated with it.
+    """
+
+    fd: Optional[int] = None
+    agreement: Optional[Agreement] = None
+
+
+class ManyClients(NamedTuple):
+    """Clients that connect, each of which gets a process."""
+
+    listen: ListenOptions
+    limits: Limits
+    daemonize: bool = False
+    pid_path: Optional[str] = None
+
+
+class ServerOptions(NamedTuple):
+    """A server of one disk. Paths are whole ones, times in seconds."""
+
+    disk: Union[TargetOptions, CowOptions, ProxyOptions]
+    clients: Union[OneClient, ManyClients]
+    log: LogOptions = LogOptions()
+    export_name: Optional[str] = None
+    oldstyle: bool = False
+    handshake_timeout: float = 10.0
+    spin: float = 150e-6
+    queue_limits: QueueLimits = QueueLimits()
+    control_path: Optional[str] = None
+
+
+class AsGiven(NamedTuple):
+    """Text on the wrapper's command line that a server of the user's choice gets as it stands there."""
+
+    max_queue_size: Optional[str] = None
+    max_buf_size: Optional[str] = None
+    file_mode: Optional[str] = None
+
+
+class WrapperOptions(NamedTuple):
+    """A wrapper. Paths are whole ones, times in seconds; *images* has them by what the command line says.
+
+    The commands are words, of which there are none for our own programs.
+    """
+
+    database_path: str
+    control_path: str
+    images: Dict[str, str]
+    listen: ListenOptions
+    log: LogOptions
+    server_command: List[str]
+    bgctl_command: List[str]
+    cow: bool
+    readonly: bool
+    queue_limits: QueueLimits
+    as_given: AsGiven
+    handshake_timeout: float
+    max_clients: int
+    daemonize: bool
+
+    @property
+    def own_files(self) -> Dict[str, str]:
+        """The wrapper's own files, by the names of their options."""
+        files = {"--dbpath": self.database_path, "--socket": self.control_path}
+        return {**files, "--logpath": self.log.path} if self.log.path else files
+
+
+def whole_paths(line: CommandLine, names: Iterable[str]) -> Dict[str, str]:
+    """The paths of those that are given, by their *names*. Raises `ConfigurationError`."""
+    return {name: whole_path(line.needed(name), name) for name in names if line.has(name)}
+
+
+def log_options(line: CommandLine, path: Optional[str], level: int, *, unattended: bool) -> LogOptions:
+    """Raises `ConfigurationError` if the log is to go where a daemon has nothing any more."""
+    if path in ("/dev/stdout", "/dev/stderr") and line.has("--daemonize"):
+        raise ConfigurationError(f"--daemonize lets go of {path}: name a file for --logpath", USAGE_ERROR)
+    return LogOptions(path, line.has("--syslog") or (unattended and not path), level)
+
+
+def listen_options(line: CommandLine, unix_path: Optional[str] = None) -> ListenOptions:
+    """Raises `ConfigurationError`."""
+    port = line.integer("--lport", 0, 65535) if line.has("--lport") else None
+    return ListenOptions(port, line.texts("--laddr"), unix_path)
+
+
+def queue_limits(line: CommandLine) -> QueueLimits:
+    """Raises `ConfigurationError`."""
+    requests = line.integer("--max-queue-size", 0, sys.maxsize) if line.has("--max-queue-size") else 0
+    return QueueLimits(requests, line.size_or_zero("--max-buf-size") if line.has("--max-buf-size") else 0)

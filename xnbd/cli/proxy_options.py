@@ -1,0 +1,54 @@
+"""What the command line of ``xnbd-server --proxy`` asks for; only a proxy needs the modules that this one imports."""
+
+from __future__ import annotations
+
+from typing import Mapping, NamedTuple
+
+from ..errors import ConfigurationError
+from ..origin.address import OriginAddress, parse_origin
+from ..proxy.fetcher import Patience
+from ..proxy.image import DEFAULT_READAHEAD
+from .values import USAGE_ERROR, CommandLine
+
+
+class ProxyOptions(NamedTuple):
+    """The disk of *origin*, cached here; *readahead* in bytes. With *clear* nothing counts as cached yet."""
+
+    origin: OriginAddress
+    cache_path: str
+    bitmap_path: str
+    readonly: bool = False
+    clear: bool = False
+    adopt: bool = False
+    patience: Patience = Patience()
+    readahead: int = DEFAULT_READAHEAD
+
+
+def proxy_options(line: CommandLine, paths: Mapping[str, str]) -> ProxyOptions:
+    """Raises `ConfigurationError`."""
+    connect = line.seconds("--connect-timeout") if line.has("--connect-timeout") else Patience().connect
+    answer = line.seconds("--origin-timeout") if line.has("--origin-timeout") else None
+    readahead = line.size_or_zero("--readahead") if line.has("--readahead") else DEFAULT_READAHEAD
+    return ProxyOptions(
+        origin=_origin(line),
+        cache_path=paths["CACHE_DISK_IMAGE"],
+        bitmap_path=paths["CACHE_BITMAP_IMAGE"],
+        readonly=line.has("--readonly"),
+        clear=line.has("--clear-bitmap"),
+        adopt=line.has("--adopt-cache"),
+        patience=Patience(connect, answer),
+        readahead=readahead,
+    )
+
+
+def _origin(line: CommandLine) -> OriginAddress:
+    uri, name = line.text("REMOTE_URI"), line.text("--target-exportname")
+    if uri is None:
+        return parse_origin(line.needed("REMOTE_HOST"), line.needed("REMOTE_PORT"), name)
+    if "://" not in uri:
+        raise ConfigurationError(
+            f"{uri} is no NBD URI; with a host the arguments are REMOTE_HOST REMOTE_PORT CACHE_DISK_IMAGE "
+            "CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH",
+            USAGE_ERROR,
+        )
+    return parse_origin(uri, None, name)

@@ -1,0 +1,152 @@
+"""From the command line of xnbd-server to its options; whatever of it makes no sense is refused here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Callable, Dict, Mapping, Optional, Union
+
+from ..errors import ConfigurationError
+from ..protocol.constants import MAXIMUM_STRING
+from ..protocol.server_handshake import Agreement
+from ..server.master import Limits
+from ..server.session.connection import LONGEST_SPIN
+from ..server.session.parking import QueueLimits
+from .options import (
+    CowOptions,
+    LogOptions,
+    ManyClients,
+    OneClient,
+    ServerOptions,
+    TargetOptions,
+    listen_options,
+    log_options,
+    queue_limits,
+    whole_paths,
+)
+from .values import USAGE_ERROR, CommandLine, refuse_same_file
+
+if TYPE_CHECKING:
+    from .proxy_options import ProxyOptions
+
+_FILES = ("DISK_IMAGE", "BASE_DISK_IMAGE", "CACHE_DISK_IMAGE", "CACHE_BITMAP_IMAGE", "CONTROL_SOCKET_PATH")
+_PATHS = (*_FILES, "--cow-dir", "--control", "--unix", "--pidfile", "--logpath")
+_PROXY_OPTIONS = (
+    "--target-exportname",
+    "--clear-bitmap",
+    "--adopt-cache",
+    "--max-queue-size",
+    "--max-buf-size",
+    "--readahead",
+    "--connect-timeout",
+    "--origin-timeout",
+)
+_LISTENING = ("--lport", "--laddr", "--unix")
+_FEATURES = {"newstyle", "structured", "allocation"}
+
+Begin = Callable[[LogOptions, Optional[int]], None]
+"""Is told where the log goes, and which permissions new files get."""
+
+
+def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
+    """What *line* asks for. Raises `ConfigurationError`.
+
+    *begin* is called once it is clear which files the server may touch, and before
+    values are looked at: the line that says what is wrong with one is in the log too.
+    """
+    _refuse_clashes(line)
+    paths = whole_paths(line, _PATHS)
+    refuse_shared_files(paths)
+    log = _log_options(line, paths.get("--logpath"))
+    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None)
+    clients = _clients(line, paths)
+    return ServerOptions(
+        clients=clients,
+        handshake_timeout=line.seconds("--handshake-timeout"),
+        spin=min(line.integer("--spin", 0, 1_000_000) / 1e6, LONGEST_SPIN),
+        queue_limits=queue_limits(line) if line.has("--proxy") else QueueLimits(),
+        disk=_disk(line, paths),
+        export_name=_export_name(line),
+        oldstyle=line.has("--oldstyle"),
+        control_path=paths.get("CONTROL_SOCKET_PATH", paths.get("--control")),
+        log=log,
+    )
+
+
+def _refuse_clashes(line: CommandLine) -> None:
+    line.refuse_together("--inetd", ["--connected-fd", "--daemonize", "--pidfile", *_LISTENING])
+    line.refuse_together("--connected-fd", ["--daemonize", "--pidfile", *_LISTENING])
+    line.refuse_together("--verbose", ["--quiet"])
+    line.refuse_together("--clear-bitmap", ["--adopt-cache"])
+    line.refuse_together("--control", ["--proxy", "--inetd", "--connected-fd"])
+    for option, other in (("--negotiated", "--connected-fd"), ("--cow-dir", "--cow-target")):
+        _refuse_without(line, option, other)
+    for option in _PROXY_OPTIONS:
+        _refuse_without(line, option, "--proxy")
+    if line.has("--proxy") and line.has("--create"):
+        raise ConfigurationError("--create is not for --proxy: the cache is made as large as the disk", USAGE_ERROR)
+
+
+def _refuse_without(line: CommandLine, option: str, other: str) -> None:
+    if line.has(option) and not line.has(other):
+        raise ConfigurationError(f"{option} is for {other} only", USAGE_ERROR)
+
+
+def refuse_shared_files(paths: Mapping[str, str]) -> None:
+    """Raises `ConfigurationError` if one file of a server, by the names of its command line, is another one too."""
+    refuse_same_file({**paths, **_files_beside(paths.get("CACHE_BITMAP_IMAGE"))})
+
+
+def _files_beside(bitmap_path: Optional[str]) -> Dict[str, str]:
+    """What is made beside a proxy's bitmap."""
+    if bitmap_path is None:
+        return {}
+    from ..proxy.state.opening import SCOREBOARD_SUFFIX, SUFFIX
+
+    return {f"CACHE_BITMAP_IMAGE{suffix}": bitmap_path + suffix for suffix in (SUFFIX, SCOREBOARD_SUFFIX)}
+
+
+def _log_options(line: CommandLine, path: Optional[str]) -> LogOptions:
+    level = logging.DEBUG if line.has("--verbose") else logging.WARNING if line.has("--quiet") else logging.INFO
+    return log_options(line, path, level, unattended=line.has("--daemonize") or line.has("--inetd"))
+
+
+def _clients(line: CommandLine, paths: Mapping[str, str]) -> Union[OneClient, ManyClients]:
+    if line.has("--inetd"):
+        return OneClient()
+    if line.has("--connected-fd"):
+        agreement = _agreement(line.text("--negotiated") or "")
+        return OneClient(line.integer("--connected-fd", 0, 1 << 20), agreement)
+    limits = Limits(line.integer("--max-clients", 1, 1_000_000), line.integer("--spare-workers", 1, 1000))
+    listen = listen_options(line, paths.get("--unix"))
+    return ManyClients(listen, limits, line.has("--daemonize"), paths.get("--pidfile"))
+
+
+def _agreement(features: str) -> Agreement:
+    """What ``--negotiated FEATURES`` says."""
+    words = set(features.split(",")) if features else set()
+    if not words <= _FEATURES:
+        raise ConfigurationError(
+            f"--negotiated {features}: expected some of newstyle, structured, allocation", USAGE_ERROR
+        )
+    if "allocation" in words and "structured" not in words:
+        raise ConfigurationError("--negotiated: allocation comes with structured only", USAGE_ERROR)
+    return Agreement(structured="structured" in words, allocation="allocation" in words, ordered=not words)
+
+
+def _disk(line: CommandLine, paths: Mapping[str, str]) -> Union[TargetOptions, CowOptions, ProxyOptions]:
+    if line.has("--proxy"):
+        from .proxy_options import proxy_options
+
+        return proxy_options(line, paths)
+    readonly, create = line.has("--readonly"), line.size("--create") if line.has("--create") else None
+    if line.has("--cow-target"):
+        return CowOptions(paths["BASE_DISK_IMAGE"], readonly, create, paths.get("--cow-dir"))
+    return TargetOptions(paths["DISK_IMAGE"], readonly, create)
+
+
+def _export_name(line: CommandLine) -> Optional[str]:
+    name = line.text("--exportname")
+    if name is not None and len(os.fsencode(name)) > MAXIMUM_STRING:
+        raise ConfigurationError(f"--exportname: clients cannot ask for more than {MAXIMUM_STRING} bytes", USAGE_ERROR)
+    return name

@@ -1,0 +1,67 @@
+"""From the command line of xnbd-wrapper to its options; whatever of it makes no sense is refused here."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+from typing import Callable, List, Optional
+
+from ..errors import ConfigurationError
+from ..system.process import whole_path
+from .options import (
+    AsGiven,
+    LogOptions,
+    WrapperOptions,
+    listen_options,
+    log_options,
+    queue_limits,
+    whole_paths,
+)
+from .values import USAGE_ERROR, CommandLine, refuse_same_file
+
+_PATHS = ("--dbpath", "--socket", "--logpath")
+_OLD_NAMES = {"--port": "--lport", "--xnbd-binary": "--xnbd-server"}
+
+
+def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int]], None]) -> WrapperOptions:
+    """What *line* asks for; *begin* is called as by `server_options`. Raises `ConfigurationError`."""
+    line.rename(_OLD_NAMES)
+    paths = whole_paths(line, _PATHS)
+    images = {path: whole_path(path, "--imgfile") for path in line.texts("--imgfile")}
+    refuse_same_file(paths)
+    for image in images.values():
+        refuse_same_file({f"--imgfile {image}": image, **paths})
+    log = log_options(line, paths.get("--logpath"), logging.INFO, unattended=line.has("--daemonize"))
+    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None)
+    return WrapperOptions(
+        database_path=paths["--dbpath"],
+        control_path=paths["--socket"],
+        images=images,
+        log=log,
+        server_command=_command(line, "--xnbd-server"),
+        queue_limits=queue_limits(line),
+        as_given=AsGiven(line.text("--max-queue-size"), line.text("--max-buf-size"), line.text("--file-mode")),
+        bgctl_command=_command(line, "--xnbd-bgctl"),
+        handshake_timeout=line.seconds("--handshake-timeout"),
+        max_clients=line.integer("--max-clients", 1, 1_000_000),
+        listen=listen_options(line),
+        cow=line.has("--cow"),
+        readonly=line.has("--readonly"),
+        daemonize=line.has("--daemonize"),
+    )
+
+
+def _command(line: CommandLine, option: str) -> List[str]:
+    """The words of a command; the program gets its full path, because the wrapper may change its directory."""
+    text = line.text(option)
+    if text is None:
+        return []
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{option} {text}: {error}", USAGE_ERROR) from error
+    found = shutil.which(words[0]) if words else None
+    if found is None:
+        raise ConfigurationError(f"{option} {text}: there is no such program")
+    return [whole_path(found, option), *words[1:]]
