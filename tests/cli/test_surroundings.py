@@ -182,7 +182,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def serves(path: Path) -> bool:
     """Whether a client gets a greeting there."""
     with socket.socket(socket.AF_UNIX) as sock, suppress(OSError):
-        sock.settimeout(20)
+        sock.settimeout(60)
         sock.connect(str(path))
         return len(sock.recv(18)) == 18
     return False
