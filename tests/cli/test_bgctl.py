@@ -452,7 +452,7 @@ def interrupted(copy: Endless, *arguments: object) -> Tuple[int, str, str]:
     wait_until(lambda: copy.started, "the copy's start")
     wait_until(lambda: is_asleep(process.pid), "the program to have read what the copy said")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     wait_until(lambda: copy.closed, "the copy's end")
     return process.returncode, out, err
 
@@ -514,7 +514,7 @@ def on_terminal(copy: Copy, *arguments: object, columns: int = 80, encoding: str
             copy.shown += part
     except OSError:
         pass  # the last one has closed it
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=60)
     os.close(terminal)
     assert process.returncode == 0, copy.shown
     return out.decode(), copy.shown.decode()
@@ -568,7 +568,7 @@ def test_rate_falls_to_nothing_when_the_copy_stands_still() -> None:
 def test_snapshot_prints_the_exact_path(serve: Serve) -> None:
     name = "/srv/d\xefsk\udcff.img.snapshot.1795352495"
     path = serve({"snapshot": Canned({"done": True, "path": name, "seconds": 1.25, "held_ms": 3.21})})
-    done = subprocess.run(command("--snapshot", path), capture_output=True, timeout=20, check=True)
+    done = subprocess.run(command("--snapshot", path), capture_output=True, timeout=60, check=True)
     assert (done.stdout, done.stderr) == (os.fsencode(name) + b"\n", b"")
 
 

@@ -104,7 +104,7 @@ def test_abbreviations_work_where_they_are_clear(start: Start, image: Path) -> N
 def test_help_that_is_not_read_to_its_end_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(command("--help"), stdout=writing, stderr=subprocess.PIPE, timeout=20)
+    done = subprocess.run(command("--help"), stdout=writing, stderr=subprocess.PIPE, timeout=60)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
 
@@ -112,13 +112,13 @@ def test_help_that_is_not_read_to_its_end_is_no_error() -> None:
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_that_cannot_be_written_is_one_line(option: str) -> None:
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(command(option), stdout=full, stderr=subprocess.PIPE, timeout=20)
+        done = subprocess.run(command(option), stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert done.returncode == 1
     assert done.stderr == b"xnbd-server: cannot write to standard output: No space left on device\n"
 
 
 def test_wrong_command_line_without_standard_output_is_one_line() -> None:
-    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command("--target")], stderr=subprocess.PIPE, timeout=20)
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command("--target")], stderr=subprocess.PIPE, timeout=60)
     assert (done.returncode, done.stderr.count(b"\n")) == (USAGE_ERROR, 1)
 
 

@@ -143,7 +143,7 @@ def in_background(control: Path, words: List[str]) -> Iterator[None]:
 def test_a_wrapper_starts_as_it_did(tmp_path: Path, image: Path, words: Callable[[Path, int], List[str]]) -> None:
     port, control = free_port(), tmp_path / "ctl"
     with in_background(control, [*words(tmp_path, port), "-f", str(image)]):
-        with RawClient(socket.create_connection(("127.0.0.1", port), timeout=20)) as client:
+        with RawClient(socket.create_connection(("127.0.0.1", port), timeout=60)) as client:
             client.greet()
             assert size_of(client, str(image)) == image.stat().st_size
             assert client.read(5, 5) == image.read_bytes()[5:10]
@@ -166,7 +166,7 @@ def test_an_old_name_beside_the_new_one_is_refused(tmp_path: Path, old: List[str
 def test_a_server_takes_letters(start: Start, image: Path, tmp_path: Path) -> None:
     log, port = tmp_path / "log of its own", free_port()
     server = start("-tr", f"-l{port}", "-L", log, image)
-    with RawClient(socket.create_connection(("127.0.0.1", port), timeout=20)) as client:
+    with RawClient(socket.create_connection(("127.0.0.1", port), timeout=60)) as client:
         client.negotiate()
         assert client.read(5, 5) == image.read_bytes()[5:10]
         client.request(WRITE, 0, 1, data=b"x")

@@ -667,7 +667,7 @@ def test_master_killed_the_next_start_on_the_same_socket_and_pid_file_works(imag
 
 def served_at(path: Path) -> bool:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(20)
+    sock.settimeout(60)
     sock.connect(str(path))
     with RawClient(sock) as client:
         return client.negotiate().works()
@@ -683,7 +683,7 @@ def under_inetd(arguments: List[object], said: bytes, env: Dict[str, str]) -> Tu
         with theirs:
             fd = theirs.fileno()
             process = subprocess.Popen(command(*arguments), stdin=fd, stdout=fd, stderr=fd, env=env)
-        ours.settimeout(20)
+        ours.settimeout(60)
         ours.sendall(said)
         ours.shutdown(socket.SHUT_WR)
         answer = bytearray()

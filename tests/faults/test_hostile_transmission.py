@@ -418,7 +418,7 @@ def block_status(client: RawClient) -> List[Tuple[int, int]]:
 def traced_client(image: Path, trace: Path) -> Iterator[RawClient]:
     """A client of a server for one client, whose syncs and sends are written to *trace* in their order."""
     ours, theirs = socket.socketpair()
-    ours.settimeout(20)
+    ours.settimeout(60)
     calls = ["strace", "-f", "-o", str(trace), "-e", "trace=fdatasync,fsync,sendmsg,sendto"]
     with theirs:
         process = subprocess.Popen(
@@ -581,7 +581,7 @@ def send_until_stuck(client: RawClient, data: bytes, times: int = 1000) -> None:
     except socket.timeout:
         pass
     finally:
-        client.sock.settimeout(20)
+        client.sock.settimeout(60)
 
 
 def test_many_small_requests_in_one_piece_are_all_answered(client: RawClient, image: Path) -> None:

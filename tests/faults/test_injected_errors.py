@@ -209,7 +209,7 @@ def test_a_call_of_the_steward_or_its_children_that_fails_once_keeps_nobody_wait
 def copy_for_a_moment(files: CacheFiles) -> None:
     """Begin a copy that is slow, and leave as soon as it has got on, or has failed; a steward that ends is no error."""
     with suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(20)
+        sock.settimeout(60)
         sock.connect(str(files.control))
         sock.sendall(b'{"command": "cache-all", "wait": true, "limit_rate": 8000000}\n')
         with sock.makefile("rb") as lines:

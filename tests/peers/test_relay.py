@@ -25,15 +25,15 @@ def target() -> Iterator[socket.socket]:
 
 def listening() -> socket.socket:
     sock = socket.create_server(("127.0.0.1", 0))
-    sock.settimeout(20)
+    sock.settimeout(60)
     return sock
 
 
 def connect(relay: Relay, target: socket.socket) -> Ends:
     """A connection through *relay*: the client's end and the target's."""
-    client = socket.create_connection(("127.0.0.1", relay.port), timeout=20)
+    client = socket.create_connection(("127.0.0.1", relay.port), timeout=60)
     there, _ = target.accept()
-    there.settimeout(20)
+    there.settimeout(60)
     return client, there
 
 
@@ -127,7 +127,7 @@ def test_stall_moves_nothing_until_resume(target: socket.socket) -> None:
 def test_stall_accepts_nobody_until_resume(target: socket.socket) -> None:
     with Relay(port_of(target)) as relay:
         relay.stall()
-        with closing(socket.create_connection(("127.0.0.1", relay.port), timeout=20)):
+        with closing(socket.create_connection(("127.0.0.1", relay.port), timeout=60)):
             assert is_silent(target)
             relay.resume()
             target.accept()[0].close()
@@ -166,7 +166,7 @@ def test_refuse_until_accept(target: socket.socket) -> None:
     with Relay(port_of(target)) as relay:
         relay.refuse()
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", relay.port), timeout=20)
+            socket.create_connection(("127.0.0.1", relay.port), timeout=60)
         relay.accept()
         for sock in connect(relay, target):
             sock.close()
@@ -185,7 +185,7 @@ def test_retarget_leads_new_connections_elsewhere_and_old_ones_stay(target: sock
 
 def test_a_target_that_refuses_resets_the_client() -> None:
     def visit() -> None:
-        with socket.create_connection(("127.0.0.1", relay.port), timeout=20) as client:
+        with socket.create_connection(("127.0.0.1", relay.port), timeout=60) as client:
             client.recv(1)
 
     with Relay(free_port()) as relay, pytest.raises(ConnectionResetError):

@@ -8,8 +8,9 @@ import random
 import signal
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Dict
+from typing import Callable, Dict, Sequence
 
 import nbd
 import pytest
@@ -427,11 +428,23 @@ def test_two_proxies_with_different_bitmaps_do_not_share_a_cache(
 ) -> None:
     server = start(*files.arguments(far.uri))
     first, files.bitmap = files.bitmap, tmp_path / "another"
-    for options in ([], ["--clear-bitmap"], ["--adopt-cache"]):
-        assert "is the cache of a running proxy with another bitmap" in refused(files, far, *options)
     in_a_container = ["unshare", "--mount", "--pid", "--fork", "--mount-proc"] if os.geteuid() == 0 else []
-    arguments = [*files.arguments(far.uri), "--unix", tmp_path / "refused"]
-    assert "with another bitmap" in fails(*arguments, prefix=in_a_container, timeout=TIME)[1]
+
+    def refusal(number: int, *options: str, prefix: Sequence[str] = ()) -> str:
+        where = files.arguments(far.uri, *options, control=tmp_path / f"control{number}")
+        return fails(*where, "--unix", tmp_path / f"refused{number}", prefix=prefix, timeout=TIME)[1]
+
+    before = snapshot_of(files)
+    with ThreadPoolExecutor() as pool:  # each tries for some seconds
+        lines = [
+            pool.submit(refusal, 1),
+            pool.submit(refusal, 2, "--clear-bitmap"),
+            pool.submit(refusal, 3, "--adopt-cache"),
+            pool.submit(refusal, 4, prefix=in_a_container),
+        ]
+        for line in lines:
+            assert "is the cache of a running proxy with another bitmap" in line.result()
+    assert snapshot_of(files) == before
     files.bitmap = first
     files.control = tmp_path / "control2"
     serves(start, files, far, content)
@@ -444,11 +457,16 @@ def test_a_longer_lock_hides_no_claim(start: Start, files: CacheFiles, far: Serv
         file.truncate(SIZE)
         fcntl.lockf(file, fcntl.LOCK_SH)
         start(*files.arguments(far.uri))
-        for mode in ("--target", "--cow-target"):
-            line = fails(mode, files.image, "--unix", tmp_path / "refused", timeout=TIME)[1]
-            assert "is the cache of a running proxy" in line
-        files.bitmap = tmp_path / "another"
-        assert "with another bitmap" in refused(files, far)
+
+        def refusal(mode: str) -> str:
+            return fails(mode, files.image, "--unix", tmp_path / f"refused{mode}", timeout=TIME)[1]
+
+        with ThreadPoolExecutor() as pool:  # each tries for some seconds
+            lines = [pool.submit(refusal, mode) for mode in ("--target", "--cow-target")]
+            files.bitmap = tmp_path / "another"
+            assert "with another bitmap" in refused(files, far)
+            for line in lines:
+                assert "is the cache of a running proxy" in line.result()
 
 
 # A bitmap that is not as it was left

@@ -565,7 +565,7 @@ def test_replies_in_order_hold_what_was_read_then(behind_relay: Connected, relay
 def wrapped(directory: Path, origin: str, *options: object, name: str = "cache") -> Iterator[RawClient]:
     """A client whose server was handed its socket."""
     ours, theirs = socket.socketpair()
-    ours.settimeout(20)
+    ours.settimeout(60)
     files = [directory / f"{name}.{ending}" for ending in ("img", "bitmap", "ctl")]
     with open(directory / "wrapped.log", "ab") as log:
         arguments = command("--proxy", "--connected-fd", theirs.fileno(), *options, origin, *files)

@@ -217,7 +217,7 @@ def test_checkpoints_are_made_and_told(proxy: Proxy) -> None:
 def test_garbage_on_the_control_socket_ends_that_connection_only(proxy: Proxy) -> None:
     for garbage in (b"\0" * 100, b"{" * 100 + b"\n", b"x" * 200_000, b'{"command": "query", "map": -1}\n'):
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(20)
+            sock.settimeout(60)
             sock.connect(str(proxy.control))
             try:
                 sock.sendall(garbage)
@@ -264,7 +264,7 @@ def on_terminal(*arguments: object) -> Tuple[str, str]:
             shown += part
     except OSError:
         pass  # the last one has closed it
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=60)
     os.close(terminal)
     assert process.returncode == 0, shown
     return out.decode(), shown.decode()
@@ -312,7 +312,7 @@ def test_ctrl_c_stops_the_copy_and_nothing_else(proxy: Proxy, disk: Path) -> Non
         process = start_copy(proxy)
         copier = running_copy(proxy)["pid"]
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=60)
         assert process.returncode == 130
         assert re.fullmatch(r"xnbd-bgctl: stopped at .* %, .* of 4.0 MiB; run again, it goes on from there\n", err)
         wait_until(lambda: not is_alive(copier), "the copier's end")
@@ -549,7 +549,7 @@ def test_forced_switch_answers_requests_that_waited(start: Start, tmp_path: Path
 def test_switch_ends_a_running_copy(proxy: Proxy) -> None:
     process = start_copy(proxy)
     proxy.bgctl("--force", "--switch")
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "stopped before its end" in err
     assert proxy.query()["mode"] == "target"
@@ -922,7 +922,7 @@ class Siblings:
 
     def add(self) -> RawClient:
         ours, theirs = socket.socketpair()
-        ours.settimeout(20)
+        ours.settimeout(60)
         arguments = command("--proxy", "--connected-fd", theirs.fileno(), "--readahead", "0", self._origin, *self.files)
         with open(self._log, "ab") as log:
             process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stderr=log, pass_fds=[theirs.fileno()])

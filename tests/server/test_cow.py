@@ -335,7 +335,7 @@ def test_inetd_style(base: Path) -> None:
     with theirs:
         fd = theirs.fileno()
         process = subprocess.Popen(command("--cow-target", "--inetd", base), stdin=fd, stdout=fd, stderr=fd)
-    ours.settimeout(20)
+    ours.settimeout(60)
     with RawClient(ours) as client:
         client.negotiate()
         assert client.write(7, b"seven") == 0
@@ -349,7 +349,7 @@ def test_connected_fd(base: Path) -> None:
         process = subprocess.Popen(
             command("--cow-target", "--connected-fd", theirs.fileno(), base), pass_fds=[theirs.fileno()]
         )
-    ours.settimeout(20)
+    ours.settimeout(60)
     with RawClient(ours) as client:
         client.request(WRITE, 7, 5, data=b"seven", flags=FUA)
         assert client.simple_reply()[0] == 0

@@ -23,12 +23,12 @@ _PIDFD_GETFD = 438
 
 
 def connect_tcp(address: str, port: int) -> RawClient:
-    return RawClient(socket.create_connection((address, port), timeout=20))
+    return RawClient(socket.create_connection((address, port), timeout=60))
 
 
 def connect_unix(path: Path) -> RawClient:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(20)
+    sock.settimeout(60)
     sock.connect(str(path))
     return RawClient(sock)
 
@@ -260,7 +260,7 @@ def test_service_manager_is_notified_once_the_server_listens(tmp_path: Path, ima
     name = f"xnbd-test-{os.getpid()}" if abstract else f"{tmp_path}/notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0{name}" if abstract else name)
-        manager.settimeout(20)
+        manager.settimeout(60)
         notify = f"@{name}" if abstract else name
         where = ["--unix", tmp_path / "sock"]
         with launched(command("--target", *where, image), tmp_path / "log", env={"NOTIFY_SOCKET": notify}):

@@ -31,6 +31,7 @@ from snapshots import (
     bgctl,
     bgctl_command,
     held_snapshot,
+    removed_files_of,
     shut_gate,
     snapshots_of,
     steward_of,
@@ -463,19 +464,15 @@ def test_stopping_the_server_in_the_middle_leaves_nothing(start: Start, disk: Pa
 
 
 def test_an_idle_client_does_not_keep_the_space_of_a_snapshot_that_was_removed(target: Server, disk: Path) -> None:
-    def free() -> int:
-        status = os.statvfs(disk.parent)
-        return status.f_bavail * status.f_frsize
-
-    before = free()
     with connect(target) as client:
         with held_snapshot(target) as held:
             held.let_workers_keep(2048)
             assert client.write(MIB, b"a" * 4096) == 0
+            assert removed_files_of(target, disk.parent)
             held.go_on()
             wait_until(lambda: snapshots_of(disk), "the snapshot")
         snapshots_of(disk)[0].unlink()
-        wait_until(lambda: free() >= before - MIB, "the space")
+        wait_until(lambda: not removed_files_of(target, disk.parent), "the end of the last descriptor")
         assert client.works()
 
 

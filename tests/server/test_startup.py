@@ -27,7 +27,7 @@ NOBODY = 65534
 
 def connect(path: Path) -> RawClient:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(20)
+    sock.settimeout(60)
     sock.connect(str(path))
     return RawClient(sock)
 
@@ -469,7 +469,7 @@ def syslog() -> Iterator[socket.socket]:
         if path.exists() or path.is_symlink():
             pytest.skip("a real syslog daemon listens on /dev/log")
         sock.bind(str(path))
-        sock.settimeout(20)
+        sock.settimeout(60)
         try:
             yield sock
         finally:

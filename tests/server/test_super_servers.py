@@ -42,7 +42,7 @@ def answers(port: int) -> bool:
 
 
 def connect(port: int) -> RawClient:
-    return RawClient(socket.create_connection(("127.0.0.1", port), timeout=20))
+    return RawClient(socket.create_connection(("127.0.0.1", port), timeout=60))
 
 
 # inetd
@@ -116,7 +116,7 @@ class Wrapped:
     """A server on one end of a connected socket, and the raw client on the other."""
 
     def __init__(self, ours: socket.socket, theirs: socket.socket, log_path: Path, *arguments: object) -> None:
-        ours.settimeout(20)
+        ours.settimeout(60)
         self.client = RawClient(ours)
         self._log_path = log_path
         with open(log_path, "wb") as log:
@@ -310,7 +310,7 @@ def test_descriptor_that_is_no_client_is_refused(tmp_path: Path, image: Path, ki
     else:
         fds.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach())
     done = subprocess.run(
-        command("--target", "--connected-fd", fds[0], image), capture_output=True, text=True, timeout=20, pass_fds=fds
+        command("--target", "--connected-fd", fds[0], image), capture_output=True, text=True, timeout=60, pass_fds=fds
     )
     for fd in fds:
         os.close(fd)
@@ -330,7 +330,7 @@ def test_client_on_standard_streams_gets_replies_and_no_log(
     tmp_path: Path, image: Path, streams: Tuple[int, ...]
 ) -> None:
     ours, theirs = socket.socketpair()
-    ours.settimeout(20)
+    ours.settimeout(60)
     with open(tmp_path / "log", "wb") as log:
         stdin, stdout, stderr = ((theirs if stream in streams else log).fileno() for stream in range(3))
         line = command("--target", "--verbose", "--connected-fd", streams[-1], image)
@@ -361,7 +361,7 @@ def test_version_goes_to_a_socket_if_standard_error_is_elsewhere() -> None:
         with theirs:
             fd = theirs.fileno()
             process = subprocess.Popen(command("--version"), stdin=fd, stdout=fd, stderr=subprocess.DEVNULL)
-        ours.settimeout(20)
+        ours.settimeout(60)
         with stopped_in_the_end(process):
             assert ours.recv(1000).startswith(b"xnbd-server ")
             assert process.wait(20) == 0

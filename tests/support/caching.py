@@ -97,7 +97,7 @@ class Reading:
 def ask(control: Path, command: str, **arguments: object) -> Dict[str, Any]:
     """Send one command to a control socket: the last line of its answer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(20)
+        sock.settimeout(60)
         sock.connect(str(control))
         sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
         with sock.makefile("r") as lines:

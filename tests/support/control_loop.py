@@ -75,7 +75,7 @@ class Client:
     def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.connect(str(path))
-        self.sock.settimeout(20)
+        self.sock.settimeout(60)
         self.lines = self.sock.makefile("rb")
 
     def __enter__(self) -> Client:

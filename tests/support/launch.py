@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
-from server_process import STOP_TIME, children_of, command, is_alive, run, wait_until
+from server_process import START_TIME, STOP_TIME, children_of, command, is_alive, run, wait_until
 
 
 class Launched:
@@ -26,7 +26,7 @@ class Launched:
         return self.log_path.read_text(errors="replace")
 
     def wait_for_log(self, text: str) -> None:
-        wait_until(lambda: text in self.log() or self.process.poll() is not None, f"{text!r} in the log")
+        wait_until(lambda: text in self.log() or self.process.poll() is not None, f"{text!r} in the log", START_TIME)
         assert text in self.log(), self.log()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -76,7 +76,7 @@ def serving(log_path: Path, *arguments: object, cwd: Optional[Path] = None, **en
         yield server
 
 
-def fails(*arguments: object, prefix: Sequence[object] = (), timeout: float = 20.0) -> Tuple[int, str]:
+def fails(*arguments: object, prefix: Sequence[object] = (), timeout: float = START_TIME) -> Tuple[int, str]:
     """Run a server that cannot start: its exit status, and the one line it says on standard error."""
     status, out, err = run(*prefix, *command(*arguments), timeout=timeout, check=False)
     assert out == ""

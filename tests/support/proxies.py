@@ -113,7 +113,7 @@ def query(control: Path) -> Dict[str, Any]:
 def ask(control: Path, **request: object) -> Dict[str, Any]:
     """The last line that the server answers to *request*."""
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(20)
+        sock.settimeout(60)
         sock.connect(str(control))
         sock.sendall(json.dumps(request).encode() + b"\n")
         with sock.makefile("rb") as lines:

@@ -86,9 +86,9 @@ class Server:
     def connect(self, *, tcp: bool = False) -> socket.socket:
         """A fresh connection, nothing said yet."""
         if tcp:
-            return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+            return socket.create_connection(("127.0.0.1", self.port), timeout=60)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(20)
+        sock.settimeout(60)
         try:
             sock.connect(str(self.socket))
         except OSError:

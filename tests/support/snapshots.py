@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator, List, NamedTuple, Optional
 
@@ -28,6 +28,18 @@ class Taken(NamedTuple):
 def snapshots_of(image: Path) -> List[Path]:
     """Everything beside *image* that looks like a snapshot of anything."""
     return sorted(image.parent.glob("*.snapshot.*"))
+
+
+def removed_files_of(server: Server, directory: Path) -> List[str]:
+    """What the server's processes hold of files in *directory* without a name: others change the free space, too."""
+    found = []
+    for pid in [server.pid, *children_of(server.pid)]:
+        with suppress(FileNotFoundError):
+            targets = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]  # noqa: PTH208 - read at once
+            maps = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+            targets += [line.split(maxsplit=5)[5] for line in maps if line.endswith("(deleted)")]
+            found += [name for name in targets if name.startswith(f"{directory}/") and name.endswith("(deleted)")]
+    return found
 
 
 def take_by_signal(server: Server, image: Path) -> Taken:
@@ -127,7 +139,7 @@ def held_snapshot(server: Server, *, by: Optional[Path] = None) -> Iterator[Held
         if held is not None:
             held.close()
         if command is not None:
-            command.communicate(timeout=20)
+            command.communicate(timeout=60)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from rawclient import RawClient
-from server_process import PYTHON, ROOT, STOP_TIME, children_of, is_alive, run, wait_until
+from server_process import PYTHON, ROOT, START_TIME, STOP_TIME, children_of, is_alive, run, wait_until
 
 
 def program(name: str) -> List[str]:
@@ -62,7 +62,9 @@ class Wrapper:
 
     def wait_until_ready(self) -> None:
         wait_until(
-            lambda: " INFO: serving " in self.log() or self.process.poll() is not None, "the wrapper's start", 20
+            lambda: " INFO: serving " in self.log() or self.process.poll() is not None,
+            "the wrapper's start",
+            START_TIME,
         )
         assert self.process.poll() is None, self.log()
 
@@ -75,7 +77,7 @@ class Wrapper:
 
     def connect(self) -> RawClient:
         """A fresh connection, nothing said yet."""
-        return RawClient(socket.create_connection(("127.0.0.1", self.port), timeout=20))
+        return RawClient(socket.create_connection(("127.0.0.1", self.port), timeout=60))
 
     def client(self, name: str = "", **features: bool) -> RawClient:
         return self.connect().negotiate(name, **features)
@@ -96,7 +98,7 @@ class Wrapper:
     def ask(self, **request: object) -> List[Dict[str, Any]]:
         """The lines of the reply to a raw request."""
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(20)
+            sock.settimeout(60)
             sock.connect(str(self.control))
             sock.sendall(json.dumps(request).encode() + b"\n")
             lines = []
@@ -139,7 +141,7 @@ def fails(directory: Path, *arguments: object) -> Tuple[int, str]:
     """Run a wrapper that cannot start: its exit status, and the one line it says on standard error."""
     where = ["--laddr", "127.0.0.1", "--socket", directory / "wrapper.ctl"]
     where += [] if "--lport" in arguments else ["--lport", "0"]
-    status, out, err = run(*program("xnbd-wrapper"), *where, *arguments, timeout=30, check=False)
+    status, out, err = run(*program("xnbd-wrapper"), *where, *arguments, timeout=START_TIME, check=False)
     assert out == ""
     assert err.count("\n") == 1, err
     assert err.startswith("xnbd-wrapper: "), err

@@ -499,7 +499,7 @@ def test_out_of_descriptors(loop: ControlLoop, caplog: pytest.LogCaptureFixture)
     client = Client(loop.path)
     assert client.ask("echo")["done"]
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(20)
+    sock.settimeout(60)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(descriptors()), hard))
     spare = []
     try:
@@ -678,7 +678,7 @@ def test_of_many_that_start_at_once_on_a_stale_socket_one_wins(path: Path) -> No
             assert all_say() == ["ended"] * 4
     finally:
         for starter in starters:
-            starter.communicate(timeout=20)
+            starter.communicate(timeout=60)
 
 
 def test_lock_of_the_directory_does_not_stop_the_start(serve: Serve, path: Path) -> None:
@@ -751,7 +751,7 @@ def test_mapped_disk_is_not_counted_as_memory(tmp_path: Path) -> None:
     try:
         assert UsageMeter().usage([process.pid])[process.pid].memory_bytes < 32 << 20
     finally:
-        process.communicate("\n", timeout=20)
+        process.communicate("\n", timeout=60)
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,7 @@ def structured_ends(loop: ProcessLoop) -> Iterator[Ends]:
 @contextmanager
 def connected(loop: ProcessLoop, *, structured: bool) -> Iterator[Ends]:
     ours, theirs = socket.socketpair()
-    ours.settimeout(20)
+    ours.settimeout(60)
     with RawClient(ours) as client, theirs:
         yield client, Replies(Connection(theirs, loop), reply_format(structured=structured))
 

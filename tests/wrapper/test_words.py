@@ -287,8 +287,8 @@ def test_ctrl_c_to_a_wrapper_and_its_processes_is_no_error(tmp_path: Path, image
         wait_until(lambda: "INFO: serving" in log.read_text(), "the start", 40)
         port = int(log.read_text().rpartition(":")[2])
         with (
-            RawClient(socket.create_connection(("127.0.0.1", port), 20)) as negotiating,
-            RawClient(socket.create_connection(("127.0.0.1", port), 20)) as client,
+            RawClient(socket.create_connection(("127.0.0.1", port), 60)) as negotiating,
+            RawClient(socket.create_connection(("127.0.0.1", port), 60)) as client,
         ):
             negotiating.greet()
             client.negotiate()

@@ -306,7 +306,7 @@ def test_logpath_takes_the_servers_lines_too(start_wrapper: StartWrapper, image:
         try:
             wait_until(lambda: log.exists() and "serving 1 exports" in log.read_text(), "the start")
             port = int(log.read_text().split()[-1].rpartition(":")[2])
-            with RawClient(socket.create_connection(("127.0.0.1", port), timeout=20)) as client:
+            with RawClient(socket.create_connection(("127.0.0.1", port), timeout=60)) as client:
                 client.negotiate("disk.img")
                 assert client.works()
                 log.rename(tmp_path / "moved.log")

@@ -256,7 +256,7 @@ NONSENSE = [
 def test_nonsense_on_the_control_socket_is_answered_with_an_error(wrapper: Wrapper) -> None:
     for line in NONSENSE:
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(20)
+            sock.settimeout(60)
             sock.connect(str(wrapper.control))
             sock.sendall(line + b"\n")
             answer = json.loads(sock.makefile("rb").readline())

@@ -228,7 +228,7 @@ def test_above_the_limit_clients_wait(start_wrapper: StartWrapper, image: Path) 
             third.sock.settimeout(0.2)
             with pytest.raises(socket.timeout):
                 third.receive(1)
-        third.sock.settimeout(20)
+        third.sock.settimeout(60)
         with third:
             third.negotiate("disk.img")
             assert third.works()
@@ -331,7 +331,7 @@ def test_socket_activation(image: Path, tmp_path: Path) -> None:
             ["bash", "-c", script, "bash", *map(str, command), "--imgfile", str(image)], pass_fds=[listener.fileno()]
         ) as process:
             try:
-                with RawClient(socket.create_connection(listener.getsockname(), timeout=20)) as client:
+                with RawClient(socket.create_connection(listener.getsockname(), timeout=60)) as client:
                     assert client.negotiate("disk.img").works()
             finally:
                 process.send_signal(signal.SIGTERM)
