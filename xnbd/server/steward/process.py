@@ -533,13 +533,13 @@ class _Stewardship:
 
     def _switch(self, request: Message) -> Reply:
         force = flag_argument(request, "force")
+        self._refuse_if_switched()
+        if not force:
+            yield from self._refuse_if_missing()  # before the turn: to count may take long, and no bit is taken back
         yield from self._save_most()
         yield from self._wait_for_turn("switch")
         try:
-            if self._scoreboard.mode == TARGET:
-                raise CommandError("this is a plain target already")
-            if not force:
-                yield from self._refuse_if_missing()
+            self._refuse_if_switched()
             pause = self._switch_now()
         finally:
             self._end_turn()
@@ -588,6 +588,10 @@ class _Stewardship:
         finally:
             if self._scoreboard.mode != TARGET:
                 self._proxy.steer(Steering(switched=False, address=self._scoreboard.address))
+
+    def _refuse_if_switched(self) -> None:
+        if self._scoreboard.mode == TARGET:
+            raise CommandError("this is a plain target already")
 
     def _refuse_if_missing(self) -> Reply:
         if not self._progress.complete:
