@@ -12,7 +12,7 @@ import os
 import random
 import re
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Iterator, List
 
@@ -185,6 +185,44 @@ def test_there_is_no_snapshot_after_a_failed_flush(start: Start, tmp_path: Path,
     client.shutdown()
     server.process.send_signal(signal.SIGTERM)
     assert server.stop() == 1  # also if a second signal says that it is urgent
+
+
+@needs_root
+def test_a_copy_on_write_target_whose_overlay_loses_something_says_so(
+    start: Start, tmp_path: Path, image: Path
+) -> None:
+    """It syncs nothing, and no crash has to leave anything; but what is lost reads as zeros while it runs."""
+    os.truncate(image, SIZE)
+    with failing_disk(tmp_path / "small", SIZE + 32 * MIB, "24m") as disk, loop_file_system(disk, tmp_path) as overlays:
+        control = tmp_path / "control"
+        server = start("--cow-target", "--cow-dir", overlays, "--control", control, image)
+        server.expected_errors += LOG
+        clients = [connect(server.uri) for _ in range(2)]
+        assert flushes(clients[0])
+        for at in range(0, 40 * MIB, MIB):
+            clients[0].pwrite(b"w" * MIB, at)
+        run("sync", "-f", overlays, check=False)
+        for client in [*clients, *(connect(server.uri) for _ in range(6))]:
+            with pytest.raises(nbd.Error, match="Input/output error"):
+                client.flush()
+            client.shutdown()
+        assert server.log().count(": write-back failed: ") == 1
+        assert query(control)["write_back_failure"]["seconds_since"] >= 0
+        assert "no snapshot: write-back failed at " in bgctl("--snapshot", control, check=False)[2]
+        assert server.stop() == 1
+
+
+@contextmanager
+def loop_file_system(disk: FailingDisk, directory: Path) -> Iterator[Path]:
+    """ext4 on *disk*, mounted below *directory*."""
+    run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", disk.path)
+    place = directory / "mounted"
+    place.mkdir()
+    run("mount", disk.path, place)
+    try:
+        yield place
+    finally:
+        run("umount", "-l", place)
 
 
 # Proxies

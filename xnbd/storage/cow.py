@@ -21,14 +21,15 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..making import make_file
-from ..scoreboard.scoreboard import Scoreboard
+from ..scoreboard.scoreboard import FAILURE, Scoreboard
 from ..system.file_locks import RangeLocks
 from . import image_use, space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, block_count, block_start, block_stop, bytes_of, covered, steps, touched
 from .extents import file_data_until, file_extents
 from .image import Buffer, Extent, Image, Source
-from .target import map_disk, map_trouble, open_disk, reopen
+from .target import Sync, map_disk, map_trouble, open_disk, reopen
+from .writeback import Record, WriteBack
 
 _SLOW_STEP = 1 << 20
 """Bytes zeroed under one lock where zeros have to be written."""
@@ -62,14 +63,14 @@ class CowSource(Source):
         self._bitmap = os.memfd_create("xnbd-cow-bitmap")
         os.ftruncate(self._bitmap, bitmap_size(block_count(self.size)))
         try:
-            self._open().close()
+            self._open(_do_not_hear).close()
         except (OSError, OverflowError) as error:
             raise ConfigurationError(map_trouble(path, self.size, error)) from error
 
     def open(self, scoreboard: Scoreboard) -> CowImage:
-        return self._open()
+        return self._open(self.write_back(scoreboard).hear)
 
-    def _open(self) -> CowImage:
+    def _open(self, hear: Sync) -> CowImage:
         return CowImage(
             reopen(self._base, readonly=True),
             reopen(self._overlay, readonly=False),
@@ -77,13 +78,18 @@ class CowSource(Source):
             self.size,
             self._abilities,
             readonly=self.readonly,
+            hear=hear,
         )
+
+    def write_back(self, scoreboard: Scoreboard) -> WriteBack:
+        return WriteBack(Record(scoreboard.fd, FAILURE), witness=self._overlay)
 
     def allocated(self) -> int:
         return sum(os.fstat(fd).st_blocks * 512 for fd in (self._base, self._overlay))
 
     def flush(self, scoreboard: Scoreboard) -> None:
-        """Nothing: the overlay ends with the server."""
+        """Nothing but to tell of a failure: the overlay ends with the server."""
+        self.write_back(scoreboard).check()
 
     def close(self) -> None:
         for fd in (self._base, self._overlay, self._bitmap):
@@ -91,12 +97,16 @@ class CowSource(Source):
 
 
 class CowImage(Image):
-    """The disk for one process, which owns the three descriptors from now on."""
+    """The disk for one process, which owns the three descriptors from now on.
+
+    *hear* raises `OSError` if the overlay, whose descriptor it is called with, has lost something.
+    """
 
     def __init__(
-        self, base: int, overlay: int, bitmap: int, size: int, abilities: _Abilities, *, readonly: bool
+        self, base: int, overlay: int, bitmap: int, size: int, abilities: _Abilities, *, readonly: bool, hear: Sync
     ) -> None:
         self.size = size
+        self._hear = hear
         self.readonly = readonly
         self._base, self._overlay = base, overlay
         self._bitmap_fd = bitmap
@@ -218,7 +228,8 @@ class CowImage(Image):
         self.write(tail, bytes(stop - tail))
 
     def flush(self) -> None:
-        """Nothing: no crash leaves anything that could be durable."""
+        """Nothing is synced, for no crash leaves anything that could be durable; but what was lost is heard of."""
+        self._hear(self._overlay)
 
     def prefetch(self, offset: int, length: int) -> None:
         for at, count, local in self._bitmap.parts(offset, length):
@@ -245,6 +256,10 @@ class CowImage(Image):
         self._octets.close()
         for fd in (self._base, self._overlay, self._bitmap_fd):
             os.close(fd)
+
+
+def _do_not_hear(_fd: int) -> None:
+    """For an image that is opened to see whether that works."""
 
 
 def _shrunk() -> OSError:

@@ -11,6 +11,9 @@ syncs once through the *witness*, a description of the image as old as the serve
 
 Servers that share an image but no record tell each other by a lock on the image
 (`image_use.FAILED`), which lasts as long as any process of the one that was told.
+
+What is never synced, as the overlay of a copy-on-write disk, is written back all the
+same, and lost if that fails: there the kernel is only asked (`WriteBack.hear`).
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import os
 import struct
 import time
 from contextlib import suppress
-from typing import Callable, NamedTuple, NoReturn, Optional
+from functools import cache
+from typing import Any, Callable, NamedTuple, NoReturn, Optional
 
 from ..logs import log
 from ..system.file_locks import RangeLocks
@@ -33,6 +37,7 @@ _RECORD = struct.Struct("<I4xQ")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _NO_FAILURE = bytes(RECORD_SIZE)
+_WAIT_BEFORE = 1
 
 
 class Failure(NamedTuple):
@@ -146,10 +151,17 @@ class WriteBack:
 
         With *metadata* ``fsync(2)``: attributes and times of the file too.
         """
+        self._do(fd, os.fsync if metadata else os.fdatasync, os.fdatasync)
+
+    def hear(self, fd: int) -> None:
+        """Raises `WriteBackFailed` if a write-back has failed by now; nothing is written, so one may fail yet."""
+        self._do(fd, _ask_kernel, _ask_kernel)
+
+    def _do(self, fd: int, sync: Callable[[int], None], sync_witness: Callable[[int], None]) -> None:
         self.check()
-        self._sync(fd, os.fsync if metadata else os.fdatasync)
+        self._sync(fd, sync)
         if self.witness is not None:
-            self._sync(self.witness, os.fdatasync)
+            self._sync(self.witness, sync_witness)
             self.witness = None
         self.check()
 
@@ -175,6 +187,28 @@ class WriteBack:
     def keep(self) -> None:
         """Try again to have a failure outlive this server, if that has not worked yet."""
         self._record.keep()
+
+
+def _ask_kernel(fd: int) -> None:
+    """Raises `OSError` for a write-back that has failed since *fd* was opened or has told of one last."""
+    import ctypes
+
+    call = _sync_file_range()
+    if call is not None and call(fd, 0, 1, _WAIT_BEFORE):
+        number = ctypes.get_errno()
+        if number != errno.ENOSYS:
+            raise OSError(number, os.strerror(number))
+
+
+@cache
+def _sync_file_range() -> Any:
+    """The system call, which Python has not; waiting for the first byte's page, it tells of all of the file."""
+    import ctypes
+
+    call = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint
+    return call
 
 
 def drop_cached(fd: int) -> None:

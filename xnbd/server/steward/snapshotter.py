@@ -48,7 +48,7 @@ class Snapshotter:
             output = snapshot.open_output(path, self._source.size)
             _refuse_if_shrunk(image)
             self._fill(image, output)
-            self._source.write_back(self._scoreboard).check()  # what was read may be what the disk could not keep
+            image.flush()  # what was read may be what the disk could not keep
             _refuse_if_shrunk(image)
             snapshot.let_in(output, status)
             name = snapshot.publish(output, self._name)

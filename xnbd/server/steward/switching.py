@@ -39,19 +39,23 @@ class Switching(Duty):
 
     def _switch(self, request: Message) -> Reply:
         force = flag_argument(request, "force")
+        self._refuse_if_switched()
+        if not force:
+            yield from self._refuse_if_missing()  # before the turn: to count may take long, and no bit is taken back
         yield from self._durability.save_most()
         yield from self._lock.acquire("switch")
         try:
-            if self._scoreboard.mode == TARGET:
-                raise CommandError("this is a plain target already")
-            if not force:
-                yield from self._refuse_if_missing()
+            self._refuse_if_switched()
             pause = self._switch_now()
         finally:
             self._lock.release()
         workers = yield from self._have_followed()
         log.info("switched to a plain target of %s; held for %.1f ms", self._source.name, pause * 1e3)
         yield {"done": True, "workers": workers, "longest_pause_ms": round(pause * 1e3, 1)}
+
+    def _refuse_if_switched(self) -> None:
+        if self._scoreboard.mode == TARGET:
+            raise CommandError("this is a plain target already")
 
     def _refuse_if_missing(self) -> Reply:
         progress = self._cache.progress
