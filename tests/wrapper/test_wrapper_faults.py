@@ -199,6 +199,32 @@ def test_bursts_of_signals_change_nothing(wrapper: Wrapper) -> None:
         assert serves(wrapper)
 
 
+def negotiating(wrapper: Wrapper, client: RawClient) -> int:
+    """The process of *client*, which it has begun to negotiate with."""
+    client.greet()
+    wait_until(lambda: len(wrapper.servers()) == 1, "the client's process")
+    (pid,) = wrapper.servers()
+    wait_until(lambda: title_of(pid).startswith("xnbd-wrapper: negotiating"), "the title")
+    return pid
+
+
+def test_what_servers_are_told_by_signals_does_not_end_a_handshake(wrapper: Wrapper) -> None:
+    with wrapper.connect() as client:
+        pid = negotiating(wrapper, client)
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(pid, number)
+        assert client.go("disk.img")[-1][0] == ACK
+        assert client.works()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_ends_the_wrapper_ends_a_handshake_at_once(wrapper: Wrapper, number: int) -> None:
+    with wrapper.connect() as client:
+        os.kill(negotiating(wrapper, client), number)
+        assert client.closed()
+    assert serves(wrapper)
+
+
 # Shortages
 
 

@@ -15,8 +15,9 @@ A process that calls one of these three, and has no unsent replies (those in a l
 included), holds no slice of the disk. That is the point to count for whoever has to wait
 until all processes have passed one, before blocks are let go.
 
-The request loop (`Session._work`) asks ``outdated`` itself, because a call would cost it
-too much. The copier does, because it ends with its proxy.
+Three ask ``outdated`` themselves: the request loop (`Session._work`), because a call would
+cost it too much; `Parked`, to send what is ready before it catches up; the copier, because
+it ends with its proxy.
 """
 
 from __future__ import annotations
