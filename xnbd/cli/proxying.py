@@ -15,7 +15,8 @@ from ..origin.nbd.probe import probe
 from ..proxy.fetcher import Patience
 from ..proxy.image import DEFAULT_READAHEAD, ProxySettings, ProxySource
 from ..proxy.state.belonging import is_marked_bitmap
-from ..proxy.state.opening import Known, has_cached_blocks, known_state, open_state
+from ..proxy.state.known import Known, has_cached_blocks, known_state
+from ..proxy.state.opening import open_state
 from ..server.session.parking import QueueLimits
 from ..storage import space
 from ..storage.image_use import ImageInUse, OtherBitmap

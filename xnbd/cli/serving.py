@@ -105,7 +105,7 @@ def _files_of_bitmap(arguments: Arguments) -> Dict[str, str]:
     path = arguments["CACHE_BITMAP_IMAGE"]
     if not path:
         return {}
-    from ..proxy.state.opening import SCOREBOARD_SUFFIX, SUFFIX
+    from ..proxy.state.format import SCOREBOARD_SUFFIX, SUFFIX
 
     return {f"CACHE_BITMAP_IMAGE{suffix}": path + suffix for suffix in (SUFFIX, SCOREBOARD_SUFFIX)}
 
