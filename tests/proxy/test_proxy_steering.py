@@ -32,8 +32,8 @@ from rawclient import DISC, READ, WRITE, RawClient, pack_request
 from relay import Relay
 from server_process import STOP_TIME, Server, children_of, command, is_alive, title_of, wait_until
 
-from xnbd.proxy.state.format import BEGUN, CHECKPOINT, SUCCEEDED
-from xnbd.proxy.state.opening import SCOREBOARD_SUFFIX, open_state
+from xnbd.proxy.state.format import BEGUN, CHECKPOINT, SCOREBOARD_SUFFIX, SUCCEEDED
+from xnbd.proxy.state.opening import open_state
 from xnbd.scoreboard.scoreboard import Scoreboard
 from xnbd.system.file_locks import RangeLocks
 

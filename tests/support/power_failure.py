@@ -30,10 +30,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from xnbd.proxy.state import belonging, checkpoint, files, opening
+from xnbd.proxy.state import (
+    belonging,
+    checkpoint,
+    copies,
+    creation,
+    entry,
+    files,
+    opening,
+    resumption,
+    scoreboard_file,
+    shared,
+)
 from xnbd.proxy.state.belonging import ATTRIBUTE
 from xnbd.proxy.state.checkpoint import ProcessState
-from xnbd.proxy.state.opening import SharedState, open_state
+from xnbd.proxy.state.opening import open_state
+from xnbd.proxy.state.shared import SharedState
 from xnbd.storage import bitmap, writeback
 from xnbd.storage.blocks import BLOCK, bytes_of
 from xnbd.storage.writeback import WriteBackFailed
@@ -42,7 +54,8 @@ from xnbd.system.file_locks import RangeLocks
 
 SECTOR = 512
 ORIGIN = "nbd://origin/disk"
-_TRACED = {module.__file__ for module in (belonging, bitmap, checkpoint, file_locks, opening, files, writeback)}
+_STATE = (belonging, checkpoint, copies, creation, entry, files, opening, resumption, scoreboard_file, shared)
+_TRACED = {module.__file__ for module in (*_STATE, bitmap, file_locks, writeback)}
 
 
 class _File:
@@ -126,11 +139,11 @@ class Recorder:
 
     def observe(self) -> None:
         names: Dict[str, int] = {}
-        for entry in os.scandir(self.directory):
-            names[entry.name] = entry.inode()
-            if entry.inode() not in self._files:
-                watched = self._watched if entry.name == "cache" else [0] if entry.name.endswith(".board") else None
-                self._files[entry.inode()] = _File(os.open(entry.path, os.O_RDONLY), watched)
+        for found in os.scandir(self.directory):
+            names[found.name] = found.inode()
+            if found.inode() not in self._files:
+                watched = self._watched if found.name == "cache" else [0] if found.name.endswith(".board") else None
+                self._files[found.inode()] = _File(os.open(found.path, os.O_RDONLY), watched)
         if self._names[-1] != names:
             self._names.append(names)
         for file in self._files.values():

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
@@ -24,23 +24,24 @@ import pytest
 from mounts import small_tmpfs
 from power_failure import ORIGIN, Odds, Paused, World, at_every_line, content_of, watching_syncs
 from server_process import children_of, run, wait_until
+from state_files import DISK, PAGE_BLOCKS, Cache, set_blocks
 from test_bitmap import run_processes
 
 from xnbd.errors import ConfigurationError
 from xnbd.proxy.state import belonging
-from xnbd.proxy.state.belonging import ATTRIBUTE
 from xnbd.proxy.state.checkpoint import ProcessState
 from xnbd.proxy.state.files import is_alone
 from xnbd.proxy.state.format import BadHeader, Header, Steering, identity, layout_of, pack_header, parse_header
-from xnbd.proxy.state.opening import MAXIMUM_PROCESSES, SharedState, is_switched, known_size, open_state
+from xnbd.proxy.state.known import is_switched, known_size
+from xnbd.proxy.state.opening import open_state
+from xnbd.proxy.state.scoreboard_file import MAXIMUM_PROCESSES
+from xnbd.proxy.state.shared import SharedState
 from xnbd.scoreboard.scoreboard import TARGET, scoreboard_size
 from xnbd.storage.bitmap import bitmap_size
-from xnbd.storage.blocks import BLOCK, block_count, bytes_of
+from xnbd.storage.blocks import BLOCK, bytes_of
 from xnbd.system.file_locks import RangeLocks, do_nothing
 
 MIB = 1 << 20
-PAGE_BLOCKS = 32768
-DISK = 128 * MIB + 3 * BLOCK
 TIB = 1 << 40
 
 
@@ -50,62 +51,6 @@ def scratch() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="xnbd-state-", dir="/dev/shm"))
     yield path
     shutil.rmtree(path)
-
-
-class Cache:
-    """A cache and its bitmap in *directory*, opened in a boot that the test chooses."""
-
-    def __init__(self, directory: Path, disk_size: int = DISK) -> None:
-        self.directory = directory
-        self.bitmap, self.state = directory / "bitmap", directory / "bitmap.state"
-        self.disk_size = disk_size
-        self.blocks = block_count(disk_size)
-        with (directory / "cache").open("ab") as file:
-            file.truncate(disk_size)
-        self.fd = os.open(directory / "cache", os.O_RDWR)
-
-    def open(self, *, boot: int = 1, clear: bool = False, adopt: bool = False, origin: str = ORIGIN) -> SharedState:
-        return open_state(
-            str(self.bitmap),
-            self.fd,
-            disk_size=self.disk_size,
-            origin=origin,
-            clear=clear,
-            adopt=adopt,
-            boot_id_path=str(self.boot_id_file(boot)),
-        )
-
-    def boot_id_file(self, boot: int) -> Path:
-        path = self.directory / f"boot{boot}"
-        if not path.exists():
-            new = self.directory / f"boot{boot}.{os.getpid()}"
-            new.write_text(f"{boot:08x}-0000-4000-8000-000000000000\n")
-            new.rename(path)
-        return path
-
-    def fill(self, process: ProcessState, first: int, end: int) -> None:
-        for block in range(first, end):
-            os.pwrite(self.fd, content_of(block, 1), block * BLOCK)
-        process.bitmap.set(first, end)
-
-    def forget(self) -> None:
-        """Take away all that shows that this program has used cache image and bitmap, as if a C xNBD had."""
-        self.state.unlink(missing_ok=True)
-        with suppress(OSError):
-            os.removexattr(self.fd, ATTRIBUTE)
-        with suppress(FileNotFoundError):
-            self.bitmap.chmod(0o644)
-
-    def after_power_failure(self, directory: Path) -> Cache:
-        """A copy in which all of bitmap and state has reached the disk, for another boot to open.
-
-        Nobody looks into its cache image, which has the mark, and for `same_inodes` the inode.
-        """
-        shutil.copytree(self.directory, directory, ignore=shutil.ignore_patterns("cache"))
-        copy = Cache(directory, self.disk_size)
-        with suppress(OSError):
-            os.setxattr(copy.fd, ATTRIBUTE, os.getxattr(self.fd, ATTRIBUTE))
-        return copy
 
 
 @pytest.fixture
@@ -118,11 +63,6 @@ def same_inodes(monkeypatch: pytest.MonkeyPatch) -> None:
 def cache(scratch: Path) -> Cache:
     (scratch / "cache").mkdir()
     return Cache(scratch / "cache")
-
-
-def set_blocks(shared: SharedState, blocks: int) -> List[int]:
-    with closing(shared.open_process()) as process:
-        return [n for first, end, is_set in process.bitmap.runs(0, blocks) if is_set for n in range(first, end)]
 
 
 def contents(directory: Path) -> Dict[str, Tuple[bytes, int]]:

@@ -13,7 +13,8 @@ from ..origin.nbd.connection import OriginLost
 from ..origin.nbd.probe import probe
 from ..proxy.image import ProxySettings, ProxySource
 from ..proxy.state.belonging import is_marked_bitmap
-from ..proxy.state.opening import Known, has_cached_blocks, known_state, open_state
+from ..proxy.state.known import Known, has_cached_blocks, known_state
+from ..proxy.state.opening import open_state
 from ..storage import space
 from ..storage.image_use import ImageInUse, OtherBitmap
 from ..storage.target import create_sparse, open_disk

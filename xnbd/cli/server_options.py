@@ -101,7 +101,7 @@ def _files_beside(bitmap_path: Optional[str]) -> Dict[str, str]:
     """What is made beside a proxy's bitmap."""
     if bitmap_path is None:
         return {}
-    from ..proxy.state.opening import SCOREBOARD_SUFFIX, SUFFIX
+    from ..proxy.state.format import SCOREBOARD_SUFFIX, SUFFIX
 
     return {f"CACHE_BITMAP_IMAGE{suffix}": bitmap_path + suffix for suffix in (SUFFIX, SCOREBOARD_SUFFIX)}
 

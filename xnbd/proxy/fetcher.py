@@ -31,7 +31,8 @@ from ..origin.nbd.connection import OriginConnection, OriginLost
 from ..scoreboard.scoreboard import BYTES_FETCHED, NOT_NEEDED, REACHED, TARGET, UNREACHABLE, Counts, Scoreboard
 from ..storage.blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop
 from ..storage.image import Background, Ticket
-from ..storage.passage import NO_SPACE, Parcel, Passage
+from ..storage.passage import Parcel, Passage
+from ..storage.space import NO_SPACE
 from ..storage.target import TargetImage
 from .block_locks import BlockLocks, lock_of
 from .fetch_queue import Fetch, FetchQueue

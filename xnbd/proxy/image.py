@@ -24,7 +24,7 @@ from .fetcher import Fetcher, Patience, Whereabouts
 from .readahead import Readahead
 from .state.checkpoint import ProcessState
 from .state.format import Steering
-from .state.opening import SharedState
+from .state.shared import SharedState
 
 DEFAULT_READAHEAD = 8 << 20
 

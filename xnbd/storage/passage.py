@@ -8,14 +8,11 @@ the first of them finds no room, and once when there is some again: the scoreboa
 
 from __future__ import annotations
 
-import errno
 import os
 from time import monotonic
 
 from ..logs import log
 from ..scoreboard.scoreboard import Scoreboard
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 _TRY_EVERY = 1.0
 _LEAST = 256 << 10

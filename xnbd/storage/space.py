@@ -35,6 +35,9 @@ _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _PREFETCH = 128 << 10
 
 _ZEROS = bytes(256 << 10)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""Errors that say that there is no room: of the file system, or of the user's share."""
+
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
 
 

@@ -38,7 +38,8 @@ class LockHeld(OSError):
     """Somebody holds a lock for too long; the message says who, and on which file."""
 
     def __init__(self, fd: int, start: int, count: int, *, shared: bool) -> None:
-        from .holders import READ, WRITE, describe_holders
+        from .holders import describe_holders
+        from .lock_table import READ, WRITE
 
         path = os.readlink(f"/proc/self/fd/{fd}")
         who = describe_holders(fd, start, count, READ if shared else WRITE, strangers=shared)
@@ -156,19 +157,12 @@ class SharedLocks:
 
 
 def _shared_bytes(fd: int) -> Iterator[int]:
-    """The bytes of the file behind *fd* that have a shared lock of their own, this process's included.
+    """The bytes of the file behind *fd* that have a shared lock of their own, this process's included."""
+    from .lock_table import READ, locks_of
 
-    A file is told by its inode, and by the device if that is what ``stat(2)`` says, which is not so everywhere.
-    """
-    status = os.fstat(fd)
-    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    with open("/proc/locks", encoding="ascii", errors="replace") as locks:
-        found = [line.split() for line in locks if " OFDLCK " in line and f":{status.st_ino} " in line]
-    if any(fields[5] == place for fields in found if len(fields) == 8):
-        found = [fields for fields in found if fields[5] == place]
-    for fields in found:
-        if len(fields) == 8 and fields[3] == "READ" and fields[6] == fields[7]:
-            yield int(fields[6])
+    for lock in locks_of(fd):
+        if lock.open_file and lock.kind == READ and lock.first == lock.last:
+            yield lock.first
 
 
 def _unlock(fd: int, start: int, count: int) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from typing import Iterator, List, Set, Tuple
 
-READ, WRITE = "READ", "WRITE"
-"""Kinds of locks: shared and exclusive."""
+from .lock_table import READ, locks_of
 
 _MOST = 5
 _OURS = "xnbd-server"
@@ -18,7 +17,7 @@ def describe_holders(fd: int, start: int, count: int, kind: str, *, strangers: b
     If that cannot be known it is who has the file open, but for servers if only *strangers* are in question.
     """
     status, own = os.fstat(fd), os.getpid()
-    pids = set(_lock_holders(status, start, start + count, kind))
+    pids = _lock_holders(fd, start, count, kind)
     if not pids or min(pids) < 1:  # the table has no process for the lock of an open file
         pids |= {pid for pid in _users_of(status) if not (strangers and _name_of(pid).startswith(_OURS))}
     return _describe(pids - {own}) or "an unknown process"
@@ -27,7 +26,7 @@ def describe_holders(fd: int, start: int, count: int, kind: str, *, strangers: b
 def describe_strangers(fd: int, start: int, count: int) -> str:
     """Who has a shared lock on some of these bytes if that is no server for sure; else empty."""
     status = os.fstat(fd)
-    pids = set(_lock_holders(status, start, start + count, READ))
+    pids = _lock_holders(fd, start, count, READ)
     if not pids or min(pids) < 1:
         pids |= set(_users_of(status)) - {os.getpid()}
         if any(_name_of(pid).startswith(_OURS) for pid in pids):
@@ -40,23 +39,13 @@ def _describe(pids: Set[int]) -> str:
     return ", ".join(found[:_MOST])
 
 
-def _lock_holders(status: os.stat_result, start: int, stop: int, kind: str) -> Iterator[int]:
-    """Process ids from ``/proc/locks`` (``proc_locks(5)``), less than 1 where it has none."""
-    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    for row in _locks():
-        if row[3:6:2] != [kind, place]:
-            continue
-        first, last = int(row[6]), stop if row[7] == "EOF" else int(row[7])
-        if first < stop and start <= last:
-            yield int(row[4])
-
-
-def _locks() -> List[List[str]]:
+def _lock_holders(fd: int, start: int, count: int, kind: str) -> Set[int]:
+    """Process ids, less than 1 where the table has none; empty where there is no table."""
     try:
-        with open("/proc/locks", encoding="ascii", errors="replace") as table:
-            return [line.split() for line in table if "->" not in line]
+        locks = locks_of(fd)
     except OSError:
-        return []
+        return set()
+    return {lock.pid for lock in locks if lock.kind == kind and lock.first < start + count and start <= lock.last}
 
 
 def _users_of(status: os.stat_result) -> Iterator[int]:

@@ -19,7 +19,7 @@ from ..origin.nbd.connection import OriginLost
 from ..origin.nbd.probe import probe
 from ..protocol.server_handshake import Agreement, Exports
 from ..protocol.server_handshake import Export as Offer
-from ..proxy.state.opening import is_switched, known_size
+from ..proxy.state.known import is_switched, known_size
 from ..server.lobby import Guest
 from ..server.process_loop import ProcessLoop
 from ..server.session.connection import Connection

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Generator, Iterator, List, Mapping, Name
 
 from ..errors import CommandError, ConfigurationError
 from ..logs import log
-from ..proxy.state.opening import known_size
+from ..proxy.state.known import known_size
 from ..storage.target import usable_size
 from ..system.sockets import is_listening
 from .child_output import ChildOutput, check

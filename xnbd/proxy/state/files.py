@@ -1,18 +1,20 @@
-"""The files of a cache's bitmap, step by step: `proxy.state.opening` decides on the steps."""
+"""The files of a cache's bitmap, one by one: opened safely, locked, published; and the fields of the state file.
+
+`proxy.state.opening` and its neighbours decide on the steps.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-import zlib
 from contextlib import contextmanager
-from typing import Container, Iterator, NamedTuple, Optional
+from typing import Container, Iterator, Optional
 
 from ...errors import ConfigurationError
 from ...making import is_own_file, make_afresh, open_or_make
 from ...storage import space
-from ...storage.bitmap import count_beyond, count_bits
+from ...storage.space import NO_SPACE
 from ...storage.writeback import Failure, Record, WriteBack
 from ...system.file_locks import RangeLocks, do_nothing
 from ...system.process import closed_on_error
@@ -29,7 +31,6 @@ from .format import (
     USERS,
     USERS_COUNT,
     Header,
-    Layout,
     Steering,
     pack_header,
     pack_steering,
@@ -37,13 +38,10 @@ from .format import (
     parse_steering,
 )
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
 NEW = ".new"
 """What is appended to the name of a file that is not yet whole."""
 
 _CHUNK = 256 * PAGE
-
 
 _OPENING_TIME = 60.0
 """Seconds that somebody may take to open or close the files: a slow disk has a lot to sync then."""
@@ -246,94 +244,6 @@ def remove_unfinished(path: str) -> None:
         os.unlink(path + NEW)
     except FileNotFoundError:
         pass
-
-
-class Difference(NamedTuple):
-    """A page of the live bitmap that is not as in the durable copy."""
-
-    page: int
-    live: bytes
-    durable: bytes
-
-    @property
-    def forgotten(self) -> int:
-        """How many bits are set in the live bitmap only."""
-        live, durable = (int.from_bytes(octets, "little") for octets in (self.live, self.durable))
-        return bin(live & ~durable).count("1")
-
-    @property
-    def missing(self) -> int:
-        """How many bits are set in the durable copy only."""
-        live, durable = (int.from_bytes(octets, "little") for octets in (self.live, self.durable))
-        return bin(durable & ~live).count("1")
-
-
-def differences(bitmap_fd: int, state_fd: int, layout: Layout) -> Iterator[Difference]:
-    """All pages that differ, by reading both in full: some 0.1 s for a disk of 4 TiB."""
-    for start in range(0, layout.bitmap_size, _CHUNK):
-        length = min(_CHUNK, layout.bitmap_size - start)
-        live = space.read_exactly(bitmap_fd, length, start)
-        durable = space.read_exactly(state_fd, length, layout.durable + start)
-        if live == durable:
-            continue
-        for at in range(0, length, PAGE):
-            pages = live[at : at + PAGE], durable[at : at + PAGE]
-            if pages[0] != pages[1]:
-                yield Difference((start + at) // PAGE, *pages)
-
-
-def count_set(fd: int, layout: Layout, offset: int) -> int:
-    """How many blocks are set in the bitmap at *offset*."""
-    last_word = space.read_exactly(fd, 8, offset + layout.bitmap_size - 8)
-    return sum(map(count_bits, _parts(fd, layout, offset))) - count_beyond(last_word, layout.blocks)
-
-
-def checksum(fd: int, layout: Layout, offset: int) -> int:
-    """CRC-32 of the bitmap at *offset*."""
-    result = 0
-    for part in _parts(fd, layout, offset):
-        result = zlib.crc32(part, result)
-    return result
-
-
-def _parts(fd: int, layout: Layout, offset: int) -> Iterator[bytes]:
-    for at in range(0, layout.bitmap_size, _CHUNK):
-        yield space.read_exactly(fd, min(_CHUNK, layout.bitmap_size - at), offset + at)
-
-
-def is_noted(state_fd: int, layout: Layout, difference: Difference) -> bool:
-    """Whether the page may differ so between two checkpoints: it is marked, and has what the durable copy has."""
-    marks = (os.pread(state_fd, 1, start + difference.page) for start in (layout.dirty, layout.claimed))
-    return any(mark != b"\0" for mark in marks) and not difference.missing
-
-
-def save_live(state_fd: int, layout: Layout, difference: Difference) -> None:
-    """Put the live page into the durable copy."""
-    space.write_all(state_fd, memoryview(difference.live), layout.durable + difference.page * PAGE)
-
-
-def restore_durable(bitmap_fd: int, difference: Difference) -> None:
-    """Put the durable page into the live bitmap."""
-    space.write_all(bitmap_fd, memoryview(difference.durable), difference.page * PAGE)
-
-
-def forget_failure(bitmap_fd: int, state_fd: int, layout: Layout) -> None:
-    """The live bitmap is as the durable copy now: make both so on stable storage, and clear the failure.
-
-    All of the durable copy is written again: pages of it may be clean in memory that
-    are not on stable storage. Raises `OSError`.
-    """
-    os.fdatasync(bitmap_fd)
-    for start in range(0, layout.bitmap_size, _CHUNK):
-        at, length = layout.durable + start, min(_CHUNK, layout.bitmap_size - start)
-        space.write_all(state_fd, memoryview(space.read_exactly(state_fd, length, at)), at)
-    os.fdatasync(state_fd)
-    failure_record(state_fd).clear()
-
-
-def claim(state_fd: int, layout: Layout, page: int) -> None:
-    """Have the next checkpoint save *page*."""
-    space.write_all(state_fd, memoryview(b"\x01"), layout.claimed + page)
 
 
 def reset_numbers(state_fd: int) -> None:

@@ -43,6 +43,10 @@ from ...storage.bitmap import bitmap_size
 from ...storage.blocks import BLOCK, block_count
 from .belonging import NO_TIE, Tie
 
+SUFFIX = ".state"
+SCOREBOARD_SUFFIX = ".board"
+"""What is appended to the name of the bitmap."""
+
 PAGE = 4096
 PAGE_SHIFT = 15
 """A page of the bitmap speaks for 2 to this power blocks."""

@@ -8,7 +8,6 @@ at any time and be begun again.
 
 from __future__ import annotations
 
-import errno
 import os
 from time import monotonic
 from typing import Dict, Iterator, NamedTuple, Optional, Tuple
@@ -20,6 +19,7 @@ from ...proxy.image import ProxyImage
 from ...proxy.zero_query import ZeroQuery
 from ...storage.blocks import BLOCK, block_count
 from ...storage.image import Ticket
+from ...storage.space import NO_SPACE
 from ..disk import Disk
 from ..process_loop import ProcessLoop
 
@@ -177,7 +177,7 @@ class Copier:
         if ticket.error:
             self._failures += 1
             self._error = ticket.error
-            if self._failures == _MOST_FAILURES or ticket.error in (errno.ENOSPC, errno.EDQUOT):
+            if self._failures == _MOST_FAILURES or ticket.error in NO_SPACE:
                 self._fail()
 
     def _fail(self) -> None:

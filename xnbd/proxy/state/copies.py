@@ -1,0 +1,131 @@
+"""The two copies of a bitmap, live and durable: compared, and made alike."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from typing import Iterator, NamedTuple
+
+from ...storage import space
+from ...storage.bitmap import count_beyond, count_bits
+from .files import failure_record
+from .format import PAGE, Layout
+
+_CHUNK = 256 * PAGE
+
+
+class Difference(NamedTuple):
+    """A page of the live bitmap that is not as in the durable copy."""
+
+    page: int
+    live: bytes
+    durable: bytes
+
+    @property
+    def forgotten(self) -> int:
+        """How many bits are set in the live bitmap only."""
+        live, durable = (int.from_bytes(octets, "little") for octets in (self.live, self.durable))
+        return bin(live & ~durable).count("1")
+
+    @property
+    def missing(self) -> int:
+        """How many bits are set in the durable copy only."""
+        live, durable = (int.from_bytes(octets, "little") for octets in (self.live, self.durable))
+        return bin(durable & ~live).count("1")
+
+
+class Comparison(NamedTuple):
+    """How many bits only the live bitmap has, and how many only the durable copy.
+
+    *explained*: so they may differ between two checkpoints, as far as marked pages tell.
+    """
+
+    forgotten: int
+    missing: int
+    explained: bool
+
+    @property
+    def alike(self) -> bool:
+        return not self.forgotten and not self.missing
+
+
+def compare(bitmap_fd: int, state_fd: int, layout: Layout) -> Comparison:
+    """What `differences` finds, in sum."""
+    forgotten, missing, explained = 0, 0, True
+    for difference in differences(bitmap_fd, state_fd, layout):
+        forgotten += difference.forgotten
+        missing += difference.missing
+        explained = explained and _is_marked(state_fd, layout, difference.page)
+    return Comparison(forgotten, missing, explained and not missing)
+
+
+def _is_marked(state_fd: int, layout: Layout, page: int) -> bool:
+    marks = (os.pread(state_fd, 1, start + page) for start in (layout.dirty, layout.claimed))
+    return any(mark != b"\0" for mark in marks)
+
+
+def differences(bitmap_fd: int, state_fd: int, layout: Layout) -> Iterator[Difference]:
+    """All pages that differ, by reading both in full: some 0.1 s for a disk of 4 TiB."""
+    for start in range(0, layout.bitmap_size, _CHUNK):
+        length = min(_CHUNK, layout.bitmap_size - start)
+        live = space.read_exactly(bitmap_fd, length, start)
+        durable = space.read_exactly(state_fd, length, layout.durable + start)
+        if live == durable:
+            continue
+        for at in range(0, length, PAGE):
+            pages = live[at : at + PAGE], durable[at : at + PAGE]
+            if pages[0] != pages[1]:
+                yield Difference((start + at) // PAGE, *pages)
+
+
+def count_set(fd: int, layout: Layout, offset: int) -> int:
+    """How many blocks are set in the bitmap at *offset*."""
+    last_word = space.read_exactly(fd, 8, offset + layout.bitmap_size - 8)
+    return sum(map(count_bits, _parts(fd, layout, offset))) - count_beyond(last_word, layout.blocks)
+
+
+def checksum(fd: int, layout: Layout, offset: int) -> int:
+    """CRC-32 of the bitmap at *offset*."""
+    result = 0
+    for part in _parts(fd, layout, offset):
+        result = zlib.crc32(part, result)
+    return result
+
+
+def _parts(fd: int, layout: Layout, offset: int) -> Iterator[bytes]:
+    for at in range(0, layout.bitmap_size, _CHUNK):
+        yield space.read_exactly(fd, min(_CHUNK, layout.bitmap_size - at), offset + at)
+
+
+def save_live(state_fd: int, layout: Layout, difference: Difference) -> None:
+    """Put the live page into the durable copy."""
+    space.write_all(state_fd, memoryview(difference.live), layout.durable + difference.page * PAGE)
+
+
+def restore_durable(bitmap_fd: int, difference: Difference) -> None:
+    """Put the durable page into the live bitmap."""
+    space.write_all(bitmap_fd, memoryview(difference.durable), difference.page * PAGE)
+
+
+def forget_failure(bitmap_fd: int, state_fd: int, layout: Layout) -> None:
+    """The live bitmap is as the durable copy now: make both so on stable storage, and clear the failure.
+
+    All of both is written again: pages may be clean in memory that are not on stable
+    storage, and older bits would come back when memory gets short. Raises `OSError`.
+    """
+    for fd, start in ((bitmap_fd, 0), (state_fd, layout.durable)):
+        _write_again(fd, layout, start)
+        os.fdatasync(fd)
+    failure_record(state_fd).clear()
+
+
+def _write_again(fd: int, layout: Layout, offset: int) -> None:
+    at = offset
+    for part in _parts(fd, layout, offset):
+        space.write_all(fd, memoryview(part), at)
+        at += len(part)
+
+
+def claim(state_fd: int, layout: Layout, page: int) -> None:
+    """Have the next checkpoint save *page*."""
+    space.write_all(state_fd, memoryview(b"\x01"), layout.claimed + page)

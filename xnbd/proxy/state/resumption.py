@@ -1,0 +1,277 @@
+"""A bitmap's files that are there already: checked, judged, and made to agree before a server goes on with them.
+
+All that may speak against them is looked at before anything is changed, but for a
+failed write-back: whoever hears of one notes it at once.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing, suppress
+
+from ...errors import ConfigurationError
+from ...logs import log
+from ...storage.target import reopen
+from ...storage.writeback import WriteBackFailed, drop_cached
+from . import belonging, copies, files
+from .belonging import NO_ID
+from .checkpoint import ProcessState
+from .copies import Comparison
+from .entry import Entry
+from .format import NO_BOOT, BadHeader, Header, identity, readable
+from .known import was_switched
+from .verdict import Facts, Verdict, judge
+
+
+def resume(entry: Entry, state_fd: int) -> None:
+    """Go on with the files, alone or with the servers that use them. Raises `ConfigurationError`."""
+    found = _check_state(entry, state_fd)
+    if files.is_alone(state_fd):
+        _Resumption(entry, state_fd, found).run()
+    else:
+        _join(entry, state_fd, found)
+
+
+def _join(entry: Entry, state_fd: int, found: Header) -> None:
+    if found.boot_id != entry.header.boot_id:
+        raise ConfigurationError(f"cache bitmap {entry.path} is in use on another machine: stop that server first")
+    if found.tie.id == NO_ID:
+        raise ConfigurationError(f"cache bitmap {entry.path} is in use by an older xnbd-server: stop that one first")
+    entry.bind(found.tie)
+    entry.claim_cache(alone=False)
+    _check_cache(entry, _in_this_life(found, state_fd), switched=False)
+    os.close(entry.open_bitmap())
+    log.info("cache bitmap %s: resumed, shared with another server", entry.path)
+    if found.clean:
+        files.write_header(state_fd, entry.header)
+
+
+def _in_this_life(found: Header, state_fd: int) -> Header:
+    """Of files that were not used elsewhere since: the cache image is known to have borne its last session."""
+    if files.shown_session(state_fd) != found.tie.session:
+        return found
+    return found._replace(tie=found.tie._replace(previous=belonging.NO_SESSION))
+
+
+def _check_cache(entry: Entry, found: Header, *, switched: bool) -> None:
+    """Raises `ConfigurationError` if the files speak of another cache image, or of this one at another time."""
+    reason = belonging.stranger(found.tie, entry.cache_fd, clean=found.clean, switched=switched)
+    if reason:
+        raise entry.refusal(
+            f"the cache image {reason}; put the right one back, or if all of {entry.path} is in this one believe it "
+            "with --adopt-cache"
+        )
+
+
+def _check_state(entry: Entry, state_fd: int) -> Header:
+    """The header, if the file is of this disk. Raises `ConfigurationError`."""
+    try:
+        header = files.read_header(state_fd)
+    except BadHeader as error:
+        raise entry.refusal(f"state file {entry.state_path} {error}") from error
+    wanted = entry.header
+    if header.disk_size != wanted.disk_size:
+        raise entry.refusal(
+            f"{entry.path} is of a disk of {header.disk_size} bytes, and the origin has {wanted.disk_size}"
+        )
+    if header.block_size != wanted.block_size:
+        raise entry.refusal(f"{entry.path} has blocks of {header.block_size} bytes, not {wanted.block_size}")
+    if wanted.origin not in (header.origin, identity(files.read_steering(state_fd).address)):
+        raise entry.refusal(
+            f"{entry.path} is of the origin {readable(header.origin)}, not of {readable(wanted.origin)}; "
+            "if that disk has moved, start with the former address and use xnbd-bgctl --reconnect"
+        )
+    entry.header = wanted._replace(origin=header.origin)
+    entry.check_size(state_fd, entry.state_path, entry.layout.size)
+    return header
+
+
+class _Resumption:
+    """Of files with the header *found* that nobody uses."""
+
+    def __init__(self, entry: Entry, state_fd: int, found: Header) -> None:
+        self._entry = entry
+        self._state_fd = state_fd
+        self._found = found
+        mounts = belonging.mount_of(entry.cache_fd), belonging.mount_of(state_fd)
+        same_mounts = found.tie.id == NO_ID or (found.tie.cache_mount, found.tie.state_mount) == mounts
+        self._lived = found.boot_id == entry.header.boot_id and same_mounts
+
+    def run(self) -> None:
+        entry, found = self._entry, self._found
+        switched = was_switched(entry.path, self._state_fd, entry.header.boot_id)
+        entry.bind(belonging.new_tie(entry.cache_fd, self._state_fd) if found.tie.id == NO_ID else found.tie)
+        entry.claim_cache(alone=True)
+        self._check_cache(switched=switched)
+        if found.boot_id == NO_BOOT:
+            self._finish_making()
+        else:
+            self._make_agree(switched=switched)
+        self._begin_session()
+
+    def _check_cache(self, *, switched: bool) -> None:
+        """As `_check_cache`, unless there is nothing to lose or somebody vouches for it."""
+        if self._entry.adopt:
+            return
+        try:
+            found = _in_this_life(self._found, self._state_fd) if self._lived else self._found
+            _check_cache(self._entry, found, switched=switched)
+        except ConfigurationError:
+            if not self._is_nothing_cached() or belonging.holds_data(self._entry.cache_fd):
+                raise
+
+    def _is_nothing_cached(self) -> bool:
+        layout = self._entry.layout
+        if copies.count_set(self._state_fd, layout, layout.durable):
+            return False
+        bitmap_fd = self._entry.open_bitmap()
+        try:
+            return not copies.count_set(bitmap_fd, layout, 0)
+        finally:
+            os.close(bitmap_fd)
+
+    def _finish_making(self) -> None:
+        self._entry.make_bitmap()
+        files.publish(self._entry.path)
+        if files.read_failure(self._state_fd) is not None:  # which means nothing: no block is cached
+            files.failure_record(self._state_fd).clear()
+        log.info("cache bitmap %s: made, which an earlier start did not finish", self._entry.path)
+
+    def _make_agree(self, *, switched: bool) -> None:
+        bitmap_fd = self._entry.open_bitmap()
+        try:
+            self._hear_of_failures()
+            verdict = self._judge(bitmap_fd)
+            if switched:
+                self._refuse_if_incomplete(bitmap_fd, verdict)
+            self._settle(bitmap_fd, verdict)
+        finally:
+            os.close(bitmap_fd)
+
+    def _hear_of_failures(self) -> None:
+        """Servers that were killed have not been told of what could not be written since: it is noted now."""
+        with suppress(WriteBackFailed):
+            files.write_back(self._state_fd).sync(self._entry.cache_fd)
+
+    def _judge(self, bitmap_fd: int) -> Verdict:
+        """Raises `ConfigurationError` if the copies contradict each other."""
+        found, layout = self._found, self._entry.layout
+        comparison = copies.compare(bitmap_fd, self._state_fd, layout)
+        has_checksum = found.clean and found.tie.id != NO_ID
+        verdict = judge(
+            Facts(
+                made=True,
+                clean=found.clean,
+                lived=self._lived,
+                failed=files.read_failure(self._state_fd) is not None,
+                alike=comparison.alike,
+                explained=comparison.explained,
+                checksum=has_checksum,
+                live_fits=has_checksum and copies.checksum(bitmap_fd, layout, 0) == found.tie.checksum,
+                durable_fits=has_checksum
+                and copies.checksum(self._state_fd, layout, layout.durable) == found.tie.checksum,
+                adopt=self._entry.adopt,
+            )
+        )
+        if verdict is Verdict.REFUSE:
+            raise self._contradiction(comparison)
+        return verdict
+
+    def _contradiction(self, comparison: Comparison) -> ConfigurationError:
+        entry = self._entry
+        told = f"has {comparison.forgotten} blocks that its copy in {entry.state_path} has not, and lacks "
+        if comparison.alike:
+            told = f"and its copy in {entry.state_path} were changed since they were closed: their checksum is wrong"
+        else:
+            told += str(comparison.missing)
+        return entry.refusal(f"{entry.path} {told}; put the right files back, or believe the bitmap with --adopt-cache")
+
+    def _refuse_if_incomplete(self, bitmap_fd: int, verdict: Verdict) -> None:
+        """A plain target has written to the image since it was a proxy's: fine if no block was missing then.
+
+        That is looked up in the copy that counts.
+        """
+        entry = self._entry
+        fd, at = (self._state_fd, entry.layout.durable) if verdict is Verdict.DURABLE else (bitmap_fd, 0)
+        missing = entry.layout.blocks - copies.count_set(fd, entry.layout, at)
+        if missing:
+            raise ConfigurationError(
+                f"{entry.path}: the proxy was switched to a plain target by force with {missing} blocks missing: "
+                "serve the cache image with --target, or start afresh with --clear-bitmap"
+            )
+
+    def _settle(self, bitmap_fd: int, verdict: Verdict) -> None:
+        """Make live bitmap and durable copy agree; nobody else uses them."""
+        entry, state_fd = self._entry, self._state_fd
+        entry.remove_unfinished()
+        files.allocate(bitmap_fd, entry.layout.bitmap_size)
+        files.allocate(state_fd, entry.layout.size)
+        files.reset_numbers(state_fd)
+        if verdict is Verdict.LIVE:
+            with suppress(WriteBackFailed):  # which is noted, so it is the durable copy that counts
+                self._save_live(bitmap_fd)
+                log.info("cache bitmap %s: resumed", entry.path)
+                return
+        self._restore_durable(bitmap_fd)
+
+    def _save_live(self, bitmap_fd: int) -> None:
+        """Raises `OSError`."""
+        state_fd, layout = self._state_fd, self._entry.layout
+        for difference in copies.differences(bitmap_fd, state_fd, layout):
+            copies.claim(state_fd, layout, difference.page)
+        process = ProcessState(reopen(bitmap_fd, readonly=False), reopen(state_fd, readonly=False), layout)
+        with closing(process):
+            if process.changed:
+                process.checkpoint(self._entry.cache_fd)
+
+    def _restore_durable(self, bitmap_fd: int) -> None:
+        """After a failed write-back nothing else may come back."""
+        forgotten = 0
+        for difference in copies.differences(bitmap_fd, self._state_fd, self._entry.layout):
+            copies.restore_durable(bitmap_fd, difference)
+            forgotten += difference.forgotten
+        reason = self._reason()
+        if files.read_failure(self._state_fd) is not None:
+            drop_cached(self._entry.cache_fd)
+            copies.forget_failure(bitmap_fd, self._state_fd, self._entry.layout)
+        log.warning("cache bitmap %s: %s, %d blocks forgotten", self._entry.path, reason, forgotten)
+
+    def _reason(self) -> str:
+        """Why the durable copy counts, for the log."""
+        failure = files.read_failure(self._state_fd)
+        if failure is not None:
+            return f"recovered after a failed write-back ({os.strerror(failure.number)})"
+        if self._found.clean:
+            return "repaired from its copy in the state file, for it was changed while it was closed"
+        if self._found.boot_id != self._entry.header.boot_id:
+            return "recovered after a power failure"
+        return "recovered, for its servers died and the mount is another one than theirs"
+
+    def _begin_session(self) -> None:
+        """Tie the files together anew. A power failure may leave the old session on the cache image."""
+        entry, state_fd, found = self._entry, self._state_fd, self._found.tie
+        # What was killed, or copied here, may not be on the disk yet, nor its mark.
+        files.write_back(state_fd).sync(entry.cache_fd, metadata=True)
+        mark = belonging.read_mark(entry.cache_fd)
+        entry.bind(belonging.renewed(entry.header.tie, entry.cache_fd, state_fd))
+        if not found.marked or mark is None or mark.id != found.id:
+            self._mark_afresh()
+            return
+        entry.bind(entry.header.tie._replace(previous=mark.session))
+        files.write_header(state_fd, entry.header)
+        if not belonging.write_mark(entry.cache_fd, entry.header.tie):
+            self._bind_unmarked()
+        files.note_shown(state_fd, entry.header.tie.session)
+
+    def _mark_afresh(self) -> None:
+        """On a cache image that bears no mark, or another one: the header says so until it does."""
+        entry, state_fd = self._entry, self._state_fd
+        self._bind_unmarked()
+        entry.mark(state_fd)
+        if entry.header.tie.marked:
+            files.write_header(state_fd, entry.header)
+            files.note_shown(state_fd, entry.header.tie.session)
+
+    def _bind_unmarked(self) -> None:
+        self._entry.bind(self._entry.header.tie._replace(marked=False))
+        files.write_header(self._state_fd, self._entry.header)

@@ -1,0 +1,90 @@
+"""The scoreboard of a cache, ``CACHE_BITMAP_IMAGE.board``: joined, or made anew by the first server that comes."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing, suppress
+
+from ...errors import ConfigurationError
+from ...logs import log
+from ...making import file_mode, is_own_file
+from ...scoreboard.scoreboard import Scoreboard, create_scoreboard, scoreboard_size
+from ...storage.space import NO_SPACE
+from ...storage.target import reopen
+from ...system.process import closed_on_error
+from . import files
+from .entry import Entry
+from .format import SCOREBOARD_SUFFIX
+
+MAXIMUM_PROCESSES = 8192
+"""Processes of all servers together that may use a cache."""
+
+
+def open_scoreboard(entry: Entry, state_fd: int) -> int:
+    """A descriptor of the scoreboard, made anew if nobody uses the files."""
+    path = entry.path + SCOREBOARD_SUFFIX
+    if not files.is_alone(state_fd):
+        return _join_scoreboard(entry, path, state_fd)
+    steering = files.read_steering(state_fd)
+    if steering.switched:
+        files.write_steering(state_fd, steering._replace(switched=False))
+    fd = _clear_scoreboard(entry, path, state_fd)
+    with closed_on_error(fd), closing(Scoreboard(reopen(fd, readonly=False))) as scoreboard:
+        scoreboard.address = steering.address
+    return fd
+
+
+def _join_scoreboard(entry: Entry, path: str, state_fd: int) -> int:
+    """A descriptor of the scoreboard of the servers that use the files already."""
+    try:
+        fd = files.open_regular(path)
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{path} is gone, which the servers that use {entry.path} share: stop them all first"
+        ) from None
+    with closed_on_error(fd):
+        if not _is_scoreboard(entry, fd, state_fd):
+            raise ConfigurationError(
+                f"{path} is not the one that the servers that use {entry.path} share: stop them all first"
+            )
+    return fd
+
+
+def _clear_scoreboard(entry: Entry, path: str, state_fd: int) -> int:
+    """A descriptor of a scoreboard of zeros; a former one's space is used again, for there may be no other.
+
+    Without space it is one in memory, which other servers cannot share.
+    """
+    size = scoreboard_size(MAXIMUM_PROCESSES)
+    with suppress(OSError, ConfigurationError):
+        return _clear_former_scoreboard(entry, path, state_fd)
+    try:
+        fd = files.make_new(path)
+        with closed_on_error(fd):
+            files.allocate(fd, size)
+        return fd
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        files.remove_strange(path)
+        log.warning("no space for %s: until the next start no other server can use %s too", path, entry.path)
+        return create_scoreboard(MAXIMUM_PROCESSES)
+
+
+def _clear_former_scoreboard(entry: Entry, path: str, state_fd: int) -> int:
+    """Raises `OSError` or `ConfigurationError` if there is none to be used."""
+    fd = files.open_regular(path)
+    with closed_on_error(fd):
+        if not _is_scoreboard(entry, fd, state_fd):
+            raise ConfigurationError(f"{path} is no board of this program's")
+        files.allocate(fd, scoreboard_size(MAXIMUM_PROCESSES))
+        files.clear(fd, scoreboard_size(MAXIMUM_PROCESSES))
+        os.fchmod(fd, file_mode())
+    return fd
+
+
+def _is_scoreboard(entry: Entry, fd: int, state_fd: int) -> bool:
+    """Whether it is one of ours, and not another user's who may write into the directory."""
+    status = os.fstat(fd)
+    owners = {*entry.owners, os.fstat(state_fd).st_uid}
+    return is_own_file(status, owners) and status.st_size == scoreboard_size(MAXIMUM_PROCESSES)

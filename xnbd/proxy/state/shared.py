@@ -1,0 +1,124 @@
+"""The files of a bitmap in the hands of a server's master, from their opening to their end."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from typing import Tuple
+
+from ...scoreboard.scoreboard import Scoreboard
+from ...storage.target import reopen
+from ...storage.writeback import WriteBack, WriteBackFailed
+from ...system.process import closed_on_error
+from . import belonging, copies, files
+from .checkpoint import ProcessState
+from .files import LEAVING_TIME
+from .format import Header, Layout, Steering
+from .known import was_switched
+
+
+class SharedState:
+    """The files as the master holds them, opened again by every process that sets bits.
+
+    They are in use, and neither cleared nor marked as closed cleanly, until the last
+    process of the last server is gone, or its master has called `mark_clean`.
+    """
+
+    def __init__(self, path: str, fds: Tuple[int, int, int], layout: Layout, header: Header) -> None:
+        self._path = path
+        self._bitmap_fd, self._state_fd, self.scoreboard_fd = fds
+        self._layout = layout
+        self._header = header
+        self.failures = files.failure_record(self._state_fd)
+        self.write_back = WriteBack(self.failures)
+        files.become_user(self._state_fd)
+
+    def open_process(self) -> ProcessState:
+        """The bitmap for this process. Called after the fork; raises `OSError`."""
+        process, state_fd = self._open()
+        try:
+            files.become_user(state_fd)
+            if files.read_header(state_fd).clean:  # the master was quicker to leave than this process to come
+                with files.opening(state_fd):
+                    files.write_header(state_fd, self._header)
+        except BaseException:
+            process.close()
+            raise
+        return process
+
+    def open_scoreboard(self) -> Scoreboard:
+        """The scoreboard for this process. Called after the fork; raises `OSError`."""
+        return Scoreboard(reopen(self.scoreboard_fd, readonly=False))
+
+    def steer(self, steering: Steering) -> None:
+        """Have servers of another day begin with *steering*. Raises `OSError`; `ValueError` as `pack_steering`."""
+        state_fd = reopen(self._state_fd, readonly=False)  # this process's own: the lock has to end with it
+        try:
+            with files.opening(state_fd):
+                files.write_steering(state_fd, steering)
+        finally:
+            os.close(state_fd)
+
+    @property
+    def steering(self) -> Steering:
+        return files.read_steering(self._state_fd)
+
+    def mark_clean(self, cache_fd: int) -> bool:
+        """Make everything durable, and mark the files as closed cleanly unless another server uses them.
+
+        For the master, when its workers are gone; tells whether they were marked.
+        Raises `OSError`, and then they are not: `WriteBackFailed` if any write-back has failed.
+        """
+        try:
+            self._checkpoint(cache_fd)  # while others need not wait: it may take long
+            with files.opening(self._state_fd):
+                return self._close_if_alone(cache_fd)
+        except WriteBackFailed:
+            self.write_back.keep()
+            raise
+
+    def _close_if_alone(self, cache_fd: int) -> bool:
+        try:
+            alone = files.is_alone(self._state_fd)
+            self._checkpoint(cache_fd)
+            if alone:
+                self.write_back.sync(self._bitmap_fd)
+                self.write_back.sync(cache_fd, metadata=True)  # its mark and its time of change, too
+                self._forget_broken_switch()
+                files.write_header(self._state_fd, self._closed_header(cache_fd))
+        except WriteBackFailed:
+            files.put_header(self._state_fd, self._header)
+            raise
+        finally:
+            files.leave(self._state_fd)
+        return alone
+
+    def _checkpoint(self, cache_fd: int) -> None:
+        with closing(self._open()[0]) as process:
+            process.checkpoint(cache_fd, timeout=LEAVING_TIME)
+
+    def _closed_header(self, cache_fd: int) -> Header:
+        tie = self._header.tie._replace(
+            previous=belonging.NO_SESSION,
+            changed=belonging.place_of(cache_fd).changed,
+            checksum=copies.checksum(self._bitmap_fd, self._layout, 0),
+        )
+        return self._header._replace(clean=True, tie=tie)
+
+    def _forget_broken_switch(self) -> None:
+        """Before the scoreboard goes, which tells of it."""
+        steering = self.steering
+        if steering.switched and not was_switched(self._path, self._state_fd, self._header.boot_id):
+            files.write_steering(self._state_fd, steering._replace(switched=False))
+
+    def _open(self) -> Tuple[ProcessState, int]:
+        """The files once more, and the descriptor of the state file among them."""
+        bitmap_fd = reopen(self._bitmap_fd, readonly=False)
+        with closed_on_error(bitmap_fd):
+            state_fd = reopen(self._state_fd, readonly=False)
+            with closed_on_error(state_fd):
+                return ProcessState(bitmap_fd, state_fd, self._layout), state_fd
+
+    def close(self) -> None:
+        for fd in (self._bitmap_fd, self._state_fd, self.scoreboard_fd):
+            os.close(fd)

@@ -1,0 +1,89 @@
+"""Which copy of a bitmap counts: decided here alone, from what is known of files that nobody uses.
+
+The module reads and writes nothing. It keeps one rule: where what vouches for the bits
+contradicts itself, less is believed, never more.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+
+class Verdict(Enum):
+    """What a server does that is alone with the files."""
+
+    MAKE = "make an empty bitmap"
+    LIVE = "go on with the live bitmap"
+    DURABLE = "replace the live bitmap by the durable copy"
+    REFUSE = "change nothing, and do not start"
+
+
+class Facts(NamedTuple):
+    """What is known of the files; where nothing is said, the worst.
+
+    *made*: the header names a boot. *clean*: the files were closed in good order.
+    *lived*: this is the boot in which they were used last, and these are the mounts, as far
+    as that was noted. *failed*: a write-back has failed. *alike*: live bitmap and durable
+    copy are the same; *explained*: they are, or differ only by blocks more in the live
+    bitmap, on pages that are marked. *checksum*: one was noted when the files were closed;
+    *live_fits*, *durable_fits*: it is the one of that copy. *adopt*: the operator vouches
+    for the live bitmap.
+    """
+
+    made: bool
+    clean: bool = False
+    lived: bool = False
+    failed: bool = True
+    alike: bool = False
+    explained: bool = False
+    checksum: bool = False
+    live_fits: bool = False
+    durable_fits: bool = False
+    adopt: bool = False
+
+
+def judge(facts: Facts) -> Verdict:
+    """What to do with the files. The first row that fits counts.
+
+    =====  ===============  ======  ==========================  ==================  =======
+    made   closed, or used  failed  the two copies              adopt: no           yes
+    =====  ===============  ======  ==========================  ==================  =======
+    no     any              any     any                         MAKE                MAKE
+    yes    closed           yes     the durable one fits        DURABLE             DURABLE
+    yes    closed           yes     it does not fit             REFUSE              DURABLE
+    yes    closed           no      both fit                    LIVE                LIVE
+    yes    closed           no      the durable one fits        DURABLE             LIVE
+    yes    closed           no      the live one fits           LIVE                LIVE
+    yes    closed           no      none fits                   REFUSE              LIVE
+    yes    closed, no sum   yes     alike                       DURABLE             DURABLE
+    yes    closed, no sum   no      alike                       LIVE                LIVE
+    yes    closed, no sum   yes     different                   REFUSE              DURABLE
+    yes    closed, no sum   no      different                   REFUSE              LIVE
+    yes    used elsewhere   any     any                         DURABLE             DURABLE
+    yes    used here        yes     any                         DURABLE             DURABLE
+    yes    used here        no      alike, or explained         LIVE                LIVE
+    yes    used here        no      not explained               REFUSE              LIVE
+    =====  ===============  ======  ==========================  ==================  =======
+
+    *Fits* is said of the checksum; *no sum*: a state file of version 1 has none. *Used*: not
+    closed; *here*: in this boot and on these mounts.
+    """
+    if not facts.made:
+        return Verdict.MAKE
+    if _contradict(facts) and not facts.adopt:
+        return Verdict.REFUSE
+    if facts.failed or not (facts.clean or facts.lived):
+        return Verdict.DURABLE
+    if facts.clean and facts.durable_fits and not (facts.alike or facts.adopt):
+        return Verdict.DURABLE
+    return Verdict.LIVE
+
+
+def _contradict(facts: Facts) -> bool:
+    """Whether nobody can tell which of the copies is right."""
+    if facts.clean and facts.checksum:
+        return not (facts.durable_fits or (facts.live_fits and not facts.failed))
+    if facts.clean:
+        return not facts.alike
+    return facts.lived and not facts.failed and not facts.explained
