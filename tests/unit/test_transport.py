@@ -16,8 +16,8 @@ from rawclient import FLUSH, READ, RawClient, pack_request
 
 from xnbd.origin.address import parse_origin
 from xnbd.protocol.server_handshake import Agreement
-from xnbd.proxy.fetcher import Patience
 from xnbd.proxy.image import ProxySettings, ProxySource
+from xnbd.proxy.origin_link import Patience
 from xnbd.proxy.state.opening import open_state
 from xnbd.server.disk import Disk
 from xnbd.server.process_loop import ProcessLoop

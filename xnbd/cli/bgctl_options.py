@@ -84,5 +84,6 @@ def _new_origin(line: CommandLine) -> Dict[str, str]:
     from ..origin.address import parse_origin
 
     name, port = line.text("--exportname"), line.text("REMOTE_PORT")
-    address = parse_origin(line.text("REMOTE_HOST") or line.needed("ORIGIN_URI"), port, name)
-    return {"host": address.host, "port": port} if port else {"uri": str(address)}
+    host_or_uri = line.text("REMOTE_HOST") or line.needed("ORIGIN_URI")
+    address = parse_origin(host_or_uri, port, name)
+    return {"host": host_or_uri, "port": port} if port else {"uri": str(address)}

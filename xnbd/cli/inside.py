@@ -33,6 +33,7 @@ class OwnServer(NamedTuple):
 
     def load(self) -> None:
         """Do ahead what every process of a client would have to do."""
+        from ..origin.nbd import connection  # noqa: F401
         from ..server.steward import process  # noqa: F401
         from . import proxying, server_options, serving  # noqa: F401
 

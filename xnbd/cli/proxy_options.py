@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Mapping, NamedTuple
 
 from ..errors import ConfigurationError
-from ..origin.address import OriginAddress, parse_origin
-from ..proxy.fetcher import Patience
+from ..origin.address import parse_origin
+from ..origin.base import OriginAddress
 from ..proxy.image import DEFAULT_READAHEAD
+from ..proxy.origin_link import Patience
 from .values import USAGE_ERROR, CommandLine
 
 

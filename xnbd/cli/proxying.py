@@ -8,9 +8,9 @@ from typing import Optional
 
 from ..errors import ConfigurationError
 from ..logs import log
-from ..origin.address import OriginAddress, parse_origin
-from ..origin.nbd.connection import OriginLost
-from ..origin.nbd.probe import probe
+from ..origin.address import parse_origin
+from ..origin.base import OriginAddress, OriginLost
+from ..origin.probe import probe
 from ..proxy.image import ProxySettings, ProxySource
 from ..proxy.state.belonging import is_marked_bitmap
 from ..proxy.state.known import Known, has_cached_blocks, known_state
@@ -70,7 +70,7 @@ def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *
     if here != address:
         log.info("the origin has been moved to %s", here)
     try:
-        size = probe(here, timeout=timeout).size
+        size = probe(here, timeout=timeout)
     except OriginLost as lost:
         if known is None:
             advice = "" if lost.refused else "; a proxy's first start needs its origin"

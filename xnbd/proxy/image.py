@@ -12,7 +12,7 @@ import errno
 import os
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
-from ..origin.address import OriginAddress
+from ..origin.base import OriginAddress
 from ..scoreboard.scoreboard import MISSES, TARGET, Counts, Scoreboard
 from ..storage import image_use
 from ..storage.blocks import BLOCK_SHIFT, block_count, block_start, block_stop, covered, touched
@@ -20,7 +20,9 @@ from ..storage.image import FETCH_STEP, Buffer, Extent, Image, NotLocal, Source,
 from ..storage.passage import Parcel
 from ..storage.target import TargetImage, reopen
 from ..storage.writeback import WriteBack
-from .fetcher import Fetcher, Patience, Whereabouts
+from .fetcher import Fetcher
+from .in_hand import InHand
+from .origin_link import Patience, Whereabouts
 from .readahead import Readahead
 from .state.checkpoint import ProcessState
 from .state.format import Steering
@@ -53,13 +55,14 @@ class ProxyImage(Image):
         self._counts: List[int] = [0] * len(Counts())
         self.fetcher = Fetcher(cache, state, whereabouts, patience)
         self.background = self.fetcher
+        self._locking = self.fetcher.locking
         self._cache = cache
         self._state = state
         self.bitmap = state.bitmap
         self._octets = state.bitmap.octets
         self._readahead = Readahead(block_count(self.size), readahead >> BLOCK_SHIFT)
         self._marks = self._readahead.marks
-        self._parcels: Optional[List[Parcel]] = None
+        self._in_hand: Optional[InHand] = None
         self.readable: Callable[[], int] = self._readable
         self._readable()
 
@@ -71,7 +74,7 @@ class ProxyImage(Image):
         return length
 
     def count_in(self, counts: List[int]) -> None:
-        self._counts = self.fetcher.counts = counts
+        self._counts = self.fetcher.arrivals.counts = counts
 
     # A byte of the bitmap speaks for 32 KiB (1 << 15). Most requests lie within one.
 
@@ -84,9 +87,16 @@ class ProxyImage(Image):
             return [self._view[offset:stop]]
         if length:
             self._demand(*touched(offset, length))
-            if self._parcels:
-                return self._pieces(offset, length)
+            if self._in_hand is not None:
+                return self._in_hand.pieces(offset, length, self._view)
         return [self._view[offset:stop]]
+
+    def pread(self, offset: int, length: int) -> bytes:
+        if length:
+            self._demand(*touched(offset, length))
+            if self._in_hand is not None:
+                return self._in_hand.copy(offset, length, self._cache)
+        return self._cache.pread(offset, length)
 
     def read_fresh(self, offset: int, length: int) -> List[memoryview]:
         """A copy, if it is short: cheaper than a page fault."""
@@ -105,11 +115,12 @@ class ProxyImage(Image):
     def _demand(self, first: int, end: int) -> None:
         """Raises `NotLocal` unless these blocks are all here; then they are on their way."""
         ticket: Optional[Ticket]
+        in_hand = self._in_hand
         if end - first == 1:
-            if self._octets[first >> 3] >> (first & 7) & 1 or self._is_in_hand(first, end):
+            if self._octets[first >> 3] >> (first & 7) & 1 or (in_hand is not None and in_hand.has_missing(first, end)):
                 return
             ticket = self.fetcher.need_block(first)
-        elif self.bitmap.all_set(first, end) or self._is_in_hand(first, end):
+        elif self.bitmap.all_set(first, end) or (in_hand is not None and in_hand.has_missing(first, end)):
             return
         else:
             ticket = self.fetcher.need(first, end)
@@ -134,9 +145,9 @@ class ProxyImage(Image):
         self._borrow(first, end)
         try:
             self._cache.write(offset, data)
-            self.fetcher.mark_local(first, end)
+            self._locking.mark_local(first, end)
         finally:
-            self.fetcher.give_back(first, end)
+            self._locking.give_back(first, end)
 
     def _demand_edges(self, offset: int, length: int) -> None:
         """Raises `NotLocal` unless the blocks that the range covers in part only are local."""
@@ -148,62 +159,32 @@ class ProxyImage(Image):
             self._demand_block(end - 1)
 
     def _demand_block(self, block: int) -> None:
-        if self._is_in_hand(block, block + 1):
-            self._keep(block)
+        if self._in_hand is not None and self._in_hand.has_missing(block, block + 1):
+            self._keep(block, self._in_hand)
         if block not in self.bitmap:
             ticket = self.fetcher.need(block, block + 1)
             if ticket is not None:
                 raise NotLocal(ticket)
 
     def _borrow(self, first: int, end: int) -> None:
-        if not self.fetcher.borrow(first, end):
-            raise NotLocal(self.fetcher.next_turn(first, end))
+        if not self._locking.borrow(first, end):
+            raise NotLocal(self._locking.next_turn(first, end))
 
     # What has come and could not be kept
 
     def take(self, parcels: Optional[List[Parcel]]) -> None:
-        self._parcels = parcels
+        self._in_hand = InHand(parcels, self.bitmap) if parcels else None
 
-    def _is_in_hand(self, first: int, end: int) -> bool:
-        """Whether there are parcels with all of these blocks that are not local."""
-        parcels = self._parcels
-        if not parcels:
-            return False
-        for run_first, run_end, local in self.bitmap.runs(first, end):
-            while not local and run_first < run_end:
-                parcel = next((parcel for parcel in parcels if parcel.first <= run_first < parcel.end), None)
-                if parcel is None:
-                    return False
-                run_first = parcel.end
-        return True
-
-    def _pieces(self, offset: int, length: int) -> List[memoryview]:
-        """What `read` returns where not all is local, but in hand."""
-        pieces: List[memoryview] = []
-        for at, count, local in self.bitmap.parts(offset, length):
-            pieces += [self._view[at : at + count]] if local else self._unpack(at, count)
-        return pieces
-
-    def _unpack(self, offset: int, length: int) -> Iterator[memoryview]:
-        stop = offset + length
-        while offset < stop:
-            block = offset >> BLOCK_SHIFT
-            parcel = next(parcel for parcel in self._parcels or () if parcel.first <= block < parcel.end)
-            start = block_start(parcel.first)
-            piece = memoryview(parcel)[offset - start : stop - start]
-            yield piece
-            offset += len(piece)
-
-    def _keep(self, block: int) -> None:
+    def _keep(self, block: int, in_hand: InHand) -> None:
         """Bring a *block* that is in hand into the cache, because part of it is to be written; it may find no room."""
         self._borrow(block, block + 1)
         try:
             if block not in self.bitmap:
                 at = block_start(block)
-                self._cache.write(at, b"".join(self._unpack(at, block_stop(block, self.size) - at)))
-                self.fetcher.mark_local(block, block + 1)
+                self._cache.write(at, b"".join(in_hand.unpack(at, block_stop(block, self.size) - at)))
+                self._locking.mark_local(block, block + 1)
         finally:
-            self.fetcher.give_back(block, block + 1)
+            self._locking.give_back(block, block + 1)
 
     def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
         if fast and covered(offset, length, self.size) != touched(offset, length):
@@ -240,9 +221,9 @@ class ProxyImage(Image):
         try:
             at = block_start(first)
             self._cache.write_zeroes(at, block_stop(end - 1, self.size) - at, may_trim=may_trim, fast=fast)
-            self.fetcher.mark_local(first, end)
+            self._locking.mark_local(first, end)
         finally:
-            self.fetcher.give_back(first, end)
+            self._locking.give_back(first, end)
 
     def flush(self) -> None:
         self._state.checkpoint(self._cache.fd, self.on_wait)
@@ -256,7 +237,7 @@ class ProxyImage(Image):
         while first < end:
             stop = min(first + step, end)
             self._demand(first, stop)
-            if self._parcels and not self.bitmap.all_set(first, stop):
+            if self._in_hand is not None and not self.bitmap.all_set(first, stop):
                 raise OSError(errno.ENOSPC, "there is no room to keep what was fetched")
             first = stop
 

@@ -8,9 +8,9 @@ from typing import Generator, Optional
 from ...control.server import CommandTable, Message, Reply, text_argument
 from ...errors import CommandError, TaskFailed
 from ...logs import log
-from ...origin.address import OriginAddress, parse_origin
-from ...origin.nbd.connection import OriginLost
-from ...origin.nbd.probe import probe
+from ...origin.address import parse_origin
+from ...origin.base import OriginAddress, OriginLost
+from ...origin.probe import probe
 from ...proxy.state.format import Steering
 from ...scoreboard.scoreboard import TARGET
 from ...system.process import set_title
@@ -81,6 +81,6 @@ def _ask(address: OriginAddress, timeout: float) -> str:
     """The work of the child: the disk's size in bytes. Raises `TaskFailed`."""
     set_title("asking", str(address))
     try:
-        return str(probe(address, timeout=timeout).size)
+        return str(probe(address, timeout=timeout))
     except OriginLost as lost:
         raise TaskFailed(str(lost)) from lost
