@@ -33,7 +33,7 @@ from xnbd.proxy.state.checkpoint import ProcessState
 from xnbd.proxy.state.files import is_alone
 from xnbd.proxy.state.format import BadHeader, Header, Steering, identity, layout_of, pack_header, parse_header
 from xnbd.proxy.state.opening import MAXIMUM_PROCESSES, SharedState, is_switched, known_size, open_state
-from xnbd.scoreboard.scoreboard import TARGET, scoreboard_size
+from xnbd.scoreboard.layout import TARGET, scoreboard_size
 from xnbd.storage.bitmap import bitmap_size
 from xnbd.storage.blocks import BLOCK, block_count, bytes_of
 from xnbd.system.file_locks import RangeLocks, do_nothing

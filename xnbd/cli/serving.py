@@ -15,6 +15,8 @@ from ..logs import log
 from ..making import set_file_mode
 from ..protocol.constants import MAXIMUM_STRING
 from ..protocol.server_handshake import Agreement
+from ..scoreboard.layout import create_scoreboard
+from ..scoreboard.scoreboard import Scoreboard
 from ..server.master import ORDERS, Limits, Master
 from ..server.process_loop import ProcessLoop
 from ..server.service import Service
@@ -130,7 +132,7 @@ def _open_service(arguments: Arguments, processes: int) -> Service:
         raise ConfigurationError(f"--exportname: clients cannot ask for more than {MAXIMUM_STRING} bytes", USAGE_ERROR)
     return Service(
         source=source,
-        scoreboard_fd=source.scoreboard_fd(processes),
+        scoreboard_fd=source.scoreboard_fd or create_scoreboard(processes),
         export_name=name,
         oldstyle=arguments["--oldstyle"],
         handshake_timeout=timeout,
@@ -148,7 +150,7 @@ def _limits(arguments: Arguments) -> QueueLimits:
     return queue_limits(arguments)
 
 
-def _open_source(arguments: Arguments, *, alone: bool) -> Source:
+def _open_source(arguments: Arguments, *, alone: bool) -> Source[Scoreboard]:
     """The disk, as the chosen mode makes it; *alone* as for `open_proxy`."""
     if arguments["--proxy"]:
         from .proxying import open_proxy

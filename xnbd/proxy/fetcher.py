@@ -13,7 +13,7 @@ again that of `proxy.lock_retry`. The rules that keep the cache right:
 - A piece of the disk that the origin cannot read is asked for again block by block:
   only who needs the block that is bad hears of it.
 - What finds no room in the cache is passed on to those who wait, with their tickets
-  (`storage.passage`); no bit is set.
+  (`proxy.passage`); no bit is set.
 - Whatever fails between the taking of a fetch and its end ends it, with that error.
 """
 
@@ -28,15 +28,17 @@ from typing import Any, List, NamedTuple, Optional, Tuple, Union
 from ..logs import log
 from ..origin.address import OriginAddress, parse_origin
 from ..origin.nbd.connection import OriginConnection, OriginLost
-from ..scoreboard.scoreboard import BYTES_FETCHED, NOT_NEEDED, REACHED, TARGET, UNREACHABLE, Counts, Scoreboard
+from ..scoreboard.counters import BYTES_FETCHED, new_counts
+from ..scoreboard.layout import NOT_NEEDED, REACHED, TARGET, UNREACHABLE
+from ..scoreboard.scoreboard import Scoreboard
 from ..storage.blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop
 from ..storage.image import Background, Ticket
-from ..storage.passage import NO_SPACE, Parcel, Passage
 from ..storage.target import TargetImage
 from .block_locks import BlockLocks, lock_of
 from .fetch_queue import Fetch, FetchQueue
 from .flow_window import FlowWindow
 from .lock_retry import LockRetry
+from .passage import NO_SPACE, Passage, PassedParcel
 from .state.checkpoint import ProcessState
 from .zero_query import ZeroQuery
 
@@ -61,11 +63,11 @@ class Whereabouts(NamedTuple):
     @property
     def generation(self) -> int:
         """Changes whenever the address does."""
-        return self.scoreboard.generation
+        return self.scoreboard.origin.generation
 
     @property
     def address(self) -> OriginAddress:
-        moved = self.scoreboard.address
+        moved = self.scoreboard.origin.address
         return parse_origin(moved) if moved else self.first
 
 
@@ -81,7 +83,7 @@ class Fetcher(Background):
 
     def __init__(self, cache: TargetImage, state: ProcessState, whereabouts: Whereabouts, patience: Patience) -> None:
         self.finished: List[Ticket] = []
-        self.counts: List[int] = [0] * len(Counts())
+        self.counts = new_counts()
         self.passes_on = True
         """Whether what cannot be kept is of use to those who wait; else it is an error."""
         self._cache = cache
@@ -519,7 +521,7 @@ class Fetcher(Background):
         except OSError as error:
             self._on_cache_failure(fetch, error)
             return
-        parcel = Parcel(self._passage, fetch.first, fetch.end, data)
+        parcel = PassedParcel(self._passage, fetch.first, fetch.end, data)
         for at, piece in fetch.passing:
             parcel[at - offset : at - offset + len(piece)] = piece
         for ticket in fetch.tickets:

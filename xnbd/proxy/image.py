@@ -13,11 +13,12 @@ import os
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..origin.address import OriginAddress
-from ..scoreboard.scoreboard import MISSES, TARGET, Counts, Scoreboard
+from ..scoreboard.counters import MISSES, new_counts
+from ..scoreboard.layout import TARGET
+from ..scoreboard.scoreboard import Scoreboard
 from ..storage import image_use
 from ..storage.blocks import BLOCK_SHIFT, block_count, block_start, block_stop, covered, touched
-from ..storage.image import FETCH_STEP, Buffer, Extent, Image, NotLocal, Source, Ticket
-from ..storage.passage import Parcel
+from ..storage.image import FETCH_STEP, Buffer, Extent, Image, NotLocal, Parcel, Source, Ticket
 from ..storage.target import TargetImage, reopen
 from ..storage.writeback import WriteBack
 from .fetcher import Fetcher, Patience, Whereabouts
@@ -50,7 +51,7 @@ class ProxyImage(Image):
         self.size = cache.size
         self.readonly = readonly
         self._scoreboard = whereabouts.scoreboard
-        self._counts: List[int] = [0] * len(Counts())
+        self._counts = new_counts()
         self.fetcher = Fetcher(cache, state, whereabouts, patience)
         self.background = self.fetcher
         self._cache = cache
@@ -280,7 +281,7 @@ class ProxyImage(Image):
         self._state.close()
 
 
-class ProxySource(Source):
+class ProxySource(Source[Scoreboard]):
     """The cache image behind *cache_fd* with its bitmap, before a disk that lives elsewhere.
 
     ``witness`` is a second description of the image, as old, which every process syncs
@@ -335,7 +336,8 @@ class ProxySource(Source):
     def allocated(self) -> int:
         return os.fstat(self._cache_fd).st_blocks * 512
 
-    def scoreboard_fd(self, processes: int) -> int:
+    @property
+    def scoreboard_fd(self) -> int:
         return self._state.scoreboard_fd
 
     def open_state(self) -> ProcessState:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from ..logs import log
-from ..scoreboard.scoreboard import SNAPSHOT, TARGET, Scoreboard
+from ..scoreboard.layout import SNAPSHOT, TARGET
+from ..scoreboard.scoreboard import Scoreboard
 from ..storage.image import Image, Source
-from ..storage.snapshot import Keeper, KeepingImage, open_files
+from ..storage.snapshot import Keeper, KeepingImage
 from ..storage.target import reopen
 from ..system.file_locks import do_nothing
+from .snapshot_files import open_files
 
 
 class Disk:
@@ -17,7 +19,7 @@ class Disk:
     session calls, between two requests.
     """
 
-    def __init__(self, source: Source, scoreboard_fd: int) -> None:
+    def __init__(self, source: Source[Scoreboard], scoreboard_fd: int) -> None:
         self._source = source
         self.name = source.name
         self._told = (0, "")
@@ -54,7 +56,7 @@ class Disk:
         self.image.wait_with(on_wait)
 
     def _keep_for_snapshot(self) -> None:
-        snapshot = self.scoreboard.snapshot
+        snapshot = self.scoreboard.snapshots.current
         if snapshot is None:
             return
         reason = "its process is alive, and cannot be found"
@@ -71,9 +73,9 @@ class Disk:
                 return  # a steward ends what a dead process has begun, and wakes those who keep blocks for it
         except (OSError, ValueError) as error:
             reason = str(error)
-        if self.scoreboard.snapshot == snapshot:
+        if self.scoreboard.snapshots.current == snapshot:
             log.warning("cannot keep old blocks for the snapshot, which is given up: %s", reason)
-            self.scoreboard.end_snapshot()
+            self.scoreboard.snapshots.end()
 
     def let_go(self) -> None:
         """Of a snapshot that has ended, for a process that sleeps."""

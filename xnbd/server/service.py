@@ -22,7 +22,7 @@ from .session.parking import QueueLimits
 class Service(NamedTuple):
     """*source* under the name *export_name*; times in seconds."""
 
-    source: Source
+    source: Source[Scoreboard]
     scoreboard_fd: int
     export_name: str
     oldstyle: bool = False

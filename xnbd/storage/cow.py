@@ -21,13 +21,12 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..making import make_file
-from ..scoreboard.scoreboard import Scoreboard
 from ..system.file_locks import RangeLocks
 from . import image_use, space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, block_count, block_start, block_stop, bytes_of, covered, steps, touched
 from .extents import file_data_until, file_extents
-from .image import Buffer, Extent, Image, Source
+from .image import Buffer, Extent, Image, Shared, Source
 from .target import map_disk, map_trouble, open_disk, reopen
 
 _SLOW_STEP = 1 << 20
@@ -37,7 +36,7 @@ _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class CowSource(Source):
+class CowSource(Source[Shared]):
     """The base image at *path* with an empty overlay in *directory*.
 
     Without a directory the overlay lies beside the base, or in ``$TMPDIR`` where
@@ -66,7 +65,7 @@ class CowSource(Source):
         except (OSError, OverflowError) as error:
             raise ConfigurationError(map_trouble(path, self.size, error)) from error
 
-    def open(self, scoreboard: Scoreboard) -> CowImage:
+    def open(self, shared: Shared) -> CowImage:
         return self._open()
 
     def _open(self) -> CowImage:
@@ -82,7 +81,7 @@ class CowSource(Source):
     def allocated(self) -> int:
         return sum(os.fstat(fd).st_blocks * 512 for fd in (self._base, self._overlay))
 
-    def flush(self, scoreboard: Scoreboard) -> None:
+    def flush(self, shared: Shared) -> None:
         """Nothing: the overlay ends with the server."""
 
     def close(self) -> None:

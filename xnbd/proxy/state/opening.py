@@ -39,7 +39,15 @@ from typing import NamedTuple, Optional, Tuple
 from ...errors import ConfigurationError
 from ...logs import log
 from ...making import file_mode, is_own_file
-from ...scoreboard.scoreboard import TARGET, Scoreboard, create_scoreboard, scoreboard_size
+from ...scoreboard.layout import (
+    TARGET,
+    OtherVersion,
+    check_header,
+    create_scoreboard,
+    scoreboard_size,
+    write_header,
+)
+from ...scoreboard.scoreboard import Scoreboard
 from ...storage import image_use
 from ...storage.target import reopen
 from ...storage.writeback import WriteBack, WriteBackFailed, drop_cached
@@ -352,8 +360,10 @@ class _Opening:
         if steering.switched:
             files.write_steering(state_fd, steering._replace(switched=False))
         fd = self._clear_scoreboard(path, state_fd)
-        with closed_on_error(fd), closing(Scoreboard(reopen(fd, readonly=False))) as scoreboard:
-            scoreboard.address = steering.address
+        with closed_on_error(fd):
+            write_header(fd)
+            with closing(Scoreboard(reopen(fd, readonly=False))) as scoreboard:
+                scoreboard.origin.address = steering.address
         return fd
 
     def _join_scoreboard(self, path: str, state_fd: int) -> int:
@@ -365,24 +375,39 @@ class _Opening:
                 f"{path} is gone, which the servers that use {self._path} share: stop them all first"
             ) from None
         with closed_on_error(fd):
-            if not self._is_scoreboard(fd, state_fd):
+            if not self._is_own(fd, state_fd) or os.fstat(fd).st_size != scoreboard_size(MAXIMUM_PROCESSES):
                 raise ConfigurationError(
                     f"{path} is not the one that the servers that use {self._path} share: stop them all first"
                 )
         return fd
+
+    def _refuse_other_version(self) -> None:
+        """Servers that use the files share a scoreboard, of which they have to mean the same.
+
+        Before anything is believed that it says, and anything changed. Raises `ConfigurationError`.
+        """
+        with suppress(FileNotFoundError):  # `_join_scoreboard` tells that
+            fd = files.open_regular(self._path + SCOREBOARD_SUFFIX)
+            try:
+                check_header(fd)
+            except OtherVersion:
+                raise ConfigurationError(
+                    f"cache bitmap {self._path} is in use by another version of xnbd-server: stop that one first"
+                ) from None
+            finally:
+                os.close(fd)
 
     def _clear_scoreboard(self, path: str, state_fd: int) -> int:
         """A descriptor of a scoreboard of zeros; a former one's space is used again, for there may be no other.
 
         Without space it is one in memory, which other servers cannot share.
         """
-        size = scoreboard_size(MAXIMUM_PROCESSES)
         with suppress(OSError, ConfigurationError):
             return self._clear_former_scoreboard(path, state_fd)
         try:
             fd = files.make_new(path)
             with closed_on_error(fd):
-                files.allocate(fd, size)
+                files.allocate(fd, scoreboard_size(MAXIMUM_PROCESSES))
             return fd
         except OSError as error:
             if error.errno not in files.NO_SPACE:
@@ -392,21 +417,20 @@ class _Opening:
             return create_scoreboard(MAXIMUM_PROCESSES)
 
     def _clear_former_scoreboard(self, path: str, state_fd: int) -> int:
-        """Raises `OSError` or `ConfigurationError` if there is none to be used."""
-        fd = files.open_regular(path)
+        """Also of another version. Raises `OSError` or `ConfigurationError` if there is none to be used."""
+        size, fd = scoreboard_size(MAXIMUM_PROCESSES), files.open_regular(path)
         with closed_on_error(fd):
-            if not self._is_scoreboard(fd, state_fd):
+            if not self._is_own(fd, state_fd):
                 raise ConfigurationError(f"{path} is no board of this program's")
-            files.allocate(fd, scoreboard_size(MAXIMUM_PROCESSES))
-            files.clear(fd, scoreboard_size(MAXIMUM_PROCESSES))
+            files.allocate(fd, size)
+            os.ftruncate(fd, size)
+            files.clear(fd, size)
             os.fchmod(fd, file_mode())
         return fd
 
-    def _is_scoreboard(self, fd: int, state_fd: int) -> bool:
-        """Whether it is one of ours, and not another user's who may write into the directory."""
-        status = os.fstat(fd)
-        owners = {*self._owners, os.fstat(state_fd).st_uid}
-        return is_own_file(status, owners) and status.st_size == scoreboard_size(MAXIMUM_PROCESSES)
+    def _is_own(self, fd: int, state_fd: int) -> bool:
+        """Whether the file is ours, and not another user's who may write into the directory."""
+        return is_own_file(os.fstat(fd), {*self._owners, os.fstat(state_fd).st_uid})
 
     def _refuse_if_incomplete(self, state_fd: int, *, recover: bool) -> None:
         """A plain target has written to the image since it was a proxy's: fine if no block was missing then.
@@ -549,6 +573,8 @@ class _Opening:
             raise ConfigurationError(
                 f"cache bitmap {self._path} is in use by an older xnbd-server: stop that one first"
             )
+        if not alone:
+            self._refuse_other_version()
         fresh = belonging.new_tie(self._cache_fd, state_fd) if found.tie.id == NO_ID else found.tie
         self._bind(fresh)
         self._claim_cache(alone=alone)

@@ -27,7 +27,9 @@ from ...origin.nbd.probe import probe
 from ...proxy.fetch_queue import PIECE
 from ...proxy.image import ProxyImage, ProxySource
 from ...proxy.state.format import Steering
-from ...scoreboard.scoreboard import COMMAND, CONTROL, COPYING, PROXY, TARGET, Scoreboard
+from ...scoreboard.counters import BYTES_FETCHED
+from ...scoreboard.layout import COMMAND, CONTROL, COPYING, PROXY, TARGET
+from ...scoreboard.scoreboard import Scoreboard
 from ...storage.bitmap import Bitmap
 from ...storage.blocks import BLOCK, block_count
 from ...storage.snapshot import create_bitmap
@@ -191,7 +193,7 @@ class _Stewardship:
             self._on_copied(self._copy)
         elif self._scoreboard.wanted_copy is not None and not self._loop.stopping and not self._is_copying():
             self._resume_copy(self._scoreboard.wanted_copy)
-        self._scoreboard.end_dead_snapshot()
+        self._scoreboard.snapshots.end_dead()
         self._pass_on_news()
         if self._proxy is not None:
             self._proxy.follow_switch(self._scoreboard)
@@ -204,10 +206,10 @@ class _Stewardship:
         Nobody needs to wake up because a snapshot has begun.
         """
         scoreboard, seen = self._scoreboard, self._seen
-        changes = scoreboard.changes if scoreboard.snapshot is None else seen[-1]
-        self._seen = scoreboard.mode == TARGET, scoreboard.generation, changes
+        changes = scoreboard.gate.changes if scoreboard.snapshots.current is None else seen[-1]
+        self._seen = scoreboard.mode == TARGET, scoreboard.origin.generation, changes
         if self._seen != seen:
-            scoreboard.wake_all()
+            scoreboard.lines.wake_all()
 
     def _go_on(self, signal_name: str, reply: Reply) -> None:
         """A command that came as a signal: its outcome is for the log."""
@@ -333,7 +335,7 @@ class _Stewardship:
                 raise CommandError("this is no proxy any more: nothing is missing")
             if self._is_copying():
                 raise CommandError("a copy is under way already (xnbd-bgctl --query shows it)")
-            fetched_before = self._scoreboard.totals().bytes_fetched
+            fetched_before = self._scoreboard.lines.totals()[BYTES_FETCHED]
             self._start_copy(CopyOptions(min(piece or PIECE, PIECE), rate or 0))
             assert self._copy is not None
             if not wait:
@@ -398,7 +400,7 @@ class _Stewardship:
         yield {"done": True, **self._copied(fetched_before)}
 
     def _copied(self, fetched_before: int) -> Message:
-        fetched = self._scoreboard.totals().bytes_fetched - fetched_before
+        fetched = self._scoreboard.lines.totals()[BYTES_FETCHED] - fetched_before
         return {
             "cached_bytes": self._progress.cached_bytes(),
             "total_bytes": self._source.size,
@@ -448,8 +450,8 @@ class _Stewardship:
         finally:
             child.stop()
             child.wait()
-            self._scoreboard.end_dead_snapshot()
-            self._scoreboard.wake_all()
+            self._scoreboard.snapshots.end_dead()
+            self._scoreboard.lines.wake_all()
             self._snapshot = None
             self._forget_counter(made)
             bitmap.octets.close()
@@ -481,15 +483,17 @@ class _Stewardship:
         until = monotonic() + _TURN_TIMEOUT
         while True:
             self._end_dead_command()
-            if self._scoreboard.begin_command(name):
+            if self._scoreboard.turn.begin(name):
                 break
             if monotonic() > until:
-                raise CommandError(f"another command is under way: {self._scoreboard.command or 'unknown'}; try again")
+                raise CommandError(
+                    f"another command is under way: {self._scoreboard.turn.command or 'unknown'}; try again"
+                )
             yield None
         try:
             self._make_agree()
         except OSError as error:
-            self._scoreboard.end_command(whole=False)
+            self._scoreboard.turn.end(whole=False)
             raise CommandError(f"the state file cannot be used: {error.strerror}; nothing was changed") from error
 
     def _end_turn(self) -> None:
@@ -498,21 +502,23 @@ class _Stewardship:
             whole = self._wanted_steering() == self._known_steering()
         except OSError:
             whole = False
-        self._scoreboard.end_command(whole=whole)
+        self._scoreboard.turn.end(whole=whole)
 
     def _end_dead_command(self) -> None:
         """Make whole what a process has begun that is no more."""
-        if not self._scoreboard.command or not self._scoreboard.try_lock(COMMAND):
+        if not self._scoreboard.turn.command or not self._scoreboard.try_lock(COMMAND):
             return
         try:
-            address = self._scoreboard.whole_address()
-            self._scoreboard.address = self._known_steering().address if address is None else address  # perhaps untold
+            address = self._scoreboard.origin.whole_address()
+            self._scoreboard.origin.address = (
+                self._known_steering().address if address is None else address
+            )  # perhaps untold
             self._make_agree()
         except OSError as error:
             self._tell_once("cannot write to the state file", error.strerror or str(error))
-            self._scoreboard.end_command(whole=False)
+            self._scoreboard.turn.end(whole=False)
         else:
-            self._scoreboard.end_command(whole=True)
+            self._scoreboard.turn.end(whole=True)
 
     def _make_agree(self) -> None:
         """Have the state file say what the servers do, which the scoreboard tells; this process has the turn."""
@@ -523,7 +529,7 @@ class _Stewardship:
             log.warning("a command was cut short: the state file says again what the servers do")
 
     def _wanted_steering(self) -> Steering:
-        return Steering(self._scoreboard.mode == TARGET, self._scoreboard.address)
+        return Steering(self._scoreboard.mode == TARGET, self._scoreboard.origin.address)
 
     def _known_steering(self) -> Steering:
         assert self._proxy is not None
@@ -580,14 +586,14 @@ class _Stewardship:
         """Returns how long everybody was held, in seconds. Raises `OSError`, `TimeoutError` among them."""
         assert self._proxy is not None
         try:
-            self._proxy.steer(Steering(switched=True, address=self._scoreboard.address))
+            self._proxy.steer(Steering(switched=True, address=self._scoreboard.origin.address))
             began = monotonic()
-            with self._scoreboard.closed(_GATE_TIMEOUT):
+            with self._scoreboard.gate.closed(_GATE_TIMEOUT):
                 self._scoreboard.mode = TARGET
                 return monotonic() - began
         finally:
             if self._scoreboard.mode != TARGET:
-                self._proxy.steer(Steering(switched=False, address=self._scoreboard.address))
+                self._proxy.steer(Steering(switched=False, address=self._scoreboard.origin.address))
 
     def _refuse_if_missing(self) -> Reply:
         if not self._progress.complete:
@@ -616,9 +622,9 @@ class _Stewardship:
     def _have_followed(self) -> Generator[Optional[Message], None, int]:
         """Wait until every process has changed over; returns how many there are."""
         until = monotonic() + _FOLLOW_TIMEOUT
-        self._scoreboard.wake_all()
+        self._scoreboard.lines.wake_all()
         while True:
-            lines = self._scoreboard.lines()
+            lines = self._scoreboard.lines.living()
             behind = [line for line in lines if line.mode != TARGET]
             if not behind or monotonic() > until:
                 for line in behind:
@@ -646,7 +652,7 @@ class _Stewardship:
             self._reconnect_now(str(address))
         finally:
             self._end_turn()
-        self._scoreboard.wake_all()
+        self._scoreboard.lines.wake_all()
         log.info("the origin is %s now", address)
         yield {"done": True, "address": str(address)}
 
@@ -661,7 +667,7 @@ class _Stewardship:
             raise CommandError(str(error)) from error
         except OSError as error:
             raise CommandError(f"the address cannot be noted: {error.strerror}; nothing was changed") from error
-        self._scoreboard.address = address
+        self._scoreboard.origin.address = address
 
     def _ask_size(self, address: OriginAddress) -> Generator[Optional[Message], None, int]:
         """Bytes of the disk at *address*, asked by a child: an origin or a name server may take its time."""
