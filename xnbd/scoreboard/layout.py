@@ -14,6 +14,7 @@ numbers have the machine's own byte order.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zlib
@@ -66,6 +67,7 @@ _NUMBERS = f"{sum(counter.places for counter in COUNTERS)}Q"
 LONGEST_ADDRESS = 16000
 """Bytes of an origin's address."""
 
+# Other versions read the first three too.
 HEAD_FIELDS = (
     Field("magic", "8s", "``XNBDSCOR``"),
     Field("version", "I", "version of what the fields mean"),
@@ -137,7 +139,7 @@ class OtherVersion(OSError):
     """Servers of another version have made this scoreboard, or it is none."""
 
     def __init__(self) -> None:
-        super().__init__("the scoreboard is of another version of xnbd-server")
+        super().__init__(errno.EPROTO, "the scoreboard is of another version of xnbd-server")
 
 
 def scoreboard_size(processes: int) -> int:

@@ -91,7 +91,7 @@ class Lines:
         """The offsets of the lines that a process has, or has had."""
         unused = 0
         for at in range(LINES_AT, LINES_AT + self._count * LINE_SIZE, LINE_SIZE):
-            if self._map[at : at + _PID.size] != _NOBODY:
+            if self._map[at + _PID_AT : at + _PID_AT + _PID.size] != _NOBODY:
                 unused = 0
                 yield at
             elif (unused := unused + 1) == _UNUSED:
