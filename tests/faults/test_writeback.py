@@ -27,7 +27,8 @@ from model import read_all
 from power_failure import watching_syncs
 from server_process import Server, children_of, command, run, title_of, wait_until
 
-from xnbd.scoreboard.scoreboard import FAILURE, create_scoreboard
+from xnbd.scoreboard.layout import create_scoreboard
+from xnbd.scoreboard.scoreboard import Scoreboard
 from xnbd.storage.writeback import Record, WriteBack, WriteBackFailed
 
 ROUNDS = int(os.environ.get("XNBD_ROUNDS", 1))
@@ -164,11 +165,11 @@ def test_what_a_process_was_told_and_did_not_live_to_note_is_heard_of_by_those_t
             os.fdatasync(dead)
         later = description()
         os.fdatasync(later)
-        write_back = WriteBack(Record(record, FAILURE), master, witness)
+        write_back = WriteBack(Record(record, Scoreboard.failure_at), master, witness)
         with pytest.raises(WriteBackFailed):
             write_back.sync(later)
         with pytest.raises(WriteBackFailed):
-            WriteBack(Record(record, FAILURE)).sync(later)
+            WriteBack(Record(record, Scoreboard.failure_at)).sync(later)
 
 
 def test_there_is_no_snapshot_after_a_failed_flush(start: Start, tmp_path: Path, image: Path) -> None:

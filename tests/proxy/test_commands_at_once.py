@@ -23,7 +23,8 @@ from server_process import children_of, command, is_alive, run, wait_until
 
 from xnbd.proxy.state.files import read_steering
 from xnbd.proxy.state.format import Steering
-from xnbd.scoreboard.scoreboard import TARGET, Scoreboard
+from xnbd.scoreboard.layout import TARGET
+from xnbd.scoreboard.scoreboard import Scoreboard
 
 SIZE = 8 * MIB
 OLD = b"o" * BLOCK
@@ -84,8 +85,8 @@ class Shared:
         """What the state file and the scoreboard say, if nobody is about to change it and they say the same."""
         scoreboard_path = self.files.bitmap.with_name(f"{self.files.bitmap.name}.board")
         with closing(Scoreboard(os.open(scoreboard_path, os.O_RDWR))) as scoreboard:
-            told = Steering(scoreboard.mode == TARGET, scoreboard.address)
-            return told if not scoreboard.command and told == self.steering() else None
+            told = Steering(scoreboard.mode == TARGET, scoreboard.origin.address)
+            return told if not scoreboard.turn.command and told == self.steering() else None
 
     def wait_for_agreement(self) -> Steering:
         wait_until(lambda: self.agreement() is not None, "state file and board to agree")
@@ -155,7 +156,7 @@ def test_a_reconnect_waits_for_a_switch_and_then_sees_that_it_was(shared: Shared
         switch = pool.submit(shared.command, 1, "force")
         scoreboard_path = shared.files.bitmap.with_name(f"{shared.files.bitmap.name}.board")
         with closing(Scoreboard(os.open(scoreboard_path, os.O_RDWR))) as scoreboard:
-            wait_until(lambda: scoreboard.command.startswith("switch by"), "the switch to be under way")
+            wait_until(lambda: scoreboard.turn.command.startswith("switch by"), "the switch to be under way")
         assert "plain target by now" in shared.command(0, "reconnect")["error"]
         assert switch.result().get("done")
     shared.write(client, 3)
@@ -166,10 +167,10 @@ def test_a_reconnect_waits_for_a_switch_and_then_sees_that_it_was(shared: Shared
 def test_who_has_the_turn_for_too_long_is_named(shared: Shared) -> None:
     scoreboard_path = shared.files.bitmap.with_name(f"{shared.files.bitmap.name}.board")
     with closing(Scoreboard(os.open(scoreboard_path, os.O_RDWR))) as scoreboard:
-        assert scoreboard.begin_command("switch")
+        assert scoreboard.turn.begin("switch")
         complaint = shared.command(0, "reconnect")["error"]
         assert f"another command is under way: switch by process {os.getpid()}" in complaint
-        scoreboard.end_command(whole=True)
+        scoreboard.turn.end(whole=True)
     assert shared.command(0, "reconnect").get("done")
 
 
@@ -190,13 +191,13 @@ def test_a_switch_that_counts_blocks_first_keeps_the_turn(start: Start, files: C
         with injected(steward, "exit_group:delay_enter=2000000", children=True):
             switch = pool.submit(ask, files.control, "switch")
             wait_until(lambda: bool(children_of(steward)), "a child that counts")
-            wait_until(lambda: scoreboard.begin_command("reconnect"), "the turn, which a switch does not need yet")
+            wait_until(lambda: scoreboard.turn.begin("reconnect"), "the turn, which a switch does not need yet")
             client.zero(BLOCK, size - BLOCK)
             wait_until(lambda: not children_of(steward), "the end of the count")
         for _ in range(5):  # each answered by the steward between two steps of the switch
             query(files.control)
         assert scoreboard.mode != TARGET
-        scoreboard.end_command(whole=True)
+        scoreboard.turn.end(whole=True)
         assert switch.result().get("done")
 
 

@@ -23,7 +23,7 @@ from rawclient import RawClient
 from server_process import PYTHON, ROOT, Server, command, run, wait_until
 from wrapper_process import Wrapper
 
-from xnbd.scoreboard.scoreboard import TARGET
+from xnbd.scoreboard.layout import HEAD, TARGET
 from xnbd.storage.image_use import CACHE, DISK, attempts, try_use_as
 from xnbd.system.file_locks import SharedLocks
 
@@ -332,7 +332,7 @@ def test_a_switch_that_its_steward_did_not_live_to_tell_of_is_told_by_the_next(
 ) -> None:
     """Here by the same: all that it has of a switch is what the scoreboard says."""
     with files.bitmap.with_name(f"{files.bitmap.name}.board").open("r+b") as file:
-        file.seek(1)
+        file.seek(HEAD.at["mode"])
         file.write(bytes([TARGET]))
     wait_until(lambda: not is_claimed(files.image, CACHE), "the steward to notice")
     start("--target", files.image)
@@ -483,7 +483,7 @@ def test_claims_of_two_kinds_never_hold_at_once(tmp_path: Path, seed: int) -> No
 
 CLAIMER = """
 import mmap, os, random, sys
-from xnbd.scoreboard.scoreboard import TARGET
+from xnbd.scoreboard.layout import HEAD, TARGET
 from xnbd.storage.image_use import CACHE, DISK, attempts, try_use_as
 
 number, rng = int(sys.argv[3]), random.Random(int(sys.argv[4]))

@@ -126,7 +126,7 @@ def opened(tmp_path: Path, origin: Path) -> Iterator[Disk]:
     state = open_state(str(tmp_path / "c.bitmap"), fd, disk_size=SIZE, origin=uri, clear=False, adopt=False)
     settings = ProxySettings(str(cache), SIZE, False, address.parse_origin(uri), Patience(), DEFAULT_READAHEAD)
     source = ProxySource(fd, state, settings)
-    disk = Disk(source, source.scoreboard_fd(1))
+    disk = Disk(source, source.scoreboard_fd)
     yield disk
     disk.close()
     source.close()

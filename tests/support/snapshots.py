@@ -13,7 +13,8 @@ from typing import Iterator, List, NamedTuple, Optional
 from origin_programs import is_listening
 from server_process import PYTHON, ROOT, Server, children_of, run, title_of, wait_until
 
-from xnbd.scoreboard.scoreboard import GATE, Scoreboard
+from xnbd.scoreboard.layout import GATE
+from xnbd.scoreboard.scoreboard import Scoreboard
 from xnbd.system.file_locks import RangeLocks
 
 
@@ -132,7 +133,7 @@ def held_snapshot(server: Server, *, by: Optional[Path] = None) -> Iterator[Held
         wait_until(lambda: _find(steward, "xnbd-snapshot") is not None, "the snapshot's bitmap")
         held = Held(steward, _descriptor(steward, "xnbd-snapshot"), command)
         locks.release(GATE, 1)
-        wait_until(lambda: scoreboard.snapshot is not None, "the snapshot's beginning")
+        wait_until(lambda: scoreboard.snapshots.current is not None, "the snapshot's beginning")
         yield held
     finally:
         scoreboard.close()
@@ -147,7 +148,7 @@ def shut_gate(server: Server) -> Iterator[None]:
     """Nobody works on requests meanwhile."""
     scoreboard = Scoreboard(os.open(_scoreboard_of(server), os.O_RDWR))
     try:
-        with scoreboard.closed(10):
+        with scoreboard.gate.closed(10):
             yield
     finally:
         scoreboard.close()

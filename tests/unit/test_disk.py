@@ -9,11 +9,13 @@ from typing import Iterator, List
 
 import pytest
 
+from xnbd.scoreboard.layout import create_scoreboard
 from xnbd.scoreboard.scoreboard import Scoreboard
 from xnbd.server.disk import Disk
+from xnbd.server.snapshot_files import place_of
 from xnbd.storage.bitmap import bitmap_size
 from xnbd.storage.blocks import block_count
-from xnbd.storage.snapshot import KeepingImage, SnapshotFiles, place_of
+from xnbd.storage.snapshot import KeepingImage, SnapshotFiles
 from xnbd.storage.target import TargetImage, TargetSource, reopen
 from xnbd.system.file_locks import do_nothing
 
@@ -29,10 +31,10 @@ class Changing:
         self._files = files
 
     def begin_snapshot(self) -> None:
-        self.scoreboard.begin_snapshot(place_of(self._files, self.scoreboard.namespace))
+        self.scoreboard.snapshots.begin(place_of(self._files, self.scoreboard.namespace))
 
     def end_snapshot(self) -> None:
-        self.scoreboard.end_snapshot()
+        self.scoreboard.snapshots.end()
 
 
 def snapshots_open() -> int:
@@ -49,7 +51,7 @@ def changing(tmp_path: Path) -> Iterator[Changing]:
     os.ftruncate(output, SIZE)
     os.ftruncate(bitmap, bitmap_size(block_count(SIZE)) + 1)
     with closing(TargetSource(str(path), readonly=False)) as source:
-        fd = source.scoreboard_fd(4)
+        fd = create_scoreboard(4)
         scoreboard = Scoreboard(reopen(fd, readonly=False))
         with closing(Disk(source, fd)) as disk:
             yield Changing(disk, scoreboard, SnapshotFiles(output, bitmap))

@@ -7,7 +7,8 @@ from typing import Iterator, List, Tuple
 
 import pytest
 
-from xnbd.scoreboard.scoreboard import Scoreboard, create_scoreboard
+from xnbd.scoreboard.layout import create_scoreboard
+from xnbd.scoreboard.scoreboard import Scoreboard
 from xnbd.server.session.page_prefetch import PagePrefetch
 from xnbd.storage.target import TargetImage, TargetSource
 

@@ -17,24 +17,22 @@ from typing import Callable, ContextManager, Dict, Iterator, List, Optional
 import pytest
 from server_process import PATIENCE, is_alive, wait_until
 
-from xnbd.scoreboard.scoreboard import (
-    BYTES_READ,
+from xnbd.scoreboard.counters import BYTES_READ, MISSES, REQUESTS, Counts, new_counts
+from xnbd.scoreboard.layout import (
     COMPLETE,
     CONTROL,
     COPYING,
-    MISSES,
+    HEAD,
+    LINE_LOCKS,
     PROXY,
-    REQUESTS,
     SNAPSHOT,
     TARGET,
     UNREACHABLE,
-    Counts,
-    Line,
-    Scoreboard,
-    SnapshotPlace,
-    clock,
     create_scoreboard,
 )
+from xnbd.scoreboard.lines import Line, clock
+from xnbd.scoreboard.scoreboard import Scoreboard
+from xnbd.scoreboard.snapshots import SnapshotPlace
 from xnbd.storage.target import reopen
 
 Work = Callable[[Scoreboard], None]
@@ -89,6 +87,14 @@ def family(tmp_path: Path) -> Iterator[Family]:
     it.close()
 
 
+def counted(numbers: Dict[int, int]) -> Counts:
+    """These numbers at their places, and nothing else."""
+    counts = new_counts()
+    for place, number in numbers.items():
+        counts[place] = number
+    return Counts(counts)
+
+
 def rest(_scoreboard: Optional[Scoreboard] = None) -> None:
     """Stay until killed."""
     while True:
@@ -120,11 +126,11 @@ def process(family: Family, work: Work) -> Iterator[int]:
 def test_new_scoreboard_is_a_proxy_s_without_anything(family: Family) -> None:
     scoreboard = family.scoreboard
     assert scoreboard.mode == PROXY
-    assert scoreboard.address == ""
-    assert scoreboard.generation == 0
+    assert scoreboard.origin.address == ""
+    assert scoreboard.origin.generation == 0
     assert scoreboard.checkpoints() == (0, None)
-    assert scoreboard.lines() == []
-    assert scoreboard.totals() == Counts()
+    assert scoreboard.lines.living() == []
+    assert scoreboard.lines.totals() == counted({})
 
 
 def test_mode_is_seen_by_others(family: Family) -> None:
@@ -135,23 +141,23 @@ def test_mode_is_seen_by_others(family: Family) -> None:
 
 def test_address_is_seen_by_others_and_has_a_new_generation(family: Family) -> None:
     for number, address in enumerate(["nbd://a:1/", "nbd://\u00e9\udcff:2/" + "x" * 4000, "", "nbd://b:3/"], 1):
-        with process(family, lambda scoreboard, address=address: setattr(scoreboard, "address", address)):  # type: ignore[misc]
-            assert family.scoreboard.address == address
-            assert family.scoreboard.generation == number
+        with process(family, lambda scoreboard, address=address: setattr(scoreboard.origin, "address", address)):  # type: ignore[misc]
+            assert family.scoreboard.origin.address == address
+            assert family.scoreboard.origin.generation == number
 
 
 def test_address_that_is_too_long_is_refused(family: Family) -> None:
-    family.scoreboard.address = "nbd://a:1/"
+    family.scoreboard.origin.address = "nbd://a:1/"
     with pytest.raises(ValueError, match="too long"):
-        family.scoreboard.address = "x" * 20_000
-    assert family.scoreboard.address == "nbd://a:1/"
+        family.scoreboard.origin.address = "x" * 20_000
+    assert family.scoreboard.origin.address == "nbd://a:1/"
 
 
 def test_address_that_is_half_written_is_none(family: Family) -> None:
-    family.scoreboard.address = "nbd://a:1/"
+    family.scoreboard.origin.address = "nbd://a:1/"
     with mmap.mmap(family.fd, 0) as memory:
-        memory[64 + 8] ^= 1
-    assert family.scoreboard.address == ""
+        memory[HEAD.at["address_text"]] ^= 1
+    assert family.scoreboard.origin.address == ""
 
 
 def test_checkpoints_are_counted(family: Family) -> None:
@@ -172,7 +178,7 @@ def test_complete_is_what_was_a_proxy(family: Family) -> None:
 
 def test_a_switch_is_not_taken_back_by_another_server_that_finds_the_disk_complete(family: Family) -> None:
     def switch(scoreboard: Scoreboard) -> None:
-        with scoreboard.closed(PATIENCE):
+        with scoreboard.gate.closed(PATIENCE):
             os.write(say, b"!")
             assert os.read(wait, 1) == b"!"
             scoreboard.mode = TARGET
@@ -194,45 +200,47 @@ def test_a_switch_is_not_taken_back_by_another_server_that_finds_the_disk_comple
 
 def begin_snapshot(scoreboard: Scoreboard) -> None:
     assert scoreboard.try_lock(SNAPSHOT)
-    scoreboard.begin_snapshot(SnapshotPlace(os.getpid(), 5, 6, scoreboard.namespace, (7, 8, 7, 9)))
+    scoreboard.snapshots.begin(SnapshotPlace(os.getpid(), 5, 6, scoreboard.namespace, (7, 8, 7, 9)))
 
 
 def test_a_snapshot_is_ended_by_others_only_when_its_process_is_dead(family: Family) -> None:
     with process(family, begin_snapshot) as pid:
-        assert not family.scoreboard.end_dead_snapshot()
-        assert family.scoreboard.snapshot == SnapshotPlace(pid, 5, 6, family.scoreboard.namespace, (7, 8, 7, 9))
+        assert not family.scoreboard.snapshots.end_dead()
+        assert family.scoreboard.snapshots.current == SnapshotPlace(
+            pid, 5, 6, family.scoreboard.namespace, (7, 8, 7, 9)
+        )
         family.kill(pid)
-        assert family.scoreboard.end_dead_snapshot()
-        assert family.scoreboard.snapshot is None
-        assert not family.scoreboard.end_dead_snapshot()
+        assert family.scoreboard.snapshots.end_dead()
+        assert family.scoreboard.snapshots.current is None
+        assert not family.scoreboard.snapshots.end_dead()
 
 
 def test_after_the_end_of_a_dead_snapshot_the_next_one_may_begin(family: Family) -> None:
     for _ in range(2):
         with process(family, begin_snapshot) as pid:
             family.kill(pid)
-        assert family.scoreboard.end_dead_snapshot()
+        assert family.scoreboard.snapshots.end_dead()
 
 
 # Commands
 
 
 def begin_command(scoreboard: Scoreboard) -> None:
-    assert scoreboard.begin_command("switch")
+    assert scoreboard.turn.begin("switch")
 
 
 def test_commands_are_one_at_a_time_and_one_that_was_cut_short_stays_noted(family: Family) -> None:
     with process(family, begin_command) as pid:
-        assert not family.scoreboard.begin_command("reconnect")
-        assert family.scoreboard.command == f"switch by process {pid}"
+        assert not family.scoreboard.turn.begin("reconnect")
+        assert family.scoreboard.turn.command == f"switch by process {pid}"
         family.kill(pid)
-        assert family.scoreboard.command == f"switch by process {pid}"
-        assert family.scoreboard.begin_command("reconnect")
-        family.scoreboard.end_command(whole=False)
-        assert family.scoreboard.command == f"reconnect by process {os.getpid()}"
-        assert family.scoreboard.begin_command("reconnect")
-        family.scoreboard.end_command(whole=True)
-        assert family.scoreboard.command == ""
+        assert family.scoreboard.turn.command == f"switch by process {pid}"
+        assert family.scoreboard.turn.begin("reconnect")
+        family.scoreboard.turn.end(whole=False)
+        assert family.scoreboard.turn.command == f"reconnect by process {os.getpid()}"
+        assert family.scoreboard.turn.begin("reconnect")
+        family.scoreboard.turn.end(whole=True)
+        assert family.scoreboard.turn.command == ""
 
 
 @pytest.mark.parametrize("who", ["worker", "closer"])
@@ -242,9 +250,9 @@ def test_what_a_process_has_changed_before_it_died_in_the_gate_is_told(family: F
     gates: List[ContextManager[None]] = []
 
     def change_untold(scoreboard: Scoreboard) -> None:
-        gates.append(scoreboard.closed(20))
+        gates.append(scoreboard.gate.closed(20))
         gates[0].__enter__()
-        scoreboard._map[1] = TARGET
+        scoreboard._map[HEAD.at["mode"]] = TARGET
 
     place = family.scoreboard.take_place()
     before = place.changes
@@ -252,7 +260,7 @@ def test_what_a_process_has_changed_before_it_died_in_the_gate_is_told(family: F
         family.kill(pid)
     assert (family.scoreboard.mode, place.changes) == (TARGET, before)
     if who == "closer":
-        with family.scoreboard.closed(20):
+        with family.scoreboard.gate.closed(20):
             pass
     place.enter()
     assert place.changes != before
@@ -273,23 +281,25 @@ def place_that_counts_signals(scoreboard: Scoreboard) -> None:
 
 def test_all_processes_of_this_namespace_are_woken(family: Family) -> None:
     with process(family, place_that_counts_signals), process(family, place_that_counts_signals):
-        family.scoreboard.wake_all()
-        wait_until(lambda: [line.counts.requests for line in family.scoreboard.lines()] == [1, 1], "the signals")
+        family.scoreboard.lines.wake_all()
+        wait_until(
+            lambda: [line.counts[REQUESTS] for line in family.scoreboard.lines.living()] == [1, 1], "the signals"
+        )
 
 
 def test_nobody_is_woken_by_an_id_that_is_not_his(family: Family) -> None:
     """What stands in a line is a dead process's id, until the next one in that line has written its own."""
 
     def only_lock(scoreboard: Scoreboard) -> None:
-        assert scoreboard.try_lock((1 << 16) + 1)
+        assert scoreboard.try_lock(LINE_LOCKS + 1)
 
     with process(family, rest_with_place) as first, process(family, rest_with_place) as second:
-        assert [line.pid for line in family.scoreboard.lines()] == [first, second]
+        assert [line.pid for line in family.scoreboard.lines.living()] == [first, second]
         family.kill(second)
         with process(family, only_lock):
-            assert [line.pid for line in family.scoreboard.lines()] == [first, second]
+            assert [line.pid for line in family.scoreboard.lines.living()] == [first, second]
             with stranger(second):
-                family.scoreboard.wake_all()
+                family.scoreboard.lines.wake_all()
 
 
 def rest_with_place(scoreboard: Scoreboard) -> None:
@@ -329,13 +339,13 @@ def serve_somebody(scoreboard: Scoreboard) -> None:
 def test_line_tells_of_its_process(family: Family) -> None:
     before = clock()
     with process(family, serve_somebody) as pid:
-        (line,) = family.scoreboard.lines()
+        (line,) = family.scoreboard.lines.living()
         assert before <= line.since <= clock()
         assert line._replace(since=0.0) == Line(
             pid,
             PROXY,
             0.0,
-            Counts(requests=7, bytes_read=700),
+            counted({REQUESTS: 7, BYTES_READ: 700}),
             UNREACHABLE,
             3,
             4096,
@@ -354,26 +364,26 @@ def test_counts_begin_anew_with_the_next_client_but_not_in_the_totals(family: Fa
             place.tell()
 
     with process(family, serve_two):
-        (line,) = family.scoreboard.lines()
-        assert (line.peer, line.counts) == ("second", Counts(misses=3))
+        (line,) = family.scoreboard.lines.living()
+        assert (line.peer, line.counts) == ("second", counted({MISSES: 3}))
         assert (line.queued_requests, line.queued_bytes, line.trouble) == (0, 0, "")
-        assert family.scoreboard.totals() == Counts(misses=8)
+        assert family.scoreboard.lines.totals() == counted({MISSES: 8})
 
 
 def test_dead_process_has_no_line_and_its_counts_stay_in_the_totals(family: Family) -> None:
     with process(family, serve_somebody) as pid:
         family.kill(pid)
-        assert family.scoreboard.lines() == []
-        assert family.scoreboard.totals() == Counts(requests=7, bytes_read=700)
+        assert family.scoreboard.lines.living() == []
+        assert family.scoreboard.lines.totals() == counted({REQUESTS: 7, BYTES_READ: 700})
 
 
 def test_successor_in_a_line_goes_on_from_its_totals(tmp_path: Path) -> None:
     family = Family(tmp_path, processes=1)
     for number in range(1, 4):
         with process(family, serve_somebody):
-            (line,) = family.scoreboard.lines()
-            assert line.counts == Counts(requests=7, bytes_read=700)
-            assert family.scoreboard.totals() == Counts(requests=7 * number, bytes_read=700 * number)
+            (line,) = family.scoreboard.lines.living()
+            assert line.counts == counted({REQUESTS: 7, BYTES_READ: 700})
+            assert family.scoreboard.lines.totals() == counted({REQUESTS: 7 * number, BYTES_READ: 700 * number})
     family.close()
 
 
@@ -383,7 +393,7 @@ def test_each_process_has_a_line_of_its_own_until_all_are_taken(tmp_path: Path) 
     for _ in range(5):
         done = process(family, serve_somebody)
         pids.append(done.__enter__())
-    assert sorted(line.pid for line in family.scoreboard.lines()) == sorted(pids)
+    assert sorted(line.pid for line in family.scoreboard.lines.living()) == sorted(pids)
     with pytest.raises(OSError, match="more than 5 processes"):
         family.scoreboard.take_place()
     family.kill(pids[0])
@@ -398,7 +408,7 @@ def test_texts_that_are_too_long_are_cut(family: Family) -> None:
         place.tell_origin(UNREACHABLE, "y" * 500)
 
     with process(family, talk):
-        (line,) = family.scoreboard.lines()
+        (line,) = family.scoreboard.lines.living()
         assert line.peer.startswith("\u00e9" * 30)
         assert len(line.peer) <= 64
         assert set(line.trouble) == {"y"}
@@ -430,22 +440,22 @@ def enter_and_leave(scoreboard: Scoreboard) -> None:
 
 
 def test_gate_closes_at_once_when_nobody_is_inside(family: Family) -> None:
-    with process(family, enter_and_leave), family.scoreboard.closed(PATIENCE):
+    with process(family, enter_and_leave), family.scoreboard.gate.closed(PATIENCE):
         pass
 
 
 def test_gate_does_not_close_while_somebody_is_inside(family: Family) -> None:
     with process(family, enter) as pid:
-        with pytest.raises(TimeoutError, match=f"process {pid} is busy"), family.scoreboard.closed(0.2):
+        with pytest.raises(TimeoutError, match=f"process {pid} is busy"), family.scoreboard.gate.closed(0.2):
             pass
         family.kill(pid)
-        with family.scoreboard.closed(PATIENCE):
+        with family.scoreboard.gate.closed(PATIENCE):
             pass
 
 
 def test_gate_that_could_not_be_closed_is_open_again(family: Family) -> None:
     with process(family, enter):
-        with pytest.raises(TimeoutError), family.scoreboard.closed(0.2):
+        with pytest.raises(TimeoutError), family.scoreboard.gate.closed(0.2):
             pass
         with process(family, enter):
             pass
@@ -453,26 +463,26 @@ def test_gate_that_could_not_be_closed_is_open_again(family: Family) -> None:
 
 def test_gate_is_held_by_one_at_a_time(family: Family) -> None:
     def hold(scoreboard: Scoreboard) -> None:
-        scoreboard.closed(PATIENCE).__enter__()
+        scoreboard.gate.closed(PATIENCE).__enter__()
 
     held = []
 
     def keep(scoreboard: Scoreboard) -> None:
-        held.append(scoreboard.closed(PATIENCE))
+        held.append(scoreboard.gate.closed(PATIENCE))
         held[0].__enter__()
 
     with process(family, keep) as pid:
-        with pytest.raises(TimeoutError, match="somebody else holds the gate"), family.scoreboard.closed(0.2):
+        with pytest.raises(TimeoutError, match="somebody else holds the gate"), family.scoreboard.gate.closed(0.2):
             pass
         family.kill(pid)
-        with family.scoreboard.closed(PATIENCE):
+        with family.scoreboard.gate.closed(PATIENCE):
             pass
 
 
 def test_who_comes_to_a_closed_gate_waits_and_goes_on(family: Family) -> None:
-    with family.scoreboard.closed(PATIENCE):
+    with family.scoreboard.gate.closed(PATIENCE):
         pid = family.spawn(enter_and_leave)
-        wait_until(lambda: any(line.pid == pid for line in family.scoreboard.lines()), "the visitor")
+        wait_until(lambda: any(line.pid == pid for line in family.scoreboard.lines.living()), "the visitor")
         time.sleep(0.1)
         assert is_alive(pid)
     family.wait(pid)
@@ -482,7 +492,7 @@ def test_gate_of_a_holder_that_dies_opens(family: Family) -> None:
     held = []
 
     def keep(scoreboard: Scoreboard) -> None:
-        held.append(scoreboard.closed(PATIENCE))
+        held.append(scoreboard.gate.closed(PATIENCE))
         held[0].__enter__()
 
     with process(family, keep) as pid:
@@ -529,7 +539,7 @@ class Pairs:
             memory, at = self.memory, 2048 + 8 * number
             rounds = struct.unpack_from("=Q", memory, at)[0]
             while True:
-                with scoreboard.closed(PATIENCE):
+                with scoreboard.gate.closed(PATIENCE):
                     before = memory[: _SLOTS * _PAIR.size]
                     for slot in range(_SLOTS):
                         one, other = _PAIR.unpack_from(before, slot * _PAIR.size)

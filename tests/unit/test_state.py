@@ -36,7 +36,7 @@ from xnbd.proxy.state.known import is_switched, known_size
 from xnbd.proxy.state.opening import open_state
 from xnbd.proxy.state.scoreboard_file import MAXIMUM_PROCESSES
 from xnbd.proxy.state.shared import SharedState
-from xnbd.scoreboard.scoreboard import TARGET, scoreboard_size
+from xnbd.scoreboard.layout import TARGET, scoreboard_size
 from xnbd.storage.bitmap import bitmap_size
 from xnbd.storage.blocks import BLOCK, bytes_of
 from xnbd.system.file_locks import RangeLocks, do_nothing

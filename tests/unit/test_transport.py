@@ -19,6 +19,8 @@ from xnbd.protocol.server_handshake import Agreement
 from xnbd.proxy.image import ProxySettings, ProxySource
 from xnbd.proxy.origin_link import Patience
 from xnbd.proxy.state.opening import open_state
+from xnbd.scoreboard.layout import create_scoreboard
+from xnbd.scoreboard.scoreboard import Scoreboard
 from xnbd.server.disk import Disk
 from xnbd.server.process_loop import ProcessLoop
 from xnbd.server.session.connection import Connection
@@ -60,12 +62,14 @@ class BufferingTransport(PlainTransport):
 
 
 @contextmanager
-def session(source: Source, piece: int, spin: float = 0.0, limits: QueueLimits = NO_LIMITS) -> Iterator[RawClient]:
+def session(
+    source: Source[Scoreboard], piece: int, spin: float = 0.0, limits: QueueLimits = NO_LIMITS
+) -> Iterator[RawClient]:
     """The client of a session on *source*, which runs in a thread and has ended without an error afterwards."""
     ours, theirs = socket.socketpair()
     ours.settimeout(60)
     loop = ProcessLoop(handle_signals=False)
-    disk = Disk(source, source.scoreboard_fd(4))
+    disk = Disk(source, source.scoreboard_fd or create_scoreboard(4))
     loop.companion = disk
     connection = Connection(theirs, loop, spin)
     connection.use(BufferingTransport(theirs, piece))

@@ -24,7 +24,9 @@ from server_process import PATIENCE, ROOT, command, run, wait_until
 from wrapper_process import fails as wrapper_fails
 from wrapper_process import program
 
-from xnbd.scoreboard.scoreboard import Scoreboard, clock, create_scoreboard, scoreboard_size
+from xnbd.scoreboard.layout import create_scoreboard, scoreboard_size
+from xnbd.scoreboard.lines import clock
+from xnbd.scoreboard.scoreboard import Scoreboard
 from xnbd.server.steward.progress import Pages
 from xnbd.storage.bitmap import Bitmap, bitmap_size
 

@@ -10,6 +10,8 @@ from typing import Iterator, Optional
 
 from ..errors import ConfigurationError
 from ..logs import log
+from ..scoreboard.layout import create_scoreboard
+from ..scoreboard.scoreboard import Scoreboard
 from ..server.master import ORDERS, Limits, Master
 from ..server.process_loop import ProcessLoop
 from ..server.service import Service
@@ -46,7 +48,7 @@ def _open_service(options: ServerOptions, processes: int) -> Service:
     source = _open_source(options, alone=processes > 1)
     return Service(
         source=source,
-        scoreboard_fd=source.scoreboard_fd(processes),
+        scoreboard_fd=source.scoreboard_fd or create_scoreboard(processes),
         export_name=options.export_name or source.name,
         oldstyle=options.oldstyle,
         handshake_timeout=options.handshake_timeout,
@@ -56,7 +58,7 @@ def _open_service(options: ServerOptions, processes: int) -> Service:
     )
 
 
-def _open_source(options: ServerOptions, *, alone: bool) -> Source:
+def _open_source(options: ServerOptions, *, alone: bool) -> Source[Scoreboard]:
     """The disk, as its mode makes it; *alone* as for `open_proxy`."""
     disk = options.disk
     if not isinstance(disk, (TargetOptions, CowOptions)):

@@ -14,14 +14,15 @@ from typing import List, Tuple
 
 from ..logs import log
 from ..origin.base import Data
-from ..scoreboard.scoreboard import BYTES_FETCHED, Counts, Scoreboard
+from ..scoreboard.counters import BYTES_FETCHED, new_counts
+from ..scoreboard.scoreboard import Scoreboard
 from ..storage.bitmap import Bitmap
 from ..storage.blocks import block_start, block_stop
-from ..storage.passage import Parcel, Passage
 from ..storage.space import NO_SPACE
 from ..storage.target import TargetImage
 from .fetch_queue import Fetch, FetchQueue
 from .locking import refuse_if_shrunk
+from .passage import Passage, PassedParcel
 
 
 class Arrivals:
@@ -31,7 +32,7 @@ class Arrivals:
     """
 
     def __init__(self, cache: TargetImage, bitmap: Bitmap, queue: FetchQueue, scoreboard: Scoreboard) -> None:
-        self.counts: List[int] = [0] * len(Counts())
+        self.counts: List[int] = new_counts()
         self.passes_on = True
         """Whether what cannot be kept is of use to those who wait; else it is an error."""
         self.closed = False
@@ -125,7 +126,7 @@ class Arrivals:
         except OSError as error:
             self._on_failure(fetch, error)
             return
-        parcel = Parcel(self.passage, fetch.first, fetch.end, data)
+        parcel = PassedParcel(self.passage, fetch.first, fetch.end, data)
         for at, piece in pieces:
             parcel[at - offset : at - offset + len(piece)] = piece
         for ticket in fetch.tickets:

@@ -21,7 +21,7 @@ from typing import Any, List, Optional, Tuple
 
 from ..logs import log
 from ..origin.base import Origin, OriginLost
-from ..scoreboard.scoreboard import TARGET
+from ..scoreboard.layout import TARGET
 from ..storage.blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop
 from ..storage.image import Background, Ticket
 from ..storage.target import TargetImage

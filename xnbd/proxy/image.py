@@ -13,11 +13,12 @@ import os
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..origin.base import OriginAddress
-from ..scoreboard.scoreboard import MISSES, TARGET, Counts, Scoreboard
+from ..scoreboard.counters import MISSES, new_counts
+from ..scoreboard.layout import TARGET
+from ..scoreboard.scoreboard import Scoreboard
 from ..storage import image_use
 from ..storage.blocks import BLOCK_SHIFT, block_count, block_start, block_stop, covered, touched
-from ..storage.image import FETCH_STEP, Buffer, Extent, Image, NotLocal, Source, Ticket
-from ..storage.passage import Parcel
+from ..storage.image import FETCH_STEP, Buffer, Extent, Image, NotLocal, Parcel, Source, Ticket
 from ..storage.target import TargetImage, reopen
 from ..storage.writeback import WriteBack
 from .fetcher import Fetcher
@@ -52,7 +53,7 @@ class ProxyImage(Image):
         self.size = cache.size
         self.readonly = readonly
         self._scoreboard = whereabouts.scoreboard
-        self._counts: List[int] = [0] * len(Counts())
+        self._counts = new_counts()
         self.fetcher = Fetcher(cache, state, whereabouts, patience)
         self.background = self.fetcher
         self._locking = self.fetcher.locking
@@ -261,7 +262,7 @@ class ProxyImage(Image):
         self._state.close()
 
 
-class ProxySource(Source):
+class ProxySource(Source[Scoreboard]):
     """The cache image behind *cache_fd* with its bitmap, before a disk that lives elsewhere.
 
     ``witness`` is a second description of the image, as old, which every process syncs
@@ -316,7 +317,8 @@ class ProxySource(Source):
     def allocated(self) -> int:
         return os.fstat(self._cache_fd).st_blocks * 512
 
-    def scoreboard_fd(self, processes: int) -> int:
+    @property
+    def scoreboard_fd(self) -> int:
         return self._state.scoreboard_fd
 
     def open_state(self) -> ProcessState:

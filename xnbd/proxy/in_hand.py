@@ -6,8 +6,7 @@ from typing import Iterator, List
 
 from ..storage.bitmap import Bitmap
 from ..storage.blocks import BLOCK_SHIFT, block_start
-from ..storage.image import Image
-from ..storage.passage import Parcel
+from ..storage.image import Image, Parcel
 
 
 class InHand:

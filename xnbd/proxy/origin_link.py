@@ -11,7 +11,8 @@ from typing import Any, List, NamedTuple, Optional, Tuple, Union
 from ..logs import log
 from ..origin.address import parse_origin
 from ..origin.base import Origin, OriginAddress, OriginLost, Sink, Terms
-from ..scoreboard.scoreboard import NOT_NEEDED, REACHED, UNREACHABLE, Scoreboard
+from ..scoreboard.layout import NOT_NEEDED, REACHED, UNREACHABLE
+from ..scoreboard.scoreboard import Scoreboard
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
 _QUIET = 0.005
@@ -26,11 +27,11 @@ class Whereabouts(NamedTuple):
     @property
     def generation(self) -> int:
         """Changes whenever the address does."""
-        return self.scoreboard.generation
+        return self.scoreboard.origin.generation
 
     @property
     def address(self) -> OriginAddress:
-        moved = self.scoreboard.address
+        moved = self.scoreboard.origin.address
         return parse_origin(moved) if moved else self.first
 
 

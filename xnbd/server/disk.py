@@ -26,12 +26,14 @@ from contextlib import contextmanager
 from typing import Callable, Iterator, Optional
 
 from ..logs import log
-from ..scoreboard.scoreboard import SNAPSHOT, TARGET, Scoreboard
+from ..scoreboard.layout import SNAPSHOT, TARGET
+from ..scoreboard.scoreboard import Scoreboard
 from ..storage.image import Background, Image, Source
-from ..storage.snapshot import Keeper, KeepingImage, open_files
+from ..storage.snapshot import Keeper, KeepingImage
 from ..storage.target import reopen
 from ..system.file_locks import do_nothing
 from .process_loop import Companion, Interests
+from .snapshot_files import open_files
 
 
 class Disk(Companion):
@@ -41,7 +43,7 @@ class Disk(Companion):
     the image's background works on.
     """
 
-    def __init__(self, source: Source, scoreboard_fd: int) -> None:
+    def __init__(self, source: Source[Scoreboard], scoreboard_fd: int) -> None:
         """Opens *source* for this process, after the fork. Raises `OSError`."""
         self._source = source
         self.name = source.name
@@ -122,7 +124,7 @@ class Disk(Companion):
         self._on_renewed()
 
     def _keep_for_snapshot(self) -> None:
-        snapshot = self.scoreboard.snapshot
+        snapshot = self.scoreboard.snapshots.current
         if snapshot is None:
             return
         reason = "its process is alive, and cannot be found"
@@ -139,9 +141,9 @@ class Disk(Companion):
                 return  # a steward ends what a dead process has begun, and wakes those who keep blocks for it
         except (OSError, ValueError) as error:
             reason = str(error)
-        if self.scoreboard.snapshot == snapshot:
+        if self.scoreboard.snapshots.current == snapshot:
             log.warning("cannot keep old blocks for the snapshot, which is given up: %s", reason)
-            self.scoreboard.end_snapshot()
+            self.scoreboard.snapshots.end()
 
     # While the process sleeps
 

@@ -22,7 +22,7 @@ from .session.parking import QueueLimits
 class Service(NamedTuple):
     """A disk as it is offered to clients: its source, its export name, and how a client is served; times in seconds."""
 
-    source: Source
+    source: Source[Scoreboard]
     scoreboard_fd: int
     export_name: str
     oldstyle: bool = False

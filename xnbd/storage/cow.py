@@ -21,13 +21,12 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..making import make_file
-from ..scoreboard.scoreboard import FAILURE, Scoreboard
 from ..system.file_locks import RangeLocks
 from . import image_use, space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, block_count, block_start, block_stop, bytes_of, covered, steps, touched
 from .extents import file_data_until, file_extents
-from .image import Buffer, Extent, Image, Source
+from .image import Buffer, Extent, Image, Shared, Source
 from .target import Sync, map_disk, map_trouble, open_disk, reopen
 from .writeback import Record, WriteBack
 
@@ -38,7 +37,7 @@ _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class CowSource(Source):
+class CowSource(Source[Shared]):
     """The base image at *path* with an empty overlay in *directory*.
 
     Without a directory the overlay lies beside the base, or in ``$TMPDIR`` where
@@ -67,8 +66,8 @@ class CowSource(Source):
         except (OSError, OverflowError) as error:
             raise ConfigurationError(map_trouble(path, self.size, error)) from error
 
-    def open(self, scoreboard: Scoreboard) -> CowImage:
-        return self._open(self.write_back(scoreboard).hear)
+    def open(self, shared: Shared) -> CowImage:
+        return self._open(self.write_back(shared).hear)
 
     def _open(self, hear: Sync) -> CowImage:
         return CowImage(
@@ -81,15 +80,15 @@ class CowSource(Source):
             hear=hear,
         )
 
-    def write_back(self, scoreboard: Scoreboard) -> WriteBack:
-        return WriteBack(Record(scoreboard.fd, FAILURE), witness=self._overlay)
+    def write_back(self, shared: Shared) -> WriteBack:
+        return WriteBack(Record(shared.fd, shared.failure_at), witness=self._overlay)
 
     def allocated(self) -> int:
         return sum(os.fstat(fd).st_blocks * 512 for fd in (self._base, self._overlay))
 
-    def flush(self, scoreboard: Scoreboard) -> None:
+    def flush(self, shared: Shared) -> None:
         """Nothing but to tell of a failure: the overlay ends with the server."""
-        self.write_back(scoreboard).check()
+        self.write_back(shared).check()
 
     def close(self) -> None:
         for fd in (self._base, self._overlay, self._bitmap):

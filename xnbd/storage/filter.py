@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Callable, Iterator, List, Optional
 
-from .image import Buffer, Extent, Image
-from .passage import Parcel
+from .image import Buffer, Extent, Image, Parcel
 
 
 class FilterImage(Image):

@@ -12,11 +12,9 @@ error to answer, the same fault in Python code would kill the process.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Callable, Generic, Iterator, List, NamedTuple, Optional, Protocol, Tuple, TypeVar, Union
 
-from ..scoreboard.scoreboard import FAILURE, Scoreboard, create_scoreboard
 from ..system.file_locks import do_nothing
-from .passage import Parcel
 from .writeback import Record, WriteBack
 
 Buffer = Union[bytes, bytearray, memoryview]
@@ -30,6 +28,15 @@ class Extent(NamedTuple):
 
     length: int
     hole: bool
+
+
+class Parcel(bytearray):
+    """*data* of the blocks from ``first`` up to ``end``, which have come and could not be kept."""
+
+    def __init__(self, first: int, end: int, data: bytes) -> None:
+        super().__init__(data)
+        self.first = first
+        self.end = end
 
 
 class Ticket:
@@ -83,7 +90,7 @@ class Background(ABC):
     @property
     @abstractmethod
     def health(self) -> int:
-        """What the scoreboard tells of the origin: `scoreboard.REACHED` and its like."""
+        """What is told of the origin: `layout.REACHED` of the scoreboard, and its like."""
 
     @abstractmethod
     def interests(self) -> List[Tuple[int, int]]:
@@ -119,7 +126,7 @@ class Image(ABC):
     """How many bytes from the start can be reached now: less than ``size`` if the file shrank."""
 
     def count_in(self, counts: List[int]) -> None:
-        """Count what was missed and fetched in *counts*, at the places that `scoreboard.Counts` has for it."""
+        """Count what was missed and fetched in *counts*, at the places that the scoreboard's `counters` have for it."""
         del counts  # but for a proxy nothing is
 
     @abstractmethod
@@ -193,8 +200,20 @@ class Image(ABC):
         """Let go of descriptors and mappings; the image must not be used afterwards."""
 
 
-class Source(ABC):
+class Shared(Protocol):
+    """What a disk needs of the memory that all its processes share: the file, and room for a `Record` in it."""
+
+    fd: int
+    failure_at: int
+
+
+AnyShared = TypeVar("AnyShared", bound=Shared, contravariant=True)
+
+
+class Source(ABC, Generic[AnyShared]):
     """A disk as the master holds it: opened and checked once, opened again by every worker.
+
+    What all processes of the disk share is handed in, as that of the process that calls.
 
     A worker needs descriptors of its own: record locks belong to a process, and
     errors of delayed writes are reported once per open file (`storage.writeback`).
@@ -208,29 +227,30 @@ class Source(ABC):
     readonly: bool
 
     @abstractmethod
-    def open(self, scoreboard: Scoreboard) -> Image:
-        """The disk for this process, whose *scoreboard* it is. Called after the fork; raises `OSError`."""
+    def open(self, shared: AnyShared) -> Image:
+        """The disk for this process. Called after the fork; raises `OSError`."""
 
-    def is_whole(self, scoreboard: Scoreboard) -> bool:
+    def is_whole(self, shared: AnyShared) -> bool:
         """Whether all of the disk is here, so that there can be snapshots of it."""
-        del scoreboard  # but for a proxy's it is
+        del shared  # but for a proxy's it is
         return True
 
     def allocated(self) -> int:
         """Bytes of storage that the disk's content takes, about."""
         return self.size
 
-    def scoreboard_fd(self, processes: int) -> int:
-        """The file of the scoreboard, which at most so many processes share."""
-        return create_scoreboard(processes)
+    @property
+    def scoreboard_fd(self) -> Optional[int]:
+        """The file that all processes of the disk share, if servers that are started separately share it too."""
+        return None
 
-    def write_back(self, scoreboard: Scoreboard) -> WriteBack:
-        """How a process whose *scoreboard* it is syncs the disk, and knows whether that has failed."""
-        return WriteBack(Record(scoreboard.fd, FAILURE))
+    def write_back(self, shared: AnyShared) -> WriteBack:
+        """How a process syncs the disk, and knows whether that has failed."""
+        return WriteBack(Record(shared.fd, shared.failure_at))
 
     @abstractmethod
-    def flush(self, scoreboard: Scoreboard) -> None:
-        """What `Image.flush` does, for the master, whose *scoreboard* it is, when the workers are gone."""
+    def flush(self, shared: AnyShared) -> None:
+        """What `Image.flush` does, for the master, when the workers are gone."""
 
     @abstractmethod
     def close(self) -> None:

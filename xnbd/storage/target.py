@@ -14,11 +14,10 @@ from typing import Callable, Iterator, List
 
 from ..errors import ConfigurationError
 from ..making import make_file
-from ..scoreboard.scoreboard import FAILURE, Scoreboard
 from ..text import one_line
 from . import image_use, space
 from .extents import file_data_until, file_extents
-from .image import Buffer, Extent, Image, Source
+from .image import Buffer, Extent, Image, Shared, Source
 from .writeback import Record, WriteBack, WriteBackFailed, drop_cached
 
 Sync = Callable[[int], None]
@@ -124,7 +123,7 @@ def map_disk(fd: int, size: int) -> memoryview:
     return memoryview(mapping)
 
 
-class TargetSource(Source):
+class TargetSource(Source[Shared]):
     """The disk image at *path*. Raises `ConfigurationError` if it cannot be served."""
 
     mode = "target"
@@ -143,18 +142,18 @@ class TargetSource(Source):
         except (OSError, OverflowError) as error:
             raise ConfigurationError(map_trouble(path, self.size, error)) from error
 
-    def open(self, scoreboard: Scoreboard) -> TargetImage:
-        return self._open(self.write_back(scoreboard).sync)
+    def open(self, shared: Shared) -> TargetImage:
+        return self._open(self.write_back(shared).sync)
 
     def _open(self, sync: Sync) -> TargetImage:
         return TargetImage(reopen(self._fd, readonly=self.readonly), self.size, readonly=self.readonly, sync=sync)
 
-    def write_back(self, scoreboard: Scoreboard) -> WriteBack:
-        return WriteBack(Record(scoreboard.fd, FAILURE), self._fd, self._witness)
+    def write_back(self, shared: Shared) -> WriteBack:
+        return WriteBack(Record(shared.fd, shared.failure_at), self._fd, self._witness)
 
-    def flush(self, scoreboard: Scoreboard) -> None:
+    def flush(self, shared: Shared) -> None:
         try:
-            self.write_back(scoreboard).sync(self._fd)
+            self.write_back(shared).sync(self._fd)
         except WriteBackFailed:
             drop_cached(self._fd)
             raise

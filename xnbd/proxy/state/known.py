@@ -7,7 +7,8 @@ from contextlib import closing
 from typing import NamedTuple, Optional
 
 from ...errors import ConfigurationError
-from ...scoreboard.scoreboard import TARGET, Scoreboard
+from ...scoreboard.layout import TARGET
+from ...scoreboard.scoreboard import Scoreboard
 from . import belonging, files
 from .belonging import UNKNOWN
 from .format import NO_BOOT, SCOREBOARD_SUFFIX, SUFFIX, BadHeader, layout_of

@@ -20,6 +20,7 @@ from .copies import Comparison
 from .entry import Entry
 from .format import NO_BOOT, BadHeader, Header, identity, readable
 from .known import was_switched
+from .scoreboard_file import refuse_other_version
 from .verdict import Facts, Verdict, judge
 
 
@@ -37,6 +38,7 @@ def _join(entry: Entry, state_fd: int, found: Header) -> None:
         raise ConfigurationError(f"cache bitmap {entry.path} is in use on another machine: stop that server first")
     if found.tie.id == NO_ID:
         raise ConfigurationError(f"cache bitmap {entry.path} is in use by an older xnbd-server: stop that one first")
+    refuse_other_version(entry)
     entry.bind(found.tie)
     entry.claim_cache(alone=False)
     _check_cache(entry, _in_this_life(found, state_fd), switched=False)

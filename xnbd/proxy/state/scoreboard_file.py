@@ -8,7 +8,8 @@ from contextlib import closing, suppress
 from ...errors import ConfigurationError
 from ...logs import log
 from ...making import file_mode, is_own_file
-from ...scoreboard.scoreboard import Scoreboard, create_scoreboard, scoreboard_size
+from ...scoreboard.layout import OtherVersion, check_header, create_scoreboard, scoreboard_size, write_header
+from ...scoreboard.scoreboard import Scoreboard
 from ...storage.space import NO_SPACE
 from ...storage.target import reopen
 from ...system.process import closed_on_error
@@ -29,9 +30,28 @@ def open_scoreboard(entry: Entry, state_fd: int) -> int:
     if steering.switched:
         files.write_steering(state_fd, steering._replace(switched=False))
     fd = _clear_scoreboard(entry, path, state_fd)
-    with closed_on_error(fd), closing(Scoreboard(reopen(fd, readonly=False))) as scoreboard:
-        scoreboard.address = steering.address
+    with closed_on_error(fd):
+        write_header(fd)
+        with closing(Scoreboard(reopen(fd, readonly=False))) as scoreboard:
+            scoreboard.origin.address = steering.address
     return fd
+
+
+def refuse_other_version(entry: Entry) -> None:
+    """Servers that use the files share a scoreboard, of which they have to mean the same.
+
+    Before anything is believed that it says, and anything changed. Raises `ConfigurationError`.
+    """
+    with suppress(FileNotFoundError):  # `open_scoreboard` tells that
+        fd = files.open_regular(entry.path + SCOREBOARD_SUFFIX)
+        try:
+            check_header(fd)
+        except OtherVersion:
+            raise ConfigurationError(
+                f"cache bitmap {entry.path} is in use by another version of xnbd-server: stop that one first"
+            ) from None
+        finally:
+            os.close(fd)
 
 
 def _join_scoreboard(entry: Entry, path: str, state_fd: int) -> int:
@@ -43,7 +63,7 @@ def _join_scoreboard(entry: Entry, path: str, state_fd: int) -> int:
             f"{path} is gone, which the servers that use {entry.path} share: stop them all first"
         ) from None
     with closed_on_error(fd):
-        if not _is_scoreboard(entry, fd, state_fd):
+        if not _is_own(entry, fd, state_fd) or os.fstat(fd).st_size != scoreboard_size(MAXIMUM_PROCESSES):
             raise ConfigurationError(
                 f"{path} is not the one that the servers that use {entry.path} share: stop them all first"
             )
@@ -55,13 +75,12 @@ def _clear_scoreboard(entry: Entry, path: str, state_fd: int) -> int:
 
     Without space it is one in memory, which other servers cannot share.
     """
-    size = scoreboard_size(MAXIMUM_PROCESSES)
     with suppress(OSError, ConfigurationError):
         return _clear_former_scoreboard(entry, path, state_fd)
     try:
         fd = files.make_new(path)
         with closed_on_error(fd):
-            files.allocate(fd, size)
+            files.allocate(fd, scoreboard_size(MAXIMUM_PROCESSES))
         return fd
     except OSError as error:
         if error.errno not in NO_SPACE:
@@ -72,19 +91,18 @@ def _clear_scoreboard(entry: Entry, path: str, state_fd: int) -> int:
 
 
 def _clear_former_scoreboard(entry: Entry, path: str, state_fd: int) -> int:
-    """Raises `OSError` or `ConfigurationError` if there is none to be used."""
-    fd = files.open_regular(path)
+    """Also of another version. Raises `OSError` or `ConfigurationError` if there is none to be used."""
+    size, fd = scoreboard_size(MAXIMUM_PROCESSES), files.open_regular(path)
     with closed_on_error(fd):
-        if not _is_scoreboard(entry, fd, state_fd):
+        if not _is_own(entry, fd, state_fd):
             raise ConfigurationError(f"{path} is no board of this program's")
-        files.allocate(fd, scoreboard_size(MAXIMUM_PROCESSES))
-        files.clear(fd, scoreboard_size(MAXIMUM_PROCESSES))
+        files.allocate(fd, size)
+        os.ftruncate(fd, size)
+        files.clear(fd, size)
         os.fchmod(fd, file_mode())
     return fd
 
 
-def _is_scoreboard(entry: Entry, fd: int, state_fd: int) -> bool:
-    """Whether it is one of ours, and not another user's who may write into the directory."""
-    status = os.fstat(fd)
-    owners = {*entry.owners, os.fstat(state_fd).st_uid}
-    return is_own_file(status, owners) and status.st_size == scoreboard_size(MAXIMUM_PROCESSES)
+def _is_own(entry: Entry, fd: int, state_fd: int) -> bool:
+    """Whether the file is ours, and not another user's who may write into the directory."""
+    return is_own_file(os.fstat(fd), {*entry.owners, os.fstat(state_fd).st_uid})

@@ -18,7 +18,7 @@ from ...protocol import constants as c
 from ...protocol.reply_format import ReplyFormat
 from ...protocol.server_handshake import ALLOCATION_CONTEXT, Agreement
 from ...protocol.transmission import nbd_error
-from ...scoreboard.scoreboard import BYTES_READ
+from ...scoreboard.counters import BYTES_READ
 from ...text import one_line
 from ..disk import Disk
 from .holes import HOLE_MINIMUM, Holes

@@ -23,7 +23,7 @@ from ...protocol import constants as c
 from ...protocol import transmission as wire
 from ...protocol.reply_format import reply_format
 from ...protocol.server_handshake import Agreement
-from ...scoreboard.scoreboard import BYTES_READ, BYTES_WRITTEN, REQUESTS
+from ...scoreboard.counters import BYTES_READ, BYTES_WRITTEN, REQUESTS
 from ...storage.image import FETCH_STEP, NotLocal
 from ..disk import Disk
 from .commands import MAXIMUM_REQUEST, Commands

@@ -16,8 +16,7 @@ from typing import List, Optional
 
 from ...errors import Disconnected, RequestError
 from ...logs import log
-from ...storage.image import Background, NotLocal, Ticket
-from ...storage.passage import Parcel
+from ...storage.image import Background, NotLocal, Parcel, Ticket
 from ..disk import Disk
 from .commands import MAY_TAKE_LONG, Commands
 from .connection import Connection

@@ -15,7 +15,7 @@ from typing import List, Optional, Tuple
 from ...errors import RequestError
 from ...protocol import constants as c
 from ...protocol.transmission import REQUEST
-from ...scoreboard.scoreboard import BYTES_WRITTEN
+from ...scoreboard.counters import BYTES_WRITTEN
 from ...storage.image import NotLocal
 from ..disk import Disk
 from .commands import Commands

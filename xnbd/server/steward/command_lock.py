@@ -15,7 +15,7 @@ from ...control.server import Reply
 from ...errors import CommandError
 from ...logs import ToldOnce, log
 from ...proxy.state.format import Steering
-from ...scoreboard.scoreboard import COMMAND, TARGET
+from ...scoreboard.layout import COMMAND, TARGET
 from .duty import Cache, Context, Duty
 
 GATE_TIMEOUT = 10.0
@@ -40,15 +40,17 @@ class CommandLock(Duty):
         until = monotonic() + _TURN_TIMEOUT
         while True:
             self._end_dead_command()
-            if self._scoreboard.begin_command(name):
+            if self._scoreboard.turn.begin(name):
                 break
             if monotonic() > until:
-                raise CommandError(f"another command is under way: {self._scoreboard.command or 'unknown'}; try again")
+                raise CommandError(
+                    f"another command is under way: {self._scoreboard.turn.command or 'unknown'}; try again"
+                )
             yield None
         try:
             self._make_agree()
         except OSError as error:
-            self._scoreboard.end_command(whole=False)
+            self._scoreboard.turn.end(whole=False)
             raise CommandError(f"the state file cannot be used: {error.strerror}; nothing was changed") from error
 
     def release(self) -> None:
@@ -57,7 +59,7 @@ class CommandLock(Duty):
             whole = self._wanted() == self._source.steering
         except OSError:
             whole = False
-        self._scoreboard.end_command(whole=whole)
+        self._scoreboard.turn.end(whole=whole)
 
     def progress(self) -> None:
         self._end_dead_command()
@@ -65,18 +67,18 @@ class CommandLock(Duty):
     def _end_dead_command(self) -> None:
         """Make whole what a process has begun that is no more."""
         scoreboard = self._scoreboard
-        if not scoreboard.command or not scoreboard.try_lock(COMMAND):
+        if not scoreboard.turn.command or not scoreboard.try_lock(COMMAND):
             return
         try:
-            address = scoreboard.whole_address()
-            scoreboard.address = self._source.steering.address if address is None else address  # perhaps untold
+            address = scoreboard.origin.whole_address()
+            scoreboard.origin.address = self._source.steering.address if address is None else address  # perhaps untold
             self._make_agree()
         except OSError as error:
             self._failure.log(ERROR, f"cannot write to the state file: {error.strerror or error}")
-            scoreboard.end_command(whole=False)
+            scoreboard.turn.end(whole=False)
         else:
             self._failure.passed()
-            scoreboard.end_command(whole=True)
+            scoreboard.turn.end(whole=True)
 
     def _make_agree(self) -> None:
         """Have the state file say what the servers do, which the scoreboard tells; this process has the lock."""
@@ -86,4 +88,4 @@ class CommandLock(Duty):
             log.warning("a command was cut short: the state file says again what the servers do")
 
     def _wanted(self) -> Steering:
-        return Steering(self._scoreboard.mode == TARGET, self._scoreboard.address)
+        return Steering(self._scoreboard.mode == TARGET, self._scoreboard.origin.address)

@@ -158,7 +158,9 @@ class Copier:
     def _look_around(self, now: float) -> None:
         self._looked_at = now
         scoreboard, own = self._disk.scoreboard, (self._disk.scoreboard.namespace, os.getpid())
-        self._crowded = any(line.queued_requests for line in scoreboard.lines() if (line.namespace, line.pid) != own)
+        self._crowded = any(
+            line.queued_requests for line in scoreboard.lines.living() if (line.namespace, line.pid) != own
+        )
         self._disk.place.tell()
 
     def _wait(self, timeout: Optional[float] = None) -> None:

@@ -12,7 +12,8 @@ from ...errors import CommandError, TaskFailed
 from ...logs import ToldOnce, log
 from ...proxy.fetch_queue import PIECE
 from ...proxy.image import ProxyImage
-from ...scoreboard.scoreboard import COPYING, TARGET
+from ...scoreboard.counters import BYTES_FETCHED
+from ...scoreboard.layout import COPYING, TARGET
 from ...system.process import set_title
 from ..process_loop import ProcessLoop
 from .child import Child
@@ -69,7 +70,7 @@ class Copying(Duty):
                 raise CommandError("this is no proxy any more: nothing is missing")
             if self._is_copying():
                 raise CommandError("a copy is under way already (xnbd-bgctl --query shows it)")
-            fetched_before = self._scoreboard.totals().bytes_fetched
+            fetched_before = self._scoreboard.lines.totals()[BYTES_FETCHED]
             child = self._start(CopyOptions(min(piece or PIECE, PIECE), rate or 0))
             if not wait:
                 self._scoreboard.wanted_copy = rate or 0
@@ -121,7 +122,7 @@ class Copying(Duty):
         yield {"done": True, **self._copied(fetched_before)}
 
     def _copied(self, fetched_before: int) -> Message:
-        fetched = self._scoreboard.totals().bytes_fetched - fetched_before
+        fetched = self._scoreboard.lines.totals()[BYTES_FETCHED] - fetched_before
         return {
             "cached_bytes": self._progress.cached_bytes(),
             "total_bytes": self._progress.size,

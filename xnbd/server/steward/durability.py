@@ -10,7 +10,7 @@ from typing import Iterator, Optional
 
 from ...errors import TaskFailed
 from ...logs import ToldOnce, log
-from ...scoreboard.scoreboard import PROXY
+from ...scoreboard.layout import PROXY
 from ...storage.target import reopen
 from .child import Child
 from .duty import Cache, Context, Duty

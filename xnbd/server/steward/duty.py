@@ -11,7 +11,8 @@ from typing import List, Optional, Tuple
 
 from ...control.server import CommandTable, Reply
 from ...proxy.image import ProxySource
-from ...scoreboard.scoreboard import PROXY, Scoreboard
+from ...scoreboard.layout import PROXY
+from ...scoreboard.scoreboard import Scoreboard
 from ...storage.target import reopen
 from ..process_loop import ProcessLoop
 from ..service import Service

@@ -12,7 +12,7 @@ from ...origin.address import parse_origin
 from ...origin.base import OriginAddress, OriginLost
 from ...origin.probe import probe
 from ...proxy.state.format import Steering
-from ...scoreboard.scoreboard import TARGET
+from ...scoreboard.layout import TARGET
 from ...system.process import set_title
 from .command_lock import CommandLock
 from .duty import Cache, Context, Duty
@@ -47,7 +47,7 @@ class Moving(Duty):
             self._reconnect_now(str(address))
         finally:
             self._lock.release()
-        self._scoreboard.wake_all()
+        self._scoreboard.lines.wake_all()
         log.info("the origin is %s now", address)
         yield {"done": True, "address": str(address)}
 
@@ -61,7 +61,7 @@ class Moving(Duty):
             raise CommandError(str(error)) from error
         except OSError as error:
             raise CommandError(f"the address cannot be noted: {error.strerror}; nothing was changed") from error
-        self._scoreboard.address = address
+        self._scoreboard.origin.address = address
 
     def _ask_size(self, address: OriginAddress) -> Generator[Optional[Message], None, int]:
         """Bytes of the disk at *address*, asked by a child: an origin or a name server may take its time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Tuple
 
-from ...scoreboard.scoreboard import TARGET
+from ...scoreboard.layout import TARGET
 from .duty import Context, Duty
 
 
@@ -18,7 +18,7 @@ class News(Duty):
     def progress(self) -> None:
         """Nobody needs to wake up because a snapshot has begun."""
         scoreboard, seen = self._scoreboard, self._seen
-        changes = scoreboard.changes if scoreboard.snapshot is None else seen[-1]
-        self._seen = scoreboard.mode == TARGET, scoreboard.generation, changes
+        changes = scoreboard.gate.changes if scoreboard.snapshots.current is None else seen[-1]
+        self._seen = scoreboard.mode == TARGET, scoreboard.origin.generation, changes
         if self._seen != seen:
-            scoreboard.wake_all()
+            scoreboard.lines.wake_all()

@@ -10,7 +10,7 @@ from typing import List, Optional, Set, Tuple
 from ...control.server import TICK, CommandTable, ControlSocket, Reply, end_reply
 from ...errors import CommandError, ConfigurationError, TaskFailed
 from ...logs import ToldOnce, log
-from ...scoreboard.scoreboard import CONTROL
+from ...scoreboard.layout import CONTROL
 from .duty import Context, Duty
 
 _TAKE_OVER_EVERY = 1.0

@@ -10,7 +10,10 @@ from ... import __version__
 from ...control.server import CommandTable, Message, Reply, integer_argument
 from ...proxy.image import ProxySource
 from ...proxy.state.checkpoint import ProcessState
-from ...scoreboard.scoreboard import REACHED, TARGET, UNREACHABLE, Counts, Line, Scoreboard, clock
+from ...scoreboard.counters import MISSES, REQUESTS, Counts
+from ...scoreboard.layout import REACHED, TARGET, UNREACHABLE
+from ...scoreboard.lines import Line, clock
+from ...scoreboard.scoreboard import Scoreboard
 from ...storage.blocks import BLOCK
 from ...system.usage import UsageMeter
 from ..service import Service
@@ -59,7 +62,7 @@ class QueryAnswers:
 
         After the switch it is a target, and nothing is told of an origin and a cache.
         """
-        source, lines, totals = self._source, self._scoreboard.lines(), self._scoreboard.totals()
+        source, lines, totals = self._source, self._scoreboard.lines.living(), self._scoreboard.lines.totals()
         switched = self._scoreboard.mode == TARGET
         near = [line for line in lines if line.namespace == self._scoreboard.namespace]
         usage = self._meter.usage([line.pid for line in near])
@@ -98,7 +101,7 @@ class QueryAnswers:
             return source.description
         if self._scoreboard.mode == TARGET:
             return f"disk image {source.name}, a proxy's cache until the switch"
-        return source.describe(self._scoreboard.address or str(source.address))
+        return source.describe(self._scoreboard.origin.address or str(source.address))
 
     def _write_back_failure(self) -> Optional[Message]:
         failure = self._source.write_back(self._scoreboard).failure()
@@ -124,7 +127,7 @@ class QueryAnswers:
         connected = sum(line.origin == REACHED for line in lines)
         unreachable = any(line.origin == UNREACHABLE for line in lines)
         return {
-            "address": self._scoreboard.address or str(proxy.address),
+            "address": self._scoreboard.origin.address or str(proxy.address),
             "state": "unreachable" if unreachable else "connected" if connected else "idle",
             "error": next((line.trouble for line in lines if line.trouble), None),
             "connections": connected,
@@ -154,7 +157,7 @@ class QueryAnswers:
 
 
 def _counters(counts: Counts) -> Message:
-    return {**counts._asdict(), "hits": max(0, counts.requests - counts.misses)}
+    return {**counts.by_name(), "hits": max(0, counts[REQUESTS] - counts[MISSES])}
 
 
 def _worker(line: Line, usage: Any) -> Message:

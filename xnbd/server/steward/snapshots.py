@@ -48,7 +48,7 @@ class Snapshots(Duty):
         return {"snapshot": self._take}
 
     def progress(self) -> None:
-        self._scoreboard.end_dead_snapshot()
+        self._scoreboard.snapshots.end_dead()
 
     def _take(self, _request: Message) -> Reply:
         self._refuse_if_impossible()
@@ -103,8 +103,8 @@ class Snapshots(Duty):
             if child is not None:
                 child.stop()
                 child.wait()
-        self._scoreboard.end_dead_snapshot()
-        self._scoreboard.wake_all()
+        self._scoreboard.snapshots.end_dead()
+        self._scoreboard.lines.wake_all()
         making.bitmap.octets.close()
         os.close(making.bitmap_fd)
 

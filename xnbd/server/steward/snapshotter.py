@@ -11,13 +11,15 @@ from typing import Iterator
 
 from ...errors import TaskFailed
 from ...logs import log
-from ...scoreboard.scoreboard import SNAPSHOT, Scoreboard
+from ...scoreboard.layout import SNAPSHOT
+from ...scoreboard.scoreboard import Scoreboard
 from ...storage import snapshot
 from ...storage.blocks import BLOCK, steps
 from ...storage.image import Image, Source
 from ...storage.snapshot import Keeper, SnapshotFiles
 from ...storage.target import TargetImage
 from ..process_loop import ProcessLoop
+from ..snapshot_files import place_of
 
 _GATE_TIMEOUT = 10.0
 _TURN_EVERY = 0.1
@@ -27,7 +29,7 @@ _DATA_STEP, _HOLE_STEP = 256 << 10, 64 << 20
 class Snapshotter:
     """Makes one snapshot of a disk, in a process of its own; a bitmap shows how far it is."""
 
-    def __init__(self, source: Source, scoreboard: Scoreboard, bitmap_fd: int, loop: ProcessLoop) -> None:
+    def __init__(self, source: Source[Scoreboard], scoreboard: Scoreboard, bitmap_fd: int, loop: ProcessLoop) -> None:
         self._source = source
         self._scoreboard = scoreboard
         self._bitmap_fd = bitmap_fd
@@ -64,7 +66,7 @@ class Snapshotter:
         """Another server of the same cache may be making one."""
         while not self._scoreboard.try_lock(SNAPSHOT):
             self._loop.pause(_TURN_EVERY)
-        self._scoreboard.end_snapshot()  # of a dead process
+        self._scoreboard.snapshots.end()  # of a dead process
 
     def _fill(self, image: Image, output: int) -> None:
         image.flush()  # or a clone would write all of that with everybody waiting
@@ -76,24 +78,26 @@ class Snapshotter:
             return
         self._check_space(output)
         files = SnapshotFiles(output, self._bitmap_fd)
-        place = snapshot.place_of(files, self._scoreboard.namespace)
+        place = place_of(files, self._scoreboard.namespace)
         with self._gate():
             self._refuse_if_shared_afar()
-            self._scoreboard.begin_snapshot(place)
+            self._scoreboard.snapshots.begin(place)
         try:
             self._copy(image, snapshot.duplicate(files))
             self._loop.check()  # or nobody would be told of it
-            if self._scoreboard.snapshot != place:  # all blocks are kept by now: what ends it later does no harm
+            if (
+                self._scoreboard.snapshots.current != place
+            ):  # all blocks are kept by now: what ends it later does no harm
                 raise TaskFailed("somebody could not keep old blocks, or has ended it")
         except BaseException:
             os.ftruncate(output, 0)
             raise
         finally:
-            self._scoreboard.end_snapshot()
+            self._scoreboard.snapshots.end()
 
     def _refuse_if_shared_afar(self) -> None:
         """Who changes a block keeps the old one in a file that it finds through this process's id."""
-        afar = [line for line in self._scoreboard.lines() if line.namespace != self._scoreboard.namespace]
+        afar = [line for line in self._scoreboard.lines.living() if line.namespace != self._scoreboard.namespace]
         if afar:
             raise TaskFailed(
                 f"{len(afar)} processes on this disk are of another PID namespace (container) and could not keep old "
@@ -111,7 +115,7 @@ class Snapshotter:
     @contextmanager
     def _gate(self) -> Iterator[None]:
         began = monotonic()
-        with self._scoreboard.closed(_GATE_TIMEOUT, self._loop.check):
+        with self._scoreboard.gate.closed(_GATE_TIMEOUT, self._loop.check):
             self._name = snapshot.snapshot_name(self._source.path)
             yield
         self._held = monotonic() - began

@@ -9,7 +9,7 @@ from ...control.server import CommandTable, Message, Reply, flag_argument
 from ...errors import CommandError
 from ...logs import log
 from ...proxy.state.format import Steering
-from ...scoreboard.scoreboard import TARGET
+from ...scoreboard.layout import TARGET
 from .command_lock import GATE_TIMEOUT, CommandLock
 from .copying import Copying
 from .durability import Durability
@@ -87,21 +87,21 @@ class Switching(Duty):
     def _become_target(self) -> float:
         """Returns how long everybody was held, in seconds. Raises `OSError`, `TimeoutError` among them."""
         try:
-            self._source.steer(Steering(switched=True, address=self._scoreboard.address))
+            self._source.steer(Steering(switched=True, address=self._scoreboard.origin.address))
             began = monotonic()
-            with self._scoreboard.closed(GATE_TIMEOUT):
+            with self._scoreboard.gate.closed(GATE_TIMEOUT):
                 self._scoreboard.mode = TARGET
                 return monotonic() - began
         finally:
             if self._scoreboard.mode != TARGET:
-                self._source.steer(Steering(switched=False, address=self._scoreboard.address))
+                self._source.steer(Steering(switched=False, address=self._scoreboard.origin.address))
 
     def _have_followed(self) -> Generator[Optional[Message], None, int]:
         """Wait until every process has changed over; returns how many there are."""
         until = monotonic() + _FOLLOW_TIMEOUT
-        self._scoreboard.wake_all()
+        self._scoreboard.lines.wake_all()
         while True:
-            lines = self._scoreboard.lines()
+            lines = self._scoreboard.lines.living()
             behind = [line for line in lines if line.mode != TARGET]
             if not behind or monotonic() > until:
                 for line in behind:

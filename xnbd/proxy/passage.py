@@ -13,6 +13,7 @@ from time import monotonic
 
 from ..logs import log
 from ..scoreboard.scoreboard import Scoreboard
+from ..storage.image import Parcel
 
 _TRY_EVERY = 1.0
 _LEAST = 256 << 10
@@ -61,13 +62,11 @@ class Passage:
         return not status.f_blocks or free * status.f_frsize >= _LEAST
 
 
-class Parcel(bytearray):
-    """*data* of the blocks from ``first`` up to ``end``."""
+class PassedParcel(Parcel):
+    """A parcel whose bytes *passage* counts as long as it is there."""
 
     def __init__(self, passage: Passage, first: int, end: int, data: bytes) -> None:
-        super().__init__(data)
-        self.first = first
-        self.end = end
+        super().__init__(first, end, data)
         self._passage = passage
         passage.held += len(data)
 

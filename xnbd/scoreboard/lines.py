@@ -1,0 +1,143 @@
+"""The lines of the scoreboard: each belongs to one process, which tells there what it does.
+
+A dead process is recognised by the lock on its line, which ends with it. Its counts stay: the next process in the line
+goes on from them, so the sum of all lines is what the disk's processes have ever counted.
+ A process id means something in one PID namespace only, and there as long as the process lives. So a line has the
+namespace beside the id, and a second lock that is taken when both are written: `Lines.wake_all` signals no other
+process.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import time
+from contextlib import suppress
+from typing import Any, Iterator, List, NamedTuple, Tuple
+
+from ..system.file_locks import RangeLocks
+from .counters import Counts, new_counts
+from .layout import LINE, LINE_LOCKS, LINE_SIZE, LINES_AT, NAME_LOCKS
+
+_UNUSED = 64
+"""Lines without a process in a row after which there are no more: the first free one is always taken."""
+
+_PID_AT, _PID = LINE.at["pid"], LINE.form["pid"]
+_NAMESPACE_AT, _NAMESPACE = LINE.at["namespace"], LINE.form["namespace"]
+_COUNTERS_AT, _COUNTERS = LINE.at["counters"], LINE.form["counters"]
+_NOBODY = bytes(_PID.size)
+
+
+def clock() -> float:
+    """Seconds since the boot, sleep included: the same for all processes, whatever is done to the time of day."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def text_of(padded: bytes) -> str:
+    """A text of a field that is padded with zeros."""
+    return padded.rstrip(b"\0").decode("utf-8", "replace")
+
+
+class Line(NamedTuple):
+    """What one process tells: its client, *since* when (as of `clock`), and the *counts* since then."""
+
+    pid: int
+    mode: int
+    since: float
+    counts: Counts
+    origin: int
+    queued_requests: int
+    queued_bytes: int
+    peer: str
+    trouble: str
+    namespace: int
+
+
+class Lines:
+    """All lines in *memory*, for a process of the PID namespace *namespace*."""
+
+    def __init__(self, memory: mmap.mmap, locks: RangeLocks, namespace: int) -> None:
+        self._map = memory
+        self._locks = locks
+        self._namespace = namespace
+        self._count = (len(memory) - LINES_AT) // LINE_SIZE
+
+    def take(self) -> int:
+        """The offset of a line that is this process's from now on. Raises `OSError` if all are taken."""
+        for number in range(self._count):
+            if self._locks.try_acquire(LINE_LOCKS + number, 1):
+                return LINES_AT + number * LINE_SIZE
+        raise OSError(f"more than {self._count} processes use this disk")
+
+    def tell_name(self, at: int) -> None:
+        """The line at *at* has this process's id from now on: it can be woken."""
+        _NAMESPACE.pack_into(self._map, at + _NAMESPACE_AT, self._namespace)
+        _PID.pack_into(self._map, at + _PID_AT, os.getpid())
+        self._locks.try_acquire(NAME_LOCKS + _number(at), 1)  # a process that is not named is not woken
+
+    def living(self) -> List[Line]:
+        """What all living processes tell."""
+        return [self._read(at) for at in self.used() if self.is_alive(at)]
+
+    def totals(self) -> Counts:
+        """What all processes have counted, dead ones too."""
+        total = Counts(new_counts())
+        for at in self.used():
+            total = total.plus(Counts(_COUNTERS.unpack_from(self._map, at + _COUNTERS_AT)))
+        return total
+
+    def used(self) -> Iterator[int]:
+        """The offsets of the lines that a process has, or has had."""
+        unused = 0
+        for at in range(LINES_AT, LINES_AT + self._count * LINE_SIZE, LINE_SIZE):
+            if self._map[at + _PID_AT : at + _PID_AT + _PID.size] != _NOBODY:
+                unused = 0
+                yield at
+            elif (unused := unused + 1) == _UNUSED:
+                return
+
+    def is_alive(self, at: int) -> bool:
+        """Whether the process of the line at *at* is."""
+        return self._locks.held_by_server(LINE_LOCKS + _number(at), 1)
+
+    def pid(self, at: int) -> int:
+        return int(_PID.unpack_from(self._map, at + _PID_AT)[0])
+
+    def wake_all(self) -> None:
+        """Send SIGUSR2 to all processes that have a line and are of this one's PID namespace.
+
+        Where the system or its owner's rights do not allow that, one finds out when its client wants something.
+        """
+        for at in self.used():
+            pid = self.pid(at)
+            with suppress(OSError):
+                handle = os.pidfd_open(pid)
+                try:
+                    if self._is_named(at, pid):  # so *handle* is of the process that lives there
+                        signal.pidfd_send_signal(handle, signal.SIGUSR2)
+                finally:
+                    os.close(handle)
+
+    def _is_named(self, at: int, pid: int) -> bool:
+        """Whether the line's process is alive, and is *pid* in this namespace."""
+        (namespace,) = self._get(at, "namespace")
+        if not self._namespace or self._namespace != namespace:
+            return False
+        return pid == self.pid(at) and self._locks.held_elsewhere(NAME_LOCKS + _number(at), 1)
+
+    def _read(self, at: int) -> Line:
+        (mode,), (since,), (origin,) = (self._get(at, name) for name in ("mode", "since", "origin"))
+        counts, before = (Counts(self._get(at, name)) for name in ("counters", "counters_before"))
+        requests, buffered = self._get(at, "queue")
+        peer, trouble = (text_of(self._get(at, name)[0]) for name in ("peer", "trouble"))
+        (namespace,) = self._get(at, "namespace")
+        counts = counts.minus(before)
+        return Line(self.pid(at), mode, since, counts, origin, requests, buffered, peer, trouble, namespace)
+
+    def _get(self, at: int, name: str) -> Tuple[Any, ...]:
+        return LINE.form[name].unpack_from(self._map, at + LINE.at[name])
+
+
+def _number(at: int) -> int:
+    return (at - LINES_AT) // LINE_SIZE

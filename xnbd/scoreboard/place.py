@@ -1,0 +1,56 @@
+"""One process's own line: its way through the gate, and what it tells of itself."""
+
+from __future__ import annotations
+
+import mmap
+from typing import List
+
+from ..system.file_locks import RangeLocks
+from .gate import Door
+from .layout import LINE, NOT_NEEDED
+from .lines import Lines, clock
+
+_MODE_AT = LINE.at["mode"]
+_COUNTERS_AT, _COUNTERS = LINE.at["counters"], LINE.form["counters"]
+_BEFORE_AT = LINE.at["counters_before"]
+_QUEUE_AT, _QUEUE = LINE.at["queue"], LINE.form["queue"]
+
+
+class Place(Door):
+    """The line that this process has taken of *lines*. Begins outside the gate, without a client."""
+
+    def __init__(self, memory: mmap.mmap, locks: RangeLocks, lines: Lines) -> None:
+        self._at = at = lines.take()
+        super().__init__(memory, at, locks)
+        self.counts: List[int] = list(_COUNTERS.unpack_from(memory, at + _COUNTERS_AT))
+        """What `tell` publishes; goes on from what an earlier process in this line has counted."""
+        self.tell_origin(NOT_NEEDED, "")
+        self.welcome("")
+        lines.tell_name(at)
+
+    def welcome(self, peer: str) -> None:
+        """The client is *peer* from now on; empty for none."""
+        self._put("since", clock())
+        _COUNTERS.pack_into(self._map, self._at + _BEFORE_AT, *self.counts)
+        self.tell_queue(0, 0)
+        self._put("peer", peer.encode()[: LINE.form["peer"].size])
+
+    def tell(self) -> None:
+        """Publish `counts`."""
+        _COUNTERS.pack_into(self._map, self._at + _COUNTERS_AT, *self.counts)
+
+    def tell_mode(self, mode: int) -> None:
+        """This process works in *mode* now."""
+        self._map[self._at + _MODE_AT] = mode
+
+    def tell_queue(self, requests: int, buffered: int) -> None:
+        """So many requests wait for blocks, with so many bytes."""
+        _QUEUE.pack_into(self._map, self._at + _QUEUE_AT, requests, buffered)
+
+    def tell_origin(self, health: int, trouble: str) -> None:
+        """*health* is `layout.REACHED` or its like; *trouble* why the origin cannot be reached."""
+        self._put("origin", health)
+        self._put("trouble", trouble.encode("utf-8", "backslashreplace")[: LINE.form["trouble"].size])
+
+    def _put(self, name: str, value: object) -> None:
+        LINE.form[name].pack_into(self._map, self._at + LINE.at[name], value)
