@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from server_process import ROOT, Server, run
+from server_process import ROOT, Server, run, wait_until
 
 
 def masks_of(status: str) -> tuple[int, int]:
@@ -21,8 +21,10 @@ def test_a_program_is_started_with_default_dispositions() -> None:
 
 
 def test_a_server_minds_a_sigint(server: Server) -> None:
-    ignored, blocked = masks_of(Path(f"/proc/{server.pid}/status").read_text())
-    assert not (ignored | blocked) & 1 << (signal.SIGINT - 1)
+    status = Path(f"/proc/{server.pid}/status")
+    interrupt = 1 << (signal.SIGINT - 1)
+    assert not masks_of(status.read_text())[0] & interrupt
+    wait_until(lambda: not masks_of(status.read_text())[1] & interrupt, "a moment in which it does not fork")
     assert server.stop(signal.SIGINT) == 0
 
 
