@@ -6,7 +6,7 @@ import os
 import signal
 from contextlib import suppress
 from functools import partial
-from time import sleep
+from time import monotonic, sleep
 from typing import Callable, Optional
 
 from ...errors import TaskFailed
@@ -15,6 +15,8 @@ from ..process_loop import Stop
 from ..worker import read_pipe
 
 _LONGEST = 32 << 10
+_PATIENCE = 2.0
+"""Seconds until a process that was told to end is killed: less than the master gives the steward."""
 
 
 class Child:
@@ -53,8 +55,14 @@ class Child:
             os.kill(self.pid, signal.SIGTERM)
 
     def wait(self) -> None:
-        """Until it has ended, which takes no long time after `stop`."""
+        """Until it has ended, for who has called `stop`; one that does not end in time, as after a SIGSTOP, is killed.
+
+        Nothing is lost by that: any of them may die at any time.
+        """
+        until = monotonic() + _PATIENCE
         while not self.is_done():
+            if monotonic() > until:
+                os.kill(self.pid, signal.SIGKILL)
             sleep(0.005)
 
 
