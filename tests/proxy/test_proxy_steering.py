@@ -546,6 +546,15 @@ def test_forced_switch_answers_requests_that_waited(start: Start, tmp_path: Path
         assert client.read(3 * MIB, 6) == b"\0late\0"
 
 
+def test_a_copy_that_is_stopped_does_not_keep_the_steward(proxy: Proxy) -> None:
+    """It cannot end when it is told to. No command, checkpoint or answer would come from the steward any more."""
+    pid = ask(proxy.control, command="cache-all", limit_rate=MIB)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    assert ask(proxy.control, command="switch", force=True)["done"]
+    assert not is_alive(pid)
+    assert proxy.query()["mode"] == "target"
+
+
 def test_switch_ends_a_running_copy(proxy: Proxy) -> None:
     process = start_copy(proxy)
     proxy.bgctl("--force", "--switch")

@@ -7,7 +7,7 @@ import select
 import signal
 from contextlib import suppress
 from functools import partial
-from time import sleep
+from time import monotonic, sleep
 from typing import Callable, List, Optional, Tuple
 
 from ...errors import TaskFailed
@@ -16,6 +16,8 @@ from ...system.polling import read_pipe
 from ..process_loop import Stop
 
 _LONGEST = 32 << 10
+_PATIENCE = 2.0
+"""Seconds until a process that was told to end is killed: less than the master gives the steward."""
 
 
 class Child:
@@ -54,8 +56,14 @@ class Child:
             os.kill(self.pid, signal.SIGTERM)
 
     def wait(self) -> None:
-        """Until it has ended, which takes no long time after `stop`."""
+        """Until it has ended, for who has called `stop`; one that does not end in time, as after a SIGSTOP, is killed.
+
+        Nothing is lost by that: any of them may die at any time.
+        """
+        until = monotonic() + _PATIENCE
         while not self.is_done():
+            if monotonic() > until:
+                os.kill(self.pid, signal.SIGKILL)
             sleep(0.005)
 
 
