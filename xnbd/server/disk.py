@@ -82,9 +82,8 @@ class Disk(Companion):
     @contextmanager
     def request(self) -> Iterator[Image]:
         """Be inside the gate, for one request on the disk as it is now."""
-        image = self.enter()
         try:
-            yield image
+            yield self.enter()
         finally:
             self.place.leave()
 
