@@ -693,7 +693,7 @@ def under_inetd(arguments: List[object], said: bytes, env: Dict[str, str]) -> Tu
             except ConnectionResetError:
                 continue  # the server has left something unread; what it said before is still there
             if not part:
-                return bytes(answer), process.wait(20)
+                return bytes(answer), process.wait(60)
             answer += part
 
 
