@@ -201,7 +201,7 @@ def test_inetd_takes_the_client_before_anything_else(image: Path, words: List[st
         with RawClient(ours) as client:
             client.negotiate()
             assert client.read(5, 5) == image.read_bytes()[5:10]
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_connected_descriptor_takes_a_letter(image: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_connected_descriptor_takes_a_letter(image: Path) -> None:
         theirs.close()
         with RawClient(ours) as client:
             assert client.read(5, 5) == image.read_bytes()[5:10]
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 def test_version_and_help_take_letters() -> None:
@@ -227,4 +227,4 @@ def test_letters_that_make_no_sense_are_refused(image: Path, words: List[str]) -
 def test_terminating_signals_are_the_same(start: Start, image: Path) -> None:
     server = start("-t", image)
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0

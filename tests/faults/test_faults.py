@@ -44,7 +44,18 @@ from rawclient import (
     pack_option,
     pack_request,
 )
-from server_process import Server, command, cpu_seconds, is_alive, kill_all, run, state_of, title_of, wait_until
+from server_process import (
+    STOP_TIME,
+    Server,
+    command,
+    cpu_seconds,
+    is_alive,
+    kill_all,
+    run,
+    state_of,
+    title_of,
+    wait_until,
+)
 
 EIO, ENOSPC = 5, 28
 
@@ -693,7 +704,7 @@ def under_inetd(arguments: List[object], said: bytes, env: Dict[str, str]) -> Tu
             except ConnectionResetError:
                 continue  # the server has left something unread; what it said before is still there
             if not part:
-                return bytes(answer), process.wait(20)
+                return bytes(answer), process.wait(60)
             answer += part
 
 
@@ -910,7 +921,7 @@ def stop_now(server: Server) -> None:
 
 
 def wait_for_end(server: Server) -> int:
-    return server.process.wait(SOON)
+    return server.process.wait(STOP_TIME)
 
 
 def test_stop_ends_idle_clients_with_an_end_of_file(start: Start, image: Path) -> None:
@@ -1007,7 +1018,7 @@ def test_second_signal_ends_at_once_and_without_a_traceback(start: Start, image:
         server.expected_errors.append("worker .* died: killed by SIGKILL")
         stop_now(server)
         os.kill(server.pid, number)
-        assert server.process.wait(SOON) == 1
+        assert server.process.wait(STOP_TIME) == 1
         assert not is_alive(worker)
         assert stalled.closed()
     server.wait_for_log("ending ")
@@ -1032,7 +1043,7 @@ def test_second_signal_when_the_last_worker_has_just_ended_is_no_failure(server:
     wait_until(lambda: not any(map(is_alive, server.workers())), "the end of all workers")  # zombies by now
     server.process.send_signal(signal.SIGINT)
     server.process.send_signal(signal.SIGCONT)
-    assert server.process.wait(SOON) == 0
+    assert server.process.wait(STOP_TIME) == 0
     assert "ending" not in server.log()
 
 
@@ -1048,7 +1059,7 @@ def test_second_signal_ends_without_a_flush(
         stalled.request(WRITE, 0, MIB, data=bytes(600_000))
         stop_now(server)
         os.kill(server.pid, signal.SIGTERM)
-        assert server.process.wait(SOON) == 1
+        assert server.process.wait(STOP_TIME) == 1
     assert "flush" not in server.log()
 
 
@@ -1060,7 +1071,7 @@ def test_signals_that_come_together_stop_the_server_once(start: Start, image: Pa
         for _ in range(20):
             server.process.send_signal(signal.SIGTERM)
         assert client.closed()
-        assert server.process.wait(SOON) in (0, 1)
+        assert server.process.wait(STOP_TIME) in (0, 1)
     assert server.log().count("stopping; ") == 1
 
 

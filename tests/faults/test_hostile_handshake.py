@@ -133,7 +133,7 @@ def flooding(client: RawClient, data: bytes) -> Iterator[None]:
         yield
     finally:
         client.sock.shutdown(socket.SHUT_RDWR)
-        thread.join(20)
+        thread.join(60)
 
 
 def receive_until_closed(client: RawClient) -> None:

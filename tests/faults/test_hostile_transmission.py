@@ -428,7 +428,7 @@ def traced_client(image: Path, trace: Path) -> Iterator[RawClient]:
         yield client.negotiate()
         client.request(DISC)
         assert client.closed()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(

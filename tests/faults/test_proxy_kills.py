@@ -73,7 +73,7 @@ class Field:
         timeout = 0.5 if self._files.state.exists() else 10  # the size is known, and the origin may be stalled
         arguments = self._files.arguments(self._relay.uri, "--connect-timeout", timeout, control=control)
         taken = (control, self._directory / f"proxy{number}.sock")  # which a start refuses to take from the living
-        wait_until(lambda: not any(map(is_listening, taken)), "the predecessor to listen no more", 20)
+        wait_until(lambda: not any(map(is_listening, taken)), "the predecessor to listen no more")
         server = Server(self._directory, f"proxy{number}", arguments)
         self._started.append(server)
         return server

@@ -330,7 +330,7 @@ def traced(image: Path, tmp_path: Path) -> Iterator[Tuple[Path, Path]]:
         # strace passes no signal on; it ends with the server.
         (master,) = children_of(tracer.process.pid)
         os.kill(master, signal.SIGTERM)
-        tracer.process.wait(20)
+        tracer.process.wait(60)
 
 
 def test_flush(client: nbd.NBD, image: Path) -> None:

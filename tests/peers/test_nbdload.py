@@ -54,7 +54,7 @@ def disk(tmp_path: Path) -> Iterator[LoggedDisk]:
         yield logged
     finally:
         logged.process.terminate()
-        logged.process.wait(20)
+        logged.process.wait(60)
 
 
 @pytest.mark.parametrize("connections", [1, 3])

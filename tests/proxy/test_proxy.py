@@ -574,7 +574,7 @@ def wrapped(directory: Path, origin: str, *options: object, name: str = "cache")
     try:
         with RawClient(ours) as client:
             yield client
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()

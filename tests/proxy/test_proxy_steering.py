@@ -187,7 +187,7 @@ def test_query_tells_what_waits_and_why_the_origin_is_away(start: Start, tmp_pat
         wait_until(lambda: "Connection refused" in (proxy.query()["origin"]["error"] or ""), "the reason")
         relay.accept()
         client.simple_reply(10)
-        wait_until(lambda: proxy.query()["origin"]["state"] == "connected", "the origin", 20)
+        wait_until(lambda: proxy.query()["origin"]["state"] == "connected", "the origin")
         assert proxy.query()["origin"]["error"] is None
 
 
@@ -1003,7 +1003,7 @@ def test_another_sibling_answers_when_the_one_that_did_has_gone(siblings: Siblin
             siblings.clients[number].request(DISC)
         else:
             siblings.processes[number].kill()
-        siblings.processes[number].wait(20)
+        siblings.processes[number].wait(60)
         wait_until(siblings.answers, "another one's answer")
     assert len(query(siblings.control)["workers"]) == 1
     bgctl("--cache-all", siblings.control)
@@ -1019,7 +1019,7 @@ def test_copy_of_a_sibling_that_leaves_is_finished_by_another(siblings: Siblings
     assert answering is not None
     ask(siblings.control, command="cache-all", wait=False, limit_rate=MIB)
     siblings.clients[answering].request(DISC)
-    siblings.processes[answering].wait(20)
+    siblings.processes[answering].wait(60)
     wait_until(
         lambda: siblings.answers() and query(siblings.control)["blocks"]["cached"] == BLOCKS, "the rest of the copy", 30
     )

@@ -167,7 +167,7 @@ def test_file_system_made_on_the_disk_mounts_and_is_clean(start: Start, tmp_path
             assert (mountpoint / "noise").read_bytes() == noise
     finally:
         run("fusermount3", "-u", "-z", fuse, check=False)  # when its loop device has let go
-        nbdfuse.wait(20)
+        nbdfuse.wait(60)
     assert base.stat().st_blocks == 0
 
 
@@ -340,7 +340,7 @@ def test_inetd_style(base: Path) -> None:
         client.negotiate()
         assert client.write(7, b"seven") == 0
         assert client.read(7, 5) == b"seven"
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def test_connected_fd(base: Path) -> None:
@@ -359,7 +359,7 @@ def test_connected_fd(base: Path) -> None:
         assert client.simple_reply(7)[2][1:6] == b"seven"
         client.request(WRITE_ZEROES, 0, 1, flags=FAST_ZERO)
         assert client.simple_reply()[0] == 0
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def test_daemonized(base: Path, tmp_path: Path) -> None:

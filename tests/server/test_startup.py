@@ -108,7 +108,7 @@ def test_unwritable_image_is_served_with_readonly(public_directory: Path) -> Non
             assert client.negotiate().read(0, 4) == b"xxxx"
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(60)
 
 
 def test_directory_of_a_new_image_is_missing(tmp_path: Path) -> None:
@@ -447,7 +447,7 @@ def test_log_goes_to_the_file_alone_if_there_is_one(tmp_path: Path, image: Path)
         wait_until(lambda: log.exists() and "serving" in log.read_text(), "the log file")
     finally:
         server.terminate()
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0
     assert (tmp_path / "streams").read_bytes() == b""
 
 

@@ -131,7 +131,7 @@ class Wrapped:
 
     def status(self) -> int:
         """Exit status; waits for the end."""
-        return self.process.wait(20)
+        return self.process.wait(60)
 
     def stop(self) -> None:
         self.client.sock.close()
@@ -273,7 +273,7 @@ def test_standard_input_will_do(tmp_path: Path, image: Path) -> None:
     theirs.close()
     with RawClient(ours) as client:
         assert client.works()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def test_what_the_wrapper_has_negotiated_is_spoken(tmp_path: Path, image: Path) -> None:
@@ -342,7 +342,7 @@ def test_client_on_standard_streams_gets_replies_and_no_log(
         assert client.simple_reply() == (22, 2, b"")
         client.request(DISC)
         assert client.closed()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 @contextmanager
@@ -364,7 +364,7 @@ def test_version_goes_to_a_socket_if_standard_error_is_elsewhere() -> None:
         ours.settimeout(60)
         with stopped_in_the_end(process):
             assert ours.recv(1000).startswith(b"xnbd-server ")
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
 
 
 def test_systemd_understands_the_units(tmp_path: Path) -> None:

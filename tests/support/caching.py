@@ -86,7 +86,7 @@ class Reading:
 
     def wait(self) -> int:
         """The error, or 0."""
-        wait_until(self.is_done, "the reply", 20)
+        wait_until(self.is_done, "the reply")
         return self._errors[0]
 
     def content(self) -> bytes:

@@ -52,7 +52,7 @@ class ControlLoop:
     def stop(self) -> None:
         """End the loop, close the control socket; raises what went wrong in the loop."""
         os.write(self._waker, b"x")
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive(), "the control socket's loop hangs"
         os.close(self._wake)
         os.close(self._waker)

@@ -313,5 +313,5 @@ def test_logpath_takes_the_servers_lines_too(start_wrapper: StartWrapper, image:
             wait_until(lambda: log.exists() and "xnbd-server[" in log.read_text(), "a line in the new file")
         finally:
             process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert "xnbd-server[" in (tmp_path / "moved.log").read_text()

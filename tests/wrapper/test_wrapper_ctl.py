@@ -145,7 +145,7 @@ def test_letters_stand_for_list_and_shutdown(wrapper: Wrapper) -> None:
     command = [*program("xnbd-wrapper-ctl"), "-s", wrapper.control]
     assert run(*command, "-l")[1].splitlines()[1].split()[:2] == ["1", "disk.img"]
     run(*command, "-d")
-    assert wrapper.process.wait(20) == 0
+    assert wrapper.process.wait(60) == 0
 
 
 @pytest.mark.parametrize("words", [["--remove", "x"], ["-r", "0"], ["--remove"], ["--add"], ["-l", "-d"]])
@@ -320,7 +320,7 @@ def test_shutdown_ends_wrapper_and_servers(wrapper: Wrapper) -> None:
         assert client.closed()
         assert undecided.closed()
         assert not any(map(is_alive, pids)), "the answer comes when all is over"
-    assert wrapper.process.wait(10) == 0
+    assert wrapper.process.wait(60) == 0
     assert not wrapper.control.exists()
     assert set(wrapper.stored()) == {"disk.img"}
 
@@ -342,7 +342,7 @@ def test_orphaned_servers_live_as_long_as_their_clients(
         wait_until(lambda: len(wrapper.servers()) == 2, "both processes")
         pids = wrapper.servers()
         wrapper.ctl("--orphan")
-        assert wrapper.process.wait(10) == 0
+        assert wrapper.process.wait(60) == 0
         with start_wrapper(port=port).client("disk.img") as new:
             assert old.write(0, b"by the old") == 0
             assert new.read(0, 10) == b"by the old"

@@ -361,7 +361,7 @@ def test_socket_activation(image: Path, tmp_path: Path) -> None:
                     assert client.negotiate("disk.img").works()
             finally:
                 process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
 
 
 def test_two_operators_at_once_lose_nothing(wrapper: Wrapper, image: Path) -> None:
