@@ -14,6 +14,7 @@ from typing import List, Set
 
 import pytest
 from conftest import MIB, StartWrapper
+from control_loop import ControlLoop
 from rawclient import ACK, ERR_UNKNOWN
 from server_process import free_port, is_alive, run, wait_until
 from wrapper_process import Wrapper, fails, program, wait_for_end
@@ -290,6 +291,16 @@ def test_without_a_wrapper_there_is_one_line_of_complaint(tmp_path: Path) -> Non
     command = [*program("xnbd-wrapper-ctl"), "--socket", tmp_path / "nobody", "--list"]
     status, out, err = run(*command, check=False)
     assert (status, out, err.count("\n")) == (1, "", 1)
+
+
+def test_an_answer_that_makes_no_sense_is_no_traceback(tmp_path: Path) -> None:
+    loop = ControlLoop(tmp_path / "odd", {"list": lambda request: iter([{"export": {"name": "d"}}])})
+    try:
+        status, out, err = run(*program("xnbd-wrapper-ctl"), "--socket", tmp_path / "odd", "--list", check=False)
+    finally:
+        loop.stop()
+    assert (status, out) == (1, "")
+    assert err.startswith("xnbd-wrapper-ctl: the wrapper's answer makes no sense (KeyError('mode'))")
 
 
 def test_save_writes_the_database_even_if_it_was_deleted(wrapper: Wrapper) -> None:

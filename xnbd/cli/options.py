@@ -1,14 +1,14 @@
-"""What the command lines of xnbd-server and xnbd-wrapper ask for: checked, with types, and never changed.
+"""What the command line of xnbd-server asks for: checked, with types, and never changed.
 
-These are named tuples and no dataclasses: the module ``dataclasses`` brings ``inspect`` along, and
-takes many times the millisecond that a client of ``--inetd`` may be kept waiting for the sake of style.
+These are named tuples and no dataclasses: with ``dataclasses`` comes ``inspect``, and both
+together take 5 ms to import. A client of ``--inetd`` waits for that.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, Dict, Iterable, List, NamedTuple, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Dict, Iterable, NamedTuple, Optional, Sequence, Union
 
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
@@ -85,42 +85,6 @@ class ServerOptions(NamedTuple):
     spin: float = 150e-6
     queue_limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
-
-
-class AsGiven(NamedTuple):
-    """Text on the wrapper's command line that a server of the user's choice gets as it stands there."""
-
-    max_queue_size: Optional[str] = None
-    max_buf_size: Optional[str] = None
-    file_mode: Optional[str] = None
-
-
-class WrapperOptions(NamedTuple):
-    """A wrapper. Paths are whole ones, times in seconds; *images* has them by what the command line says.
-
-    The commands are words, of which there are none for our own programs.
-    """
-
-    database_path: str
-    control_path: str
-    images: Dict[str, str]
-    listen: ListenOptions
-    log: LogOptions
-    server_command: List[str]
-    bgctl_command: List[str]
-    cow: bool
-    readonly: bool
-    queue_limits: QueueLimits
-    as_given: AsGiven
-    handshake_timeout: float
-    max_clients: int
-    daemonize: bool
-
-    @property
-    def own_files(self) -> Dict[str, str]:
-        """The wrapper's own files, by the names of their options."""
-        files = {"--dbpath": self.database_path, "--socket": self.control_path}
-        return {**files, "--logpath": self.log.path} if self.log.path else files
 
 
 def whole_paths(line: CommandLine, names: Iterable[str]) -> Dict[str, str]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Callable, Dict, Mapping, Optional, Union
 from ..errors import ConfigurationError
 from ..protocol.constants import MAXIMUM_STRING
 from ..protocol.server_handshake import Agreement
-from ..server.master import Limits
 from ..server.session.connection import LONGEST_SPIN
 from ..server.session.parking import QueueLimits
 from .options import (
@@ -117,6 +116,8 @@ def _clients(line: CommandLine, paths: Mapping[str, str]) -> Union[OneClient, Ma
     if line.has("--connected-fd"):
         agreement = _agreement(line.text("--negotiated") or "")
         return OneClient(line.integer("--connected-fd", 0, 1 << 20), agreement)
+    from ..server.master import Limits
+
     limits = Limits(line.integer("--max-clients", 1, 1_000_000), line.integer("--spare-workers", 1, 1000))
     listen = listen_options(line, paths.get("--unix"))
     return ManyClients(listen, limits, line.has("--daemonize"), paths.get("--pidfile"))

@@ -6,13 +6,12 @@ import os
 import signal
 import socket
 from contextlib import contextmanager
-from typing import Iterator, Optional
+from typing import TYPE_CHECKING, Iterator, Optional
 
 from ..errors import ConfigurationError
 from ..logs import log
 from ..scoreboard.layout import create_scoreboard
 from ..scoreboard.scoreboard import Scoreboard
-from ..server.master import ORDERS, Limits, Master
 from ..server.process_loop import ProcessLoop
 from ..server.service import Service
 from ..server.session.connection import Connection
@@ -30,6 +29,9 @@ from ..system.process import (
     take_client_socket,
 )
 from .options import CowOptions, ListenOptions, ManyClients, OneClient, ServerOptions, TargetOptions
+
+if TYPE_CHECKING:
+    from ..server.master import Limits
 
 
 def serve(options: ServerOptions, client: Optional[int]) -> int:
@@ -132,6 +134,8 @@ def _client_socket(fd: Optional[int], client: Optional[int]) -> socket.socket:
 
 def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
     """Clients that connect, each in a process of its own."""
+    from ..server.master import ORDERS
+
     signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)  # whoever can connect may send them
     listeners = Listeners()
     listeners.take_passed()
@@ -167,6 +171,8 @@ _DESCRIPTORS = {"target": 26, "cow": 34, "proxy": 42}
 def _run_master(
     service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon], pid_file: Optional[PidFile]
 ) -> int:
+    from ..server.master import Master
+
     require_descriptors(_DESCRIPTORS[service.source.mode])
     master = Master(service, listeners.sockets, limits)
     try:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
-from typing import Callable, List, Optional
+from typing import Callable, Dict, List, NamedTuple, Optional
 
 from ..errors import ConfigurationError
+from ..server.session.parking import QueueLimits
 from ..system.process import whole_path
 from .options import (
-    AsGiven,
+    ListenOptions,
     LogOptions,
-    WrapperOptions,
     listen_options,
     log_options,
     queue_limits,
@@ -22,6 +22,42 @@ from .values import USAGE_ERROR, CommandLine, refuse_same_file
 
 _PATHS = ("--dbpath", "--socket", "--logpath")
 _OLD_NAMES = {"--port": "--lport", "--xnbd-binary": "--xnbd-server"}
+
+
+class AsGiven(NamedTuple):
+    """Text on the wrapper's command line that a server of the user's choice gets as it stands there."""
+
+    max_queue_size: Optional[str] = None
+    max_buf_size: Optional[str] = None
+    file_mode: Optional[str] = None
+
+
+class WrapperOptions(NamedTuple):
+    """A wrapper. Paths are whole ones, times in seconds; *images* has them by what the command line says.
+
+    The commands are words, of which there are none for our own programs.
+    """
+
+    database_path: str
+    control_path: str
+    images: Dict[str, str]
+    listen: ListenOptions
+    log: LogOptions
+    server_command: List[str]
+    bgctl_command: List[str]
+    cow: bool
+    readonly: bool
+    queue_limits: QueueLimits
+    as_given: AsGiven
+    handshake_timeout: float
+    max_clients: int
+    daemonize: bool
+
+    @property
+    def own_files(self) -> Dict[str, str]:
+        """The wrapper's own files, by the names of their options."""
+        files = {"--dbpath": self.database_path, "--socket": self.control_path}
+        return {**files, "--logpath": self.log.path} if self.log.path else files
 
 
 def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int]], None]) -> WrapperOptions:

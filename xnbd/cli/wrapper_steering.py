@@ -21,6 +21,15 @@ _ANSWER_TIME = 60.0
 
 def steer(options: CtlOptions) -> int:
     """Do what the command line says; the exit status. Raises `ConfigurationError`."""
+    try:
+        return _steer(options)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"the wrapper's answer makes no sense ({error!r}): is it of another version?"
+        ) from error
+
+
+def _steer(options: CtlOptions) -> int:
     with ControlClient(options.socket_path, _ANSWER_TIME) as client:
         replies = client.follow(**options.request)
         if options.command == "list":

@@ -17,8 +17,9 @@ from ..wrapper.exports import TargetExport, check_name, check_room, paths_of
 from ..wrapper.servers import ForeignServer, Servers, is_extended
 from ..wrapper.wrapper import Settings, Wrapper
 from .inside import OwnServer, run_bgctl
-from .options import ListenOptions, WrapperOptions
+from .options import ListenOptions
 from .values import refuse_same_file
+from .wrapper_options import WrapperOptions
 
 _DESCRIPTORS = 48
 """What the wrapper, or a server of one client, opens besides what it has at the start, with some to spare."""
