@@ -18,8 +18,9 @@ from ..scoreboard.scoreboard import FAILURE, Scoreboard
 from ..text import one_line
 from . import image_use, space
 from .extents import file_data_until, file_extents
+from .failure import drop_cached, vouch_anew
 from .image import Buffer, Extent, Image, Source
-from .writeback import Record, WriteBack, WriteBackFailed, drop_cached
+from .writeback import Record, WriteBack, WriteBackFailed
 
 Sync = Callable[[int], None]
 
@@ -138,6 +139,7 @@ class TargetSource(Source):
         self.size = space.device_size(self._fd)
         self.readonly = readonly
         try:
+            vouch_anew(self._fd, path, readonly=readonly)
             self._witness = reopen(self._fd, readonly=readonly)
             self._open(os.fdatasync).close()
         except (OSError, OverflowError) as error:

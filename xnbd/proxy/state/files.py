@@ -14,8 +14,9 @@ from typing import Container, Iterator, Optional
 from ...errors import ConfigurationError
 from ...making import is_own_file, make_afresh, open_or_make
 from ...storage import space
+from ...storage.failure import Failure
 from ...storage.space import NO_SPACE
-from ...storage.writeback import Failure, Record, WriteBack
+from ...storage.writeback import Record, WriteBack
 from ...system.file_locks import RangeLocks, do_nothing
 from ...system.process import closed_on_error
 from .belonging import SESSION_SIZE
