@@ -64,6 +64,14 @@ def make_afresh(path: str) -> int:
     raise FileExistsError(errno.EEXIST, "somebody makes it again and again", path)
 
 
+def is_at(path: str, fd: int) -> bool:
+    """Whether the file behind *fd* stands at *path* still: it has not been replaced, renamed or removed."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
 def is_own_file(status: os.stat_result, owners: Container[int]) -> bool:
     """Whether a file is what this program makes: regular, of one name, of one of *owners*, root or this user."""
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and _is_trusted(status.st_uid, owners)

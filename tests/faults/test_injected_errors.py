@@ -59,11 +59,6 @@ def disk() -> bytes:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> CacheFiles:
-    return CacheFiles(tmp_path)
-
-
-@pytest.fixture
 def relay(start: Start, tmp_path: Path, disk: bytes) -> Iterator[Relay]:
     image = tmp_path / "origin.img"
     image.write_bytes(disk)

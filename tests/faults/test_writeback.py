@@ -8,13 +8,14 @@ how many of the syncs of a process are tried.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import re
 import signal
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator, List, Tuple
 
 import nbd
 import pytest
@@ -24,11 +25,13 @@ from failing_disk import DoubtfulLedger, DoubtfulWriter, FailingDisk, failing_di
 from injection import injected
 from ledger import SECTOR, Crowd
 from model import read_all
+from mounts import unmount
 from power_failure import watching_syncs
 from server_process import Server, children_of, command, run, title_of, wait_until
 
 from xnbd.scoreboard.layout import create_scoreboard
 from xnbd.scoreboard.scoreboard import Scoreboard
+from xnbd.storage.failure import ATTRIBUTE
 from xnbd.storage.writeback import Record, WriteBack, WriteBackFailed
 
 ROUNDS = int(os.environ.get("XNBD_ROUNDS", 1))
@@ -170,6 +173,81 @@ def test_what_a_process_was_told_and_did_not_live_to_note_is_heard_of_by_those_t
             write_back.sync(later)
         with pytest.raises(WriteBackFailed):
             WriteBack(Record(record, Scoreboard.failure_at)).sync(later)
+
+
+@pytest.fixture
+def failing_file(tmp_path: Path) -> Iterator[Tuple[Path, FailingDisk]]:
+    """A file of 40 MiB, with its space, on a file system on a disk where some 20 have room."""
+    directory = tmp_path / "mounted"
+    directory.mkdir()
+    with failing_disk(tmp_path / "small", SIZE, "24m") as disk:
+        run("mkfs.ext4", "-q", "-F", "-O", "^has_journal", disk.path)
+        run("mount", disk.path, directory)
+        try:
+            path = directory / "disk.img"
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, 40 * MIB)
+            yield path, disk
+        finally:
+            unmount(directory, disk.path)
+
+
+def on_the_device(path: Path, length: int) -> bytes:
+    """What is there, whatever is in memory."""
+    fd, buffer = os.open(path, os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, length)
+    try:
+        with suppress(OSError):
+            os.preadv(fd, [buffer], 0)  # which tells of the failed write-back, as a sync does
+        assert os.preadv(fd, [buffer], 0) == length
+        return buffer[:]
+    finally:
+        os.close(fd)
+
+
+@needs_root
+def test_what_a_killed_target_could_not_write_is_served_by_no_other(
+    failing_file: Tuple[Path, FailingDisk], start: Start
+) -> None:
+    path, disk = failing_file
+    server = start("--target", path)
+    server.expected_errors += LOG
+    client = connect(server.uri)
+    for at in range(0, 40 * MIB, MIB):
+        client.pwrite(b"w" * MIB, at)
+    assert not flushes(client)
+    kill_server(server)
+    disk.mend()
+    assert on_the_device(path, 40 * MIB) != b"w" * 40 * MIB
+    again = start("--target", path)
+    assert "under an earlier server: what was written after the last FLUSH that succeeded may be lost" in again.log()
+    client = connect(again.uri)
+    assert read_all(client) == on_the_device(path, 40 * MIB)
+    assert flushes(client)
+    assert again.stop() == 0
+    last = start("--target", path)
+    assert "earlier server" not in last.log()
+    last.stop()
+
+
+def test_a_target_s_mark_stays_as_long_as_it_means_something(start: Start, image: Path) -> None:
+    """While the server that has failed runs, and until a server has come that may write."""
+    server = start("--target", image)
+    server.expected_errors += LOG
+    client = connect(server.uri)
+    (worker,) = server.busy_workers()
+    with injected(worker, "fdatasync:error=EIO:when=1"):
+        assert not flushes(client)
+    assert os.getxattr(image, ATTRIBUTE).startswith(b"5.")
+    beside = start("--target", image)
+    assert "earlier server" not in beside.log()
+    beside.expected_errors += LOG
+    beside.stop()
+    client.shutdown()
+    assert server.stop() == 1
+    for options in (["--readonly"], ["--readonly"], []):
+        assert "(Input/output error) under an earlier server" in start("--target", *options, image).log()
+    with pytest.raises(OSError, match="No data"):
+        os.getxattr(image, ATTRIBUTE)
 
 
 def test_there_is_no_snapshot_after_a_failed_flush(start: Start, tmp_path: Path, image: Path) -> None:

@@ -5,21 +5,12 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import nbd
 import pytest
+from caching import connect
 from conftest import MIB, Start
 from model import Change, Model, check_mixture
 
 CONNECTIONS = 4
-
-
-def connect(uri: str, *, structured: bool) -> nbd.NBD:
-    client = nbd.NBD()
-    client.set_request_structured_replies(structured)
-    if structured:
-        client.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
-    client.connect_uri(uri)
-    return client
 
 
 @pytest.mark.parametrize("size, rounds", [(1, 60), (511, 150), (4097, 300), (8 * MIB + 1, 250)])

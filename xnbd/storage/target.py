@@ -17,8 +17,9 @@ from ..making import make_file
 from ..text import one_line
 from . import image_use, space
 from .extents import file_data_until, file_extents
+from .failure import drop_cached, vouch_anew
 from .image import Buffer, Extent, Image, Shared, Source
-from .writeback import Record, WriteBack, WriteBackFailed, drop_cached
+from .writeback import Record, WriteBack, WriteBackFailed
 
 Sync = Callable[[int], None]
 
@@ -137,6 +138,7 @@ class TargetSource(Source[Shared]):
         self.size = space.device_size(self._fd)
         self.readonly = readonly
         try:
+            vouch_anew(self._fd, path, readonly=readonly)
             self._witness = reopen(self._fd, readonly=readonly)
             self._open(os.fdatasync).close()
         except (OSError, OverflowError) as error:

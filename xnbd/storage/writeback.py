@@ -24,11 +24,12 @@ import struct
 import time
 from contextlib import suppress
 from functools import cache
-from typing import Any, Callable, NamedTuple, NoReturn, Optional
+from typing import Any, Callable, NoReturn, Optional
 
 from ..logs import log
 from ..system.file_locks import RangeLocks
 from . import image_use
+from .failure import Failure, put_mark
 
 RECORD_SIZE = 16
 
@@ -38,17 +39,6 @@ _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _NO_FAILURE = bytes(RECORD_SIZE)
 _WAIT_BEFORE = 1
-
-
-class Failure(NamedTuple):
-    """The errno *number* of the first write-back that failed, and *when* that was, in seconds since the epoch."""
-
-    number: int
-    when: int
-
-    def __str__(self) -> str:
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.when))
-        return f"write-back failed at {at} ({os.strerror(self.number)}), nothing is durable until the server's restart"
 
 
 class WriteBackFailed(OSError):
@@ -71,7 +61,7 @@ class Record:
         """*lasting*: the file outlives the server, and the record has to reach stable storage."""
         self._fd = fd
         self._at = offset
-        self._lasting = lasting
+        self.lasting = lasting
 
     def read(self) -> Optional[Failure]:
         data = os.pread(self._fd, RECORD_SIZE, self._at)
@@ -104,7 +94,7 @@ class Record:
         """Bring a failure to stable storage if it is to last; where that fails, it is for another try."""
         with suppress(OSError):
             data = os.pread(self._fd, RECORD_SIZE, self._at)
-            if not self._lasting or data == _NO_FAILURE or data[_LASTING]:
+            if not self.lasting or data == _NO_FAILURE or data[_LASTING]:
                 return
             os.pwrite(self._fd, data, self._at)  # what a sync that fails has left counts as written
             os.fdatasync(self._fd)
@@ -179,6 +169,8 @@ class WriteBack:
             first, self._own = True, Failure(number, int(time.time()))
         if self._image_fd is not None:
             image_use.tell_failed(self._image_fd)
+            if not self._record.lasting:
+                put_mark(self._image_fd, Failure(number, int(time.time())))
         if first:
             log.error("%s: write-back failed: %s; %s", _name(fd), error.strerror, _ADVICE)
         self._record.keep()
@@ -209,13 +201,6 @@ def _sync_file_range() -> Any:
     if call is not None:
         call.argtypes = ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint
     return call
-
-
-def drop_cached(fd: int) -> None:
-    """Have readers see what is on stable storage, and not what could not be written: such pages are taken for clean."""
-    with suppress(OSError):
-        os.fdatasync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 _ADVICE = (

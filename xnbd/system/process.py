@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Iterator, Optional
 
 from ..errors import ConfigurationError
-from ..making import open_or_make
+from ..making import is_at, open_or_make
 
 
 def take_client_socket(fd: int) -> Optional[int]:
@@ -190,7 +190,8 @@ class PidFile:
         """Make the file, in the process whose id it is to hold. Raises `ConfigurationError` like the constructor."""
         try:
             self._take(_open_locked(self._path, make=True))
-            while not self._is_in_place():  # a server that was just ending has removed it before it was locked
+            # A server that was just ending may have removed it before it was locked.
+            while not is_at(self._path, self._held):
                 os.close(self._held)
                 self._take(_open_locked(self._path, make=True))
             self._pid = os.getpid()
@@ -217,17 +218,10 @@ class PidFile:
             self._remove()
 
     def _remove(self) -> None:
-        if self._is_in_place():
+        if is_at(self._path, self._held):
             os.unlink(self._path)
         os.close(self._held)
         self._fd = None
-
-    def _is_in_place(self) -> bool:
-        """Whether the file that is locked is the one at the path."""
-        try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._held))
-        except FileNotFoundError:
-            return False
 
 
 def _open_locked(path: str, *, make: bool = False) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..logs import log
-from ..making import make_afresh
+from ..making import is_at, make_afresh
 from ..storage import space
 from ..text import is_writable
 from .exports import StoredExport, check_name, export_from_fields, fields_of, find_export, split_fields
@@ -190,10 +190,8 @@ class Database:
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise OSError(errno.EINVAL, "it is no regular file")
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(fd), os.stat(self.path, follow_symlinks=False)):
+                if is_at(self.path, fd):
                     return fd
-            except FileNotFoundError:
-                pass
             except BaseException:
                 os.close(fd)
                 raise

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Container, Iterator, Optional
 
 from ...errors import ConfigurationError
-from ...making import is_own_file, make_afresh, open_or_make
+from ...making import is_at, is_own_file, make_afresh, open_or_make
 from ...storage import space
+from ...storage.failure import Failure
 from ...storage.space import NO_SPACE
-from ...storage.writeback import Failure, Record, WriteBack
+from ...storage.writeback import Record, WriteBack
 from ...system.file_locks import RangeLocks, do_nothing
 from ...system.process import closed_on_error
 from .belonging import SESSION_SIZE
@@ -71,7 +72,7 @@ def _lock_opening(path: str, fd: int) -> bool:
     """Lock the byte `OPENING`; False, and *fd* is closed, if the file is not the one at *path* any more."""
     with closed_on_error(fd):
         RangeLocks(fd).acquire(OPENING, 1, do_nothing, _OPENING_TIME)
-        if _is_at(path, fd):
+        if is_at(path, fd):
             return True
     os.close(fd)
     return False
@@ -127,14 +128,6 @@ def make_new(path: str) -> int:
         return make_afresh(path)
     except (PermissionError, FileExistsError, IsADirectoryError) as error:
         raise _in_the_way(path) from error
-
-
-def _is_at(path: str, fd: int) -> bool:
-    """Whether the file behind *fd* has not been replaced or renamed."""
-    try:
-        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
-    except FileNotFoundError:
-        return False
 
 
 @contextmanager

@@ -18,13 +18,10 @@ then, at a page's start  durable copy of the bitmap; the file ends with it
 A page has 4,096 bytes, whatever the machine thinks. Numbers and maps mean something
 while one system runs, the rest for good. Any byte but 0 is a mark.
 
-The header, little-endian: magic (8 bytes), version, block size, flags (4 bytes each;
-flag 1: closed cleanly, 2: the cache image bears its mark), disk size (8), boot id (16;
-zeros: the bitmap is yet to be made), length of the origin's identity (4), that identity
-(256); from version 2 on what is known of the cache image (`belonging.Tie`): id (16),
-session and previous session, its number, size and time of change, the mounts of cache
-and state file (8 each), CRC-32 of the bitmap (4); in the end CRC-32 of all that precedes
-(4).
+The header, little-endian: `HEADER_FIELDS` (flag 1: closed cleanly, 2: the cache image
+bears its mark; a boot id of zeros: the bitmap is yet to be made; the origin as `identity`
+makes it), from version 2 on `TIE_FIELDS`, what is known of the cache image
+(`belonging.Tie`), and in the end the CRC-32 of all that precedes (4 bytes).
 
 Locks on bytes of this file (`system.file_locks`): `OPENING` by whoever opens, creates or
 closes the files, `CHECKPOINT` during a checkpoint, for a moment `FAILURE` by who logs a
@@ -37,7 +34,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from typing import Callable, Dict, NamedTuple, Optional
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 from ...storage.bitmap import bitmap_size
 from ...storage.blocks import BLOCK, block_count
@@ -71,8 +68,39 @@ NO_BOOT = bytes(16)
 
 _CLEAN, _MARKED = 1, 2
 _PREFIX = struct.Struct("<8sI")
-_HEADER = struct.Struct("<8sIIIQ16sI256s")
-_TIE = struct.Struct("<16s8s8sQQqQQI")
+Fields = Tuple[Tuple[str, str], ...]
+"""Names, and types as in `struct`; ``contrib/doc/protocols.rst`` has them all."""
+
+HEADER_FIELDS: Fields = (
+    ("magic", "8s"),
+    ("version", "I"),
+    ("block size", "I"),
+    ("flags", "I"),
+    ("disk size", "Q"),
+    ("boot id", "16s"),
+    ("length of the origin", "I"),
+    ("origin", "256s"),
+)
+TIE_FIELDS: Fields = (
+    ("id", "16s"),
+    ("session", "8s"),
+    ("previous session", "8s"),
+    ("number", "Q"),
+    ("size", "Q"),
+    ("changed", "q"),
+    ("cache mount", "Q"),
+    ("state mount", "Q"),
+    ("checksum of the bitmap", "I"),
+)
+"""From version 2 on."""
+
+
+def _struct_of(fields: Fields) -> struct.Struct:
+    return struct.Struct("<" + "".join(kind for _, kind in fields))
+
+
+_HEADER = _struct_of(HEADER_FIELDS)
+_TIE = _struct_of(TIE_FIELDS)
 _CHECKSUM = struct.Struct("<I")
 _ORIGIN_SIZE = 256
 

@@ -11,8 +11,9 @@ from contextlib import closing, suppress
 
 from ...errors import ConfigurationError
 from ...logs import log
+from ...storage.failure import drop_cached
 from ...storage.target import reopen
-from ...storage.writeback import WriteBackFailed, drop_cached
+from ...storage.writeback import WriteBackFailed
 from . import belonging, copies, files
 from .belonging import NO_ID
 from .checkpoint import ProcessState
