@@ -47,7 +47,7 @@ PROMISES: Dict[str, List[str]] = {
     "Use a disk": ["virtual size: 1 GiB", "b'hello'", "read 65536/65536"],
     "Let clients try things": ["read 65536/65536"],
     "Cache a disk of another server": ["cached      100 %", "plain target"],
-    "Steer a running server": ["disk.img: target, 64 MiB", '"mode": "target"'],
+    "Steer a running server": ["my.img: target, 64 MiB", '"mode": "target"'],
     "Take snapshots": [],
     "Serve many disks on one port": ['export="one.img"', 'export="two.img"', "removed two.img", "data     target"],
     "Run it as a service": [],
@@ -150,6 +150,15 @@ def test_wrong_example_is_noticed(right: str, wrong: str, tmp_path: Path) -> Non
             playground.run(block)
     finally:
         playground.clear()
+
+
+def test_sections_are_not_in_each_others_way() -> None:
+    """Whoever tries one after the other has servers that run on: no pid file or address is in two sections."""
+    used: Dict[str, str] = {}
+    for title, blocks in EXAMPLES.items():
+        text = "".join(block.script for block in blocks)
+        for place in set(re.findall(r"--pidfile \S+|--lport \d+|--unix \S+", text)):
+            assert used.setdefault(place, title) == title
 
 
 PAGES = [README, *GUIDES.iterdir(), *(ROOT / ".github").iterdir()]
