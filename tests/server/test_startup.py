@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ from typing import Iterator, List
 
 import pytest
 from conftest import MIB, Start
-from launch import fails, serving, stop_daemon
+from launch import fails, launched, serving, stop_daemon
 from origin_programs import is_listening
 from rawclient import LIST, RawClient
 from server_process import START_TIME, children_of, command, free_port, is_alive, run, title_of, wait_until
@@ -396,6 +397,18 @@ def test_pid_file_that_goes_before_it_is_locked_is_made_anew(tmp_path: Path, mon
     assert path.read_text() == f"{os.getpid()}\n"
     pid_file.remove()
     assert not path.exists()
+
+
+def test_a_child_that_is_none_of_the_server_s_is_no_worker_that_died(tmp_path: Path, image: Path) -> None:
+    """Process 1 of a container gets the children of a dead steward, a program that was executed those of the shell."""
+    os.mkfifo(tmp_path / "fifo")
+    words = shlex.join(command("--target", "--unix", str(tmp_path / "sock"), str(image)))
+    with launched(["sh", "-c", f"(read -r _; exit 3) < {tmp_path}/fifo & exec {words}"], tmp_path / "log") as server:
+        wait_until(lambda: bool(children_of(server.process.pid)), "the shell's child")
+        stranger = children_of(server.process.pid)[0]
+        server.wait_for_log("INFO: serving ")
+        (tmp_path / "fifo").write_text("end\n")
+        wait_until(lambda: stranger not in children_of(server.process.pid), "the end of the shell's child")
 
 
 def test_files_of_a_killed_server_do_not_stop_the_next(start: Start, image: Path) -> None:

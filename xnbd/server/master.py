@@ -231,6 +231,8 @@ class Master:
                 if not self._stopping:
                     self._on_stewards_end(os.waitstatus_to_exitcode(status))
                 continue
+            if pid not in self._spares and pid not in self._clients:
+                continue  # a dead steward's child, of process 1 of a container; or whoever executed this program had it
             peer = self._clients.pop(pid, None)
             self._spares.discard(pid)
             self._unproven.discard(pid)
