@@ -21,7 +21,8 @@ from origin_owner import PATIENCE, Own, Owner, owners
 from server_process import wait_until
 
 from xnbd.errors import ProtocolError
-from xnbd.origin.nbd.connection import OriginConnection, OriginLost
+from xnbd.origin.base import Data, OriginLost
+from xnbd.origin.nbd.connection import OriginConnection
 from xnbd.origin.nbd.replies import ReplyParser
 
 KIB = 1 << 10
@@ -157,7 +158,7 @@ STATUS_LIES: Dict[str, Tuple[str, Reply]] = {
 def test_a_lie_about_holes_ends_the_connection_and_nothing_is_done(own: Own, tmp_path: Path, name: str) -> None:
     message, reply = STATUS_LIES[name]
     with LyingOrigin(tmp_path / "s", tell_then_close(reply)) as origin:
-        owner, lost = lost_to(own, origin, lambda connection: connection.block_status("token", OFFSET, LENGTH))
+        owner, lost = lost_to(own, origin, lambda connection: connection.query_extents("token", OFFSET, LENGTH))
     assert message in lost
     assert owner.done == {}
     assert owner.connection.unfinished() == ["token"]
@@ -411,19 +412,19 @@ def test_replies_in_any_order_find_their_requests(own: Own, tmp_path: Path) -> N
 
 
 def test_a_block_status_with_very_many_extents_is_taken_as_it_comes(own: Own, tmp_path: Path) -> None:
-    extents = [(512, n & 1) for n in range(300_000)]
+    extents = [(512, n & 2) for n in range(300_000)]
 
     with LyingOrigin(tmp_path / "s", answer_all(lambda asked: status_chunk(asked.cookie, *extents))) as origin:
         owner = own(origin.uri).connect()
-        owner.connection.block_status(0, 0, 300_000 * 512)
-        assert owner.finish().extents[0] == extents
+        owner.connection.query_extents(0, 0, 300_000 * 512)
+        assert owner.finish().extents[0] == [(length, bool(flags)) for length, flags in extents]
 
 
 def test_the_last_extent_may_go_beyond_the_request_and_is_told_up_to_there(own: Own, tmp_path: Path) -> None:
     with LyingOrigin(tmp_path / "s", answer_all(lambda a: status_chunk(a.cookie, (512, 0), (1 << 30, 3)))) as origin:
         owner = own(origin.uri).connect()
-        owner.connection.block_status(0, 0, 8192)
-        assert owner.finish().extents[0] == [(512, 0), (7680, 3)]
+        owner.connection.query_extents(0, 0, 8192)
+        assert owner.finish().extents[0] == [(512, False), (7680, True)]
 
 
 def test_a_sink_may_ask_for_more_when_a_request_is_done(own: Own, tmp_path: Path) -> None:
@@ -463,13 +464,13 @@ class Calls:
         self.data = bytearray()
         self.others: List[object] = []
 
-    def on_data(self, token: Any, offset: int, data: memoryview) -> None:
+    def on_data(self, token: Any, offset: int, data: Data) -> None:
         self.data += data
 
     def on_hole(self, token: Any, offset: int, length: int) -> None:
         self.others.append(("hole", token, offset, length))
 
-    def on_extents(self, token: Any, extents: List[Tuple[int, int]]) -> None:
+    def on_extents(self, token: Any, extents: List[Tuple[int, bool]]) -> None:
         self.others += [("extent", token, extent) for extent in extents]
 
     def on_done(self, token: Any, error: int) -> None:
@@ -517,9 +518,9 @@ def test_however_replies_are_cut_they_mean_the_same(cuts: List[int]) -> None:
     assert calls.data == NOISE + NOISE[:5000] + NOISE[:5000]
     assert calls.others == [
         (1, 0),
-        ("extent", 3, (1024, 3)),
-        ("extent", 3, (1024, 0)),
-        ("extent", 3, (2048, 3)),
+        ("extent", 3, (1024, True)),
+        ("extent", 3, (1024, False)),
+        ("extent", 3, (2048, True)),
         ("hole", 0, 5000, 4000),
         (2, 0),
         (3, 0),

@@ -10,7 +10,8 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple, Type
 import pytest
 
 from xnbd.origin.address import parse_origin
-from xnbd.origin.nbd.connection import OriginConnection, OriginLost
+from xnbd.origin.base import Data, OriginLost, Terms
+from xnbd.origin.nbd.connection import OriginConnection
 
 PATIENCE = 30.0
 
@@ -19,13 +20,15 @@ class Owner:
     """The poll loop, and a sink that keeps everything and checks the order of calls."""
 
     def __init__(self, uri: str, **options: Any) -> None:
-        self.connection = OriginConnection(parse_origin(uri), self, **options)
+        connection = parse_origin(uri).open(self, Terms(**options))
+        assert isinstance(connection, OriginConnection)
+        self.connection = connection
         self.data: Dict[Any, Dict[int, bytes]] = {}
         self.holes: List[Tuple[int, int]] = []
-        self.extents: Dict[Any, List[Tuple[int, int]]] = {}
+        self.extents: Dict[Any, List[Tuple[int, bool]]] = {}
         self.done: Dict[Any, int] = {}
 
-    def on_data(self, token: Any, offset: int, data: memoryview) -> None:
+    def on_data(self, token: Any, offset: int, data: Data) -> None:
         assert token not in self.done
         self.data.setdefault(token, {})[offset] = bytes(data)
 
@@ -33,7 +36,7 @@ class Owner:
         self.holes.append((offset, length))
         self.on_data(token, offset, memoryview(bytes(length)))
 
-    def on_extents(self, token: Any, extents: List[Tuple[int, int]]) -> None:
+    def on_extents(self, token: Any, extents: List[Tuple[int, bool]]) -> None:
         assert token not in self.done
         self.extents.setdefault(token, []).extend(extents)
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xnbd.errors import ConfigurationError
-from xnbd.origin.address import OriginAddress, parse_origin
+from xnbd.origin.address import parse_origin
+from xnbd.origin.nbd.address import NbdAddress
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ from xnbd.origin.address import OriginAddress, parse_origin
     ],
 )
 def test_uris_for_tcp(uri: str, host: str, port: int, name: str) -> None:
-    assert parse_origin(uri) == OriginAddress(host, port, "", name)
+    assert parse_origin(uri) == NbdAddress(host, port, "", name)
 
 
 @pytest.mark.parametrize(
@@ -49,22 +50,22 @@ def test_uris_for_tcp(uri: str, host: str, port: int, name: str) -> None:
     ],
 )
 def test_uris_for_unix_sockets(uri: str, path: str, name: str) -> None:
-    assert parse_origin(uri) == OriginAddress("", 0, path, name)
+    assert parse_origin(uri) == NbdAddress("", 0, path, name)
 
 
 @pytest.mark.parametrize("host", ["origin.example", "192.0.2.7", "2001:db8::7"])
 def test_a_host_and_a_port(host: str) -> None:
-    assert parse_origin(host, "8520", "disk") == OriginAddress(host, 8520, "", "disk")
-    assert parse_origin(host, "8520") == OriginAddress(host, 8520, "", "")
+    assert parse_origin(host, "8520", "disk") == NbdAddress(host, 8520, "", "disk")
+    assert parse_origin(host, "8520") == NbdAddress(host, 8520, "", "")
 
 
 def test_brackets_around_a_host_are_allowed() -> None:
-    assert parse_origin("[::1]", "8520").host == "::1"
+    assert parse_origin("[::1]", "8520") == NbdAddress("::1", 8520, "", "")
 
 
 def test_the_export_may_be_named_beside_a_uri_that_names_none() -> None:
-    assert parse_origin("nbd://h/", None, "disk").export_name == "disk"
-    assert parse_origin("nbd://h/disk", None, "disk").export_name == "disk"
+    assert parse_origin("nbd://h/", None, "disk") == NbdAddress("h", 10809, "", "disk")
+    assert parse_origin("nbd://h/disk", None, "disk") == NbdAddress("h", 10809, "", "disk")
 
 
 @pytest.mark.parametrize(
@@ -137,13 +138,13 @@ HOSTS = st.sampled_from(["h", "origin.example", "192.0.2.7", "2001:db8::7", "fe8
 
 @given(HOSTS, st.integers(1, 65535), NAMES)
 def test_an_address_written_as_a_uri_is_read_back_the_same(host: str, port: int, name: str) -> None:
-    address = OriginAddress(host, port, "", name)
+    address = NbdAddress(host, port, "", name)
     assert parse_origin(str(address)) == address
 
 
 @given(NAMES.map(lambda tail: os.path.normpath("/s" + tail.replace("/", "_")[:25])), NAMES)
 def test_a_socket_written_as_a_uri_is_read_back_the_same(path: str, name: str) -> None:
-    address = OriginAddress("", 0, path, name)
+    address = NbdAddress("", 0, path, name)
     assert parse_origin(str(address)) == address
 
 

@@ -55,6 +55,7 @@ _lines: List[_Line] = []
 
 def load_server(servers: Servers) -> None:
     """Do ahead what every process of a client would have to do."""
+    from ..origin.nbd import connection  # noqa: F401
     from ..server.steward import process  # noqa: F401
     from . import proxying, serving  # noqa: F401
 

@@ -9,11 +9,11 @@ from typing import Any, Dict, Optional
 
 from ..errors import ConfigurationError
 from ..logs import log
-from ..origin.address import OriginAddress, parse_origin
-from ..origin.nbd.connection import OriginLost
-from ..origin.nbd.probe import probe
-from ..proxy.fetcher import Patience
+from ..origin.address import parse_origin
+from ..origin.base import OriginAddress, OriginLost
+from ..origin.probe import probe
 from ..proxy.image import DEFAULT_READAHEAD, ProxySettings, ProxySource
+from ..proxy.origin_link import Patience
 from ..proxy.state.belonging import is_marked_bitmap
 from ..proxy.state.opening import Known, has_cached_blocks, known_state, open_state
 from ..server.session.parking import QueueLimits
@@ -106,7 +106,7 @@ def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *
     if here != address:
         log.info("the origin has been moved to %s", here)
     try:
-        size = probe(here, timeout=timeout).size
+        size = probe(here, timeout=timeout)
     except OriginLost as lost:
         if known is None:
             advice = "" if lost.refused else "; a proxy's first start needs its origin"

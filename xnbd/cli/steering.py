@@ -133,7 +133,7 @@ def _reconnect(arguments: Arguments) -> None:
     name, port = arguments["--exportname"], arguments["REMOTE_PORT"]
     host_or_uri = arguments["REMOTE_HOST"] or arguments["ORIGIN_URI"]
     address = parse_origin(host_or_uri, port, name)
-    request: Message = {"host": address.host, "port": port} if port else {"uri": str(address)}
+    request: Message = {"host": host_or_uri, "port": port} if port else {"uri": str(address)}
     with _interruptible("interrupted; --query tells which origin the server uses"), _connect(arguments) as server:
         answer = server.ask(command="reconnect", exportname=name, **request)
     print_outcome(f"the origin is {shown(answer['address'])} now\n")

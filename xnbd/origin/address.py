@@ -1,155 +1,47 @@
-"""Where an origin is: a host and port, or an NBD URI.
+"""Where an origin is, as it stands on a command line: the scheme of a URI chooses the kind of origin.
 
-Source of the URIs: ``doc/uri.md`` of NetworkBlockDevice/nbd.
+Nothing of a kind is imported before an address of it is met.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from typing import Dict, NamedTuple, Optional, Tuple
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from typing import Callable, Dict, Optional
 
-from ..errors import ConfigurationError
-from ..system.process import whole_path
-from ..text import is_writable
+from .base import NO_TLS, OriginAddress, wrong
 
-URI_PORT = 10809
-"""The port that IANA has assigned; it holds for URIs only."""
+Parse = Callable[[str, Optional[str], Optional[str]], OriginAddress]
+"""From a URI, a port (which does not belong beside it) and an export's name, if there are any, to an address.
 
-_USAGE_ERROR = 2
-_MAXIMUM_NAME = 4096
-_MAXIMUM_SOCKET_PATH = 107
+Raises `ConfigurationError`.
+"""
+
+
+def _nbd() -> Parse:
+    from .nbd.address import parse_uri
+
+    return parse_uri
+
+
+SCHEMES: Dict[str, Callable[[], Parse]] = {"nbd": _nbd, "nbd+unix": _nbd}
+"""What imports the kind of origin that a scheme stands for."""
+
 _TLS_SCHEMES = ("nbds", "nbds+unix", "nbds+vsock")
-_BROKEN_ESCAPE = re.compile("%(?![0-9a-fA-F]{2})")
-_FORBIDDEN = re.compile(r"[\x00-\x20\x7f]")
-
-
-class OriginAddress(NamedTuple):
-    """*host* and *port*, or *unix_path* (of the abstract namespace if it begins with NUL)."""
-
-    host: str
-    port: int
-    unix_path: str
-    export_name: str
-
-    def __str__(self) -> str:
-        """The address as an NBD URI, which `parse_origin` understands."""
-        name = _quote(self.export_name)
-        if self.unix_path:
-            return f"nbd+unix:///{name}?socket={_quote(self.unix_path)}"
-        host = quote(self.host, safe=":")
-        return f"nbd://{f'[{host}]' if ':' in host else host}:{self.port}/{name}"
 
 
 def parse_origin(host_or_uri: str, port: Optional[str] = None, export_name: Optional[str] = None) -> OriginAddress:
-    """An origin as it stands on a command line: host and port, or a URI in place of both.
+    """An origin as it stands on a command line: host and port of an NBD server, or a URI in place of both.
 
-    A relative socket path is made absolute: the server may change its directory.
+    A relative path is made absolute: the server may change its directory.
     Raises `ConfigurationError`.
     """
-    if "://" in host_or_uri:
-        return _parse_uri(host_or_uri, port, export_name)
-    if port is None:
-        raise _wrong(host_or_uri, "a port has to follow, or give a URI like nbd://host:10809/name")
-    host = host_or_uri[1:-1] if re.fullmatch(r"\[.*\]", host_or_uri) else host_or_uri
-    if not host or _FORBIDDEN.search(host) or "/" in host or not _is_text(host):
-        raise _wrong(host_or_uri, "expected a host's name or address, or a URI like nbd://host:10809/name")
-    return OriginAddress(host, _parse_port(host_or_uri, port), "", _check_name(host_or_uri, export_name or ""))
+    scheme, separator, _ = host_or_uri.partition("://")
+    if not separator:
+        from .nbd.address import parse_host
 
-
-def _parse_uri(uri: str, port: Optional[str], export_name: Optional[str]) -> OriginAddress:
-    parts = _split(uri)
-    if port is not None:
-        raise _wrong(uri, f"leave out the port {port}, it belongs in the URI")
-    name = _unquote(parts.path[1:])
-    if export_name is not None and name not in ("", export_name):
-        raise _wrong(uri, f"names another export than {export_name!r}; name it once")
-    name = _check_name(uri, export_name or name)
-    if parts.scheme == "nbd+unix":
-        return OriginAddress("", 0, _socket_path(uri, parts), name)
-    host, number = _authority(uri, parts)
-    _query(uri, parts)
-    return OriginAddress(host, number, "", name)
-
-
-def _split(uri: str) -> SplitResult:
-    if _FORBIDDEN.search(uri) or _BROKEN_ESCAPE.search(uri):
-        raise _wrong(uri, "is no URI: write special characters as %20 and the like")
-    try:
-        parts = urlsplit(uri)
-    except ValueError as error:
-        raise _wrong(uri, f"is no URI: {error}") from None
-    if parts.scheme in _TLS_SCHEMES or "tls-" in parts.query:
-        raise _wrong(uri, "TLS is not supported: use nbd:// or nbd+unix://, through a tunnel where that is not safe")
-    if parts.scheme not in ("nbd", "nbd+unix"):
-        raise _wrong(uri, "expected a URI that begins with nbd:// or nbd+unix://")
-    if parts.fragment or uri.endswith("#"):
-        raise _wrong(uri, "write # in a name as %23")
-    return parts
-
-
-def _authority(uri: str, parts: SplitResult) -> Tuple[str, int]:
-    if "@" in parts.netloc:
-        raise _wrong(uri, "leave out the user's name: only TLS has a use for it")
-    match = re.fullmatch(r"(?:\[([^][]+)\]|([^][:]+))(?::(\d*))?", parts.netloc)
-    if not match:
-        raise _wrong(uri, "expected nbd://host/name or nbd://host:port/name, an IPv6 address in []")
-    host = _unquote(match[1] or match[2])
-    if _FORBIDDEN.search(host) or not _is_text(host):
-        raise _wrong(uri, "the host's name has characters that no host has")
-    return host, _parse_port(uri, match[3]) if match[3] else URI_PORT
-
-
-def _socket_path(uri: str, parts: SplitResult) -> str:
-    path = _query(uri, parts, "socket").get("socket")
-    if parts.netloc or not path:
-        raise _wrong(uri, "expected nbd+unix:///name?socket=PATH, with three slashes and a socket")
-    if path.startswith("\0"):
-        return path
-    if "\0" in path:
-        raise _wrong(uri, "no path has a NUL in it")
-    path = whole_path(path, f"origin {uri}: its socket")
-    if len(os.fsencode(path)) > _MAXIMUM_SOCKET_PATH:
-        raise _wrong(uri, f"a socket's path has at most {_MAXIMUM_SOCKET_PATH} bytes")
-    return path
-
-
-def _query(uri: str, parts: SplitResult, *known: str) -> Dict[str, str]:
-    """The URI's parameters; a plus sign stands for itself, as in all URIs that are no web forms."""
-    found: Dict[str, str] = {}
-    for parameter in filter(None, parts.query.split("&")):
-        key, _, value = parameter.partition("=")
-        if key not in known or key in found:
-            raise _wrong(uri, f"parameter {key!r} is {'given twice' if key in known else 'not known'}")
-        found[key] = _unquote(value)
-    return found
-
-
-def _parse_port(text: str, port: str) -> int:
-    if port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16:
-        return int(port)
-    raise _wrong(text, f"port {port}: expected a whole number from 1 to 65535")
-
-
-def _is_text(host: str) -> bool:
-    """Whether *host* is UTF-8: other bytes of a command line or a URI are there as surrogates."""
-    return not any("\ud800" <= c <= "\udfff" for c in host)
-
-
-def _check_name(text: str, name: str) -> str:
-    if not is_writable(name) or "\0" in name or len(name.encode("utf-8", "surrogateescape")) > _MAXIMUM_NAME:
-        raise _wrong(text, f"an export's name has no NUL in it, and at most {_MAXIMUM_NAME} bytes")
-    return name
-
-
-def _unquote(text: str) -> str:
-    return unquote(text, errors="surrogateescape")
-
-
-def _quote(text: str) -> str:
-    return quote(text, safe="/", errors="surrogateescape")
-
-
-def _wrong(text: str, what: str) -> ConfigurationError:
-    return ConfigurationError(f"origin {text}: {what}", _USAGE_ERROR)
+        return parse_host(host_or_uri, port, export_name)
+    scheme = scheme.lower()
+    if scheme in _TLS_SCHEMES:
+        raise wrong(host_or_uri, NO_TLS)
+    if scheme not in SCHEMES:
+        raise wrong(host_or_uri, f"expected a URI that begins with {' or '.join(f'{known}://' for known in SCHEMES)}")
+    return SCHEMES[scheme]()(host_or_uri, port, export_name)

@@ -12,7 +12,7 @@ import errno
 import os
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
-from ..origin.address import OriginAddress
+from ..origin.base import OriginAddress
 from ..scoreboard.scoreboard import MISSES, TARGET, Counts, Scoreboard
 from ..storage import image_use
 from ..storage.blocks import BLOCK_SHIFT, block_count, block_start, block_stop, covered, touched
@@ -20,7 +20,8 @@ from ..storage.image import FETCH_STEP, Buffer, Extent, Image, NotLocal, Source,
 from ..storage.passage import Parcel
 from ..storage.target import TargetImage, reopen
 from ..storage.writeback import WriteBack
-from .fetcher import Fetcher, Patience, Whereabouts
+from .fetcher import Fetcher
+from .origin_link import Patience, Whereabouts
 from .readahead import Readahead
 from .state.checkpoint import ProcessState
 from .state.format import Steering
@@ -53,6 +54,7 @@ class ProxyImage(Image):
         self._counts: List[int] = [0] * len(Counts())
         self.fetcher = Fetcher(cache, state, whereabouts, patience)
         self.background = self.fetcher
+        self._locking = self.fetcher.locking
         self._cache = cache
         self._state = state
         self.bitmap = state.bitmap
@@ -71,7 +73,7 @@ class ProxyImage(Image):
         return length
 
     def count_in(self, counts: List[int]) -> None:
-        self._counts = self.fetcher.counts = counts
+        self._counts = self.fetcher.arrivals.counts = counts
 
     # A byte of the bitmap speaks for 32 KiB (1 << 15). Most requests lie within one.
 
@@ -134,9 +136,9 @@ class ProxyImage(Image):
         self._borrow(first, end)
         try:
             self._cache.write(offset, data)
-            self.fetcher.mark_local(first, end)
+            self._locking.mark_local(first, end)
         finally:
-            self.fetcher.give_back(first, end)
+            self._locking.give_back(first, end)
 
     def _demand_edges(self, offset: int, length: int) -> None:
         """Raises `NotLocal` unless the blocks that the range covers in part only are local."""
@@ -156,8 +158,8 @@ class ProxyImage(Image):
                 raise NotLocal(ticket)
 
     def _borrow(self, first: int, end: int) -> None:
-        if not self.fetcher.borrow(first, end):
-            raise NotLocal(self.fetcher.next_turn(first, end))
+        if not self._locking.borrow(first, end):
+            raise NotLocal(self._locking.next_turn(first, end))
 
     # What has come and could not be kept
 
@@ -201,9 +203,9 @@ class ProxyImage(Image):
             if block not in self.bitmap:
                 at = block_start(block)
                 self._cache.write(at, b"".join(self._unpack(at, block_stop(block, self.size) - at)))
-                self.fetcher.mark_local(block, block + 1)
+                self._locking.mark_local(block, block + 1)
         finally:
-            self.fetcher.give_back(block, block + 1)
+            self._locking.give_back(block, block + 1)
 
     def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
         if fast and covered(offset, length, self.size) != touched(offset, length):
@@ -240,9 +242,9 @@ class ProxyImage(Image):
         try:
             at = block_start(first)
             self._cache.write_zeroes(at, block_stop(end - 1, self.size) - at, may_trim=may_trim, fast=fast)
-            self.fetcher.mark_local(first, end)
+            self._locking.mark_local(first, end)
         finally:
-            self.fetcher.give_back(first, end)
+            self._locking.give_back(first, end)
 
     def flush(self) -> None:
         self._state.checkpoint(self._cache.fd, self.on_wait)

@@ -1,10 +1,9 @@
-"""What the origin says of its holes (``base:allocation``)."""
+"""What the origin says of its holes."""
 
 from __future__ import annotations
 
 from typing import List, Tuple
 
-from ..protocol.constants import STATE_ZERO
 from ..storage.blocks import block_start, covered, touched
 from ..storage.image import Ticket
 
@@ -26,9 +25,10 @@ class ZeroQuery:
         self._size = size
         self._position = block_start(first)
 
-    def add(self, extents: List[Tuple[int, int]]) -> None:
-        for length, flags in extents:
-            if flags & STATE_ZERO:
+    def add(self, extents: List[Tuple[int, bool]]) -> None:
+        """The next extents (`Sink.on_extents`)."""
+        for length, zero in extents:
+            if zero:
                 first, end = covered(self._position, length, self._size)
                 if first < end:
                     self.zeros.append((first, end))

@@ -65,8 +65,10 @@ class Background(ABC):
     finished: List[Ticket]
     """Tickets that are done; whoever does their requests again takes them off."""
 
-    trouble = ""
-    """Why the origin cannot be reached, while that is so."""
+    @property
+    @abstractmethod
+    def trouble(self) -> str:
+        """Why the origin cannot be reached, while that is so; else empty."""
 
     @property
     @abstractmethod

@@ -15,8 +15,8 @@ from typing import Dict, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError, Disconnected, ProtocolError, RequestError
 from ..logs import log
-from ..origin.nbd.connection import OriginLost
-from ..origin.nbd.probe import probe
+from ..origin.base import OriginLost
+from ..origin.probe import probe
 from ..protocol.server_handshake import Agreement, Exports
 from ..protocol.server_handshake import Export as Offer
 from ..proxy.state.opening import is_switched, known_size
@@ -123,7 +123,7 @@ class Catalogue:
     def _find_size(self, export: StoredExport) -> int:
         if isinstance(export, ProxyExport):
             size = known_size(export.bitmap_path)
-            return probe(export.origin, timeout=_PROBE_TIME).size if size is None else size
+            return probe(export.origin, timeout=_PROBE_TIME) if size is None else size
         return usable_size(export.image_path, readonly=self._servers.readonly or self._servers.cow)
 
 

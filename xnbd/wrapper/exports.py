@@ -9,7 +9,9 @@ import os
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, Union
 
 from ..errors import ConfigurationError
-from ..origin.address import OriginAddress, parse_origin
+from ..origin.address import parse_origin
+from ..origin.base import OriginAddress
+from ..origin.nbd.address import NbdAddress
 from ..protocol.constants import MAXIMUM_STRING
 
 
@@ -91,7 +93,7 @@ def _fields_of_uri(values: Dict[str, str]) -> Dict[str, str]:
     if "://" not in uri:
         raise ConfigurationError(f"{uri}: expected an NBD URI like nbd+unix:///name?socket=PATH")
     address = parse_origin(uri, None, name or None)
-    if address.unix_path:
+    if not isinstance(address, NbdAddress) or address.unix_path:
         return {**dict.fromkeys(_HOST_AND_NAME, ""), "remote_uri": str(address)}
     remote = (address.host, str(address.port), address.export_name)
     return {**dict(zip(_HOST_AND_NAME, remote)), "remote_uri": ""}

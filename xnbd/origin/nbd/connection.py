@@ -1,4 +1,4 @@
-"""One pipelined connection to an origin, which never waits.
+"""One pipelined connection to an origin that speaks NBD, which never waits.
 
 Whoever owns the poll loop asks `OriginConnection.events` what to poll for, and by
 when to come back at the latest; the connection does all that can be done at once
@@ -14,16 +14,17 @@ import os
 import select
 import socket
 from time import monotonic
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, List, Optional, Tuple
 
-from ...errors import ProtocolError, XnbdError
+from ...errors import ProtocolError
 from ...protocol.client_handshake import ClientHandshake, RemoteExport
 from ...protocol.constants import CMD_DISC, MAXIMUM_PAYLOAD
 from ...protocol.transmission import REQUEST, request_word
 from ...system.sockets import set_socket_options
-from ..address import OriginAddress
+from ..base import Origin, OriginLost, Sink, Terms
+from .address import NbdAddress
 from .lookup import Candidate, HostNotFound, Lookup, numeric
-from .replies import ReplyParser, Sink
+from .replies import ReplyParser
 
 BUFFER_SIZE = 1 << 20
 """Bytes received at once: many small replies, or several large pieces."""
@@ -37,43 +38,17 @@ _UNACKNOWLEDGED = 90_000
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
-class OriginLost(XnbdError):
-    """The connection is no more, or never came about; the message says why.
-
-    ``refused`` tells that the origin was there, and that asking again will not help.
-    """
-
-    def __init__(self, message: str, *, refused: bool = False) -> None:
-        super().__init__(message)
-        self.refused = refused
-
-
-class OriginConnection:
+class OriginConnection(Origin):
     """A connection to the disk at *address*; replies go to *sink*.
 
-    A disk of another size than *expected_size* is refused. *connect_timeout* bounds
-    the time until the handshake is done, the look-up of the host's name included,
-    *reply_timeout* the time without a byte while requests wait, both in seconds.
-
-    Every method may raise `OriginLost` where it says so, once; afterwards there is
-    only `unfinished` left to ask.
+    Before it is `ready`, it looks the host's name up, connects, and shakes hands.
     """
 
-    def __init__(
-        self,
-        address: OriginAddress,
-        sink: Sink,
-        *,
-        expected_size: Optional[int] = None,
-        connect_timeout: float = 10.0,
-        reply_timeout: Optional[float] = None,
-    ) -> None:
+    def __init__(self, address: NbdAddress, sink: Sink, terms: Terms) -> None:
         self.address = address
         self.export: Optional[RemoteExport] = None
         self.bytes_received = 0
-        self._expected_size = expected_size
-        self._connect_timeout = connect_timeout
-        self._reply_timeout = reply_timeout
+        self._terms = terms
         self._lookup: Optional[Lookup] = None
         self._sock: Optional[socket.socket] = None
         self._step: Callable[[int], None] = _stay_idle
@@ -89,6 +64,9 @@ class OriginConnection:
         self._end = 0
 
     # What the owner asks
+
+    def interests(self) -> List[Tuple[int, int]]:
+        return [(self.fileno(), self.events())]
 
     def fileno(self) -> int:
         """The descriptor to poll, another one after every event perhaps; -1 if there is none."""
@@ -108,14 +86,13 @@ class OriginConnection:
 
     @property
     def deadline(self) -> Optional[float]:
-        """The monotonic time at which to call `on_time`."""
         if self._lookup is None and self._sock is None:
             return None
         if self.export is None:
             return self._until
-        if self._reply_timeout is None or not self._replies.pending:
+        if self._terms.reply_timeout is None or not self._replies.pending:
             return None
-        return self.heard_at + self._reply_timeout
+        return self.heard_at + self._terms.reply_timeout
 
     @property
     def ready(self) -> bool:
@@ -124,33 +101,27 @@ class OriginConnection:
 
     @property
     def size(self) -> int:
-        """The disk's size in bytes, once `ready`."""
         return self.export.size if self.export else 0
 
     @property
-    def can_block_status(self) -> bool:
-        """Whether the origin tells its holes; known once `ready`."""
+    def can_tell_zeros(self) -> bool:
         return self.export is not None and self.export.allocation_context is not None
 
     @property
     def maximum_read(self) -> int:
-        """The most bytes that one READ may ask for."""
         return self.export.maximum_payload if self.export else MAXIMUM_PAYLOAD
 
     @property
     def outstanding(self) -> int:
-        """Requests that are not done, queued ones included."""
         return len(self._replies.pending)
 
     def unfinished(self) -> List[Any]:
-        """Tokens of the requests that are not done, in the order in which they were asked."""
         return [request.token for request in self._replies.pending.values()]
 
     # What the owner does
 
     def start(self) -> None:
-        """Begin to connect. Raises `OriginLost`."""
-        self._until = self._give_up_at = monotonic() + self._connect_timeout
+        self._until = self._give_up_at = monotonic() + self._terms.connect_timeout
         address = self.address
         if address.unix_path:
             self._candidates = [(socket.AF_UNIX, address.unix_path)]
@@ -160,14 +131,25 @@ class OriginConnection:
             self._try_next("no address found")
 
     def read(self, token: Any, offset: int, length: int) -> None:
-        """Queue a READ of at most `maximum_read` bytes."""
         self._note_waiting()
         self._requests += self._replies.ask_read(token, offset, length)
 
-    def block_status(self, token: Any, offset: int, length: int) -> None:
-        """Queue a BLOCK_STATUS of less than 4 GiB; only if `can_block_status`."""
+    def query_extents(self, token: Any, offset: int, length: int) -> None:
         self._note_waiting()
         self._requests += self._replies.ask_block_status(token, offset, length)
+
+    def push(self) -> None:
+        self.on_events(0)
+
+    def progress(self) -> None:
+        if self.ready:
+            self.on_events(select.POLLIN)
+        else:
+            poll = select.poll()
+            poll.register(self.fileno(), self.events())
+            for _, mask in poll.poll(0):
+                self.on_events(mask)
+        self.on_time()
 
     def on_events(self, mask: int) -> None:
         """Do all that can be done without waiting; with *mask* 0: send what is queued. Raises `OriginLost`."""
@@ -176,29 +158,19 @@ class OriginConnection:
         except OSError as error:  # no room for a socket, or one that takes no options
             raise self._lost(error.strerror or str(error)) from error
 
-    def wait(self, seconds: Optional[float]) -> None:
-        """For an owner that has nothing else to wait for: poll for so long (None: for ever), and do what there is.
-
-        Raises `OriginLost`.
-        """
-        poll = select.poll()
-        poll.register(self.fileno(), self.events())
-        for _, mask in poll.poll(None if seconds is None else seconds * 1000):
-            self.on_events(mask)
-
     def on_time(self) -> None:
         """Give up what has taken too long: the `deadline` has passed. Raises `OriginLost`."""
         deadline = self.deadline
         if deadline is None or monotonic() < deadline:
             return
         if self._lookup:
-            raise self._lost(f"cannot find the host: no name server has answered in {self._connect_timeout:g} s")
+            raise self._lost(f"cannot find the host: no name server has answered in {self._terms.connect_timeout:g} s")
         if self._step == self._connect:
             self._try_next("connecting took too long")
         elif self.export is None:
-            raise self._lost(f"the handshake took longer than {self._connect_timeout:g} s")
+            raise self._lost(f"the handshake took longer than {self._terms.connect_timeout:g} s")
         else:
-            raise self._lost(f"silent for {self._reply_timeout:g} s with {self.outstanding} requests waiting")
+            raise self._lost(f"silent for {self._terms.reply_timeout:g} s with {self.outstanding} requests waiting")
 
     def close(self) -> None:
         """Leave, politely if nothing is half sent."""
@@ -296,8 +268,8 @@ class OriginConnection:
         self._transmit(mask)
 
     def _agree(self, export: RemoteExport) -> None:
-        if self._expected_size not in (None, export.size):
-            raise self._lost(f"its disk has {export.size} bytes, not {self._expected_size} as before")
+        if self._terms.expected_size not in (None, export.size):
+            raise self._lost(f"its disk has {export.size} bytes, not {self._terms.expected_size} as before")
         self.export = export
         self._replies.agree(export.structured, export.allocation_context)
         self.heard_at = monotonic()

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from typing import Any, Callable, Dict, List, Optional, Protocol, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from ...errors import ProtocolError
 from ...protocol import constants as c
 from ...protocol import transmission as wire
+from ..base import Sink
 
 COLLECT = 256 << 10
 """Data up to this size is handed over whole, more of it as it arrives. As fast, and easier to keep."""
@@ -36,29 +37,6 @@ _ERROR_BIT = 1 << 15
 _END_OF_DISK = 1 << 64
 
 Step = Callable[[memoryview, int, int], int]
-
-
-class Sink(Protocol):
-    """Where replies go. A *token* is what the request was asked under; errors are errno values.
-
-    The methods are called with the connection at work: they may ask for more, but
-    neither close it nor raise anything.
-    """
-
-    def on_data(self, token: Any, offset: int, data: memoryview) -> None:
-        """Bytes of the disk at *offset*; *data* is valid during the call only."""
-
-    def on_hole(self, token: Any, offset: int, length: int) -> None:
-        """*length* zeros at *offset*."""
-
-    def on_extents(self, token: Any, extents: List[Tuple[int, int]]) -> None:
-        """The next extents, as pairs of length and ``base:allocation`` flags.
-
-        May be called several times. They end within the request, perhaps before its end.
-        """
-
-    def on_done(self, token: Any, error: int) -> None:
-        """The request is over. What came for it is good if *error* is 0, and void if not."""
 
 
 class _Request:
@@ -318,7 +296,7 @@ class ReplyParser:
             inside = min(length, request.length - position)
             if inside <= 0:
                 raise ProtocolError("a block status with an empty extent, or one beyond the request")
-            extents.append((inside, flags))
+            extents.append((inside, bool(flags & c.STATE_ZERO)))
             position += inside
         self._sink.on_extents(request.token, extents)
         self._advance(count, position - self._position)

@@ -46,7 +46,7 @@ class Copier:
     def __init__(self, disk: Disk, image: ProxyImage, loop: ProcessLoop, options: CopyOptions) -> None:
         self._disk = disk
         self._fetcher = image.fetcher
-        self._fetcher.passes_on = False  # what cannot be kept is of no use here
+        self._fetcher.arrivals.passes_on = False  # what cannot be kept is of no use here
         self._bitmap = image.bitmap
         self._blocks = block_count(image.size)
         self._loop = loop

@@ -21,9 +21,9 @@ from typing import Callable, Dict, Generator, Iterator, List, Optional, Tuple
 from ...control.server import ControlSocket, Message, Reply, end_reply, flag_argument, integer_argument, text_argument
 from ...errors import CommandError, ConfigurationError, TaskFailed
 from ...logs import log
-from ...origin.address import OriginAddress, parse_origin
-from ...origin.nbd.connection import OriginLost
-from ...origin.nbd.probe import probe
+from ...origin.address import parse_origin
+from ...origin.base import OriginAddress, OriginLost
+from ...origin.probe import probe
 from ...proxy.fetch_queue import PIECE
 from ...proxy.image import ProxyImage, ProxySource
 from ...proxy.state.format import Steering
@@ -680,7 +680,7 @@ class _Stewardship:
         assert self._proxy is not None
         set_title("asking", str(address))
         try:
-            return str(probe(address, timeout=self._proxy.patience.connect).size)
+            return str(probe(address, timeout=self._proxy.patience.connect))
         except OriginLost as lost:
             raise TaskFailed(str(lost)) from lost
 

@@ -1,0 +1,131 @@
+"""What comes from the origin: into the cache, or past it to those who wait.
+
+- Data goes only to blocks whose bits are not set: a whole block may be written while
+  its fetch is under way, and that counts.
+- Bits are set when the reply is complete and good, after the data.
+- What finds no room in the cache is passed on to those who wait, with their tickets
+  (`storage.passage`); no bit is set.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import List, Tuple
+
+from ..logs import log
+from ..origin.base import Data
+from ..scoreboard.scoreboard import BYTES_FETCHED, Counts, Scoreboard
+from ..storage.bitmap import Bitmap
+from ..storage.blocks import block_start, block_stop
+from ..storage.passage import NO_SPACE, Parcel, Passage
+from ..storage.target import TargetImage
+from .fetch_queue import Fetch, FetchQueue
+from .locking import refuse_if_shrunk
+
+
+class Arrivals:
+    """Replies to the fetches of this process, whose blocks it holds; they fill *cache*.
+
+    ``counts`` are those of `Image.count_in`. Nothing is kept any more once ``closed``.
+    """
+
+    def __init__(self, cache: TargetImage, bitmap: Bitmap, queue: FetchQueue, scoreboard: Scoreboard) -> None:
+        self.counts: List[int] = [0] * len(Counts())
+        self.passes_on = True
+        """Whether what cannot be kept is of use to those who wait; else it is an error."""
+        self.closed = False
+        self.passage = Passage(cache.fd, scoreboard)
+        self._cache = cache
+        self._bitmap = bitmap
+        self._queue = queue
+        self._error = 0  # of the cache, the one that was told last, until something is written again
+
+    # Of `origin.base.Sink`
+
+    def on_data(self, token: Fetch, offset: int, data: Data) -> None:
+        self.counts[BYTES_FETCHED] += len(data)
+        if token.error or self.closed:
+            return
+        if self._may_keep(token):
+            try:
+                self._store(token, offset, data)
+            except OSError as error:
+                self._on_failure(token, error)
+        if token.passing is not None:
+            token.passing.append((offset, bytes(data)))
+
+    def on_hole(self, token: Fetch, offset: int, length: int) -> None:
+        if token.error or self.closed:
+            return
+        if self._may_keep(token):
+            try:
+                refuse_if_shrunk(self._cache)
+                self.zero(offset, length)
+            except OSError as error:
+                self._on_failure(token, error)
+        if token.passing is not None:
+            token.passing.append((offset, bytes(length)))
+
+    def _store(self, fetch: Fetch, offset: int, data: Data) -> None:
+        refuse_if_shrunk(self._cache)
+        if not fetch.mixed:
+            self._cache.write(offset, data)
+            return
+        for at, count in self._missing(offset, len(data)):
+            self._cache.write(at, data[at - offset : at - offset + count])
+
+    def zero(self, offset: int, length: int) -> None:
+        """Zeros where blocks are missing; what is a hole of the cache already is left alone. Raises `OSError`."""
+        for at, count in self._missing(offset, length):
+            for extent in self._cache.extents(at, count):
+                if not extent.hole:
+                    self._cache.write_zeroes(at, extent.length, may_trim=True, fast=False)
+                at += extent.length
+
+    def _missing(self, offset: int, length: int) -> List[Tuple[int, int]]:
+        """The parts of *length* bytes at *offset* whose blocks are not local: offset and length."""
+        return [(at, count) for at, count, local in self._bitmap.parts(offset, length) if not local]
+
+    def complete(self, fetch: Fetch) -> None:
+        """All of *fetch* has come, and is good."""
+        if fetch.error or self.closed:
+            return
+        if fetch.passing is None:
+            self._bitmap.set(fetch.first, fetch.end)
+            self._error = 0
+            self.passage.on_kept()
+        elif fetch.tickets:
+            self._pass_on(fetch, fetch.passing)
+
+    # What finds no room
+
+    def _may_keep(self, fetch: Fetch) -> bool:
+        """Whether to write what comes for *fetch* to the cache; else it is passed on from now on."""
+        if fetch.passing is None and not self.passage.may_keep():
+            fetch.passing = []
+        return fetch.passing is None
+
+    def _on_failure(self, fetch: Fetch, error: OSError) -> None:
+        if error.errno in NO_SPACE and self.passes_on:
+            fetch.passing = []
+            self._queue.forget_ahead()
+            self.passage.open(error)
+            return
+        fetch.error = error.errno or errno.EIO
+        if fetch.error != self._error:
+            log.error("cannot write to the cache image: %s", error.strerror)
+        self._error = fetch.error
+
+    def _pass_on(self, fetch: Fetch, pieces: List[Tuple[int, bytes]]) -> None:
+        """Give all that has come for *fetch* to those who wait; what was still written is read from the cache."""
+        offset = block_start(fetch.first)
+        try:
+            data = self._cache.pread(offset, block_stop(fetch.end - 1, self._cache.size) - offset)
+        except OSError as error:
+            self._on_failure(fetch, error)
+            return
+        parcel = Parcel(self.passage, fetch.first, fetch.end, data)
+        for at, piece in pieces:
+            parcel[at - offset : at - offset + len(piece)] = piece
+        for ticket in fetch.tickets:
+            ticket.parcels = [*(ticket.parcels or ()), parcel]

@@ -1,0 +1,143 @@
+"""The way to the origin, which comes and goes: opening it, its loss, and when to try again.
+
+What an origin is, and which kind of origin this one is, nobody knows here (`origin.base`).
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import Any, List, NamedTuple, Optional, Tuple, Union
+
+from ..logs import log
+from ..origin.address import parse_origin
+from ..origin.base import Origin, OriginAddress, OriginLost, Sink, Terms
+from ..scoreboard.scoreboard import NOT_NEEDED, REACHED, UNREACHABLE, Scoreboard
+
+_FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
+_QUIET = 0.005
+
+
+class Whereabouts(NamedTuple):
+    """Where the origin is: at *first* unless the *scoreboard* has another address."""
+
+    scoreboard: Scoreboard
+    first: OriginAddress
+
+    @property
+    def generation(self) -> int:
+        """Changes whenever the address does."""
+        return self.scoreboard.generation
+
+    @property
+    def address(self) -> OriginAddress:
+        moved = self.scoreboard.address
+        return parse_origin(moved) if moved else self.first
+
+
+class Patience(NamedTuple):
+    """Seconds until a connection has to stand, and until blocks that do not come are given up (None: never)."""
+
+    connect: float = 10.0
+    origin: Optional[float] = None
+
+
+class OriginLink:
+    """The origin at *whereabouts* with a disk of *size* bytes; replies go to *sink*.
+
+    ``origin`` is None while nothing is under way to it; ``trouble`` says why it was lost
+    last, until it has answered.
+    """
+
+    def __init__(self, whereabouts: Whereabouts, patience: Patience, size: int, sink: Sink) -> None:
+        self.origin: Optional[Origin] = None
+        self.trouble = ""
+        self._whereabouts = whereabouts
+        self._generation = whereabouts.generation
+        self._terms = Terms(expected_size=size, connect_timeout=patience.connect, reply_timeout=patience.origin)
+        self._sink = sink
+        self._delay = 0.0
+        self._open_at = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether the origin can be asked."""
+        return self.origin is not None and self.origin.ready
+
+    @property
+    def quiet(self) -> bool:
+        """What `Background.quiet` tells."""
+        return self.origin is None or monotonic() > self.origin.heard_at + _QUIET
+
+    @property
+    def health(self) -> int:
+        """What `Background.health` tells."""
+        if self.ready:
+            return REACHED
+        return UNREACHABLE if self.trouble else NOT_NEEDED
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the origin is elsewhere now: then call `move`."""
+        return self._generation != self._whereabouts.generation
+
+    def interests(self) -> List[Tuple[int, int]]:
+        """What `Background.interests` tells."""
+        return self.origin.interests() if self.origin is not None else []
+
+    def deadline(self, *, needed: bool) -> Optional[float]:
+        """When there is something to do, in monotonic seconds; with *needed* `open` is wanted if it is not open."""
+        if self.origin is not None:
+            return self.origin.deadline
+        return self._open_at if needed else None
+
+    def open(self) -> None:
+        """Begin to connect, unless it is too early for that. Raises `OriginLost`, and `OSError`."""
+        if monotonic() >= self._open_at:
+            self.origin = self._whereabouts.address.open(self._sink, self._terms)
+            self.origin.start()
+
+    def on_answer(self) -> None:
+        """The origin has answered a request, and well."""
+        if self._delay or self.trouble:
+            self._delay, self.trouble = 0.0, ""
+            log.info("origin %s: answers again", self._whereabouts.address)
+
+    def lose(self, reason: Union[OriginLost, OSError], waiting: int) -> List[Any]:
+        """The origin is lost, or could not be opened: `open` it again after a while, for a longer while each time.
+
+        *waiting* requests wait to be asked for. Returns the tokens of those that were asked for and are not done.
+        """
+        unfinished = self._drop()
+        text = str(reason)
+        if isinstance(reason, OSError):
+            text = f"origin {self._whereabouts.address}: {reason.strerror}"
+        if text != self.trouble:
+            log.warning("%s; %d requests wait for it, trying again", text, waiting + len(unfinished))
+        self.trouble = text
+        self._open_at = monotonic() + self._delay
+        self._delay = min(_LONGEST_DELAY, max(_FIRST_DELAY, 2 * self._delay))
+        return unfinished
+
+    def move(self) -> List[Any]:
+        """Leave the origin for the one that is at its new place; returns what `lose` does."""
+        self._generation = self._whereabouts.generation
+        self._delay = self._open_at = 0.0
+        return self._drop()
+
+    def _drop(self) -> List[Any]:
+        origin, self.origin = self.origin, None
+        if origin is None:
+            return []
+        unfinished = origin.unfinished()
+        origin.close()
+        return unfinished
+
+    def leave(self, patience: float) -> None:
+        """Close for good once what was asked for has come, after *patience* seconds at the latest."""
+        until = monotonic() + patience
+        try:
+            while self.origin is not None and self.ready and self.origin.outstanding and monotonic() < until:
+                self.origin.wait(0.1)
+        except OriginLost:
+            pass  # it was quicker to leave
+        self._drop()
