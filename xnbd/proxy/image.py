@@ -21,6 +21,7 @@ from ..storage.passage import Parcel
 from ..storage.target import TargetImage, reopen
 from ..storage.writeback import WriteBack
 from .fetcher import Fetcher
+from .in_hand import InHand
 from .origin_link import Patience, Whereabouts
 from .readahead import Readahead
 from .state.checkpoint import ProcessState
@@ -61,7 +62,7 @@ class ProxyImage(Image):
         self._octets = state.bitmap.octets
         self._readahead = Readahead(block_count(self.size), readahead >> BLOCK_SHIFT)
         self._marks = self._readahead.marks
-        self._parcels: Optional[List[Parcel]] = None
+        self._in_hand: Optional[InHand] = None
         self.readable: Callable[[], int] = self._readable
         self._readable()
 
@@ -86,9 +87,16 @@ class ProxyImage(Image):
             return [self._view[offset:stop]]
         if length:
             self._demand(*touched(offset, length))
-            if self._parcels:
-                return self._pieces(offset, length)
+            if self._in_hand is not None:
+                return self._in_hand.pieces(offset, length, self._view)
         return [self._view[offset:stop]]
+
+    def pread(self, offset: int, length: int) -> bytes:
+        if length:
+            self._demand(*touched(offset, length))
+            if self._in_hand is not None:
+                return self._in_hand.copy(offset, length, self._cache)
+        return self._cache.pread(offset, length)
 
     def read_fresh(self, offset: int, length: int) -> List[memoryview]:
         """A copy, if it is short: cheaper than a page fault."""
@@ -107,11 +115,12 @@ class ProxyImage(Image):
     def _demand(self, first: int, end: int) -> None:
         """Raises `NotLocal` unless these blocks are all here; then they are on their way."""
         ticket: Optional[Ticket]
+        in_hand = self._in_hand
         if end - first == 1:
-            if self._octets[first >> 3] >> (first & 7) & 1 or self._is_in_hand(first, end):
+            if self._octets[first >> 3] >> (first & 7) & 1 or (in_hand is not None and in_hand.has_missing(first, end)):
                 return
             ticket = self.fetcher.need_block(first)
-        elif self.bitmap.all_set(first, end) or self._is_in_hand(first, end):
+        elif self.bitmap.all_set(first, end) or (in_hand is not None and in_hand.has_missing(first, end)):
             return
         else:
             ticket = self.fetcher.need(first, end)
@@ -150,8 +159,8 @@ class ProxyImage(Image):
             self._demand_block(end - 1)
 
     def _demand_block(self, block: int) -> None:
-        if self._is_in_hand(block, block + 1):
-            self._keep(block)
+        if self._in_hand is not None and self._in_hand.has_missing(block, block + 1):
+            self._keep(block, self._in_hand)
         if block not in self.bitmap:
             ticket = self.fetcher.need(block, block + 1)
             if ticket is not None:
@@ -164,45 +173,15 @@ class ProxyImage(Image):
     # What has come and could not be kept
 
     def take(self, parcels: Optional[List[Parcel]]) -> None:
-        self._parcels = parcels
+        self._in_hand = InHand(parcels, self.bitmap) if parcels else None
 
-    def _is_in_hand(self, first: int, end: int) -> bool:
-        """Whether there are parcels with all of these blocks that are not local."""
-        parcels = self._parcels
-        if not parcels:
-            return False
-        for run_first, run_end, local in self.bitmap.runs(first, end):
-            while not local and run_first < run_end:
-                parcel = next((parcel for parcel in parcels if parcel.first <= run_first < parcel.end), None)
-                if parcel is None:
-                    return False
-                run_first = parcel.end
-        return True
-
-    def _pieces(self, offset: int, length: int) -> List[memoryview]:
-        """What `read` returns where not all is local, but in hand."""
-        pieces: List[memoryview] = []
-        for at, count, local in self.bitmap.parts(offset, length):
-            pieces += [self._view[at : at + count]] if local else self._unpack(at, count)
-        return pieces
-
-    def _unpack(self, offset: int, length: int) -> Iterator[memoryview]:
-        stop = offset + length
-        while offset < stop:
-            block = offset >> BLOCK_SHIFT
-            parcel = next(parcel for parcel in self._parcels or () if parcel.first <= block < parcel.end)
-            start = block_start(parcel.first)
-            piece = memoryview(parcel)[offset - start : stop - start]
-            yield piece
-            offset += len(piece)
-
-    def _keep(self, block: int) -> None:
+    def _keep(self, block: int, in_hand: InHand) -> None:
         """Bring a *block* that is in hand into the cache, because part of it is to be written; it may find no room."""
         self._borrow(block, block + 1)
         try:
             if block not in self.bitmap:
                 at = block_start(block)
-                self._cache.write(at, b"".join(self._unpack(at, block_stop(block, self.size) - at)))
+                self._cache.write(at, b"".join(in_hand.unpack(at, block_stop(block, self.size) - at)))
                 self._locking.mark_local(block, block + 1)
         finally:
             self._locking.give_back(block, block + 1)
@@ -258,7 +237,7 @@ class ProxyImage(Image):
         while first < end:
             stop = min(first + step, end)
             self._demand(first, stop)
-            if self._parcels and not self.bitmap.all_set(first, stop):
+            if self._in_hand is not None and not self.bitmap.all_set(first, stop):
                 raise OSError(errno.ENOSPC, "there is no room to keep what was fetched")
             first = stop
 

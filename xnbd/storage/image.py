@@ -134,9 +134,12 @@ class Image(ABC):
         """Have *on_wait* called while a method waits."""
         self.on_wait = on_wait
 
+    @abstractmethod
     def pread(self, offset: int, length: int) -> bytes:
-        """A copy of *length* bytes at *offset*; raises `OSError` (EIO) if the file has shrunk."""
-        raise NotImplementedError
+        """A copy of *length* bytes at *offset*, for who looks at bytes: encrypts, sums up or traces them.
+
+        Raises `NotLocal` as `read` does, and `OSError` (EIO) if the file has shrunk.
+        """
 
     def read_fresh(self, offset: int, length: int) -> List[memoryview]:
         """What `read` does, for bytes that have just come and nobody has mapped yet."""

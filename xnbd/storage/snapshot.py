@@ -17,7 +17,7 @@ import fcntl
 import os
 import struct
 import time
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 from ..making import WIDEST
 from ..scoreboard.scoreboard import SnapshotPlace
@@ -25,7 +25,8 @@ from ..system.file_locks import RangeLocks, do_nothing
 from . import space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, BLOCKS_PER_BYTE, block_count, block_start, block_stop, bytes_of, steps, touched
-from .image import Buffer, Extent, Image
+from .filter import FilterImage
+from .image import Buffer, Image
 from .target import reopen
 
 _FICLONE = 0x40049409
@@ -116,32 +117,12 @@ class Keeper:
         os.close(self._bitmap_fd)
 
 
-class KeepingImage(Image):
+class KeepingImage(FilterImage):
     """*image* while a snapshot of it is made: what is changed goes to *keeper* first."""
 
     def __init__(self, image: Image, keeper: Keeper) -> None:
-        self.image = image
-        self.size = image.size
-        self.readonly = image.readonly
+        super().__init__(image)
         self._keeper = keeper
-        self.readable: Callable[[], int] = self._readable
-        self._readable()
-        self.on_wait = image.on_wait
-
-    def _readable(self) -> int:
-        length = self.image.readable()
-        self.flat = self.image.flat
-        return length
-
-    def wait_with(self, on_wait: Callable[[], None]) -> None:
-        self.on_wait = on_wait
-        self.image.wait_with(on_wait)
-
-    def read(self, offset: int, length: int) -> List[memoryview]:
-        return self.image.read(offset, length)
-
-    def pread(self, offset: int, length: int) -> bytes:
-        return self.image.pread(offset, length)
 
     def write(self, offset: int, data: Buffer) -> None:
         self._keeper.keep(offset, len(data), self.on_wait)
@@ -163,20 +144,8 @@ class KeepingImage(Image):
         self._keeper.keep(offset, length, self.on_wait)
         self.image.trim(offset, length)
 
-    def flush(self) -> None:
-        self.image.flush()
-
-    def prefetch(self, offset: int, length: int) -> None:
-        self.image.prefetch(offset, length)
-
-    def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        return self.image.extents(offset, length)
-
-    def data_until(self, offset: int) -> int:
-        return self.image.data_until(offset)
-
     def close(self) -> None:
-        self.image.close()
+        super().close()
         self._keeper.close()
 
     def let_go(self) -> None:
