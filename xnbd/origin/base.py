@@ -165,7 +165,9 @@ class Origin(ABC):
 
         Sleeps at most *seconds* (None: as long as it takes). Raises `OriginLost`.
         """
-        until = [time for time in (self.deadline, None if seconds is None else monotonic() + seconds) if time]
+        until = [] if seconds is None else [monotonic() + seconds]
+        if self.deadline is not None:
+            until.append(self.deadline)
         poll = select.poll()
         for fd, events in self.interests():
             poll.register(fd, events)
