@@ -356,7 +356,7 @@ def test_cache_all2_of_the_program(proxy: Proxy) -> None:
 
 
 def test_copy_that_nobody_waits_for_ends_with_its_process(proxy: Proxy) -> None:
-    ask(proxy.control, command="cache-all", wait=False, limit_rate=MIB)
+    ask(proxy.control, command="cache-all", wait=False, limit_rate=SLOW)
     os.kill(running_copy(proxy)["pid"], signal.SIGTERM)
     proxy.server.wait_for_log("the copy has ended")
     wait_until(lambda: proxy.query()["cache_all"] is None, "no copy")
