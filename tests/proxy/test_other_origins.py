@@ -17,11 +17,12 @@ from xnbd.errors import ConfigurationError
 from xnbd.origin import address
 from xnbd.origin.base import OriginLost
 from xnbd.origin.probe import probe
-from xnbd.proxy.image import DEFAULT_READAHEAD, ProxySettings, ProxySource
+from xnbd.proxy.image import DEFAULT_READAHEAD, ProxyImage, ProxySettings, ProxySource
 from xnbd.proxy.origin_link import Patience
 from xnbd.proxy.state.opening import open_state
 from xnbd.server.disk import Disk
 from xnbd.storage.image import NotLocal
+from xnbd.storage.passage import Parcel
 from xnbd.storage.target import create_sparse, open_disk
 
 SIZE = 4 * MIB + 1234
@@ -150,3 +151,16 @@ def test_what_is_copied_has_to_be_local_first(opened: Disk, disk: bytes) -> None
     assert image.pread(SIZE - 5, 0) == b""
     with pytest.raises(NotLocal):
         image.pread(SIZE - 5, 5)
+
+
+def test_a_copy_is_made_of_what_is_local_and_what_is_in_hand(opened: Disk, disk: bytes) -> None:
+    image = opened.image
+    assert isinstance(image, ProxyImage)
+    image.write(BLOCK, b"w" * BLOCK)
+    image.take([Parcel(image.fetcher.arrivals.passage, 0, 3, disk[: 3 * BLOCK])])
+    expected = disk[100:BLOCK] + b"w" * BLOCK + disk[2 * BLOCK : 3 * BLOCK]
+    assert image.pread(100, 3 * BLOCK - 100) == expected
+    assert b"".join(image.read(100, 3 * BLOCK - 100)) == expected
+    image.take(None)
+    with pytest.raises(NotLocal):
+        image.pread(100, 3 * BLOCK - 100)
