@@ -26,14 +26,18 @@ from contextlib import suppress
 from typing import Iterator
 
 from ..errors import ConfigurationError
-from ..system.file_locks import SharedLocks
+from ..system.file_locks import RangeLocks, SharedLocks, is_exclusively_held
 
 CACHE = 1 << 62
 DISK = CACHE + 4096
 """Bytes beyond the end of any disk; not side by side, or the kernel would make one lock of two."""
 
-FAILED = DISK + 4096
-"""Locked likewise by a server that was told of a failed write-back (`storage.writeback`)."""
+FAILED, FAILED_COUNT = DISK + 4096, 1 << 32
+"""One of these bytes is locked by a server that was told of a failed write-back (`storage.writeback`).
+
+Exclusively, which takes the right to write: it ends all FLUSHes of all servers of the
+image, and must not be in the power of who may only read it.
+"""
 _BITMAPS, _BITMAPS_COUNT = 1 << 61, 1 << 60
 
 _TRIES = 50
@@ -106,12 +110,16 @@ def turn_into_disk(fd: int) -> None:
 
 def tell_failed(fd: int) -> None:
     """A write-back of the image has failed: other servers hear of it, until the last process with *fd* ends."""
-    _hold(fd, FAILED)
+    with suppress(OSError):
+        RangeLocks(fd).try_acquire(FAILED + int.from_bytes(os.urandom(4), "little"), 1)
 
 
 def is_failed(fd: int) -> bool:
     """Whether that was told through another opening of the image."""
-    return _is_used_as(fd, FAILED)
+    try:
+        return is_exclusively_held(fd, FAILED, FAILED_COUNT)
+    except OSError:
+        return False
 
 
 def _refusal(fd: int, path: str) -> ConfigurationError:
