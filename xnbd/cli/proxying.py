@@ -18,7 +18,7 @@ from ..proxy.state.belonging import is_marked_bitmap
 from ..proxy.state.opening import Known, has_cached_blocks, known_state, open_state
 from ..server.session.parking import QueueLimits
 from ..storage import space
-from ..storage.image_use import ImageInUse, OtherBitmap
+from ..storage.image_use import BITMAPS, DISK, ImageInUse, OtherBitmap, stranger_in_the_way
 from ..storage.target import create_sparse, open_disk
 from .values import USAGE_ERROR, parse_integer, parse_seconds, parse_size
 
@@ -43,11 +43,13 @@ def open_proxy(arguments: Arguments, *, alone: bool) -> ProxySource:
         state = open_state(bitmap_path, cache_fd, disk_size=size, origin=str(address), clear=clear, adopt=adopt)
     except OtherBitmap:
         raise ConfigurationError(
-            f"{cache_path} is the cache of a running proxy with another bitmap: name that one, or another cache"
+            stranger_in_the_way(cache_fd, cache_path, BITMAPS)
+            or f"{cache_path} is the cache of a running proxy with another bitmap: name that one, or another cache"
         ) from None
     except ImageInUse:
         raise ConfigurationError(
-            f"{cache_path} is served as a disk by itself (--target, --cow-target, or a proxy that was switched): "
+            stranger_in_the_way(cache_fd, cache_path, DISK)
+            or f"{cache_path} is served as a disk by itself (--target, --cow-target, or a proxy that was switched): "
             "stop that server first"
         ) from None
     if grow:
