@@ -18,7 +18,7 @@ from launch import fails
 from server_process import STOP_TIME, Server
 
 from xnbd.proxy.state.format import CHECKPOINT, OPENING, USERS
-from xnbd.storage.image_use import CACHE
+from xnbd.storage.image_use import BITMAPS, CACHE, DISK, FAILED
 
 Lock = Callable[[Path, int], ContextManager[None]]
 
@@ -225,3 +225,23 @@ def test_who_keeps_an_image_from_being_served_as_a_disk_is_named(image: Path, tm
     with lock(image, CACHE):
         status, message = fails("--target", image, "--unix", tmp_path / "s.sock")
     assert (status, f"is locked by process {os.getpid()} (" in message) == (1, True)
+
+
+@pytest.mark.parametrize("byte", [DISK, BITMAPS + 7])
+def test_who_keeps_a_cache_from_being_used_is_named(start: Start, far: Server, files: CacheFiles, byte: int) -> None:
+    """It looks like the lock of a target, or of a proxy with another bitmap."""
+    start(*files.arguments(far.uri)).stop()
+    with shared_lock(files.image, byte):
+        status, message = fails(*files.arguments(far.uri), "--unix", files.image.parent / "s.sock")
+    assert (status, f"is locked by process {os.getpid()} (" in message) == (1, True)
+
+
+@pytest.mark.parametrize("lock", [shared_lock, nameless_lock])
+def test_who_may_only_read_an_image_cannot_say_that_its_write_back_has_failed(
+    start: Start, image: Path, lock: Lock
+) -> None:
+    """Servers tell each other so by a lock far behind the image's end, after which no FLUSH succeeds."""
+    client = connect(start("--target", image).uri)
+    with lock(image, FAILED):
+        client.pwrite(b"n" * 4096, 0, nbd.CMD_FLAG_FUA)
+        client.flush()

@@ -16,7 +16,7 @@ from ..proxy.state.belonging import is_marked_bitmap
 from ..proxy.state.known import Known, has_cached_blocks, known_state
 from ..proxy.state.opening import open_state
 from ..storage import space
-from ..storage.image_use import ImageInUse, OtherBitmap
+from ..storage.image_use import BITMAPS, DISK, ImageInUse, OtherBitmap, stranger_in_the_way
 from ..storage.target import create_sparse, open_disk
 from .proxy_options import ProxyOptions
 
@@ -42,11 +42,13 @@ def open_proxy(options: ProxyOptions, *, alone: bool) -> ProxySource:
         )
     except OtherBitmap:
         raise ConfigurationError(
-            f"{cache_path} is the cache of a running proxy with another bitmap: name that one, or another cache"
+            stranger_in_the_way(cache_fd, cache_path, BITMAPS)
+            or f"{cache_path} is the cache of a running proxy with another bitmap: name that one, or another cache"
         ) from None
     except ImageInUse:
         raise ConfigurationError(
-            f"{cache_path} is served as a disk by itself (--target, --cow-target, or a proxy that was switched): "
+            stranger_in_the_way(cache_fd, cache_path, DISK)
+            or f"{cache_path} is served as a disk by itself (--target, --cow-target, or a proxy that was switched): "
             "stop that server first"
         ) from None
     if grow:

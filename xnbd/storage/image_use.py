@@ -26,15 +26,24 @@ from contextlib import suppress
 from typing import Iterator
 
 from ..errors import ConfigurationError
-from ..system.file_locks import SharedLocks
+from ..system.file_locks import RangeLocks, SharedLocks, is_exclusively_held
 
 CACHE = 1 << 62
 DISK = CACHE + 4096
 """Bytes beyond the end of any disk; not side by side, or the kernel would make one lock of two."""
 
-FAILED = DISK + 4096
-"""Locked likewise by a server that was told of a failed write-back (`storage.writeback`)."""
-_BITMAPS, _BITMAPS_COUNT = 1 << 61, 1 << 60
+FAILED, FAILED_COUNT = DISK + 4096, 1 << 32
+"""One of these bytes is locked by a server that was told of a failed write-back (`storage.writeback`).
+
+Exclusively, which takes the right to write: it ends all FLUSHes of all servers of the
+image, and must not be in the power of who may only read it.
+"""
+BITMAPS, _BITMAPS_COUNT = 1 << 61, 1 << 60
+_USES = {
+    CACHE: "a proxy's cache",
+    DISK: "served as a disk",
+    BITMAPS: "the cache of a proxy with another bitmap",
+}
 
 _TRIES = 50
 _LONGEST_PAUSE = 0.1
@@ -72,7 +81,7 @@ def try_claim_for(fd: int, cache_id: bytes) -> bool:
 
     For who has claimed it as `CACHE`.
     """
-    byte = _BITMAPS + int.from_bytes(cache_id[:7], "little")
+    byte = BITMAPS + int.from_bytes(cache_id[:7], "little")
     if _is_claimed_for_others(fd, byte):
         return False
     _hold(fd, byte)
@@ -106,23 +115,31 @@ def turn_into_disk(fd: int) -> None:
 
 def tell_failed(fd: int) -> None:
     """A write-back of the image has failed: other servers hear of it, until the last process with *fd* ends."""
-    _hold(fd, FAILED)
+    with suppress(OSError):
+        RangeLocks(fd).try_acquire(FAILED + int.from_bytes(os.urandom(4), "little"), 1)
 
 
 def is_failed(fd: int) -> bool:
     """Whether that was told through another opening of the image."""
-    return _is_used_as(fd, FAILED)
+    try:
+        return is_exclusively_held(fd, FAILED, FAILED_COUNT)
+    except OSError:
+        return False
 
 
 def _refusal(fd: int, path: str) -> ConfigurationError:
+    return ConfigurationError(
+        stranger_in_the_way(fd, path, CACHE)
+        or f"{path} is the cache of a running proxy: switch that one (xnbd-bgctl --switch), or stop it"
+    )
+
+
+def stranger_in_the_way(fd: int, path: str, use: int) -> str:
+    """Who uses the image as `DISK`, `CACHE` or `BITMAPS` and is in the way, if no server for sure; else empty."""
     from ..system.holders import describe_strangers
 
-    strangers = describe_strangers(fd, CACHE, 1)
-    if strangers:
-        return ConfigurationError(f"{path} is locked by {strangers}, as if it were a proxy's cache: end that")
-    return ConfigurationError(
-        f"{path} is the cache of a running proxy: switch that one (xnbd-bgctl --switch), or stop it"
-    )
+    strangers = describe_strangers(fd, use, _BITMAPS_COUNT if use == BITMAPS else 1)
+    return f"{path} is locked by {strangers}, as if it were {_USES[use]}: end that" if strangers else ""
 
 
 def _is_used_as(fd: int, use: int) -> bool:
@@ -133,10 +150,10 @@ def _is_used_as(fd: int, use: int) -> bool:
 
 
 def _is_claimed_for_others(fd: int, byte: int) -> bool:
-    locks, end = SharedLocks(fd), _BITMAPS + _BITMAPS_COUNT
+    locks, end = SharedLocks(fd), BITMAPS + _BITMAPS_COUNT
     try:
         return locks.some_held_elsewhere(byte + 1, end - byte - 1) or (
-            byte > _BITMAPS and locks.some_held_elsewhere(_BITMAPS, byte - _BITMAPS)
+            byte > BITMAPS and locks.some_held_elsewhere(BITMAPS, byte - BITMAPS)
         )
     except OSError:
         return False

@@ -181,8 +181,17 @@ def _set(fd: int, kind: int, start: int, count: int) -> None:
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, count, 0))
 
 
-def _first_in_the_way(fd: int, start: int, count: int) -> Tuple[int, int, int]:
-    """Kind, start and length of a lock that would keep *fd* from an exclusive one; the kind is F_UNLCK without any."""
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0))
+def is_exclusively_held(fd: int, start: int, count: int) -> bool:
+    """Whether one of these bytes is locked through another opening of the file by who may write it.
+
+    A longer lock is somebody else's business, who cannot have it beside one of a server.
+    """
+    kind, _, length = _first_in_the_way(fd, start, count, fcntl.F_RDLCK)
+    return (kind, length) == (fcntl.F_WRLCK, 1)
+
+
+def _first_in_the_way(fd: int, start: int, count: int, kind: int = fcntl.F_WRLCK) -> Tuple[int, int, int]:
+    """Kind, start and length of a lock that would keep *fd* from one of *kind*; the kind is F_UNLCK without any."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, start, count, 0))
     kind, _, found_start, found_count, _ = _FLOCK.unpack(answer)
     return kind, found_start, found_count
