@@ -65,7 +65,7 @@ REPLIES: Dict[str, List[Message]] = {
     "cache-all": [{"done": True, "pid": 7, **PROGRESS}],
     "reconnect": [{"done": True, "address": "nbd://h:1/"}],
     "snapshot": [{"done": True, "path": "/d.snapshot.1", "seconds": 1.0}],
-    "list": [{"export": {"index": 0, "name": "d", "mode": "target", "clients": 0, "image_path": "/d"}}],
+    "list": [{"export": {"index": 1, "name": "d", "mode": "target", "clients": 0, "image_path": "/d"}}],
     "add-target": [],
     "add-proxy": [],
     "remove-by-exportname": [{"removed": "d"}],

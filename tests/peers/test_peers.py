@@ -383,4 +383,4 @@ def test_nbdkit_passes_on_holes(start: Start, sparse: Path) -> None:
 
 
 def test_nbd_client_lists_the_export(server: Server) -> None:
-    assert "disk.img: disk image disk.img" in run("nbd-client", "-unix", server.socket, "-l")[1].splitlines()
+    assert "disk.img" in run("nbd-client", "-unix", server.socket, "-l")[1].splitlines()

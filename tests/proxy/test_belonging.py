@@ -360,6 +360,7 @@ def test_there_is_no_snapshot_of_an_image_that_has_shrunk(start: Start, tmp_path
     os.truncate(image, MIB)
     status, _, line = bgctl("--snapshot", control, check=False)
     assert status == 1
+    assert "no snapshot: the " in line
     assert "image has shrunk" in line
     assert not list(tmp_path.glob("*.snapshot.*"))
 

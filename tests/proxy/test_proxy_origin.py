@@ -577,7 +577,7 @@ def test_with_its_state_a_proxy_starts_without_its_origin(
 
 
 @pytest.mark.root(reason="file systems are mounted by root only")
-@pytest.mark.parametrize("space", [0, 8, 80, 700])
+@pytest.mark.parametrize("space", [0, 8])  # the scoreboard alone may lie in memory
 def test_no_space_for_the_bitmap_is_told_and_another_start_goes_well(
     start: Start, tmp_path: Path, far: Server, disk: bytes, space: int
 ) -> None:

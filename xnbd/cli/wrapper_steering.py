@@ -124,7 +124,8 @@ def _row(export: Message) -> Tuple[str, ...]:
         origin = export["remote_uri"]
     elif export["mode"] == "proxy":
         origin = " ".join(filter(None, (export["remote_host"], export["remote_port"], export["remote_export_name"])))
-    cells = (export["index"], export["name"], export["mode"], export["clients"], export["image_path"], origin)
+    index = export.get("index", "")  # a wrapper that was started before an update does not tell
+    cells = (index, export["name"], export["mode"], export["clients"], export["image_path"], origin)
     return tuple(map(shown, cells))
 
 
