@@ -486,9 +486,9 @@ def test_any_sync_of_a_worker_that_fails_is_the_last_one(
     check_restart(start, line, flushed)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize(("call", "number"), [("fdatasync", 1), ("fdatasync", 2), ("fdatasync", 3), ("msync", 1)])
 def test_any_sync_of_a_steward_s_checkpoint_that_fails_is_the_last_one(
-    start: Start, image: Path, files: CacheFiles, number: int
+    start: Start, image: Path, files: CacheFiles, call: str, number: int
 ) -> None:
     line = lines_of("proxy", start, image, files)
     server = start(*line)
@@ -497,7 +497,7 @@ def test_any_sync_of_a_steward_s_checkpoint_that_fails_is_the_last_one(
     client.pwrite(content_of(0), 0)
     assert flushes(client)
     steward = next(pid for pid in children_of(server.pid) if "steward" in title_of(pid))
-    with injected(steward, f"fdatasync:error=EIO:when={number}", children=True):
+    with injected(steward, f"{call}:error=EIO:when={number}", children=True):
         client.pwrite(content_of(5), 5 * BLOCK)
         server.wait_for_log(": write-back failed: Input/output error")
         check_nothing_is_durable(server, [client])

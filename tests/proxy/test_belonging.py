@@ -368,6 +368,17 @@ def test_there_is_no_snapshot_of_an_image_that_has_shrunk(start: Start, tmp_path
 # Files named by mistake
 
 
+def test_an_image_beside_the_empty_bitmap_of_a_c_xnbd_is_not_overwritten(
+    files: CacheFiles, start: Start, far: Server
+) -> None:
+    files.image.write_bytes(b"precious" * (SIZE // 8))
+    files.bitmap.write_bytes(bytes(layout_of(SIZE).bitmap_size))
+    line = refused(files, far)
+    assert f"{files.bitmap} has no cached block, but the cache image holds data" in line
+    assert files.image.read_bytes() == b"precious" * (SIZE // 8)
+    start(*files.arguments(far.uri, "--clear-bitmap")).stop()
+
+
 def test_a_mistyped_bitmap_is_not_begun_afresh(
     used: CacheFiles, start: Start, far: Server, content: bytes, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from ..proxy.image import ProxySettings, ProxySource
 from ..proxy.state.belonging import is_marked_bitmap
 from ..proxy.state.known import Known, has_cached_blocks, known_state
 from ..proxy.state.opening import open_state
+from ..proxy.state.shared import SharedState
 from ..storage import space
 from ..storage.image_use import BITMAPS, DISK, ImageInUse, OtherBitmap, stranger_in_the_way
 from ..storage.target import create_sparse, open_disk
@@ -31,26 +32,7 @@ def open_proxy(options: ProxyOptions, *, alone: bool) -> ProxySource:
     size = _find_size(options.origin, known, options.patience.connect, ask=alone)
     cache_fd = _open_cache(cache_path, size, must_exist=not options.clear and has_cached_blocks(bitmap_path))
     grow = space.device_size(cache_fd) < size
-    try:
-        state = open_state(
-            bitmap_path,
-            cache_fd,
-            disk_size=size,
-            origin=str(options.origin),
-            clear=options.clear,
-            adopt=options.adopt,
-        )
-    except OtherBitmap:
-        raise ConfigurationError(
-            stranger_in_the_way(cache_fd, cache_path, BITMAPS)
-            or f"{cache_path} is the cache of a running proxy with another bitmap: name that one, or another cache"
-        ) from None
-    except ImageInUse:
-        raise ConfigurationError(
-            stranger_in_the_way(cache_fd, cache_path, DISK)
-            or f"{cache_path} is served as a disk by itself (--target, --cow-target, or a proxy that was switched): "
-            "stop that server first"
-        ) from None
+    state = _open_state(options, cache_fd, size)
     if grow:
         _grow(cache_fd, cache_path, size)
     settings = ProxySettings(
@@ -62,6 +44,30 @@ def open_proxy(options: ProxyOptions, *, alone: bool) -> ProxySource:
         readahead=options.readahead,
     )
     return ProxySource(cache_fd, state, settings)
+
+
+def _open_state(options: ProxyOptions, cache_fd: int, size: int) -> SharedState:
+    path = options.cache_path
+    try:
+        return open_state(
+            options.bitmap_path,
+            cache_fd,
+            disk_size=size,
+            origin=str(options.origin),
+            clear=options.clear,
+            adopt=options.adopt,
+        )
+    except OtherBitmap:
+        raise ConfigurationError(
+            stranger_in_the_way(cache_fd, path, BITMAPS)
+            or f"{path} is the cache of a running proxy with another bitmap: name that one, or another cache"
+        ) from None
+    except ImageInUse:
+        raise ConfigurationError(
+            stranger_in_the_way(cache_fd, path, DISK)
+            or f"{path} is served as a disk by itself (--target, --cow-target, or a proxy that was switched): "
+            "stop that server first"
+        ) from None
 
 
 def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *, ask: bool) -> int:

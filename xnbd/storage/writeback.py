@@ -7,7 +7,9 @@ is told notes it before anything else, in a `Record` that all processes of the d
 share, and everybody looks there before and after each sync. Only a restart clears it.
 
 A process has opened its files after others. For what they were told, and died of, it
-syncs once through the *witness*, a description of the image as old as the server.
+asks once through the *witness*, a description of the image as old as the server. All
+processes have that in common, so it is told once for all of them: asking and noting are
+one step, under a lock, and asking takes no time in which a process might be killed.
 
 Servers that share an image but no record tell each other by a lock on the image
 (`image_use.FAILED`), which lasts as long as any process of the one that was told.
@@ -19,12 +21,14 @@ same, and lost if that fails: there the kernel is only asked (`WriteBack.hear`).
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
 import struct
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any, Callable, NoReturn, Optional
+from typing import Any, Callable, Iterator, NoReturn, Optional
 
 from ..logs import log
 from ..system.file_locks import RangeLocks
@@ -39,6 +43,8 @@ _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _NO_FAILURE = bytes(RECORD_SIZE)
 _WAIT_BEFORE = 1
+_WITNESS = 1
+_PATIENCE, _PAUSE = 10.0, 1e-3
 
 
 class WriteBackFailed(OSError):
@@ -54,7 +60,7 @@ class Record:
     Little-endian: errno (4 bytes), whether all this is on stable storage, whether the
     log has it (1 byte each), 2 bytes of nothing, seconds since the epoch (8). All
     zeros: none. The lock on the first of these bytes is held for as long as it takes
-    to find out who logs it.
+    to find out who logs it, that on the second one while the witness is asked.
     """
 
     def __init__(self, fd: int, offset: int, *, lasting: bool = False) -> None:
@@ -89,6 +95,31 @@ class Record:
         finally:
             locks.release(self._at, 1)
         return told == b"\0"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """What other processes do meanwhile they do before or after it. Raises `OSError` if one takes too long.
+
+        The lock belongs to the process (``fcntl(2)``): processes may have *fd* in common.
+        """
+        until = time.monotonic() + _PATIENCE
+        while not self._try_lock():
+            if time.monotonic() > until:
+                raise OSError(errno.EIO, "another process does not come to the end of a sync")
+            time.sleep(_PAUSE)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, self._at + _WITNESS)
+
+    def _try_lock(self) -> bool:
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._at + _WITNESS)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise
+        return True
 
     def keep(self) -> None:
         """Bring a failure to stable storage if it is to last; where that fails, it is for another try."""
@@ -141,17 +172,18 @@ class WriteBack:
 
         With *metadata* ``fsync(2)``: attributes and times of the file too.
         """
-        self._do(fd, os.fsync if metadata else os.fdatasync, os.fdatasync)
+        self._do(fd, os.fsync if metadata else os.fdatasync)
 
     def hear(self, fd: int) -> None:
         """Raises `WriteBackFailed` if a write-back has failed by now; nothing is written, so one may fail yet."""
-        self._do(fd, _ask_kernel, _ask_kernel)
+        self._do(fd, _ask_kernel)
 
-    def _do(self, fd: int, sync: Callable[[int], None], sync_witness: Callable[[int], None]) -> None:
+    def _do(self, fd: int, sync: Callable[[int], None]) -> None:
         self.check()
         self._sync(fd, sync)
         if self.witness is not None:
-            self._sync(self.witness, sync_witness)
+            with self._record.alone():
+                self._sync(self.witness, _sync_page)
             self.witness = None
         self.check()
 
@@ -179,6 +211,17 @@ class WriteBack:
     def keep(self) -> None:
         """Try again to have a failure outlive this server, if that has not worked yet."""
         self._record.keep()
+
+
+def _sync_page(fd: int) -> None:
+    """``msync(2)`` of the first page, which tells of all of the file as ``fdatasync(2)`` does, and writes but that."""
+    try:
+        page = mmap.mmap(fd, 1)  # Python flushes only what might be written to
+    except (ValueError, PermissionError):  # the file is empty, or opened for reading
+        os.fdatasync(fd)
+        return
+    with page:
+        page.flush()
 
 
 def _ask_kernel(fd: int) -> None:

@@ -7,8 +7,7 @@ goes on meanwhile. Requests and replies are described in ``xnbd-wrapper-ctl(8)``
 from __future__ import annotations
 
 import os
-from time import monotonic
-from typing import Any, Callable, Dict, Generator, Iterator, List, Mapping, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional
 
 from ..errors import CommandError, ConfigurationError
 from ..logs import log
@@ -16,7 +15,7 @@ from ..proxy.state.known import known_size
 from ..storage.target import usable_size
 from ..system.sockets import is_listening
 from .child_output import ChildOutput, check
-from .children import Body, Children
+from .children import Children
 from .database import Database
 from .exports import (
     ProxyExport,
@@ -28,14 +27,11 @@ from .exports import (
     fields_of,
     names_by_file,
 )
-from .idle_server import IdleServer
+from .proxy_steering import ProxySteering
 from .servers import Servers
 
 Message = Dict[str, Any]
 Reply = Iterator[Optional[Message]]
-Bgctl = Callable[[List[str]], Body]
-
-_START_TIME = 10.0
 
 
 class WrapperControls(NamedTuple):
@@ -47,19 +43,21 @@ class WrapperControls(NamedTuple):
 
 
 class WrapperCommands:
-    """The commands over *database*; *bgctl* makes of its arguments the body of a process that runs ``xnbd-bgctl``."""
+    """The commands over *database*, those for proxies by *steering*."""
 
     def __init__(
-        self, database: Database, children: Children, servers: Servers, bgctl: Bgctl, controls: WrapperControls
+        self,
+        database: Database,
+        children: Children,
+        servers: Servers,
+        steering: ProxySteering,
+        controls: WrapperControls,
     ) -> None:
         self._database = database
         self._children = children
         self._servers = servers
-        self._bgctl = bgctl
+        self._steering = steering
         self._controls = controls
-        self._idle_servers: List[IdleServer] = []
-        self._dismissed: List[IdleServer] = []
-        self._interruptible: List[ChildOutput] = []
 
     def table(self) -> Mapping[str, Callable[[Message], Reply]]:
         return {
@@ -77,11 +75,6 @@ class WrapperCommands:
             "orphan": self._orphan,
             "shutdown": self._shutdown,
         }
-
-    def after_fork(self) -> None:
-        """In a child: nothing that a server waits for may be held by another process."""
-        for idle_server in self._idle_servers:
-            idle_server.close()
 
     # The exports
 
@@ -174,15 +167,15 @@ class WrapperCommands:
         return export
 
     def _query(self, request: Message) -> Reply:
-        return self._steer(self._proxy(request), ["--query"], stop_early=True)
+        return self._steering.steer(self._proxy(request), ["--query"], stop_early=True)
 
     def _cache_all(self, request: Message) -> Reply:
-        return self._steer(self._proxy(request), ["--cache-all"], stop_early=True)
+        return self._steering.steer(self._proxy(request), ["--cache-all"], stop_early=True)
 
     def _switch(self, request: Message) -> Reply:
         name, export = request.get("name", ""), self._proxy(request)
         target = TargetExport(export.image_path)
-        return self._steer(export, ["--switch"], then=lambda: self._replace(name, export, target))
+        return self._steering.steer(export, ["--switch"], then=lambda: self._replace(name, export, target))
 
     def book_switch(self, name: str, image_path: str) -> None:
         """A proxy was made a target by ``xnbd-bgctl`` itself; unless the export is another one by now."""
@@ -207,7 +200,9 @@ class WrapperCommands:
             return
         words = ["--exportname", new.remote_export_name] if new.remote_export_name else []
         options = [*words, "--reconnect"]
-        yield from self._steer(export, options, new.origin_words, then=lambda: self._replace(name, export, new))
+        yield from self._steering.steer(
+            export, options, new.origin_words, then=lambda: self._replace(name, export, new)
+        )
 
     def _replace(self, name: str, old: StoredExport, new: StoredExport) -> None:
         """Change an entry that is still what it was."""
@@ -217,100 +212,6 @@ class WrapperCommands:
             return
         self._database.change({key: new if key == name else export for key, export in exports.items()})
         log.info("export %r is now: %s", name, _summary(new))
-
-    def _steer(
-        self,
-        export: ProxyExport,
-        options: List[str],
-        arguments: Optional[List[str]] = None,
-        *,
-        then: Callable[[], None] = lambda: None,
-        stop_early: bool = False,
-    ) -> Reply:
-        """Run ``xnbd-bgctl`` for *export*; *then* is done when it has succeeded, also if nobody waits any more.
-
-        With *stop_early* it ends with the operator who asked for it.
-        """
-        words = [*options, export.control_socket_path, *(arguments or [])]
-        idle_server = yield from self._attend(export)
-        outcome = yield from self._run(words, idle_server, then, stop_early)
-        if outcome["status"] and not idle_server and not is_listening(export.control_socket_path):
-            idle_server = yield from self._attend(export)  # whoever served it has left with its last client
-            outcome = yield from self._run(words, idle_server, then, stop_early)
-        yield outcome
-
-    def _run(
-        self, words: List[str], idle_server: Optional[IdleServer], then: Callable[[], None], stop_early: bool
-    ) -> Generator[Optional[Message], None, Message]:
-        """One run of ``xnbd-bgctl``, after which *idle_server* may go: what it says on the way, and in the end."""
-        failure: List[Exception] = []
-
-        def on_end(status: int) -> None:
-            if idle_server:
-                self._dismiss(idle_server)
-            try:
-                if not status:
-                    then()
-            except Exception as error:
-                log.error("xnbd-bgctl has done its work, but: %s", error)
-                failure.append(error)
-
-        outcome = yield from self._follow(ChildOutput(self._children, self._bgctl(words), on_end), stop_early)
-        if failure:
-            raise failure[0]
-        return outcome
-
-    def _attend(self, export: ProxyExport) -> Generator[None, None, Optional[IdleServer]]:
-        """See to it that somebody serves *export*; the idle server that was started if nobody did."""
-        deadline = monotonic() + _START_TIME
-        while self._is_leaving(export) and monotonic() < deadline:
-            yield None
-        if is_listening(export.control_socket_path):
-            return None
-        idle_server = IdleServer(self._children, self._servers, export)
-        self._idle_servers.append(idle_server)
-        deadline = monotonic() + _START_TIME
-        try:
-            while not is_listening(export.control_socket_path):
-                if idle_server.status is not None or monotonic() > deadline:
-                    raise CommandError("a server for this proxy was started and does not work: see the log")
-                yield None
-        except BaseException:
-            self._dismiss(idle_server)
-            raise
-        return idle_server
-
-    def _is_leaving(self, export: ProxyExport) -> bool:
-        """Whether a former idle server may still listen, but not for long."""
-        self._dismissed = [idle_server for idle_server in self._dismissed if idle_server.status is None]
-        return any(
-            idle_server.export.control_socket_path == export.control_socket_path for idle_server in self._dismissed
-        )
-
-    def _dismiss(self, idle_server: IdleServer) -> None:
-        self._idle_servers.remove(idle_server)
-        self._dismissed.append(idle_server)
-        idle_server.close()
-
-    def _follow(self, child: ChildOutput, stop_early: bool) -> Generator[Optional[Message], None, Message]:
-        """What *child* says, line by line; returns the last of it, and its exit status."""
-        if stop_early:
-            self._interruptible.append(child)
-        try:
-            while child.status is None:
-                output = child.output()
-                yield {"output": output} if output else None
-            return {"output": child.output(), "errors": child.errors(), "status": child.status}
-        finally:
-            if stop_early:
-                self._interruptible.remove(child)
-                child.stop()
-            child.forget()
-
-    def interrupt(self) -> None:
-        """Stop what may be stopped at any time, because the wrapper is to end."""
-        for child in self._interruptible:
-            child.stop()
 
     # The end
 

@@ -23,8 +23,9 @@ from ..system.process import set_title
 from .children import SIGNALS, Body, Children
 from .client import PROGRAM, Client
 from .clients import Clients
-from .commands import Bgctl, WrapperCommands, WrapperControls
+from .commands import WrapperCommands, WrapperControls
 from .database import Database
+from .proxy_steering import Bgctl, ProxySteering
 from .servers import Servers
 
 _STOP_TIME = GRACE + 1.5
@@ -34,7 +35,7 @@ _PIPE_SIZE = 64 << 10
 
 
 class Settings(NamedTuple):
-    """*bgctl* is as for `WrapperCommands`; the timeout is in seconds."""
+    """*bgctl* is as for `ProxySteering`; the timeout is in seconds."""
 
     servers: Servers
     bgctl: Bgctl
@@ -64,7 +65,8 @@ class Wrapper:
         self._signals: Set[int] = set()
         self._children = Children(self._after_fork)
         controls = WrapperControls(self._end, self._has_ended, lambda: self._clients.count())
-        self._commands = WrapperCommands(database, self._children, settings.servers, settings.bgctl, controls)
+        self._steering = ProxySteering(self._children, settings.servers, settings.bgctl)
+        self._commands = WrapperCommands(database, self._children, settings.servers, self._steering, controls)
         self._control = ControlSocket(control_path, self._commands.table())
         self._clients = Clients(
             listeners,
@@ -102,7 +104,7 @@ class Wrapper:
         """Close what a child must not keep: others would wait in vain for the other end's closing."""
         self._control.close()
         self._clients.after_fork()
-        self._commands.after_fork()
+        self._steering.after_fork()
         os.close(self._wake)
         os.close(self._wake_writer)
 
@@ -152,7 +154,7 @@ class Wrapper:
         log.info("stopping; %d clients are connected, %s", len(self._clients), fate)
         self._ending = _Ending(orphan=orphan)
         self._clients.stop_listening()
-        self._commands.interrupt()
+        self._steering.interrupt()
         if not orphan:
             self._children.signal(signal.SIGTERM, self._clients.pids())
 

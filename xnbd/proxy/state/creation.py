@@ -12,6 +12,7 @@ from . import belonging, copies, files
 from .belonging import NO_TIE, Tie
 from .entry import Entry
 from .format import NO_BOOT
+from .known import has_cached_blocks
 
 
 def create(entry: Entry, state_fd: int, clear: bool, old: Tie = NO_TIE) -> None:
@@ -22,6 +23,7 @@ def create(entry: Entry, state_fd: int, clear: bool, old: Tie = NO_TIE) -> None:
         take_over = not clear and os.path.lexists(entry.path)
         if take_over:
             _refuse_own_bitmap(entry)
+            _refuse_unused_bitmap(entry)
         elif clear:
             _refuse_to_clear(entry)
         elif belonging.holds_data(entry.cache_fd):
@@ -56,6 +58,12 @@ def _refuse_own_bitmap(entry: Entry) -> None:
         raise entry.refusal(
             f"{entry.state_path} is gone, which {entry.path} had; --adopt-cache believes the bitmap as it is"
         )
+
+
+def _refuse_unused_bitmap(entry: Entry) -> None:
+    """A bitmap of which nothing was ever cached belongs to an empty cache image: another one is there by mistake."""
+    if not entry.adopt and not has_cached_blocks(entry.path) and belonging.holds_data(entry.cache_fd):
+        raise entry.refusal(f"{entry.path} has no cached block, but the cache image holds data, which would be lost")
 
 
 def _refuse_to_clear(entry: Entry) -> None:
