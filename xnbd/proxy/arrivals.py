@@ -41,6 +41,14 @@ class Arrivals:
         self._bitmap = bitmap
         self._queue = queue
         self._error = 0  # of the cache, the one that was told last, until something is written again
+        self._has_looked = self._has_kept = False
+
+    def settle(self) -> None:
+        """After some replies: what has to be looked at once for all of them, and not for each block, is so again."""
+        self._has_looked = False
+        if self._has_kept:
+            self._has_kept = False
+            self.passage.on_kept()
 
     # Of `origin.base.Sink`
 
@@ -61,7 +69,7 @@ class Arrivals:
             return
         if self._may_keep(token):
             try:
-                refuse_if_shrunk(self._cache)
+                self._refuse_if_shrunk()
                 self.zero(offset, length)
             except OSError as error:
                 self._on_failure(token, error)
@@ -69,12 +77,17 @@ class Arrivals:
             token.passing.append((offset, bytes(length)))
 
     def _store(self, fetch: Fetch, offset: int, data: Data) -> None:
-        refuse_if_shrunk(self._cache)
+        self._refuse_if_shrunk()
         if not fetch.mixed:
             self._cache.write(offset, data)
             return
         for at, count in self._missing(offset, len(data)):
             self._cache.write(at, data[at - offset : at - offset + count])
+
+    def _refuse_if_shrunk(self) -> None:
+        if not self._has_looked:
+            refuse_if_shrunk(self._cache)
+            self._has_looked = True
 
     def zero(self, offset: int, length: int) -> None:
         """Zeros where blocks are missing; what is a hole of the cache already is left alone. Raises `OSError`."""
@@ -95,7 +108,7 @@ class Arrivals:
         if fetch.passing is None:
             self._bitmap.set(fetch.first, fetch.end)
             self._error = 0
-            self.passage.on_kept()
+            self._has_kept = True
         elif fetch.tickets:
             self._pass_on(fetch, fetch.passing)
 
@@ -103,7 +116,7 @@ class Arrivals:
 
     def _may_keep(self, fetch: Fetch) -> bool:
         """Whether to write what comes for *fetch* to the cache; else it is passed on from now on."""
-        if fetch.passing is None and not self.passage.may_keep():
+        if fetch.passing is None and self.passage.is_open and not self.passage.may_keep():
             fetch.passing = []
         return fetch.passing is None
 

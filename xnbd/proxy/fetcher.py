@@ -159,6 +159,8 @@ class Fetcher(Background):
                 self._work_with(link.origin)
         except (OriginLost, OSError) as error:
             self._ask_again(link.lose(error, len(self._queue.wanted)))
+        finally:
+            self.arrivals.settle()
 
     def _work_with(self, origin: Origin) -> None:
         if origin.ready:
