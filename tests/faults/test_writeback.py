@@ -32,7 +32,7 @@ from server_process import Server, children_of, command, run, title_of, wait_unt
 from xnbd.scoreboard.layout import create_scoreboard
 from xnbd.scoreboard.scoreboard import Scoreboard
 from xnbd.storage.failure import ATTRIBUTE
-from xnbd.storage.writeback import Record, WriteBack, WriteBackFailed
+from xnbd.storage.writeback import RECORD_SIZE, Record, WriteBack, WriteBackFailed
 
 ROUNDS = int(os.environ.get("XNBD_ROUNDS", 1))
 SYNCS = range(1, int(os.environ.get("XNBD_SYNCS", 2)) + 1)
@@ -78,6 +78,20 @@ def check_nothing_is_durable(server: Server, clients: List[nbd.NBD]) -> None:
 
 def fail(_fd: int) -> None:
     raise OSError(errno.EIO, "it is told once")
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"\xff" * RECORD_SIZE, bytes(RECORD_SIZE - 1) + b"\x80", b"\x05" + bytes(14) + b"\x7f"]
+)
+def test_a_damaged_record_tells_of_a_failure_all_the_same(tmp_path: Path, damaged: bytes) -> None:
+    (tmp_path / "record").write_bytes(damaged)
+    with (tmp_path / "record").open("rb+") as file:
+        failure = Record(file.fileno(), 0).read()
+    assert failure is not None
+    assert failure.number == errno.EIO
+    assert str(failure) == (
+        "write-back failed at 1970-01-01T00:00:00Z (Input/output error), nothing is durable until the server's restart"
+    )
 
 
 def test_a_record_that_cannot_be_synced_is_synced_later(tmp_path: Path) -> None:

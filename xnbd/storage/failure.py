@@ -22,6 +22,8 @@ from . import image_use
 
 ATTRIBUTE = "user.xnbd.failed"
 _LONGEST = 20
+_ERRNOS = 4096
+_YEAR_10000 = 253402300800
 
 
 class Failure(NamedTuple):
@@ -39,6 +41,11 @@ class Failure(NamedTuple):
         return f"write-back failed at {self.at} ({reason}), nothing is durable until the server's restart"
 
 
+def failure_from(number: int, when: int) -> Failure:
+    """What a record or a mark says, which may be damaged: that there was a failure is believed in any case."""
+    return Failure(number if 0 < number < _ERRNOS else errno.EIO, when if when < _YEAR_10000 else 0)
+
+
 def put_mark(fd: int, failure: Failure) -> None:
     """Where there are no extended attributes there is no mark."""
     with suppress(OSError):
@@ -53,7 +60,7 @@ def read_mark(fd: int) -> Optional[Failure]:
         return None
     number, _, when = data.partition(b".")
     if len(data) < _LONGEST and number.isdigit() and when.isdigit():
-        return Failure(int(number), int(when))
+        return failure_from(int(number), int(when))
     return Failure(errno.EIO, 0)
 
 

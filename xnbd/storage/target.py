@@ -116,12 +116,18 @@ def map_disk(fd: int, size: int) -> memoryview:
     The kernel is told not to read around what is touched: what is needed next, the
     request loop knows better (`server.session.page_prefetch`).
     """
-    length = min(size, os.lseek(fd, 0, os.SEEK_END))
-    if not length:
-        return memoryview(b"")
-    mapping = mmap.mmap(fd, length, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-    mapping.madvise(mmap.MADV_RANDOM)
-    return memoryview(mapping)
+    while True:
+        length = min(size, os.lseek(fd, 0, os.SEEK_END))
+        if not length:
+            return memoryview(b"")
+        try:
+            mapping = mmap.mmap(fd, length, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        except ValueError:  # it has shrunk since
+            if os.lseek(fd, 0, os.SEEK_END) < length:
+                continue
+            raise
+        mapping.madvise(mmap.MADV_RANDOM)
+        return memoryview(mapping)
 
 
 class TargetSource(Source[Shared]):

@@ -33,7 +33,7 @@ from typing import Any, Callable, Iterator, NoReturn, Optional
 from ..logs import log
 from ..system.file_locks import RangeLocks
 from . import image_use
-from .failure import Failure, put_mark
+from .failure import Failure, failure_from, put_mark
 
 RECORD_SIZE = 16
 
@@ -74,7 +74,7 @@ class Record:
         if data == _NO_FAILURE:
             return None
         number, when = _RECORD.unpack(data.ljust(RECORD_SIZE, b"\0"))
-        return Failure(number or errno.EIO, when)
+        return failure_from(number, when)
 
     def note(self, number: int) -> bool:
         """Note the errno, unless there is one; tells whether the log has to have it. Raises `OSError`."""
