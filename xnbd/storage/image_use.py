@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from typing import Iterator
+from typing import Callable, Iterator
 
 from ..errors import ConfigurationError
 from ..system.file_locks import RangeLocks, SharedLocks, is_exclusively_held
@@ -67,13 +67,7 @@ def attempts() -> Iterator[None]:
 def try_use_as(fd: int, use: int) -> bool:
     """Tell other servers what the image behind *fd* is, `CACHE` or `DISK`; False if they use it in the other way."""
     other = CACHE + DISK - use
-    if _is_used_as(fd, other):
-        return False
-    _hold(fd, use)
-    if _is_used_as(fd, other):
-        _release(fd, use)
-        return False
-    return True
+    return _take(fd, use, lambda: _is_used_as(fd, other))
 
 
 def try_claim_for(fd: int, cache_id: bytes) -> bool:
@@ -82,10 +76,15 @@ def try_claim_for(fd: int, cache_id: bytes) -> bool:
     For who has claimed it as `CACHE`.
     """
     byte = BITMAPS + int.from_bytes(cache_id[:7], "little")
-    if _is_claimed_for_others(fd, byte):
+    return _take(fd, byte, lambda: _is_claimed_for_others(fd, byte))
+
+
+def _take(fd: int, byte: int, is_in_the_way: Callable[[], bool]) -> bool:
+    """Look, take the byte, and look again: of two that do so at once at least one sees the other, and lets go."""
+    if is_in_the_way():
         return False
     _hold(fd, byte)
-    if _is_claimed_for_others(fd, byte):
+    if is_in_the_way():
         _release(fd, byte)
         return False
     return True

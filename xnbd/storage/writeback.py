@@ -194,19 +194,19 @@ class WriteBack:
             self._fail(fd, error)
 
     def _fail(self, fd: int, error: OSError) -> NoReturn:
-        number = error.errno or errno.EIO
+        failure = Failure(error.errno or errno.EIO, int(time.time()))
         try:
-            first = self._record.note(number)
+            first = self._record.note(failure.number)
         except OSError:  # its file is on the disk that fails, and so will the syncs of all others
-            first, self._own = True, Failure(number, int(time.time()))
+            first, self._own = True, failure
         if self._image_fd is not None:
             image_use.tell_failed(self._image_fd)
             if not self._record.lasting:
-                put_mark(self._image_fd, Failure(number, int(time.time())))
+                put_mark(self._image_fd, failure)
         if first:
             log.error("%s: write-back failed: %s; %s", _name(fd), error.strerror, _ADVICE)
         self._record.keep()
-        raise WriteBackFailed(self.failure() or Failure(number, int(time.time())))
+        raise WriteBackFailed(self.failure() or failure)
 
     def keep(self) -> None:
         """Try again to have a failure outlive this server, if that has not worked yet."""
