@@ -70,13 +70,13 @@ def try_use_as(fd: int, use: int) -> bool:
     return _take(fd, use, lambda: _is_used_as(fd, other))
 
 
-def try_claim_for(fd: int, cache_id: bytes) -> bool:
+def try_use_bitmap(fd: int, cache_id: bytes) -> bool:
     """Tell other proxies that the cache behind *fd* is in use with the bitmap of *cache_id*; False if one has another.
 
-    For who has claimed it as `CACHE`.
+    For who uses it as `CACHE`.
     """
     byte = BITMAPS + int.from_bytes(cache_id[:7], "little")
-    return _take(fd, byte, lambda: _is_claimed_for_others(fd, byte))
+    return _take(fd, byte, lambda: _has_another_bitmap(fd, byte))
 
 
 def _take(fd: int, byte: int, is_in_the_way: Callable[[], bool]) -> bool:
@@ -148,7 +148,7 @@ def _is_used_as(fd: int, use: int) -> bool:
         return False
 
 
-def _is_claimed_for_others(fd: int, byte: int) -> bool:
+def _has_another_bitmap(fd: int, byte: int) -> bool:
     locks, end = SharedLocks(fd), BITMAPS + _BITMAPS_COUNT
     try:
         return locks.some_held_elsewhere(byte + 1, end - byte - 1) or (

@@ -19,7 +19,7 @@ def create(entry: Entry, state_fd: int, clear: bool, old: Tie = NO_TIE) -> None:
     """Make the new file behind *state_fd* the state file; there is none yet, or the one with *old* may go."""
     try:
         entry.bind(_tie_to_begin_with(entry, state_fd, old))
-        entry.claim_cache(alone=True)
+        entry.use_cache(alone=True)
         take_over = not clear and os.path.lexists(entry.path)
         if take_over:
             _refuse_own_bitmap(entry)

@@ -39,10 +39,10 @@ class Entry:
             files.write_back(state_fd).sync(self.cache_fd, metadata=True)
         self.bind(self.header.tie._replace(marked=marked))
 
-    def claim_cache(self, *, alone: bool) -> None:
+    def use_cache(self, *, alone: bool) -> None:
         """Before anything is changed. Raises `image_use.ImageInUse`, but not for siblings that have been switched."""
         if image_use.try_use_as(self.cache_fd, image_use.CACHE):
-            if not image_use.try_claim_for(self.cache_fd, self.header.tie.id):
+            if not image_use.try_use_bitmap(self.cache_fd, self.header.tie.id):
                 raise image_use.OtherBitmap
             return
         if alone or not self._siblings_are_targets():

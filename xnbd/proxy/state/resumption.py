@@ -41,7 +41,7 @@ def _join(entry: Entry, state_fd: int, found: Header) -> None:
         raise ConfigurationError(f"cache bitmap {entry.path} is in use by an older xnbd-server: stop that one first")
     refuse_other_version(entry)
     entry.bind(found.tie)
-    entry.claim_cache(alone=False)
+    entry.use_cache(alone=False)
     _check_cache(entry, _in_this_life(found, state_fd), switched=False)
     os.close(entry.open_bitmap())
     log.info("cache bitmap %s: resumed, shared with another server", entry.path)
@@ -104,7 +104,7 @@ class _Resumption:
         entry, found = self._entry, self._found
         switched = was_switched(entry.path, self._state_fd, entry.header.boot_id)
         entry.bind(belonging.new_tie(entry.cache_fd, self._state_fd) if found.tie.id == NO_ID else found.tie)
-        entry.claim_cache(alone=True)
+        entry.use_cache(alone=True)
         self._check_cache(switched=switched)
         if found.boot_id == NO_BOOT:
             self._finish_making()
