@@ -1,0 +1,1 @@
+"""Who a client is, and which disks it may open."""
