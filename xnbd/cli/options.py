@@ -93,6 +93,7 @@ class ServerOptions(NamedTuple):
     spin: float = 150e-6
     queue_limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
+    rules_path: Optional[str] = None
 
 
 def whole_paths(line: CommandLine, names: Iterable[str]) -> Dict[str, str]:
