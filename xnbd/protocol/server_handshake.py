@@ -10,6 +10,7 @@ Whoever feeds the machine reads the bytes, and gives up when it raises
 from __future__ import annotations
 
 import struct
+from enum import Enum
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import ProtocolError, RequestError
@@ -67,6 +68,15 @@ class Exports(NamedTuple):
     structured: bool = True
 
 
+class Security(Enum):
+    """Whether a client can have TLS (``doc/proto.md``: NOTLS, SELECTIVETLS, FORCEDTLS), or has it."""
+
+    NONE = 0
+    OFFERED = 1
+    REQUIRED = 2
+    ESTABLISHED = 3
+
+
 def export_flags(*, readonly: bool, multi_conn: bool = True) -> int:
     """The transmission flags of a disk that xnbd-server serves; *multi_conn*: its clients all see the same disk."""
     flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_SEND_CACHE
@@ -115,11 +125,16 @@ class ServerHandshake:
     ``agreement`` is None until an export was chosen; ``aborted`` tells that the
     client has given up. The reply that `on_option` returns has to be sent in
     either case. ``unknown`` is the first name for which there was no export.
+    After ``starttls`` that reply is the last thing in the clear, and `secured` goes on.
+    ``plain`` tells that something was refused because it came before TLS.
     """
 
-    def __init__(self, exports: Exports) -> None:
+    def __init__(self, exports: Exports, security: Security = Security.NONE) -> None:
         self.agreement: Optional[Agreement] = None
         self.aborted = False
+        self.starttls = False
+        self.plain = False
+        self._security = security
         self.unknown: Optional[str] = None
         self._exports = exports
         self._structured = False
@@ -132,6 +147,8 @@ class ServerHandshake:
             c.OPT_INFO: self._on_info,
             c.OPT_GO: self._on_go,
         }
+        if security is not Security.NONE:
+            self._handlers[c.OPT_STARTTLS] = self._on_starttls
         if exports.structured:
             self._handlers[c.OPT_STRUCTURED_REPLY] = self._on_structured_reply
             self._handlers[c.OPT_LIST_META_CONTEXT] = self._on_list_meta_context
@@ -143,11 +160,19 @@ class ServerHandshake:
             raise ProtocolError(f"unknown client flags {flags:#x}")
         self._no_zeroes = bool(flags & c.FLAG_C_NO_ZEROES)
 
+    def secured(self, exports: Exports) -> ServerHandshake:
+        """What goes on over TLS, for a client that may have *exports*: nothing but its flags is remembered."""
+        machine = ServerHandshake(exports, Security.ESTABLISHED)
+        machine._no_zeroes = self._no_zeroes
+        return machine
+
     def on_option(self, option: int, data: bytes) -> bytes:
         """The reply to one option; raises `ProtocolError` where there can be none."""
         self._options += 1
         if self._options > MAXIMUM_OPTIONS:
             raise ProtocolError(f"more than {MAXIMUM_OPTIONS} options")
+        if self._security is Security.REQUIRED and option not in (c.OPT_STARTTLS, c.OPT_ABORT):
+            return self._refuse_plain(option)
         if option == c.OPT_EXPORT_NAME:
             return self._on_export_name(data)
         handler = self._handlers.get(option)
@@ -157,6 +182,12 @@ class ServerHandshake:
             return handler(option, data)
         except _Refused as refusal:
             return _pack_reply(option, refusal.kind, str(refusal).encode())
+
+    def _refuse_plain(self, option: int) -> bytes:
+        if option == c.OPT_EXPORT_NAME:
+            raise ProtocolError("client asks for an export without TLS, which is required")
+        self.plain = True
+        return _pack_reply(option, c.REP_ERR_TLS_REQD, b"this server requires TLS")
 
     # One method an option
 
@@ -173,6 +204,13 @@ class ServerHandshake:
 
     def _on_abort(self, option: int, data: bytes) -> bytes:
         self.aborted = True
+        return _pack_reply(option, c.REP_ACK)
+
+    def _on_starttls(self, option: int, data: bytes) -> bytes:
+        _refuse_data(data)
+        if self._security is Security.ESTABLISHED:
+            raise _Refused(c.REP_ERR_INVALID, "TLS is in use already")
+        self.starttls = True
         return _pack_reply(option, c.REP_ACK)
 
     def _on_list(self, option: int, data: bytes) -> bytes:

@@ -63,6 +63,10 @@ class PlainTransport(Transport):
         self.receive_into = partial(sock.recv_into, nbytes=0, flags=socket.MSG_DONTWAIT)
         sock.setblocking(True)
 
+    def detach(self) -> socket.socket:
+        """The socket, for a transport that goes on with it: this one is at its end."""
+        return self._sock
+
     def send(self, buffers: Buffers) -> int:
         return self._sendmsg(buffers, (), _SEND_FLAGS)
 
