@@ -15,7 +15,7 @@ from functools import partial
 from typing import Callable, Optional, Sequence, Union
 
 from ..access.identity import NOBODY
-from ..errors import Disconnected, ProtocolError
+from ..errors import Disconnected, Refused
 from .credentials import ServerCredentials
 from .peer import identity_of
 from .psk import was_used
@@ -28,10 +28,6 @@ _SOL_TLS, _TLS_TX, _INFO_SIZE = 282, 1, 4
 """``linux/tls.h``: an option of the socket that is there if the kernel encrypts; version and cipher come first."""
 
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-
-
-class Refused(ProtocolError):
-    """The handshake has failed; the message says why."""
 
 
 class ServerChannel:
@@ -70,16 +66,16 @@ class ServerChannel:
         except ssl.SSLWantWriteError:
             return select.POLLOUT
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
-            raise Disconnected("client left during the handshake of TLS; perhaps it does not trust us") from error
+            raise Disconnected("client left while TLS began; perhaps it does not trust us") from error
         except ssl.SSLError as error:
-            raise Refused(explain(error, self._keys)) from error
+            raise Refused(f"TLS: {explain(error, self._keys)}") from error
         self._accept()
         return 0
 
     def _accept(self) -> None:
         self.identity = identity_of(self._tls, self._keys)
         if not (self._anonymous or self._tls.getpeercert(binary_form=True) or was_used(self._tls)):
-            raise Refused("the client has proved nothing")  # no cipher that is allowed gets here
+            raise Refused("TLS: the client has proved nothing")  # no cipher that is allowed gets here
         cipher = self._tls.cipher()
         words = [self._tls.version() or "", cipher[0] if cipher else ""]
         if self._kernel_encrypts():
