@@ -1,4 +1,4 @@
-"""The programs that people use, over TLS: with certificates and with pre-shared keys, to xnbd-server and xnbd-wrapper."""
+"""The programs that people use, over TLS, to xnbd-server and xnbd-wrapper: with certificates and pre-shared keys."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_nbdkit_with_a_pre_shared_key(psk_endpoint: Endpoint, tmp_path: Path) ->
 
 
 def test_fio_verifies_what_it_wrote(endpoint: Endpoint) -> None:
-    """Its engine allows no file names in a URI: so libnbd has to find the certificates below HOME, which root has none of."""
+    """Its engine allows no file names in a URI: libnbd has to find them below HOME, where it does not look for root."""
     with tempfile.TemporaryDirectory(dir="/tmp") as home:
         pki = Path(home) / ".pki" / "libnbd"
         shutil.copytree(endpoint.clients, pki)
