@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import socket
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from ..access.rights import EVERYBODY, Access
 from ..errors import ConfigurationError
 from ..logs import log
 from ..system.listen import DEFAULT_PORT, Listeners
 from .options import ListenOptions
+
+if TYPE_CHECKING:
+    from ..server.session.handshake import Tls
 
 
 def open_listeners(options: ListenOptions, listeners: Listeners) -> None:
@@ -29,15 +32,17 @@ def open_access(rules_path: Optional[str]) -> Access:
     return Access(RuleFile(rules_path))
 
 
-def check_access(access: Access, listeners: Listeners) -> None:
-    """Raises `ConfigurationError` if nobody could open anything: on TCP clients prove nothing."""
+def check_access(access: Access, listeners: Listeners, tls: Optional[Tls]) -> None:
+    """Raises `ConfigurationError` if nobody could open anything: on TCP clients prove nothing but by *tls*."""
     rules = access.rules
+    if tls is not None and tls.credentials.identify_clients:
+        return
     on_tcp = [sock.family != socket.AF_UNIX for sock in listeners.sockets]
     if rules is None or rules.know_anonymous or not any(on_tcp):
         return
     if all(on_tcp):
         raise ConfigurationError(
             f"--tls-authz {rules.path}: clients on TCP prove nothing, so no line is for them: "
-            "listen on a Unix socket with --unix, or have a line for anonymous"
+            "use --tls with ca-cert.pem or keys.psk, listen on a Unix socket with --unix, or have a line for anonymous"
         )
     log.warning("clients on TCP prove nothing, so no line of %s is for them: they can open nothing", rules.path)

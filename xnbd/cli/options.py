@@ -38,6 +38,15 @@ class ListenOptions(NamedTuple):
     unix_path: Optional[str] = None
 
 
+class TlsOptions(NamedTuple):
+    """TLS by the credentials in *directory*; *ciphers* of TLS 1.2 in OpenSSL's notation."""
+
+    directory: str
+    required: bool = True
+    anonymous: bool = False
+    ciphers: Optional[str] = None
+
+
 class TargetOptions(NamedTuple):
     """The image at *path*, made with *create* bytes if it is not there."""
 
@@ -94,6 +103,7 @@ class ServerOptions(NamedTuple):
     queue_limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
     rules_path: Optional[str] = None
+    tls: Optional[TlsOptions] = None
 
 
 def whole_paths(line: CommandLine, names: Iterable[str]) -> Dict[str, str]:
@@ -118,3 +128,14 @@ def queue_limits(line: CommandLine) -> QueueLimits:
     """Raises `ConfigurationError`."""
     requests = line.integer("--max-queue-size", 0, sys.maxsize) if line.has("--max-queue-size") else 0
     return QueueLimits(requests, line.size_or_zero("--max-buf-size") if line.has("--max-buf-size") else 0)
+
+
+def tls_options(line: CommandLine, directory: Optional[str]) -> Optional[TlsOptions]:
+    """What *line* asks for besides the whole path of the *directory*. Raises `ConfigurationError`."""
+    for option in ("--tls-optional", "--tls-anonymous", "--tls-ciphers"):
+        if line.has(option) and directory is None:
+            raise ConfigurationError(f"{option} is for --tls only", USAGE_ERROR)
+    if directory is None:
+        return None
+    required, anonymous = not line.has("--tls-optional"), line.has("--tls-anonymous")
+    return TlsOptions(directory, required, anonymous, line.text("--tls-ciphers"))

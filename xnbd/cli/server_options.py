@@ -21,6 +21,7 @@ from .options import (
     listen_options,
     log_options,
     queue_limits,
+    tls_options,
     whole_paths,
 )
 from .values import USAGE_ERROR, CommandLine, refuse_same_file
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .proxy_options import ProxyOptions
 
 _FILES = ("DISK_IMAGE", "BASE_DISK_IMAGE", "CACHE_DISK_IMAGE", "CACHE_BITMAP_IMAGE", "CONTROL_SOCKET_PATH")
-_PATHS = (*_FILES, "--cow-dir", "--control", "--unix", "--pidfile", "--logpath", "--tls-authz")
+_PATHS = (*_FILES, "--cow-dir", "--control", "--unix", "--pidfile", "--logpath", "--tls", "--tls-authz")
 _PROXY_OPTIONS = (
     "--target-exportname",
     "--clear-bitmap",
@@ -70,6 +71,7 @@ def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
         control_path=paths.get("CONTROL_SOCKET_PATH", paths.get("--control")),
         log=log,
         rules_path=paths.get("--tls-authz"),
+        tls=tls_options(line, paths.get("--tls")),
     )
 
 
@@ -84,6 +86,7 @@ def _refuse_clashes(line: CommandLine) -> None:
             "--tls-authz is for who negotiates with the client: give it to the wrapper, not with --connected-fd",
             USAGE_ERROR,
         )
+    line.refuse_together("--tls", ["--oldstyle", "--negotiated"])
     for option, other in (("--negotiated", "--connected-fd"), ("--cow-dir", "--cow-target")):
         _refuse_without(line, option, other)
     for option in _PROXY_OPTIONS:
@@ -120,7 +123,7 @@ def _clients(line: CommandLine, paths: Mapping[str, str]) -> Union[OneClient, Ma
     if line.has("--inetd"):
         return OneClient()
     if line.has("--connected-fd"):
-        agreement = _agreement(line.text("--negotiated") or "")
+        agreement = None if line.has("--tls") else _agreement(line.text("--negotiated") or "")
         return OneClient(line.integer("--connected-fd", 0, 1 << 20), agreement)
     from ..server.master import Limits
 

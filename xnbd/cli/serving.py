@@ -28,6 +28,7 @@ from ..system.process import (
     take_client_socket,
 )
 from .admission import check_access, open_access, open_listeners
+from .encrypting import open_tls
 from .options import CowOptions, Introduced, ManyClients, OneClient, ServerOptions, TargetOptions
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def _introduce(connected: OneClient, client: Optional[int]) -> Introduced:
 def _open_service(options: ServerOptions, processes: int) -> Service:
     """The disk, for at most so many *processes*, and how it is offered."""
     access = open_access(options.rules_path)
+    tls = open_tls(options.tls)
     source = _open_source(options, alone=processes > 1)
     return Service(
         source=source,
@@ -65,6 +67,7 @@ def _open_service(options: ServerOptions, processes: int) -> Service:
         limits=options.queue_limits,
         control_path=options.control_path,
         access=access,
+        tls=tls,
     )
 
 
@@ -151,7 +154,7 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
     try:
         service = _open_service(options, clients.limits.processes)
         open_listeners(clients.listen, listeners)
-        check_access(service.access, listeners)
+        check_access(service.access, listeners, service.tls)
         status = _run_master(service, listeners, clients.limits, daemon, pid_file)
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
@@ -165,7 +168,7 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
             pid_file.remove()
 
 
-_DESCRIPTORS = {"target": 26, "cow": 34, "proxy": 42}
+_DESCRIPTORS = {"target": 27, "cow": 35, "proxy": 43}
 """What the master, and then a process of it, opens besides disk and sockets, with some to spare, by the mode."""
 
 

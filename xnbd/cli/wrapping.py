@@ -17,6 +17,7 @@ from ..wrapper.exports import TargetExport, check_name, check_room, paths_of
 from ..wrapper.servers import ForeignServer, Servers, is_extended
 from ..wrapper.wrapper import Settings, Wrapper
 from .admission import check_access, open_access, open_listeners
+from .encrypting import open_tls
 from .inside import OwnServer, run_bgctl
 from .values import refuse_same_file
 from .wrapper_options import WrapperOptions
@@ -29,8 +30,8 @@ def wrap(options: WrapperOptions) -> int:
     """Serve until the end; the exit status. Raises `ConfigurationError` if that cannot begin."""
     servers = _foreign_servers(options) if options.server_command else _own_servers(options)
     bgctl = partial(_bgctl, options.bgctl_command)
-    access = open_access(options.rules_path)
-    settings = Settings(servers, bgctl, options.handshake_timeout, options.max_clients, access)
+    access, tls = open_access(options.rules_path), open_tls(options.tls)
+    settings = Settings(servers, bgctl, options.handshake_timeout, options.max_clients, access, tls)
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if options.daemonize else None
@@ -79,7 +80,7 @@ def _run(options: WrapperOptions, settings: Settings, listeners: Listeners, daem
             refuse_same_file({f"a file of the export {name!r}": path, **options.own_files})
     _add_images(database, options.images)
     open_listeners(options.listen, listeners)
-    check_access(settings.access, listeners)
+    check_access(settings.access, listeners, settings.tls)
     require_descriptors(_DESCRIPTORS)
     wrapper = Wrapper(listeners, database, options.control_path, settings)
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)

@@ -17,7 +17,7 @@ from ..system.process import set_title
 from .disk import Disk
 from .process_loop import Stop
 from .session.connection import Connection
-from .session.handshake import greet, greet_oldstyle, negotiate
+from .session.handshake import Tls, greet, greet_oldstyle, negotiate
 from .session.loop import Session
 from .session.parking import QueueLimits
 
@@ -34,6 +34,7 @@ class Service(NamedTuple):
     limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
     access: Access = EVERYBODY
+    tls: Optional[Tls] = None
 
     def open_disk(self) -> Disk:
         """For a worker, after the fork. Raises `OSError`."""
@@ -113,12 +114,14 @@ class Service(NamedTuple):
             return greet_oldstyle(connection, export, self.handshake_timeout)
         if deadline is None:
             deadline = greet(connection, self.handshake_timeout)
-        return negotiate(connection, self.exports, deadline)
+        return negotiate(connection, self.exports, deadline, self.tls)
 
     def _welcome(self, connection: Connection, disk: Disk, role: str) -> None:
         """The handshake is over, and it is known who the client is."""
         identity = connection.identity
-        log.info("%s: connected%s", connection.peer, f" as {identity}" if identity.names else "")
+        who = f" as {identity}" if identity.names else ""
+        how = f" over {connection.encryption}" if connection.encryption else ""
+        log.info("%s: connected%s%s", connection.peer, who, how)
         disk.place.tell_identity(str(identity) if identity.names else "")
         if identity.at(connection.peer) != connection.peer:
             set_title(role, identity.at(connection.peer), self.source.name)
