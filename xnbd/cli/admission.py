@@ -24,12 +24,12 @@ def open_listeners(options: ListenOptions, listeners: Listeners) -> None:
 
 
 def open_access(rules_path: Optional[str]) -> Access:
-    """Raises `ConfigurationError` if there is something wrong with the rules."""
+    """What the rules say now. Raises `ConfigurationError` if there is something wrong with them."""
     if rules_path is None:
         return EVERYBODY
-    from ..access.rules import RuleFile
+    from ..access.rules import read_rules
 
-    return Access(RuleFile(rules_path))
+    return Access(read_rules(rules_path))
 
 
 def check_access(access: Access, listeners: Listeners, tls: Optional[Tls]) -> None:
