@@ -23,7 +23,7 @@ def _nbd() -> Parse:
     return parse_uri
 
 
-SCHEMES: Dict[str, Callable[[], Parse]] = {"nbd": _nbd, "nbds": _nbd, "nbd+unix": _nbd, "nbds+unix": _nbd}
+SCHEMES: Dict[str, Callable[[], Parse]] = {"nbd": _nbd, "nbd+unix": _nbd, "nbds": _nbd, "nbds+unix": _nbd}
 """What imports the kind of origin that a scheme stands for."""
 
 

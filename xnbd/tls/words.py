@@ -36,7 +36,7 @@ class Words:
         if isinstance(error, ssl.SSLCertVerificationError):
             return self._on_certificate(error, name)
         reason = error.reason or ""
-        if isinstance(error, ssl.SSLEOFError) or reason == "UNEXPECTED_EOF_WHILE_READING":
+        if is_end(error):
             return TlsFailed(self.end_means())
         _, is_alert, alert = reason.partition("ALERT_")
         return TlsFailed((is_alert and self._on_alert(alert)) or _on_failure(alert or reason))
@@ -51,6 +51,12 @@ class Words:
     def _on_alert(self, alert: str) -> str:
         """The meaning of an alert that the other side has sent; empty for those that are not about us."""
         return ""
+
+
+def is_end(error: ssl.SSLError) -> bool:
+    """Whether the other side has gone, with a goodbye or without."""
+    ends = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
+    return isinstance(error, ends) or error.reason == "UNEXPECTED_EOF_WHILE_READING"
 
 
 def _on_failure(reason: str) -> str:

@@ -11,14 +11,15 @@ import select
 import socket
 from typing import TYPE_CHECKING, Callable, Optional
 
-from ...errors import ProtocolError, TlsFailed, WrongName, XnbdError
+from ...errors import ConfigurationError, ProtocolError, TlsFailed, WrongName, XnbdError
 from ...protocol.client_handshake import ClientHandshake, RemoteExport, TlsDemanded
 from .address import NbdAddress
 from .encryption import Encryption
 from .stream import PlainStream, Stream, send_from
 
 if TYPE_CHECKING:
-    from ...tls.client import ClientStream, Credentials
+    from ...tls.client import ClientStream
+    from ...tls.client_credentials import ClientCredentials
 
 
 class NotReached(XnbdError):
@@ -29,16 +30,16 @@ class NotReached(XnbdError):
         self.refused = refused
 
 
-def read_credentials(how: Optional[Encryption]) -> Optional[Credentials]:
+def read_credentials(how: Optional[Encryption]) -> Optional[ClientCredentials]:
     """What TLS needs, if it is asked for. Raises `NotReached`: files on this computer are not as they should be."""
     if how is None:
         return None
-    from ...tls.client import Credentials
+    from ...tls.client_credentials import ClientCredentials
 
     try:
-        return Credentials(how.certificates, how.psk_file, how.user, verify_peer=how.verify_peer)
-    except TlsFailed as error:
-        raise NotReached(error.reason, refused=True) from error
+        return ClientCredentials(how.certificates, how.psk_file, how.user, verify_peer=how.verify_peer)
+    except ConfigurationError as error:
+        raise NotReached(str(error), refused=True) from error
 
 
 class Handshake:
@@ -49,7 +50,12 @@ class Handshake:
     """
 
     def __init__(
-        self, sock: socket.socket, address: NbdAddress, credentials: Optional[Credentials], *, only_names: bool = False
+        self,
+        sock: socket.socket,
+        address: NbdAddress,
+        credentials: Optional[ClientCredentials],
+        *,
+        only_names: bool = False,
     ) -> None:
         self.export: Optional[RemoteExport] = None
         self.stream: Stream = PlainStream(sock)
