@@ -53,7 +53,7 @@ from xnbd.system import file_locks
 from xnbd.system.file_locks import RangeLocks
 
 SECTOR = 512
-ORIGIN = "nbd://origin:10809/disk"
+ORIGIN = "nbd://origin/disk"
 _STATE = (belonging, checkpoint, copies, creation, entry, files, opening, resumption, scoreboard_file, shared)
 _TRACED = {module.__file__ for module in (*_STATE, bitmap, file_locks, writeback)}
 

@@ -35,12 +35,13 @@ class ClientStream:
         self._has_shaken_hands = False
         context = credentials.context
         context.check_hostname = credentials.compares_names and bool(name) and not only_names
+        _refuse_if_no_name(name)
         try:
             self._sock: ssl.SSLSocket = context.wrap_socket(
                 sock, do_handshake_on_connect=False, server_hostname=name or None
             )
-        except ValueError as error:  # UnicodeError is one
-            raise TlsFailed(f"no certificate can be for the name {name!r}") from error
+        except ValueError as error:
+            raise _no_name(name) from error
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -118,3 +119,15 @@ class ClientStream:
         except (OSError, ValueError):
             pass  # nothing was agreed on yet, or it has gone first, or it does not answer at once
         self._sock.close()
+
+
+def _refuse_if_no_name(name: str) -> None:
+    """As ``ssl`` would, but before it has taken the socket. Raises `TlsFailed`."""
+    try:
+        name.encode("idna")
+    except UnicodeError as error:
+        raise _no_name(name) from error
+
+
+def _no_name(name: str) -> TlsFailed:
+    return TlsFailed(f"no certificate can be for the name {name!r}")

@@ -87,7 +87,7 @@ class Handshake:
             raise NotReached(error.reason, refused=True) from error
         except ConnectionError as error:
             if self._in_silence or self._tls_events:
-                raise NotReached(self._end_means(), refused=True) from error
+                raise self._find_reason() from error
             raise
 
     def _negotiate(self) -> None:
@@ -129,6 +129,16 @@ class Handshake:
         self._step()
 
     # What went wrong
+
+    def _find_reason(self) -> NotReached:
+        """The connection broke while we sent; its last words may still be there."""
+        try:
+            self.stream.receive_into(memoryview(bytearray(1)))
+        except TlsFailed as error:
+            return NotReached(error.reason, refused=True)
+        except OSError:
+            pass
+        return NotReached(self._end_means(), refused=True)
 
     def _end_means(self) -> str:
         if self._credentials and (self._in_silence or self._tls_events):
