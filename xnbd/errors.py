@@ -51,6 +51,10 @@ class WrongName(TlsFailed):
     """The certificate is good, but for another name than the one that was asked for."""
 
 
+class Refused(ProtocolError):
+    """The peer's handshake of TLS has failed, and its end is worth waiting for; the message says why."""
+
+
 class RequestError(XnbdError):
     """One request failed; ``errno`` says why, the connection goes on."""
 

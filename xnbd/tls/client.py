@@ -14,7 +14,7 @@ from typing import Any, List, Mapping, Union
 
 from ..errors import TlsFailed
 from .client_credentials import ClientCredentials
-from .words import is_end
+from .client_words import is_end
 
 RECORD = 16 << 10
 """The most bytes that one record of TLS brings."""

@@ -14,8 +14,8 @@ from typing import Any, Tuple
 
 from ..errors import ConfigurationError
 from . import psk
+from .client_words import CertificateWords, PskWords, Words
 from .context import KERNEL_TLS, exists, load_authorities, load_certificate, load_revocations, new_context
-from .words import CertificateWords, PskWords, Words
 
 AUTHORITY, REVOKED = "ca-cert.pem", "ca-crl.pem"
 CERTIFICATE, KEY = "client-cert.pem", "client-key.pem"
