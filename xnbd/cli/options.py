@@ -18,6 +18,7 @@ from .values import USAGE_ERROR, CommandLine
 
 if TYPE_CHECKING:
     from ..server.master import Limits
+    from ..server.session.connection import Connection
     from .proxy_options import ProxyOptions
 
 
@@ -35,6 +36,15 @@ class ListenOptions(NamedTuple):
     port: Optional[int] = None
     addresses: Sequence[str] = ()
     unix_path: Optional[str] = None
+
+
+class TlsOptions(NamedTuple):
+    """TLS by the credentials in *directory*; *ciphers* of TLS 1.2 in OpenSSL's notation."""
+
+    directory: str
+    required: bool = True
+    anonymous: bool = False
+    ciphers: Optional[str] = None
 
 
 class TargetOptions(NamedTuple):
@@ -64,6 +74,13 @@ class OneClient(NamedTuple):
     agreement: Optional[Agreement] = None
 
 
+class Introduced(NamedTuple):
+    """A client at the other end of *connection*, which this process has; *agreement* as in `OneClient`."""
+
+    connection: Connection
+    agreement: Optional[Agreement]
+
+
 class ManyClients(NamedTuple):
     """Clients that connect, each of which gets a process."""
 
@@ -77,7 +94,7 @@ class ServerOptions(NamedTuple):
     """A server of one disk. Paths are whole ones, times in seconds."""
 
     disk: Union[TargetOptions, CowOptions, ProxyOptions]
-    clients: Union[OneClient, ManyClients]
+    clients: Union[OneClient, Introduced, ManyClients]
     log: LogOptions = LogOptions()
     export_name: Optional[str] = None
     oldstyle: bool = False
@@ -85,6 +102,7 @@ class ServerOptions(NamedTuple):
     spin: float = 150e-6
     queue_limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
+    tls: Optional[TlsOptions] = None
 
 
 def whole_paths(line: CommandLine, names: Iterable[str]) -> Dict[str, str]:
@@ -109,3 +127,14 @@ def queue_limits(line: CommandLine) -> QueueLimits:
     """Raises `ConfigurationError`."""
     requests = line.integer("--max-queue-size", 0, sys.maxsize) if line.has("--max-queue-size") else 0
     return QueueLimits(requests, line.size_or_zero("--max-buf-size") if line.has("--max-buf-size") else 0)
+
+
+def tls_options(line: CommandLine, directory: Optional[str]) -> Optional[TlsOptions]:
+    """What *line* asks for besides the whole path of the *directory*. Raises `ConfigurationError`."""
+    for option in ("--tls-optional", "--tls-anonymous", "--tls-ciphers"):
+        if line.has(option) and directory is None:
+            raise ConfigurationError(f"{option} is for --tls only", USAGE_ERROR)
+    if directory is None:
+        return None
+    required, anonymous = not line.has("--tls-optional"), line.has("--tls-anonymous")
+    return TlsOptions(directory, required, anonymous, line.text("--tls-ciphers"))

@@ -57,6 +57,19 @@ Disk options:
   --oldstyle            Speak the oldstyle negotiation, for old clients and
                         proxies.
 
+TLS options:
+  --tls DIR             Encrypt by what is in DIR: server-cert.pem and
+                        server-key.pem, ca-cert.pem and ca-crl.pem to check
+                        clients, keys.psk with pre-shared keys. Clients have to
+                        begin TLS, and to show a certificate that this CA has
+                        signed or to have one of the keys.
+  --tls-optional        Serve clients that do not begin TLS, too.
+  --tls-anonymous       Serve clients without a certificate, too: what they
+                        send and get is encrypted, whoever they are.
+  --tls-ciphers CIPHERS
+                        Allow only these ciphers with TLS 1.2, in OpenSSL's
+                        notation; those of TLS 1.3 are always allowed.
+
 Proxy options:
   --target-exportname NAME
                         Name of the disk on the other server (default: the

@@ -21,6 +21,7 @@ from .options import (
     listen_options,
     log_options,
     queue_limits,
+    tls_options,
     whole_paths,
 )
 from .values import USAGE_ERROR, CommandLine, refuse_same_file
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .proxy_options import ProxyOptions
 
 _FILES = ("DISK_IMAGE", "BASE_DISK_IMAGE", "CACHE_DISK_IMAGE", "CACHE_BITMAP_IMAGE", "CONTROL_SOCKET_PATH")
-_PATHS = (*_FILES, "--cow-dir", "--control", "--unix", "--pidfile", "--logpath")
+_PATHS = (*_FILES, "--cow-dir", "--control", "--unix", "--pidfile", "--logpath", "--tls")
 _PROXY_OPTIONS = (
     "--target-exportname",
     "--clear-bitmap",
@@ -69,6 +70,7 @@ def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
         oldstyle=line.has("--oldstyle"),
         control_path=paths.get("CONTROL_SOCKET_PATH", paths.get("--control")),
         log=log,
+        tls=tls_options(line, paths.get("--tls")),
     )
 
 
@@ -78,6 +80,7 @@ def _refuse_clashes(line: CommandLine) -> None:
     line.refuse_together("--verbose", ["--quiet"])
     line.refuse_together("--clear-bitmap", ["--adopt-cache"])
     line.refuse_together("--control", ["--proxy", "--inetd", "--connected-fd"])
+    line.refuse_together("--tls", ["--oldstyle", "--negotiated"])
     for option, other in (("--negotiated", "--connected-fd"), ("--cow-dir", "--cow-target")):
         _refuse_without(line, option, other)
     for option in _PROXY_OPTIONS:
@@ -114,7 +117,7 @@ def _clients(line: CommandLine, paths: Mapping[str, str]) -> Union[OneClient, Ma
     if line.has("--inetd"):
         return OneClient()
     if line.has("--connected-fd"):
-        agreement = _agreement(line.text("--negotiated") or "")
+        agreement = None if line.has("--tls") else _agreement(line.text("--negotiated") or "")
         return OneClient(line.integer("--connected-fd", 0, 1 << 20), agreement)
     from ..server.master import Limits
 

@@ -12,6 +12,7 @@ import signal
 from time import monotonic
 from typing import List, NamedTuple, Optional, Set
 
+from ..access.rights import EVERYBODY, Access
 from ..control.server import ControlSocket
 from ..errors import ConfigurationError
 from ..logs import log
@@ -35,12 +36,13 @@ _PIPE_SIZE = 64 << 10
 
 
 class Settings(NamedTuple):
-    """*bgctl* is as for `ProxySteering`; the timeout is in seconds."""
+    """*bgctl* is as for `ProxySteering`, *access* says who may open what; the timeout is in seconds."""
 
     servers: Servers
     bgctl: Bgctl
     handshake_timeout: float
     max_clients: int
+    access: Access = EVERYBODY
 
 
 class _Ending:
@@ -109,7 +111,8 @@ class Wrapper:
         os.close(self._wake_writer)
 
     def _serve(self, guest: Guest) -> Body:
-        return Client(guest, self._database, self._settings.servers, self._clients.outbox).serve
+        settings = self._settings
+        return Client(guest, self._database, settings.servers, self._clients.outbox, settings.access).serve
 
     # The loop
 
