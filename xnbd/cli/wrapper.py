@@ -28,6 +28,19 @@ Listening options:
                         Drop a client that has not negotiated by then
                         [default: 10].
 
+TLS options:
+  --tls DIR             Encrypt by what is in DIR: server-cert.pem and
+                        server-key.pem, ca-cert.pem and ca-crl.pem to check
+                        clients, keys.psk with pre-shared keys. Clients have to
+                        begin TLS, and to show a certificate that this CA has
+                        signed or to have one of the keys.
+  --tls-optional        Serve clients that do not begin TLS, too.
+  --tls-anonymous       Serve clients without a certificate, too: what they
+                        send and get is encrypted, whoever they are.
+  --tls-ciphers CIPHERS
+                        Allow only these ciphers with TLS 1.2, in OpenSSL's
+                        notation; those of TLS 1.3 are always allowed.
+
 Server options:
   -b, --xnbd-server COMMAND
                         Run COMMAND for each client. Without it the wrapper's

@@ -13,14 +13,16 @@ from ..system.process import whole_path
 from .options import (
     ListenOptions,
     LogOptions,
+    TlsOptions,
     listen_options,
     log_options,
     queue_limits,
+    tls_options,
     whole_paths,
 )
 from .values import USAGE_ERROR, CommandLine, refuse_same_file
 
-_PATHS = ("--dbpath", "--socket", "--logpath")
+_PATHS = ("--dbpath", "--socket", "--logpath", "--tls")
 _OLD_NAMES = {"--port": "--lport", "--xnbd-binary": "--xnbd-server"}
 
 
@@ -52,6 +54,7 @@ class WrapperOptions(NamedTuple):
     handshake_timeout: float
     max_clients: int
     daemonize: bool
+    tls: Optional[TlsOptions]
 
     @property
     def own_files(self) -> Dict[str, str]:
@@ -85,7 +88,16 @@ def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int
         cow=line.has("--cow"),
         readonly=line.has("--readonly"),
         daemonize=line.has("--daemonize"),
+        tls=_tls(line, paths.get("--tls")),
     )
+
+
+def _tls(line: CommandLine, directory: Optional[str]) -> Optional[TlsOptions]:
+    if directory is not None and line.has("--xnbd-server"):
+        raise ConfigurationError(
+            "--tls and --xnbd-server do not go together: another program cannot go on with a client's TLS", USAGE_ERROR
+        )
+    return tls_options(line, directory)
 
 
 def _command(line: CommandLine, option: str) -> List[str]:

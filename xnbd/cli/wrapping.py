@@ -16,6 +16,7 @@ from ..wrapper.database import Database
 from ..wrapper.exports import TargetExport, check_name, check_room, paths_of
 from ..wrapper.servers import ForeignServer, Servers, is_extended
 from ..wrapper.wrapper import Settings, Wrapper
+from .encrypting import open_tls
 from .inside import OwnServer, run_bgctl
 from .options import ListenOptions
 from .values import refuse_same_file
@@ -29,7 +30,7 @@ def wrap(options: WrapperOptions) -> int:
     """Serve until the end; the exit status. Raises `ConfigurationError` if that cannot begin."""
     servers = _foreign_servers(options) if options.server_command else _own_servers(options)
     bgctl = partial(_bgctl, options.bgctl_command)
-    settings = Settings(servers, bgctl, options.handshake_timeout, options.max_clients)
+    settings = Settings(servers, bgctl, options.handshake_timeout, options.max_clients, tls=open_tls(options.tls))
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if options.daemonize else None

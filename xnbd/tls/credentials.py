@@ -68,7 +68,7 @@ class ServerCredentials:
         kind = psk.context_kind(keys_path) if keys_path else ssl.SSLContext
         context = new_context(server=True, kind=kind, ciphers=self._ciphers, keys=bool(keys_path))
         valid = self._load_certificates(context) if has_certificate else []
-        keys = psk.ServerKeys(psk.read_keys(keys_path) if keys_path else {})
+        keys = psk.ServerKeys(psk.read_keys(keys_path) if keys_path else {}, alone=not has_certificate)
         if keys_path:
             keys.attach(context)
         return _Loaded(context, keys, valid)

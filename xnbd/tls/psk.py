@@ -50,10 +50,14 @@ def context_kind(path: str) -> Type[ssl.SSLContext]:
 
 
 class ServerKeys:
-    """The keys of a server, and which of them the handshake under way has asked for."""
+    """The keys of a server, and which of them the handshake under way has asked for.
 
-    def __init__(self, keys: Dict[str, bytes]) -> None:
+    They are *alone* if the server has no certificate.
+    """
+
+    def __init__(self, keys: Dict[str, bytes], *, alone: bool) -> None:
         self._keys = keys
+        self.alone = alone
         self.user: Optional[str] = None
         """Whose key the client claims to have."""
         self.unknown: Optional[str] = None
@@ -75,6 +79,13 @@ class ServerKeys:
         else:
             self.unknown = one_line(name or "")
         return key
+
+
+def prepare(tls: ssl.SSLSocket) -> None:
+    """Before the first step of a handshake: sslpsk3 would do this at every step, and each time begin anew."""
+    set_up = getattr(tls.context, "setup_psk_callbacks", None)
+    if set_up is not None:
+        set_up(tls)
 
 
 def was_used(tls: ssl.SSLSocket) -> bool:

@@ -43,6 +43,8 @@ def explain(error: ssl.SSLError, keys: ServerKeys) -> str:
     reason = error.reason or ""
     if keys.unknown is not None and keys.user is None:
         return f"there is no pre-shared key for {keys.unknown!r}"
+    if keys.user is None and keys.alone and reason in _NO_KEY:
+        return "the client has no pre-shared key, and there is nothing else here"
     if keys.user is not None and reason in _WRONG_KEY:
         return f"the client has another pre-shared key for {keys.user!r}"
     _, is_alert, alert = reason.partition("ALERT_")
@@ -52,6 +54,7 @@ def explain(error: ssl.SSLError, keys: ServerKeys) -> str:
     return reason.lower().replace("_", " ") or str(error)
 
 
+_NO_KEY = ("NO_SUITABLE_SIGNATURE_ALGORITHM", "NO_SHARED_CIPHER", "NO_CERTIFICATE_SET")
 _WRONG_KEY = (
     "BINDER_DOES_NOT_VERIFY",
     "DIGEST_CHECK_FAILED",

@@ -18,7 +18,7 @@ from ..access.identity import NOBODY
 from ..errors import Disconnected, Refused
 from .credentials import ServerCredentials
 from .peer import identity_of
-from .psk import was_used
+from .psk import prepare, was_used
 from .refusal import explain
 from .scratch import Scratch
 
@@ -44,6 +44,7 @@ class ServerChannel:
         self._keys, self._anonymous = credentials.keys, credentials.anonymous
         self._keys.begin()
         self._tls = credentials.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        prepare(self._tls)
         self._scratch = Scratch()
         self._unsent = memoryview(b"")
         self._ready = select.poll()
@@ -60,7 +61,7 @@ class ServerChannel:
         Raises `Refused`, `Disconnected`, and `OSError`.
         """
         try:
-            self._tls.do_handshake()
+            ssl.SSLSocket.do_handshake(self._tls)
         except ssl.SSLWantReadError:
             return select.POLLIN
         except ssl.SSLWantWriteError:

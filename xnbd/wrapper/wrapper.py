@@ -18,6 +18,7 @@ from ..errors import ConfigurationError
 from ..logs import log
 from ..server.lobby import Guest, Lobby
 from ..server.process_loop import GRACE
+from ..server.session.handshake import Tls
 from ..system.listen import Listeners
 from ..system.polling import poll_patiently
 from ..system.process import set_title
@@ -36,13 +37,17 @@ _PIPE_SIZE = 64 << 10
 
 
 class Settings(NamedTuple):
-    """*bgctl* is as for `ProxySteering`, *access* says who may open what; the timeout is in seconds."""
+    """*bgctl* is as for `ProxySteering`, *access* says who may open what, *tls* how clients are encrypted.
+
+    The timeout is in seconds.
+    """
 
     servers: Servers
     bgctl: Bgctl
     handshake_timeout: float
     max_clients: int
     access: Access = EVERYBODY
+    tls: Optional[Tls] = None
 
 
 class _Ending:
@@ -112,7 +117,9 @@ class Wrapper:
 
     def _serve(self, guest: Guest) -> Body:
         settings = self._settings
-        return Client(guest, self._database, settings.servers, self._clients.outbox, settings.access).serve
+        return Client(
+            guest, self._database, settings.servers, self._clients.outbox, settings.access, settings.tls
+        ).serve
 
     # The loop
 
