@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Iterator, List
 
 import pytest
+from caching import CacheFiles
 from certificates import Certificates
 from conftest import Start, StartWrapper
+from launch import fails
 from rawclient import ABORT, ACK, EXPORT_NAME, GO, INFO, LIST, SET_META_CONTEXT, STRUCTURED_REPLY, RawClient, go_data
 from server_process import PATIENCE, Server, run, wait_until
 from tls_client import (
     TLS_REQUIRED,
-    Stripper,
     context_of,
     is_closed,
     refusal_of,
@@ -88,6 +89,9 @@ def test_export_name_in_the_clear_ends_the_connection(server: Server, certificat
     alice_is_served(server, certificates)
 
 
+LIBNBD_SAYS = "Operation not supported"
+"""Its words for REP_ERR_TLS_REQD in version 1.14."""
+
 PLAIN_PROGRAMS = {
     "nbdinfo": ["nbdinfo", "nbd://127.0.0.1:{port}"],
     "qemu-img": ["qemu-img", "info", "nbd://127.0.0.1:{port}"],
@@ -99,7 +103,7 @@ PLAIN_PROGRAMS = {
 def test_programs_without_tls_are_told(server: Server, program: List[str]) -> None:
     status, _, err = run(*[word.format(port=server.port) for word in program], check=False)
     assert status != 0
-    assert re.search("TLS", err), err
+    assert re.search(f"TLS|{LIBNBD_SAYS}", err), err
 
 
 # Certificates
@@ -252,27 +256,24 @@ def test_libnbd_does_not_go_on_in_the_clear(start: Start, image: Path, certifica
     with stripped(server.port) as middle:
         uri = f"nbds://127.0.0.1:{middle.port}/?tls-certificates={certificates.alice}"
         status, _, err = run("nbdinfo", uri, check=False)
-        assert (status, "TLS" in err) == (1, True), err
-    assert middle.seen[12:16] != b"\0\0\0\7"
+        assert (status, err.count("\n")) == (1, 1), err
+    assert middle.option in (0, ABORT)
 
 
 def test_our_proxy_does_not_go_on_in_the_clear(
     start: Start, image: Path, certificates: Certificates, tmp_path: Path
 ) -> None:
-    from caching import CacheFiles
-    from launch import fails
-
     server = start("--target", image, "--tls", certificates.server, "--tls-optional", tcp=True)
     files = CacheFiles(tmp_path)
     with stripped(server.port) as middle:
         origin = f"nbds://127.0.0.1:{middle.port}/?tls-certificates={certificates.alice}"
         status, err = fails(*files.arguments(origin), "--unix", tmp_path / "proxy.sock", timeout=PATIENCE)
     assert (status, "TLS" in err) == (1, True), err
-    assert not files.image.exists() or not any(files.image.read_bytes())
+    assert middle.option in (0, ABORT)
+    assert not files.image.exists()
 
 
 def test_a_stripped_client_finds_no_disk_where_tls_is_required(server: Server) -> None:
     with stripped(server.port) as middle:
         status, _, err = run("nbdinfo", f"nbd://127.0.0.1:{middle.port}", check=False)
-    assert (status, "TLS" in err) == (1, True), err
-    assert isinstance(middle, Stripper)
+    assert (status, LIBNBD_SAYS in err) == (1, True), err
