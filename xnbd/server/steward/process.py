@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from socket import socket
 from time import monotonic
 from typing import Callable, List, NoReturn, Optional
 
@@ -17,6 +18,7 @@ from ...logs import log
 from ...proxy.image import ProxySource
 from ...system.forking import fork_with_pipe, let_signals_in
 from ...system.process import set_title
+from ..master_link import MasterLink
 from ..process_loop import ProcessLoop, Stop
 from ..service import Service
 from .command_lock import CommandLock
@@ -25,7 +27,7 @@ from .durability import Durability
 from .duty import Cache, Context, Duty
 from .moving import Moving
 from .news import News
-from .orders import ControlOrders, SignalOrders
+from .orders import ControlOrders, MasterOrders, SignalOrders
 from .query import Query
 from .snapshots import Snapshots
 from .switching import Switching
@@ -35,12 +37,15 @@ _LOOK_EVERY = 1.0
 
 
 class Steward:
-    """For the master of *service*, or for the one process of a wrapped client; *must_listen* unless a sibling may."""
+    """For the master of *service*, to which *master* is the link (`server.master_link`).
 
-    def __init__(self, service: Service, control_path: Optional[str], *, must_listen: bool) -> None:
+    Without one it is for the one process of a wrapped client, and a sibling may listen in its place.
+    """
+
+    def __init__(self, service: Service, control_path: Optional[str], master: Optional[socket] = None) -> None:
         self._service = service
         self._path = control_path
-        self._must_listen = must_listen
+        self._master = master
         self._verdict_fd = -1
 
     def spawn(self, lifeline: int, close_first: Callable[[], None]) -> int:
@@ -71,7 +76,7 @@ class Steward:
             loop = ProcessLoop(lifeline)
             let_signals_in()
             set_title("steward", self._service.source.name)
-            context = Context(self._service, loop, has_master=self._must_listen)
+            context = Context(self._service, loop, MasterLink(self._master) if self._master else None)
             work = _Stewardship(context, self._path)
             os.close(self._verdict_fd)
             self._verdict_fd = -1
@@ -130,16 +135,19 @@ def _duties(context: Context, control_path: Optional[str]) -> List[Duty]:
     """In the order in which they get on: orders first, and last what passes on the changes of all."""
     source = context.source
     cache = Cache(context, source) if isinstance(source, ProxySource) else None
+    masters = MasterOrders(context)
     duties: List[Duty] = [
         Query(context, cache),
         Snapshots(context),
         *([] if cache is None else _duties_of_a_proxy(context, cache)),
         News(context),
     ]
-    commands = {name: command for duty in duties for name, command in duty.commands().items()}
+    commands = {name: command for duty in [*duties, masters] for name, command in duty.commands().items()}
     orders: List[Duty] = [SignalOrders(commands)]
     if control_path is not None:
-        orders.insert(0, ControlOrders(context, control_path, commands))
+        control = ControlOrders(context, control_path, commands)
+        orders = [masters, control, *orders]
+        masters.on_answer(control.hurry)
     return [*orders, *duties]
 
 
