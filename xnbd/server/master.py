@@ -12,7 +12,7 @@ import select
 import signal
 import socket
 from time import monotonic
-from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Sequence, Set
+from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Sequence, Set
 
 from ..errors import ConfigurationError
 from ..logs import log
@@ -20,9 +20,10 @@ from ..system.file_locks import do_nothing
 from ..system.forking import SIGNALS, fork
 from ..system.polling import poll_patiently, read_pipe
 from ..system.process import set_title
+from .crew import Crew
 from .process_loop import GRACE
 from .service import Service
-from .worker import REPORT_SIZE, Pipes, Pool, Worker, parse_report
+from .worker import Pool, Worker
 
 if TYPE_CHECKING:
     from ..control.server import Message
@@ -69,22 +70,16 @@ class Master:
         self._service = service
         self._listeners = list(listeners)
         self._limits = limits
-        self._spares: Set[int] = set()
-        self._clients: Dict[int, str] = {}
+        self._crew = Crew.new()
         self._signals: Set[int] = set()
-        self._unproven: Set[int] = set()  # spares that have not yet said that they can work
         self._retry_at: Optional[float] = None
         self._pauses, self._steward_pauses = _Pauses(), _Pauses()
         self._full = False
         self._killing = self._stopping = False
-        self._retiring = 0
         self._steward: Optional[int] = None
         self._steward_at = 0.0
         self._link: Optional[StewardLink] = None
-        self._pipes = Pipes(*os.pipe(), *os.pipe(), *os.pipe())
         self._pool = Pool(*socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
-        os.set_blocking(self._pipes.reports_master, False)
-        os.set_blocking(self._pipes.retirements, False)
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         for number in SIGNALS:
@@ -92,7 +87,7 @@ class Master:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
-        self._poll.register(self._pipes.reports_master, select.POLLIN)
+        self._poll.register(self._crew.pipes.reports_master, select.POLLIN)
 
     def abandon(self) -> None:
         """Instead of `run`: the start has failed. A steward ends by itself."""
@@ -152,7 +147,7 @@ class Master:
             prepare()
 
         try:
-            self._steward = steward.spawn(self._pipes.lifeline, close_first)
+            self._steward = steward.spawn(self._crew.pipes.lifeline, close_first)
         except ConfigurationError:
             masters.close()
             raise
@@ -169,7 +164,8 @@ class Master:
             self._link = None
 
     def _close_in_steward(self) -> None:
-        for fd in (self._pipes.lifeline_master, self._pipes.reports_master, self._pipes.retirements_master):
+        pipes = self._crew.pipes
+        for fd in (pipes.lifeline_master, pipes.reports_master, pipes.retirements_master):
             os.close(fd)
         for sock in (*self._listeners, *self._pool):
             sock.close()
@@ -203,31 +199,27 @@ class Master:
 
     def _balance(self) -> None:
         """Keep spare workers waiting, not too few and not too many, as far as the limit of clients allows."""
-        spares, wanted = len(self._spares), self._limits.spare_workers
-        room = self._limits.max_clients - len(self._clients)
+        crew, wanted = self._crew, self._limits.spare_workers
+        room = self._limits.max_clients - len(crew.clients)
+        crew.retire(2 * wanted)
         if room <= 0 and not self._full:
-            log.warning("%d clients are connected, which is the limit; others wait", len(self._clients))
+            log.warning("%d clients are connected, which is the limit; others wait", len(crew.clients))
         self._full = room <= 0
         if self._retry_at is not None and monotonic() >= self._retry_at:
             self._retry_at = None
-        while len(self._spares) < min(room, wanted) and self._retry_at is None:
-            if self._pauses.failures and self._unproven:
+        while len(crew.spares) < min(room, wanted) and self._retry_at is None:
+            if self._pauses.failures and crew.unproven:
                 break  # one at a time, until one of them can work
             self._spawn()
-        excess = spares - self._retiring - 2 * wanted
-        if excess > 0:
-            os.write(self._pipes.retirements_master, bytes(excess))
-            self._retiring += excess
 
     def _spawn(self) -> None:
-        worker = Worker(self._service, self._listeners, self._pipes, self._pool)
+        worker = Worker(self._service, self._listeners, self._crew.pipes, self._pool)
         try:
             pid = fork("worker", worker.run)
         except OSError as error:
             log.error("cannot start a worker, trying again in %g s: %s", self._back_off(), error.strerror)
             return
-        self._spares.add(pid)
-        self._unproven.add(pid)
+        self._crew.join(pid)
 
     def _back_off(self) -> float:
         """No worker is started for so many seconds."""
@@ -236,18 +228,8 @@ class Master:
         return pause
 
     def _read_reports(self) -> None:
-        reports = read_pipe(self._pipes.reports_master, _PIPE_SIZE)
-        for start in range(0, len(reports), REPORT_SIZE):
-            pid, peer = parse_report(reports[start : start + REPORT_SIZE])
-            if peer and pid in self._spares:
-                self._spares.remove(pid)
-                self._clients[pid] = peer
-            elif not peer and pid in self._clients:
-                del self._clients[pid]
-                self._spares.add(pid)
-            elif not peer:
-                self._pauses.failures = 0
-            self._unproven.discard(pid)
+        if self._crew.read_reports():
+            self._pauses.failures = 0
 
     def _reap(self) -> None:
         while self._children():
@@ -260,13 +242,9 @@ class Master:
                 if not self._stopping:
                     self._on_stewards_end(os.waitstatus_to_exitcode(status))
                 continue
-            if pid not in self._spares and pid not in self._clients:
+            if pid not in self._crew:
                 continue  # a dead steward's child, of process 1 of a container; or whoever executed this program had it
-            peer = self._clients.pop(pid, None)
-            self._spares.discard(pid)
-            self._unproven.discard(pid)
-            if self._retiring and not status:
-                self._retiring -= 1
+            peer = self._crew.bury(pid, failed=bool(status))
             if status and not self._killing:
                 self._on_failure(pid, peer, os.waitstatus_to_exitcode(status))
 
@@ -278,8 +256,8 @@ class Master:
             log.info("the steward was told to end; unless the server ends, the next one starts in a second")
         self._steward_at = monotonic() + _RETRY
 
-    def _on_failure(self, pid: int, peer: Optional[str], exit_code: int) -> None:
-        if peer is not None:
+    def _on_failure(self, pid: int, peer: str, exit_code: int) -> None:
+        if peer:
             log.error("worker %d of client %s died: %s", pid, peer, _reason(exit_code))
         elif self._retry_at is None:  # of several that fail at once one is told of
             pause = self._back_off()
@@ -289,7 +267,7 @@ class Master:
 
     def _stop(self) -> int:
         """Let the workers finish what they have in hand; a second signal or `_STOP_TIME` ends that."""
-        log.info("stopping; clients connected: %d", len(self._clients))
+        log.info("stopping; clients connected: %d", len(self._crew.clients))
         self._stopping = True
         for sock in (*self._listeners, *self._pool):
             sock.close()
@@ -316,7 +294,7 @@ class Master:
             os.kill(pid, number)
 
     def _children(self) -> List[int]:
-        return [*self._spares, *self._clients, *([self._steward] if self._steward else [])]
+        return [*self._crew.pids(), *([self._steward] if self._steward else [])]
 
 
 def _reason(exit_code: int) -> str:
