@@ -31,7 +31,7 @@ from ..system.process import (
 from .options import CowOptions, ListenOptions, ManyClients, OneClient, ServerOptions, TargetOptions
 
 if TYPE_CHECKING:
-    from ..server.master import Limits
+    from ..server.configuration import Load
 
 
 def serve(options: ServerOptions, client: Optional[int]) -> int:
@@ -53,9 +53,8 @@ def _open_service(options: ServerOptions, processes: int) -> Service:
         scoreboard_fd=source.scoreboard_fd or create_scoreboard(processes),
         export_name=options.export_name or source.name,
         oldstyle=options.oldstyle,
-        handshake_timeout=options.handshake_timeout,
+        configuration=options.configuration,
         spin=options.spin,
-        limits=options.queue_limits,
         control_path=options.control_path,
     )
 
@@ -142,9 +141,9 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
     daemon = Daemon() if clients.daemonize else None
     pid_file = PidFile(clients.pid_path) if clients.pid_path else None
     try:
-        service = _open_service(options, clients.limits.processes)
+        service = _open_service(options, max(options.configuration.processes, _ROOM))
         _listen(clients.listen, listeners)
-        status = _run_master(service, listeners, clients.limits, daemon, pid_file)
+        status = _run_master(service, listeners, clients.load, daemon, pid_file)
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
     except ConfigurationError as error:
@@ -164,17 +163,20 @@ def _listen(options: ListenOptions, listeners: Listeners) -> None:
         listeners.listen_unix(options.unix_path)
 
 
+_ROOM = 1 << 14
+"""Processes for which there is room in the scoreboard at least, so that the limit of clients can be raised later."""
+
 _DESCRIPTORS = {"target": 26, "cow": 34, "proxy": 42}
 """What the master, and then a process of it, opens besides disk and sockets, with some to spare, by the mode."""
 
 
 def _run_master(
-    service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon], pid_file: Optional[PidFile]
+    service: Service, listeners: Listeners, load: Load, daemon: Optional[Daemon], pid_file: Optional[PidFile]
 ) -> int:
     from ..server.master import Master
 
     require_descriptors(_DESCRIPTORS[service.source.mode])
-    master = Master(service, listeners.sockets, limits)
+    master = Master(service, listeners.sockets, load)
     try:
         if service.needs_steward:
             master.start_steward(leave_terminal if daemon else do_nothing)

@@ -11,15 +11,18 @@ import os
 import select
 import signal
 import socket
+from contextlib import suppress
 from time import monotonic
-from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Sequence, Set
+from typing import TYPE_CHECKING, Callable, List, Optional, Sequence, Set
 
+from .. import logs
 from ..errors import ConfigurationError
 from ..logs import log
 from ..system.file_locks import do_nothing
 from ..system.forking import SIGNALS, fork
 from ..system.polling import poll_patiently, read_pipe
 from ..system.process import set_title
+from .configuration import Load, refuse_without_room
 from .crew import Crew
 from .process_loop import GRACE
 from .service import Service
@@ -38,18 +41,6 @@ ORDERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that must not end the process when they come before there is a `Master`: blocked until then."""
 
 
-class Limits(NamedTuple):
-    """How many processes a server may have for clients, and how many spare workers it keeps."""
-
-    max_clients: int
-    spare_workers: int
-
-    @property
-    def processes(self) -> int:
-        """As many as may be at work at once, those that are just leaving included."""
-        return 2 * self.max_clients + 4 * self.spare_workers
-
-
 class _Pauses:
     """How many seconds to wait before what has failed is tried again: twice as many after each failure in a row."""
 
@@ -65,11 +56,11 @@ class _Pauses:
 class Master:
     """The first process of a server: it forks workers and the steward, and takes signals, until it is told to stop."""
 
-    def __init__(self, service: Service, listeners: Sequence[socket.socket], limits: Limits) -> None:
-        """*listeners* are non-blocking sockets."""
+    def __init__(self, service: Service, listeners: Sequence[socket.socket], load: Load) -> None:
+        """*listeners* are non-blocking sockets. *load* reads again what the service's configuration comes from."""
         self._service = service
         self._listeners = list(listeners)
-        self._limits = limits
+        self._load = load
         self._crew = Crew.new()
         self._signals: Set[int] = set()
         self._retry_at: Optional[float] = None
@@ -108,7 +99,7 @@ class Master:
             if signals & {signal.SIGTERM, signal.SIGINT}:
                 return self._stop()
             if signal.SIGHUP in signals:
-                log.info("SIGHUP: nothing to do, a log file that was moved away is opened again by itself")
+                self._on_hangup()
             if signal.SIGUSR1 in signals:
                 self._ask_for_snapshot()
             if signal.SIGUSR2 in signals:
@@ -192,18 +183,52 @@ class Master:
         else:
             log.warning("SIGUSR2 does nothing here: it switches a proxy")
 
+    # The configuration
+
+    def _reload(self) -> List[str]:
+        """Read the configuration again; what has changed, for people.
+
+        Raises `ConfigurationError` or `OSError`, and all stays as it was. Handshakes that
+        begin after this one has returned know the new configuration.
+        """
+        try:
+            changes = self._read_again()
+        except (ConfigurationError, OSError) as error:
+            log.error("the configuration stays as it was: %s", error)
+            raise
+        what = ", ".join(changes) or "nothing has changed"
+        log.info("configuration read again: %s; clients that go on: %d", what, len(self._crew.clients))
+        return changes
+
+    def _read_again(self) -> List[str]:
+        service, configuration = self._service, self._load()
+        refuse_without_room(configuration, service.scoreboard_fd)
+        logs.reopen()
+        changes = configuration.changes(service.configuration)
+        if changes:
+            self._crew.dismiss()
+            self._service = service._replace(configuration=configuration)
+            if self._link is not None:
+                self._link.tell({"configuration": configuration.figures()})
+        return changes
+
+    def _on_hangup(self) -> None:
+        with suppress(ConfigurationError, OSError):  # the log has them
+            self._reload()
+
     def _on_reload(self, _request: Message) -> Message:
-        return {"done": True}
+        return {"done": True, "changes": self._reload(), "clients": len(self._crew.clients)}
 
     # Workers
 
     def _balance(self) -> None:
         """Keep spare workers waiting, not too few and not too many, as far as the limit of clients allows."""
-        crew, wanted = self._crew, self._limits.spare_workers
-        room = self._limits.max_clients - len(crew.clients)
+        crew, (most, wanted, *_) = self._crew, self._service.configuration
+        room = most - len(crew.clients)
         crew.retire(2 * wanted)
         if room <= 0 and not self._full:
-            log.warning("%d clients are connected, which is the limit; others wait", len(crew.clients))
+            what = "which is the limit" if not room else f"more than the limit of {most}"
+            log.warning("%d clients are connected, %s; others wait", len(crew.clients), what)
         self._full = room <= 0
         if self._retry_at is not None and monotonic() >= self._retry_at:
             self._retry_at = None

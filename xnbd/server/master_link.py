@@ -6,7 +6,8 @@ made before the fork. One packet is one message, a JSON object:
 
 - ``{"number": 1, "request": {"command": "reload"}}`` from the steward: an operator's request as it came;
 - ``{"number": 1, "answer": {"done": true}}`` from the master: a line of the reply, the last one with ``done`` or
-  ``error``.
+  ``error``;
+- ``{"news": {...}}`` from the master: what has changed since the steward was forked.
 
 Nobody waits in here. If the steward dies, its pair ends with it: the master drops what it
 would have answered, and the next steward gets a new pair. If the operator leaves, the
@@ -68,6 +69,7 @@ class MasterLink:
         self._answers: Dict[int, List[Message]] = {}
         """What has come for the requests that somebody waits for, by their numbers."""
         self.on_answer: Callable[[], None] = do_nothing
+        self.on_news: Callable[[Message], None] = lambda _: None
 
     def close(self) -> None:
         self._sock.close()
@@ -79,7 +81,9 @@ class MasterLink:
         """Take in what the master has sent. Without a master this process ends by itself, see `ProcessLoop`."""
         try:
             for message in _messages(self._sock):
-                if message["number"] in self._answers:
+                if "news" in message:
+                    self.on_news(message["news"])
+                elif message["number"] in self._answers:
                     self._answers[message["number"]].append(message["answer"])
                     self.on_answer()
         except EOFError:
@@ -143,6 +147,11 @@ class StewardLink:
         """A line of the reply to the request *number*."""
         with suppress(OSError):  # nobody is there any more who would hear it
             _send(self._sock, {"number": number, "answer": answer})
+
+    def tell(self, news: Message) -> None:
+        """For a steward that was forked before."""
+        with suppress(OSError):
+            _send(self._sock, {"news": news})
 
     def _do(self, request: Message) -> Optional[Message]:
         command = self._commands.get(request["command"])

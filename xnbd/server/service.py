@@ -11,12 +11,12 @@ from ..protocol.server_handshake import Agreement, Export, Exports, export_flags
 from ..scoreboard.scoreboard import Scoreboard
 from ..storage.image import Source
 from ..storage.target import reopen
+from .configuration import Configuration
 from .disk import Disk
 from .process_loop import Stop
 from .session.connection import Connection
 from .session.handshake import greet, greet_oldstyle, negotiate
 from .session.loop import Session
-from .session.parking import QueueLimits
 
 
 class Service(NamedTuple):
@@ -26,9 +26,8 @@ class Service(NamedTuple):
     scoreboard_fd: int
     export_name: str
     oldstyle: bool = False
-    handshake_timeout: float = 10.0
+    configuration: Configuration = Configuration()
     spin: float = 0.0
-    limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
 
     def open_disk(self) -> Disk:
@@ -96,16 +95,17 @@ class Service(NamedTuple):
     def _serve(
         self, connection: Connection, disk: Disk, agreement: Optional[Agreement], deadline: Optional[float]
     ) -> None:
+        configuration = self.configuration
         if agreement is None and self.oldstyle:
-            agreement = greet_oldstyle(connection, self.export(), self.handshake_timeout)
+            agreement = greet_oldstyle(connection, self.export(), configuration.handshake_timeout)
         elif agreement is None:
             if deadline is None:
-                deadline = greet(connection, self.handshake_timeout)
+                deadline = greet(connection, configuration.handshake_timeout)
             agreement = negotiate(connection, self.exports(), deadline)
         if agreement is None:
             log.info("%s: left during the handshake", connection.peer)
             return
         log.info("%s: connected", connection.peer)
         log.debug("%s: agreed on %s", connection.peer, agreement)
-        Session(connection, disk, agreement, self.limits).run()
+        Session(connection, disk, agreement, configuration.queue_limits).run()
         log.info("%s: left", connection.peer)
