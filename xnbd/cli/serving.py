@@ -8,6 +8,7 @@ import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Iterator, Optional
 
+from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
 from ..logs import log
 from ..scoreboard.layout import create_scoreboard
@@ -18,7 +19,7 @@ from ..server.session.connection import Connection
 from ..storage.image import Source
 from ..storage.target import TargetSource, create_sparse
 from ..system.file_locks import do_nothing
-from ..system.listen import DEFAULT_PORT, Listeners
+from ..system.listen import DEFAULT_PORT, Listeners, UnixSocket
 from ..system.process import (
     Daemon,
     PidFile,
@@ -105,7 +106,7 @@ def _steward_for_one(service: Service, client: socket.socket) -> Iterator[None]:
         os.close(holder)
         client.close()
 
-    pid = Steward(service, service.control_path, must_listen=False).spawn(lifeline, close_first)
+    pid = Steward(service, service.control_path, has_master=False).spawn(lifeline, close_first)
     os.close(lifeline)
     try:
         yield
@@ -164,6 +165,14 @@ def _listen(options: ListenOptions, listeners: Listeners) -> None:
         listeners.listen_unix(options.unix_path)
 
 
+def _listen_for_operators(service: Service) -> Optional[UnixSocket]:
+    """Before there is a steward: it may die, and who connects meanwhile waits for the next one."""
+    if service.control_path is None:
+        return None
+
+    return listen_for_operators(service.control_path)
+
+
 _DESCRIPTORS = {"target": 26, "cow": 34, "proxy": 42}
 """What the master, and then a process of it, opens besides disk and sockets, with some to spare, by the mode."""
 
@@ -174,7 +183,7 @@ def _run_master(
     from ..server.master import Master
 
     require_descriptors(_DESCRIPTORS[service.source.mode])
-    master = Master(service, listeners.sockets, limits)
+    master = Master(service, listeners.sockets, limits, _listen_for_operators(service))
     try:
         if service.needs_steward:
             master.start_steward(leave_terminal if daemon else do_nothing)

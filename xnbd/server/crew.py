@@ -30,6 +30,11 @@ class Crew:
         os.set_blocking(pipes.retirements, False)
         return cls(pipes)
 
+    def close_masters_ends(self) -> None:
+        """In a child of the master: the lifeline has to break with the master."""
+        for fd in (self.pipes.lifeline_master, self.pipes.reports_master, self.pipes.retirements_master):
+            os.close(fd)
+
     def __len__(self) -> int:
         return len(self.spares) + len(self.clients)
 

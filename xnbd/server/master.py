@@ -18,6 +18,7 @@ from ..errors import ConfigurationError
 from ..logs import log
 from ..system.file_locks import do_nothing
 from ..system.forking import SIGNALS, fork
+from ..system.listen import UnixSocket
 from ..system.polling import poll_patiently, read_pipe
 from ..system.process import set_title
 from .crew import Crew
@@ -61,9 +62,12 @@ class _Pauses:
 class Master:
     """The first process of a server: it forks workers and the steward, and takes signals, until it is told to stop."""
 
-    def __init__(self, service: Service, listeners: Sequence[socket.socket], limits: Limits) -> None:
-        """*listeners* are non-blocking sockets."""
+    def __init__(
+        self, service: Service, listeners: Sequence[socket.socket], limits: Limits, control: Optional[UnixSocket] = None
+    ) -> None:
+        """*listeners* are non-blocking sockets. *control* is the operators' one, of which the steward takes care."""
         self._service = service
+        self._control = control
         self._listeners = list(listeners)
         self._limits = limits
         self._crew = Crew.new()
@@ -88,6 +92,8 @@ class Master:
         """Instead of `run`: the start has failed. A steward ends by itself."""
         for sock in self._pool:
             sock.close()
+        if self._control is not None:
+            self._control.close()
 
     def run(self) -> int:
         """The exit status: 0 after an orderly stop, 1 if it had to be cut short, or not all is durable."""
@@ -127,10 +133,10 @@ class Master:
     # The steward
 
     def start_steward(self, prepare: Callable[[], None] = do_nothing) -> None:
-        """The steward does *prepare* first. Raises `ConfigurationError` if it cannot listen where it should."""
+        """The steward does *prepare* first. Raises `ConfigurationError` if it cannot work."""
         from .steward.process import Steward
 
-        steward = Steward(self._service, self._service.control_path, must_listen=True)
+        steward = Steward(self._service, self._control, has_master=True)
 
         def close_first() -> None:
             self._close_in_steward()
@@ -139,11 +145,14 @@ class Master:
         self._steward = steward.spawn(self._crew.pipes.lifeline, close_first)
 
     def _close_in_steward(self) -> None:
-        pipes = self._crew.pipes
-        for fd in (pipes.lifeline_master, pipes.reports_master, pipes.retirements_master):
-            os.close(fd)
+        self._crew.close_masters_ends()
         for sock in (*self._listeners, *self._pool):
             sock.close()
+
+    def _close_in_worker(self) -> None:
+        self._crew.close_masters_ends()
+        if self._control is not None:
+            self._control.close()
 
     def _start_steward_again(self) -> None:
         self._steward_at = 0.0
@@ -185,7 +194,7 @@ class Master:
             self._spawn()
 
     def _spawn(self) -> None:
-        worker = Worker(self._service, self._listeners, self._crew.pipes, self._pool)
+        worker = Worker(self._service, self._listeners, self._crew.pipes, self._pool, self._close_in_worker)
         try:
             pid = fork("worker", worker.run)
         except OSError as error:
@@ -242,6 +251,8 @@ class Master:
         self._stopping = True
         for sock in (*self._listeners, *self._pool):
             sock.close()
+        if self._control is not None:
+            self._control.close()  # a successor may want to listen there already
         self._signal_workers(signal.SIGTERM)
         deadline = monotonic() + _STOP_TIME
         hurry = False
