@@ -106,7 +106,7 @@ def _steward_for_one(service: Service, client: socket.socket) -> Iterator[None]:
         os.close(holder)
         client.close()
 
-    pid = Steward(service, service.control_path, has_master=False).spawn(lifeline, close_first)
+    pid = Steward(service, service.control_path).spawn(lifeline, close_first)
     os.close(lifeline)
     try:
         yield

@@ -12,7 +12,7 @@ import select
 import signal
 import socket
 from time import monotonic
-from typing import Callable, List, NamedTuple, Optional, Sequence, Set
+from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Sequence, Set
 
 from ..errors import ConfigurationError
 from ..logs import log
@@ -25,6 +25,10 @@ from .crew import Crew
 from .process_loop import GRACE
 from .service import Service
 from .worker import Pool, Worker
+
+if TYPE_CHECKING:
+    from ..control.server import Message
+    from .master_link import StewardLink
 
 _RETRY = 1.0
 _LONGEST_RETRY = 30.0
@@ -78,6 +82,7 @@ class Master:
         self._killing = self._stopping = False
         self._steward: Optional[int] = None
         self._steward_at = 0.0
+        self._link: Optional[StewardLink] = None
         self._pool = Pool(*socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
@@ -125,6 +130,8 @@ class Master:
             poll_patiently(self._poll, timeout)
         read_pipe(self._wake, _PIPE_SIZE)
         signals, self._signals = self._signals, set()
+        if self._link is not None and not self._link.progress():
+            self._drop_link()
         self._read_reports()  # after that: what a worker said before it died is known when it is buried
         if signal.SIGCHLD in signals:
             self._reap()
@@ -134,15 +141,33 @@ class Master:
 
     def start_steward(self, prepare: Callable[[], None] = do_nothing) -> None:
         """The steward does *prepare* first. Raises `ConfigurationError` if it cannot work."""
+        from .master_link import StewardLink, link
         from .steward.process import Steward
 
-        steward = Steward(self._service, self._control, has_master=True)
+        stewards, masters = link()
+        steward = Steward(self._service, self._control, stewards)
 
         def close_first() -> None:
+            masters.close()
             self._close_in_steward()
             prepare()
 
-        self._steward = steward.spawn(self._crew.pipes.lifeline, close_first)
+        try:
+            self._steward = steward.spawn(self._crew.pipes.lifeline, close_first)
+        except ConfigurationError:
+            masters.close()
+            raise
+        finally:
+            stewards.close()
+        self._link = StewardLink(masters, {"reload": self._on_reload})
+        self._poll.register(self._link, select.POLLIN)
+
+    def _drop_link(self) -> None:
+        """The steward at its other end is gone."""
+        if self._link is not None:
+            self._poll.unregister(self._link)
+            self._link.close()
+            self._link = None
 
     def _close_in_steward(self) -> None:
         self._crew.close_masters_ends()
@@ -175,6 +200,9 @@ class Master:
             os.kill(self._steward, signal.SIGUSR2)
         else:
             log.warning("SIGUSR2 does nothing here: it switches a proxy")
+
+    def _on_reload(self, _request: Message) -> Message:
+        return {"done": True}
 
     # Workers
 
@@ -219,6 +247,7 @@ class Master:
                 return
             if pid == self._steward:
                 self._steward = None
+                self._drop_link()
                 if not self._stopping:
                     self._on_stewards_end(os.waitstatus_to_exitcode(status))
                 continue

@@ -1,13 +1,13 @@
-"""Where operators' commands come in: the control socket, and signals."""
+"""Where operators' commands come in, the control socket and signals, and where those of the master go on to."""
 
 from __future__ import annotations
 
 import signal
 from logging import WARNING
 from time import monotonic
-from typing import List, Optional, Set, Tuple, Union
+from typing import Callable, List, Optional, Set, Tuple, Union
 
-from ...control.server import TICK, CommandTable, ControlSocket, Reply, end_reply
+from ...control.server import TICK, CommandTable, ControlSocket, Message, Reply, end_reply
 from ...errors import CommandError, ConfigurationError, TaskFailed
 from ...logs import ToldOnce, log
 from ...scoreboard.layout import CONTROL
@@ -18,6 +18,9 @@ _TAKE_OVER_EVERY = 1.0
 
 _SIGNALS = {signal.SIGUSR1: "snapshot", signal.SIGUSR2: "switch"}
 """The commands that signals to the master stand for."""
+
+_MASTERS = ("reload",)
+"""The commands that only the master can do."""
 
 
 class ControlOrders(Duty):
@@ -67,6 +70,10 @@ class ControlOrders(Duty):
 
     def on_child_end(self) -> None:
         """Commands wait for children."""
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Have all commands that wait look at once."""
         if self._control is not None:
             self._control.hurry()
 
@@ -74,6 +81,33 @@ class ControlOrders(Duty):
         """Before children are waited for: a successor may want to listen there already."""
         if self._control is not None:
             self._control.close()
+
+
+class MasterOrders(Duty):
+    """Passes on what is the master's to do."""
+
+    def __init__(self, context: Context) -> None:
+        self._link = context.master
+
+    def commands(self) -> CommandTable:
+        return dict.fromkeys(_MASTERS, self._ask)
+
+    def on_answer(self, hurry: Callable[[], None]) -> None:
+        """Call *hurry* when the master has answered."""
+        if self._link is not None:
+            self._link.on_answer = hurry
+
+    def _ask(self, request: Message) -> Reply:
+        if self._link is None:
+            raise CommandError("this server has its client from xnbd-wrapper: ask that one, with xnbd-wrapper-ctl")
+        return self._link.ask(request)
+
+    def interests(self) -> List[Tuple[int, int]]:
+        return [] if self._link is None else self._link.interests()
+
+    def progress(self) -> None:
+        if self._link is not None:
+            self._link.receive()
 
 
 class SignalOrders(Duty):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from socket import socket
 from time import monotonic
-from typing import Callable, List, NoReturn, Union
+from typing import Callable, List, NoReturn, Optional, Union
 
 from ...errors import ConfigurationError
 from ...logs import log
@@ -18,6 +19,7 @@ from ...proxy.image import ProxySource
 from ...system.forking import fork_with_pipe, let_signals_in
 from ...system.listen import UnixSocket
 from ...system.process import set_title
+from ..master_link import MasterLink
 from ..process_loop import ProcessLoop, Stop
 from ..service import Service
 from .command_lock import CommandLock
@@ -26,7 +28,7 @@ from .durability import Durability
 from .duty import Cache, Context, Duty
 from .moving import Moving
 from .news import News
-from .orders import ControlOrders, SignalOrders
+from .orders import ControlOrders, MasterOrders, SignalOrders
 from .query import Query
 from .snapshots import Snapshots
 from .switching import Switching
@@ -36,12 +38,17 @@ _LOOK_EVERY = 1.0
 
 
 class Steward:
-    """For the master of *service*, which listens at *control* already, or for the one process of a wrapped client."""
+    """For the master of *service*, which listens at *control* already, with *master* as the link to it.
 
-    def __init__(self, service: Service, control: Union[str, UnixSocket, None], *, has_master: bool) -> None:
+    Without one it is for the one process of a wrapped client, and a sibling may listen in its place.
+    """
+
+    def __init__(
+        self, service: Service, control: Union[str, UnixSocket, None], master: Optional[socket] = None
+    ) -> None:
         self._service = service
         self._control = control
-        self._has_master = has_master
+        self._master = master
         self._verdict_fd = -1
 
     def spawn(self, lifeline: int, close_first: Callable[[], None]) -> int:
@@ -72,7 +79,7 @@ class Steward:
             loop = ProcessLoop(lifeline)
             let_signals_in()
             set_title("steward", self._service.source.name)
-            context = Context(self._service, loop, has_master=self._has_master)
+            context = Context(self._service, loop, MasterLink(self._master) if self._master else None)
             work = _Stewardship(context, self._control)
             os.close(self._verdict_fd)
             self._verdict_fd = -1
@@ -131,16 +138,19 @@ def _duties(context: Context, control: Union[str, UnixSocket, None]) -> List[Dut
     """In the order in which they get on: orders first, and last what passes on the changes of all."""
     source = context.source
     cache = Cache(context, source) if isinstance(source, ProxySource) else None
+    masters = MasterOrders(context)
     duties: List[Duty] = [
         Query(context, cache),
         Snapshots(context),
         *([] if cache is None else _duties_of_a_proxy(context, cache)),
         News(context),
     ]
-    commands = {name: command for duty in duties for name, command in duty.commands().items()}
+    commands = {name: command for duty in [*duties, masters] for name, command in duty.commands().items()}
     orders: List[Duty] = [SignalOrders(commands)]
     if control is not None:
-        orders.insert(0, ControlOrders(context, control, commands))
+        operators = ControlOrders(context, control, commands)
+        orders = [masters, operators, *orders]
+        masters.on_answer(operators.hurry)
     return [*orders, *duties]
 
 
