@@ -8,6 +8,7 @@ import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Iterator, Optional
 
+from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
 from ..logs import log
 from ..scoreboard.layout import create_scoreboard
@@ -18,7 +19,7 @@ from ..server.session.connection import Connection
 from ..storage.image import Source
 from ..storage.target import TargetSource, create_sparse
 from ..system.file_locks import do_nothing
-from ..system.listen import DEFAULT_PORT, Listeners
+from ..system.listen import DEFAULT_PORT, Listeners, UnixSocket
 from ..system.process import (
     Daemon,
     PidFile,
@@ -163,6 +164,13 @@ def _listen(options: ListenOptions, listeners: Listeners) -> None:
         listeners.listen_unix(options.unix_path)
 
 
+def _listen_for_operators(service: Service) -> Optional[UnixSocket]:
+    """Before there is a steward: it may die, and who connects meanwhile waits for the next one."""
+    if service.control_path is None:
+        return None
+    return listen_for_operators(service.control_path)
+
+
 _ROOM = 1 << 14
 """Processes for which there is room in the scoreboard at least, so that the limit of clients can be raised later."""
 
@@ -176,7 +184,7 @@ def _run_master(
     from ..server.master import Master
 
     require_descriptors(_DESCRIPTORS[service.source.mode])
-    master = Master(service, listeners.sockets, load)
+    master = Master(service, listeners.sockets, load, _listen_for_operators(service))
     try:
         if service.needs_steward:
             master.start_steward(leave_terminal if daemon else do_nothing)

@@ -35,6 +35,11 @@ class Crew:
         os.set_blocking(pipes.reports_master, False)
         return cls(pipes)
 
+    def close_masters_ends(self) -> None:
+        """In a child of the master: the lifeline has to break with the master."""
+        for fd in (self.pipes.lifeline_master, self.pipes.reports_master, self.pipes.retirements_master):
+            os.close(fd)
+
     def __contains__(self, pid: int) -> bool:
         return pid in self.spares or pid in self.clients or pid in self.dismissed
 

@@ -16,10 +16,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Callable, List, Optional, Sequence, Set
 
 from .. import logs
-from ..errors import ConfigurationError
+from ..errors import CommandError, ConfigurationError
 from ..logs import log
 from ..system.file_locks import do_nothing
 from ..system.forking import SIGNALS, fork
+from ..system.listen import UnixSocket
 from ..system.polling import poll_patiently, read_pipe
 from ..system.process import set_title
 from .configuration import Load, refuse_without_room
@@ -56,9 +57,15 @@ class _Pauses:
 class Master:
     """The first process of a server: it forks workers and the steward, and takes signals, until it is told to stop."""
 
-    def __init__(self, service: Service, listeners: Sequence[socket.socket], load: Load) -> None:
-        """*listeners* are non-blocking sockets. *load* reads again what the service's configuration comes from."""
+    def __init__(
+        self, service: Service, listeners: Sequence[socket.socket], load: Load, control: Optional[UnixSocket] = None
+    ) -> None:
+        """*listeners* are non-blocking sockets. *load* reads again what the service's configuration comes from.
+
+        *control* is the operators' socket, of which the steward takes care.
+        """
         self._service = service
+        self._control = control
         self._listeners = list(listeners)
         self._load = load
         self._crew = Crew.new()
@@ -84,6 +91,8 @@ class Master:
         """Instead of `run`: the start has failed. A steward ends by itself."""
         for sock in self._pool:
             sock.close()
+        if self._control is not None:
+            self._control.close()
 
     def run(self) -> int:
         """The exit status: 0 after an orderly stop, 1 if it had to be cut short, or not all is durable."""
@@ -125,12 +134,15 @@ class Master:
     # The steward
 
     def start_steward(self, prepare: Callable[[], None] = do_nothing) -> None:
-        """The steward does *prepare* first. Raises `ConfigurationError` if it cannot listen where it should."""
+        """The steward does *prepare* first. Raises `ConfigurationError` if it cannot work."""
         from .master_link import StewardLink, link
         from .steward.process import Steward
 
-        stewards, masters = link()
-        steward = Steward(self._service, self._service.control_path, stewards)
+        try:
+            stewards, masters = link()
+        except OSError as error:
+            raise ConfigurationError(f"the steward cannot be started: {error.strerror}") from error
+        steward = Steward(self._service, self._control, stewards)
 
         def close_first() -> None:
             masters.close()
@@ -155,11 +167,15 @@ class Master:
             self._link = None
 
     def _close_in_steward(self) -> None:
-        pipes = self._crew.pipes
-        for fd in (pipes.lifeline_master, pipes.reports_master, pipes.retirements_master):
-            os.close(fd)
+        self._crew.close_masters_ends()
         for sock in (*self._listeners, *self._pool):
             sock.close()
+
+    def _close_in_worker(self) -> None:
+        self._crew.close_masters_ends()
+        for own in (self._control, self._link):
+            if own is not None:
+                own.close()
 
     def _start_steward_again(self) -> None:
         self._steward_at = 0.0
@@ -217,6 +233,8 @@ class Master:
             self._reload()
 
     def _on_reload(self, _request: Message) -> Message:
+        if self._stopping:
+            raise CommandError("the server stops")
         return {"done": True, "changes": self._reload(), "clients": len(self._crew.clients)}
 
     # Workers
@@ -238,7 +256,7 @@ class Master:
             self._spawn()
 
     def _spawn(self) -> None:
-        worker = Worker(self._service, self._listeners, self._crew.pipes, self._pool)
+        worker = Worker(self._service, self._listeners, self._crew.pipes, self._pool, self._close_in_worker)
         try:
             pid = fork("worker", worker.run)
         except OSError as error:
@@ -296,6 +314,8 @@ class Master:
         self._stopping = True
         for sock in (*self._listeners, *self._pool):
             sock.close()
+        if self._control is not None:
+            self._control.close()  # a successor may want to listen there already
         self._signal_workers(signal.SIGTERM)
         deadline = monotonic() + _STOP_TIME
         hurry = False

@@ -19,7 +19,7 @@ import socket
 from contextlib import closing
 from logging import ERROR
 from time import monotonic
-from typing import NamedTuple, Optional, Sequence
+from typing import Callable, NamedTuple, Optional, Sequence
 
 from ..logs import Seldom, log
 from ..system.forking import let_signals_in
@@ -64,8 +64,17 @@ class Pool(NamedTuple):
 class Worker:
     """A process that serves one client after the other: prepared by the master, run in the child."""
 
-    def __init__(self, service: Service, listeners: Sequence[socket.socket], pipes: Pipes, pool: Pool) -> None:
+    def __init__(
+        self,
+        service: Service,
+        listeners: Sequence[socket.socket],
+        pipes: Pipes,
+        pool: Pool,
+        close_first: Callable[[], None],
+    ) -> None:
+        """In the child *close_first* lets go of what is the master's alone."""
         self._service = service
+        self._close_first = close_first
         self._pool = pool
         self._listeners = listeners
         self._pipes = pipes
@@ -82,9 +91,7 @@ class Worker:
             return 1
 
     def _init_process(self) -> ProcessLoop:
-        os.close(self._pipes.lifeline_master)
-        os.close(self._pipes.reports_master)
-        os.close(self._pipes.retirements_master)
+        self._close_first()
         gc.set_threshold(GARBAGE_THRESHOLD)
         loop = ProcessLoop(self._pipes.lifeline)
         let_signals_in()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 from logging import WARNING
 from time import monotonic
-from typing import Callable, List, Optional, Set, Tuple
+from typing import Callable, List, Optional, Set, Tuple, Union
 
 from ...control.server import TICK, CommandTable, ControlSocket, Message, Reply, end_reply
 from ...errors import CommandError, ConfigurationError, TaskFailed
 from ...logs import ToldOnce, log
 from ...scoreboard.layout import CONTROL
+from ...system.listen import UnixSocket
 from .duty import Context, Duty
 
 _TAKE_OVER_EVERY = 1.0
@@ -23,22 +24,25 @@ _MASTERS = ("reload",)
 
 
 class ControlOrders(Duty):
-    """Answers the control socket at *path*; without a master only if no sibling on the same cache does."""
+    """Answers the control socket.
 
-    def __init__(self, context: Context, path: str, commands: CommandTable) -> None:
-        """Raises `ConfigurationError` if it has to listen, and cannot."""
+    The master has opened it, and keeps it open when a steward dies. Where there is only a
+    path there is no master: then it listens there if no sibling on the same cache does.
+    """
+
+    def __init__(self, context: Context, where: Union[str, UnixSocket], commands: CommandTable) -> None:
         self._scoreboard = context.scoreboard
         self._let_go = context.children.let_go
-        self._path = path
+        self._where = where
         self._commands = commands
         self._control: Optional[ControlSocket] = None
         self._next_try = monotonic()
         self._failure = ToldOnce()
-        if context.master is not None:
+        if isinstance(where, UnixSocket):
             self._listen()
 
     def _listen(self) -> None:
-        self._control = ControlSocket(self._path, self._commands)
+        self._control = ControlSocket(self._where, self._commands)
         self._let_go.append(self._control.close)
 
     def interests(self) -> List[Tuple[int, int]]:

@@ -11,12 +11,13 @@ import os
 from contextlib import suppress
 from socket import socket
 from time import monotonic
-from typing import Callable, List, NoReturn, Optional
+from typing import Callable, List, NoReturn, Optional, Union
 
 from ...errors import ConfigurationError
 from ...logs import log
 from ...proxy.image import ProxySource
 from ...system.forking import fork_with_pipe, let_signals_in
+from ...system.listen import UnixSocket
 from ...system.process import set_title
 from ..master_link import MasterLink
 from ..process_loop import ProcessLoop, Stop
@@ -37,19 +38,21 @@ _LOOK_EVERY = 1.0
 
 
 class Steward:
-    """For the master of *service*, to which *master* is the link (`server.master_link`).
+    """For the master of *service*, which listens at *control* already, with *master* as the link to it.
 
     Without one it is for the one process of a wrapped client, and a sibling may listen in its place.
     """
 
-    def __init__(self, service: Service, control_path: Optional[str], master: Optional[socket] = None) -> None:
+    def __init__(
+        self, service: Service, control: Union[str, UnixSocket, None], master: Optional[socket] = None
+    ) -> None:
         self._service = service
-        self._path = control_path
+        self._control = control
         self._master = master
         self._verdict_fd = -1
 
     def spawn(self, lifeline: int, close_first: Callable[[], None]) -> int:
-        """Fork; returns the steward's process id when it listens. Raises `ConfigurationError` if it cannot.
+        """Fork; returns the steward's process id when it is at work. Raises `ConfigurationError` if it cannot.
 
         It ends when *lifeline* breaks; *close_first* lets go of what belongs to the parent.
         """
@@ -77,7 +80,7 @@ class Steward:
             let_signals_in()
             set_title("steward", self._service.source.name)
             context = Context(self._service, loop, MasterLink(self._master) if self._master else None)
-            work = _Stewardship(context, self._path)
+            work = _Stewardship(context, self._control)
             os.close(self._verdict_fd)
             self._verdict_fd = -1
             work.run()
@@ -100,11 +103,11 @@ class Steward:
 class _Stewardship:
     """The steward's own process at work: it sleeps until one of its duties has something to do."""
 
-    def __init__(self, context: Context, control_path: Optional[str]) -> None:
+    def __init__(self, context: Context, control: Union[str, UnixSocket, None]) -> None:
         """Raises `ConfigurationError`, `OSError`."""
         self._loop = context.loop
         self._children = context.children
-        self._duties = _duties(context, control_path)
+        self._duties = _duties(context, control)
 
     def run(self) -> NoReturn:
         """Raises `Stop` in the end."""
@@ -131,7 +134,7 @@ class _Stewardship:
         self._children.end()
 
 
-def _duties(context: Context, control_path: Optional[str]) -> List[Duty]:
+def _duties(context: Context, control: Union[str, UnixSocket, None]) -> List[Duty]:
     """In the order in which they get on: orders first, and last what passes on the changes of all."""
     source = context.source
     cache = Cache(context, source) if isinstance(source, ProxySource) else None
@@ -144,10 +147,10 @@ def _duties(context: Context, control_path: Optional[str]) -> List[Duty]:
     ]
     commands = {name: command for duty in [*duties, masters] for name, command in duty.commands().items()}
     orders: List[Duty] = [SignalOrders(commands)]
-    if control_path is not None:
-        control = ControlOrders(context, control_path, commands)
-        orders = [masters, control, *orders]
-        masters.on_answer(control.hurry)
+    if control is not None:
+        operators = ControlOrders(context, control, commands)
+        orders = [masters, operators, *orders]
+        masters.on_answer(operators.hurry)
     return [*orders, *duties]
 
 
