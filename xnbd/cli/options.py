@@ -16,6 +16,7 @@ from ..system.process import whole_path
 from .values import USAGE_ERROR, CommandLine
 
 if TYPE_CHECKING:
+    from ..server.session.connection import Connection
     from .proxy_options import ProxyOptions
 
 
@@ -62,6 +63,13 @@ class OneClient(NamedTuple):
     agreement: Optional[Agreement] = None
 
 
+class Introduced(NamedTuple):
+    """A client at the other end of *connection*, which this process has; *agreement* as in `OneClient`."""
+
+    connection: Connection
+    agreement: Optional[Agreement]
+
+
 class ManyClients(NamedTuple):
     """Clients that connect, each of which gets a process; *load* reads again what may change meanwhile."""
 
@@ -75,7 +83,7 @@ class ServerOptions(NamedTuple):
     """A server of one disk. Paths are whole ones, times in seconds."""
 
     disk: Union[TargetOptions, CowOptions, ProxyOptions]
-    clients: Union[OneClient, ManyClients]
+    clients: Union[OneClient, Introduced, ManyClients]
     log: LogOptions = LogOptions()
     export_name: Optional[str] = None
     oldstyle: bool = False

@@ -26,10 +26,9 @@ from ..system.process import (
     leave_terminal,
     notify_service_manager,
     require_descriptors,
-    set_title,
     take_client_socket,
 )
-from .options import CowOptions, ListenOptions, ManyClients, OneClient, ServerOptions, TargetOptions
+from .options import CowOptions, Introduced, ListenOptions, ManyClients, OneClient, ServerOptions, TargetOptions
 
 if TYPE_CHECKING:
     from ..server.configuration import Load
@@ -41,9 +40,15 @@ def serve(options: ServerOptions, client: Optional[int]) -> int:
     Raises `ConfigurationError` if the server cannot start.
     """
     clients = options.clients
+    if isinstance(clients, ManyClients):
+        return _serve_many(options, clients)
     if isinstance(clients, OneClient):
-        return _serve_one(options, clients, client)
-    return _serve_many(options, clients)
+        clients = _introduce(clients, client)
+    return _serve_one(options, clients)
+
+
+def _introduce(connected: OneClient, client: Optional[int]) -> Introduced:
+    return Introduced(Connection(_client_socket(connected.fd, client), ProcessLoop()), connected.agreement)
 
 
 def _open_service(options: ServerOptions, processes: int) -> Service:
@@ -76,23 +81,22 @@ def _open_source(options: ServerOptions, *, alone: bool) -> Source[Scoreboard]:
     return CowSource(disk.path, readonly=disk.readonly, directory=disk.directory)
 
 
-def _serve_one(options: ServerOptions, connected: OneClient, client: Optional[int]) -> int:
-    """The client of a super-server, in this process."""
-    sock = _client_socket(connected.fd, client)
+def _serve_one(options: ServerOptions, client: Introduced) -> int:
+    """A client that is connected already, in this process."""
+    connection = client.connection
     service = _open_service(options, processes=1)
     require_descriptors(_DESCRIPTORS[service.source.mode])
-    with _steward_for_one(service, sock):
+    with _steward_for_one(service, connection):
         loop = ProcessLoop()
         disk = loop.companion = service.open_disk()
-        connection = Connection(sock, loop, service.spin)
-        set_title("serving", connection.peer, service.source.name)
-        service.serve(connection, disk, connected.agreement)
+        connection.move_to(loop, service.spin)
+        service.serve(connection, disk, client.agreement, role="serving")
         disk.close()
     return 0 if service.flush() else 1
 
 
 @contextmanager
-def _steward_for_one(service: Service, client: socket.socket) -> Iterator[None]:
+def _steward_for_one(service: Service, client: Connection) -> Iterator[None]:
     """A steward beside the one process that serves, if the disk needs one."""
     if not service.needs_steward:
         yield

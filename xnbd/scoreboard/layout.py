@@ -100,6 +100,7 @@ LINE_FIELDS = (
     Field("peer", "64s", "its client"),
     Field("trouble", "72s", "why the origin cannot be reached"),
     Field("namespace", "Q", "PID namespace in which the process id counts"),
+    Field("identity", "128s", "who its client has proved to be"),
 )
 
 

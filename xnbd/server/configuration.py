@@ -10,19 +10,24 @@ from __future__ import annotations
 
 from typing import Callable, Dict, List, NamedTuple
 
+from ..access.rights import EVERYBODY, Access
 from ..errors import ConfigurationError
 from ..scoreboard.layout import count_lines
 from .session.parking import QueueLimits
 
 
 class Configuration(NamedTuple):
-    """Of one server or wrapper; times in seconds, numbers as of the options of these names."""
+    """Of one server or wrapper; times in seconds, numbers as of the options of these names.
+
+    *access* says who may open which disk.
+    """
 
     max_clients: int = 4096
     spare_workers: int = 4
     handshake_timeout: float = 10.0
     max_queue_size: int = 0
     max_buf_size: int = 0
+    access: Access = EVERYBODY
 
     @property
     def processes(self) -> int:
@@ -35,15 +40,13 @@ class Configuration(NamedTuple):
 
     def changes(self, before: Configuration) -> List[str]:
         """What is another than *before*, for people."""
-        return [
-            f"{name.replace('_', '-')} {old:g} -> {new:g}"
-            for name, old, new in zip(self._fields, before, self)
-            if old != new
-        ]
+        old, new = before.figures(), self.figures()
+        limits = [f"{name.replace('_', '-')} {old[name]:g} -> {new[name]:g}" for name in new if old[name] != new[name]]
+        return [*limits, *(["rules"] if self.access != before.access else [])]
 
     def figures(self) -> Dict[str, float]:
         """What another process may be told in numbers."""
-        return dict(self._asdict())
+        return {name: value for name, value in self._asdict().items() if isinstance(value, (int, float))}
 
 
 def refuse_without_room(configuration: Configuration, scoreboard_fd: int) -> None:

@@ -117,7 +117,6 @@ class Worker:
             lobby.hand_over(self._pool.writing)
             connection = Connection(guest.sock, loop, service.spin, guest.peer)
             self._report(connection.peer)
-            set_title("worker for", connection.peer, service.source.name)
             service.serve(connection, disk, deadline=guest.deadline)
             del connection, guest
             gc.collect()

@@ -123,7 +123,10 @@ class Wrapper:
         os.close(self._wake_writer)
 
     def _serve(self, guest: Guest) -> Body:
-        return Client(guest, self._database, self._settings.servers, self._clients.outbox).serve
+        settings = self._settings
+        return Client(
+            guest, self._database, settings.servers, self._clients.outbox, settings.configuration.access
+        ).serve
 
     # The loop
 

@@ -163,6 +163,7 @@ def _worker(line: Line, usage: Any) -> Message:
     about: Message = {
         "pid": line.pid,
         "client": line.peer,
+        "identity": line.identity or None,
         "connected_seconds": max(0.0, clock() - line.since),
         **_counters(line.counts),
         "queued_requests": line.queued_requests,
