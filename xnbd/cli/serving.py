@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Iterator, Optional
+from typing import TYPE_CHECKING, Iterator, NamedTuple, Optional
 
 from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
@@ -24,10 +24,10 @@ from ..system.process import (
     Daemon,
     PidFile,
     leave_terminal,
-    notify_service_manager,
     require_descriptors,
     take_client_socket,
 )
+from ..system.service_manager import ServiceManager
 from .options import CowOptions, Introduced, ListenOptions, ManyClients, OneClient, ServerOptions, TargetOptions
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
     from ..server.master import ORDERS
 
     signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)  # whoever can connect may send them
+    manager = ServiceManager()
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if clients.daemonize else None
@@ -148,7 +149,7 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
     try:
         service = _open_service(options, max(options.configuration.processes, _ROOM))
         _listen(clients.listen, listeners)
-        status = _run_master(service, listeners, clients.load, daemon, pid_file)
+        status = _run_master(service, listeners, clients.load, _Surroundings(manager, daemon, pid_file))
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
     except ConfigurationError as error:
@@ -182,13 +183,20 @@ _DESCRIPTORS = {"target": 26, "cow": 34, "proxy": 42}
 """What the master, and then a process of it, opens besides disk and sockets, with some to spare, by the mode."""
 
 
-def _run_master(
-    service: Service, listeners: Listeners, load: Load, daemon: Optional[Daemon], pid_file: Optional[PidFile]
-) -> int:
+class _Surroundings(NamedTuple):
+    """Who waits for the server's start, or hears of it."""
+
+    manager: ServiceManager
+    daemon: Optional[Daemon]
+    pid_file: Optional[PidFile]
+
+
+def _run_master(service: Service, listeners: Listeners, load: Load, surroundings: _Surroundings) -> int:
     from ..server.master import Master
 
     require_descriptors(_DESCRIPTORS[service.source.mode])
-    master = Master(service, listeners.sockets, load, _listen_for_operators(service))
+    manager, daemon, pid_file = surroundings
+    master = Master(service, listeners.sockets, load, _listen_for_operators(service), manager)
     try:
         if service.needs_steward:
             master.start_steward(leave_terminal if daemon else do_nothing)
@@ -200,5 +208,5 @@ def _run_master(
     log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, listeners)
     if daemon:
         daemon.ready()
-    notify_service_manager("READY=1")
+    manager.ready()
     return master.run()

@@ -46,6 +46,11 @@ class Crew:
     def pids(self) -> List[int]:
         return list(self.dismissed.union(self.spares, self.clients))
 
+    @property
+    def has_proven_spare(self) -> bool:
+        """Whether a client that comes now finds a worker."""
+        return bool(self.spares - self.unproven)
+
     def join(self, pid: int) -> None:
         """The worker *pid* was forked."""
         self.spares.add(pid)

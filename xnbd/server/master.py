@@ -11,7 +11,6 @@ import os
 import select
 import signal
 import socket
-from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Callable, List, Optional, Sequence, Set
 
@@ -23,10 +22,13 @@ from ..system.forking import SIGNALS, fork
 from ..system.listen import UnixSocket
 from ..system.polling import poll_patiently, read_pipe
 from ..system.process import set_title
-from .configuration import Load, refuse_without_room
+from ..system.service_manager import ServiceManager
+from .configuration import Configuration, Load, refuse_without_room
 from .crew import Crew
 from .process_loop import GRACE
+from .reloads import Reloads
 from .service import Service
+from .vitals import Vitals
 from .worker import Pool, Worker
 
 if TYPE_CHECKING:
@@ -58,16 +60,23 @@ class Master:
     """The first process of a server: it forks workers and the steward, and takes signals, until it is told to stop."""
 
     def __init__(
-        self, service: Service, listeners: Sequence[socket.socket], load: Load, control: Optional[UnixSocket] = None
+        self,
+        service: Service,
+        listeners: Sequence[socket.socket],
+        load: Load,
+        control: Optional[UnixSocket],
+        manager: ServiceManager,
     ) -> None:
         """*listeners* are non-blocking sockets. *load* reads again what the service's configuration comes from.
 
         *control* is the operators' socket, of which the steward takes care.
         """
+        self._manager = manager
+        self._vitals = Vitals(manager, needs_steward=service.needs_steward)
+        self._reloads = Reloads(load, self._adopt, manager)
         self._service = service
         self._control = control
         self._listeners = list(listeners)
-        self._load = load
         self._crew = Crew.new()
         self._signals: Set[int] = set()
         self._retry_at: Optional[float] = None
@@ -103,12 +112,13 @@ class Master:
             self._balance()
             if self._steward_at and monotonic() >= self._steward_at:
                 self._start_steward_again()
-            times = [time for time in (self._retry_at, self._steward_at) if time]
+            self._vitals.progress(self._crew, self._link, self._reloads.failure)
+            times = [time for time in (self._retry_at, self._steward_at, self._vitals.deadline()) if time]
             signals = self._wait(min(times) if times else None)
             if signals & {signal.SIGTERM, signal.SIGINT}:
                 return self._stop()
             if signal.SIGHUP in signals:
-                self._on_hangup()
+                self._reloads.on_hangup()
             if signal.SIGUSR1 in signals:
                 self._ask_for_snapshot()
             if signal.SIGUSR2 in signals:
@@ -201,23 +211,9 @@ class Master:
 
     # The configuration
 
-    def _reload(self) -> List[str]:
-        """Read the configuration again; what has changed, for people.
-
-        Raises `ConfigurationError` or `OSError`, and all stays as it was. Handshakes that
-        begin after this one has returned know the new configuration.
-        """
-        try:
-            changes = self._read_again()
-        except (ConfigurationError, OSError) as error:
-            log.error("the configuration stays as it was: %s", error)
-            raise
-        what = ", ".join(changes) or "nothing has changed"
-        log.info("configuration read again: %s; clients that go on: %d", what, len(self._crew.clients))
-        return changes
-
-    def _read_again(self) -> List[str]:
-        service, configuration = self._service, self._load()
+    def _adopt(self, configuration: Configuration) -> List[str]:
+        """Put *configuration* into use, as `Reloads` wants it: workers that know the former one begin nothing more."""
+        service = self._service
         refuse_without_room(configuration, service.scoreboard_fd)
         logs.reopen()
         changes = configuration.changes(service.configuration)
@@ -228,14 +224,10 @@ class Master:
                 self._link.tell({"configuration": configuration.figures()})
         return changes
 
-    def _on_hangup(self) -> None:
-        with suppress(ConfigurationError, OSError):  # the log has them
-            self._reload()
-
     def _on_reload(self, _request: Message) -> Message:
         if self._stopping:
             raise CommandError("the server stops")
-        return {"done": True, "changes": self._reload(), "clients": len(self._crew.clients)}
+        return {"done": True, "changes": self._reloads.reload(), "clients": len(self._crew.clients)}
 
     # Workers
 
@@ -312,6 +304,7 @@ class Master:
         """Let the workers finish what they have in hand; a second signal or `_STOP_TIME` ends that."""
         log.info("stopping; clients connected: %d", len(self._crew.clients))
         self._stopping = True
+        self._manager.stopping()
         for sock in (*self._listeners, *self._pool):
             sock.close()
         if self._control is not None:
