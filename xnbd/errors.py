@@ -38,6 +38,10 @@ class Disconnected(ProtocolError):
     """The peer went away in the middle of a message."""
 
 
+class Refused(ProtocolError):
+    """The peer's handshake of TLS has failed, and its end is worth waiting for; the message says why."""
+
+
 class RequestError(XnbdError):
     """One request failed; ``errno`` says why, the connection goes on."""
 

@@ -36,6 +36,15 @@ class ListenOptions(NamedTuple):
     unix_path: Optional[str] = None
 
 
+class TlsOptions(NamedTuple):
+    """TLS by the credentials in *directory*; *ciphers* of TLS 1.2 in OpenSSL's notation."""
+
+    directory: str
+    required: bool = True
+    anonymous: bool = False
+    ciphers: Optional[str] = None
+
+
 class TargetOptions(NamedTuple):
     """The image at *path*, made with *create* bytes if it is not there."""
 
@@ -90,6 +99,8 @@ class ServerOptions(NamedTuple):
     configuration: Configuration = Configuration()
     spin: float = 150e-6
     control_path: Optional[str] = None
+    rules_path: Optional[str] = None
+    tls: Optional[TlsOptions] = None
 
 
 def whole_paths(line: CommandLine, names: Iterable[str]) -> Dict[str, str]:
@@ -108,3 +119,14 @@ def listen_options(line: CommandLine, unix_path: Optional[str] = None) -> Listen
     """Raises `ConfigurationError`."""
     port = line.integer("--lport", 0, 65535) if line.has("--lport") else None
     return ListenOptions(port, line.texts("--laddr"), unix_path)
+
+
+def tls_options(line: CommandLine, directory: Optional[str]) -> Optional[TlsOptions]:
+    """What *line* asks for besides the whole path of the *directory*. Raises `ConfigurationError`."""
+    for option in ("--tls-optional", "--tls-anonymous", "--tls-ciphers"):
+        if line.has(option) and directory is None:
+            raise ConfigurationError(f"{option} is for --tls only", USAGE_ERROR)
+    if directory is None:
+        return None
+    required, anonymous = not line.has("--tls-optional"), line.has("--tls-anonymous")
+    return TlsOptions(directory, required, anonymous, line.text("--tls-ciphers"))

@@ -43,6 +43,13 @@ Listening options:
                         are simple ones in the order of the requests, which
                         suits every client.
 
+Access options:
+  --tls-authz FILE      Let clients open the disk as FILE says, and nobody else:
+                        lines "IDENTITY EXPORT rw" or "... ro" (read only). The
+                        first one that fits decides. IDENTITY is the subject of
+                        a certificate, dns:NAME, uri:NAME, email:NAME, psk:NAME
+                        or, on Unix sockets, uid:N.
+
 Disk options:
   --create SIZE         Make DISK_IMAGE as a sparse file if it does not exist:
                         512M, 1G, ...
@@ -56,6 +63,19 @@ Disk options:
                         name of the image).
   --oldstyle            Speak the oldstyle negotiation, for old clients and
                         proxies.
+
+TLS options:
+  --tls DIR             Encrypt by what is in DIR: server-cert.pem and
+                        server-key.pem, ca-cert.pem and ca-crl.pem to check
+                        clients, keys.psk with pre-shared keys. Clients have to
+                        begin TLS, and to show a certificate that this CA has
+                        signed or to have one of the keys.
+  --tls-optional        Serve clients that do not begin TLS, too.
+  --tls-anonymous       Serve clients without a certificate, too: what they
+                        send and get is encrypted, whoever they are.
+  --tls-ciphers CIPHERS
+                        Allow only these ciphers with TLS 1.2, in OpenSSL's
+                        notation; those of TLS 1.3 are always allowed.
 
 Proxy options:
   --target-exportname NAME

@@ -22,6 +22,7 @@ from .options import (
     TargetOptions,
     listen_options,
     log_options,
+    tls_options,
     whole_paths,
 )
 from .values import USAGE_ERROR, CommandLine, refuse_same_file
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from .proxy_options import ProxyOptions
 
 _FILES = ("DISK_IMAGE", "BASE_DISK_IMAGE", "CACHE_DISK_IMAGE", "CACHE_BITMAP_IMAGE", "CONTROL_SOCKET_PATH")
-_PATHS = (*_FILES, "--cow-dir", "--control", "--unix", "--pidfile", "--logpath", "--limits")
+_PATHS = (*_FILES, "--cow-dir", "--control", "--unix", "--pidfile", "--logpath", "--limits", "--tls", "--tls-authz")
 _PROXY_OPTIONS = (
     "--target-exportname",
     "--clear-bitmap",
@@ -71,6 +72,8 @@ def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
         oldstyle=line.has("--oldstyle"),
         control_path=paths.get("CONTROL_SOCKET_PATH", paths.get("--control")),
         log=log,
+        rules_path=paths.get("--tls-authz"),
+        tls=tls_options(line, paths.get("--tls")),
     )
 
 
@@ -80,6 +83,12 @@ def _refuse_clashes(line: CommandLine) -> None:
     line.refuse_together("--verbose", ["--quiet"])
     line.refuse_together("--clear-bitmap", ["--adopt-cache"])
     line.refuse_together("--control", ["--proxy", "--inetd", "--connected-fd"])
+    if line.has("--tls-authz") and line.has("--connected-fd"):
+        raise ConfigurationError(
+            "--tls-authz is for who negotiates with the client: give it to the wrapper, not with --connected-fd",
+            USAGE_ERROR,
+        )
+    line.refuse_together("--tls", ["--oldstyle", "--negotiated"])
     for option, other in (("--negotiated", "--connected-fd"), ("--cow-dir", "--cow-target")):
         _refuse_without(line, option, other)
     for option in _PROXY_OPTIONS:
@@ -123,7 +132,7 @@ def _clients(line: CommandLine, paths: Mapping[str, str], load: Load) -> Union[O
     if line.has("--inetd"):
         return OneClient()
     if line.has("--connected-fd"):
-        agreement = _agreement(line.text("--negotiated") or "")
+        agreement = None if line.has("--tls") else _agreement(line.text("--negotiated") or "")
         return OneClient(line.integer("--connected-fd", 0, 1 << 20), agreement)
     listen = listen_options(line, paths.get("--unix"))
     return ManyClients(listen, load, line.has("--daemonize"), paths.get("--pidfile"))

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Iterator, NamedTuple, Optional
 
 from ..control.server import listen_for_operators
@@ -19,7 +20,7 @@ from ..server.session.connection import Connection
 from ..storage.image import Source
 from ..storage.target import TargetSource, create_sparse
 from ..system.file_locks import do_nothing
-from ..system.listen import DEFAULT_PORT, Listeners, UnixSocket
+from ..system.listen import Listeners, UnixSocket
 from ..system.process import (
     Daemon,
     PidFile,
@@ -28,10 +29,12 @@ from ..system.process import (
     take_client_socket,
 )
 from ..system.service_manager import ServiceManager
-from .options import CowOptions, Introduced, ListenOptions, ManyClients, OneClient, ServerOptions, TargetOptions
+from .admission import check_access, open_access, open_listeners
+from .encrypting import open_tls
+from .options import CowOptions, Introduced, ManyClients, OneClient, ServerOptions, TargetOptions
 
 if TYPE_CHECKING:
-    from ..server.configuration import Load
+    from ..server.configuration import Configuration, Load
 
 
 def serve(options: ServerOptions, client: Optional[int]) -> int:
@@ -53,13 +56,14 @@ def _introduce(connected: OneClient, client: Optional[int]) -> Introduced:
 
 def _open_service(options: ServerOptions, processes: int) -> Service:
     """The disk, for at most so many *processes*, and how it is offered."""
+    configuration = _secured(options.configuration, options)
     source = _open_source(options, alone=processes > 1)
     return Service(
         source=source,
         scoreboard_fd=source.scoreboard_fd or create_scoreboard(processes),
         export_name=options.export_name or source.name,
         oldstyle=options.oldstyle,
-        configuration=options.configuration,
+        configuration=configuration,
         spin=options.spin,
         control_path=options.control_path,
     )
@@ -147,9 +151,11 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
     daemon = Daemon() if clients.daemonize else None
     pid_file = PidFile(clients.pid_path) if clients.pid_path else None
     try:
+        load = partial(_load, options, clients, listeners)
         service = _open_service(options, max(options.configuration.processes, _ROOM))
-        _listen(clients.listen, listeners)
-        status = _run_master(service, listeners, clients.load, _Surroundings(manager, daemon, pid_file))
+        open_listeners(clients.listen, listeners)
+        check_access(service.access, listeners, service.tls)
+        status = _run_master(service, listeners, load, _Surroundings(manager, daemon, pid_file))
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
     except ConfigurationError as error:
@@ -162,11 +168,16 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
             pid_file.remove()
 
 
-def _listen(options: ListenOptions, listeners: Listeners) -> None:
-    if options.port is not None or options.addresses or not (options.unix_path or listeners.sockets):
-        listeners.listen_tcp(options.addresses, DEFAULT_PORT if options.port is None else options.port)
-    if options.unix_path:
-        listeners.listen_unix(options.unix_path)
+def _load(options: ServerOptions, clients: ManyClients, listeners: Listeners) -> Configuration:
+    """Everything that may change, read again, for a server that listens. Raises `ConfigurationError`."""
+    configuration = _secured(clients.load(), options)
+    check_access(configuration.access, listeners, configuration.tls)
+    return configuration
+
+
+def _secured(limits: Configuration, options: ServerOptions) -> Configuration:
+    """*limits*, and who may come in, by which proof. Raises `ConfigurationError`."""
+    return limits._replace(access=open_access(options.rules_path), tls=open_tls(options.tls))
 
 
 def _listen_for_operators(service: Service) -> Optional[UnixSocket]:
@@ -179,7 +190,7 @@ def _listen_for_operators(service: Service) -> Optional[UnixSocket]:
 _ROOM = 1 << 14
 """Processes for which there is room in the scoreboard at least, so that the limit of clients can be raised later."""
 
-_DESCRIPTORS = {"target": 26, "cow": 34, "proxy": 42}
+_DESCRIPTORS = {"target": 27, "cow": 35, "proxy": 43}
 """What the master, and then a process of it, opens besides disk and sockets, with some to spare, by the mode."""
 
 

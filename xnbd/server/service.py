@@ -18,7 +18,7 @@ from .configuration import Configuration
 from .disk import Disk
 from .process_loop import Stop
 from .session.connection import Connection
-from .session.handshake import greet, greet_oldstyle, negotiate
+from .session.handshake import Tls, greet, greet_oldstyle, negotiate
 from .session.loop import Session
 
 
@@ -36,6 +36,10 @@ class Service(NamedTuple):
     @property
     def access(self) -> Access:
         return self.configuration.access
+
+    @property
+    def tls(self) -> Optional[Tls]:
+        return self.configuration.tls
 
     def open_disk(self) -> Disk:
         """For a worker, after the fork. Raises `OSError`."""
@@ -115,12 +119,14 @@ class Service(NamedTuple):
             return greet_oldstyle(connection, export, self.configuration.handshake_timeout)
         if deadline is None:
             deadline = greet(connection, self.configuration.handshake_timeout)
-        return negotiate(connection, self.exports, deadline)
+        return negotiate(connection, self.exports, deadline, self.tls)
 
     def _welcome(self, connection: Connection, disk: Disk, role: str) -> None:
         """The handshake is over, and it is known who the client is."""
         identity = connection.identity
-        log.info("%s: connected%s", connection.peer, f" as {identity}" if identity.names else "")
+        who = f" as {identity}" if identity.names else ""
+        how = f" over {connection.encryption}" if connection.encryption else ""
+        log.info("%s: connected%s%s", connection.peer, who, how)
         disk.place.tell_identity(str(identity) if identity.names else "")
         if identity.at(connection.peer) != connection.peer:
             set_title(role, identity.at(connection.peer), self.source.name)
