@@ -10,7 +10,7 @@ import errno
 import select
 import socket
 import ssl
-from typing import Any, List, Mapping, Union
+from typing import Any, Callable, List, Mapping, Union
 
 from ..errors import TlsFailed
 from .client_credentials import ClientCredentials
@@ -79,26 +79,21 @@ class ClientStream:
         The last of them is taken from the socket to its end if the *view* has room for one, so that poll(2)
         shows whatever is still there. Raises `BlockingIOError`, `TlsFailed`, and `OSError`.
         """
-        received, most = 0, max(len(view) - RECORD, 0)
-        while received <= most:
-            try:
-                count = self._receive(view[received:])
-            except (BlockingIOError, TlsFailed):
-                if not received:
-                    raise
-                break
-            if not count:
-                break
-            received += count
-        return received
-
-    def _receive(self, view: memoryview) -> int:
+        received, room, most = 0, len(view), max(len(view) - RECORD, 0)
+        read: Callable[[int, memoryview], int] = self._sock.read  # type: ignore[assignment]
         try:
-            return self._sock.recv_into(view)
+            while received <= most:
+                count = read(room - received, view[received:])
+                if not count:
+                    break
+                received += count
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise BlockingIOError from None
+            if not received:
+                raise BlockingIOError from None
         except ssl.SSLError as error:
-            raise self._explained(error) from error
+            if not received:
+                raise self._explained(error) from error
+        return received
 
     def send(self, data: Union[bytes, bytearray]) -> int:
         """Send the beginning of *data*: the number of bytes.
