@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Iterator, Optional
+from typing import TYPE_CHECKING, Iterator, Optional, Sequence
 
 from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
@@ -33,25 +33,33 @@ from .options import CowOptions, ListenOptions, ManyClients, OneClient, ServerOp
 
 if TYPE_CHECKING:
     from ..server.master import Limits
+    from ..server.premises import Premises
+    from ..server.upgrade.program import Program
 
 
-def serve(options: ServerOptions, client: Optional[int]) -> int:
+def serve(options: ServerOptions, client: Optional[int], words: Sequence[str] = ()) -> int:
     """Serve until the end; the exit status. *client* is a super-server's socket, if there is one.
 
-    Raises `ConfigurationError` if the server cannot start.
+    *words* are the command line, for a program that is to go on with it. Raises
+    `ConfigurationError` if the server cannot start.
     """
     clients = options.clients
     if isinstance(clients, OneClient):
         return _serve_one(options, clients, client)
-    return _serve_many(options, clients)
+    return _serve_many(options, clients, words)
 
 
 def _open_service(options: ServerOptions, processes: int) -> Service:
     """The disk, for at most so many *processes*, and how it is offered."""
     source = _open_source(options, alone=processes > 1)
+    return service_of(options, source, source.scoreboard_fd or create_scoreboard(processes))
+
+
+def service_of(options: ServerOptions, source: Source[Scoreboard], scoreboard_fd: int) -> Service:
+    """How the disk is offered."""
     return Service(
         source=source,
-        scoreboard_fd=source.scoreboard_fd or create_scoreboard(processes),
+        scoreboard_fd=scoreboard_fd,
         export_name=options.export_name or source.name,
         oldstyle=options.oldstyle,
         handshake_timeout=options.handshake_timeout,
@@ -133,19 +141,21 @@ def _client_socket(fd: Optional[int], client: Optional[int]) -> socket.socket:
     return sock
 
 
-def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
+def _serve_many(options: ServerOptions, clients: ManyClients, words: Sequence[str]) -> int:
     """Clients that connect, each in a process of its own."""
     from ..server.master import ORDERS
+    from ..server.premises import Premises
 
     signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)  # whoever can connect may send them
+    program = own_program(words) if options.control_path else None
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if clients.daemonize else None
-    pid_file = PidFile(clients.pid_path) if clients.pid_path else None
+    premises = Premises(listeners, PidFile(clients.pid_path) if clients.pid_path else None)
     try:
         service = _open_service(options, clients.limits.processes)
         _listen(clients.listen, listeners)
-        status = _run_master(service, listeners, clients.limits, daemon, pid_file)
+        status = _run_master(service, premises, clients.limits, daemon, program)
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
     except ConfigurationError as error:
@@ -153,9 +163,14 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
             daemon.failed(error.exit_status)
         raise
     finally:
-        listeners.tidy_up()
-        if pid_file:
-            pid_file.remove()
+        premises.tidy_up()
+
+
+def own_program(words: Sequence[str]) -> Program:
+    """The program that runs here, with the command line *words*, before the process has a title."""
+    from ..server.upgrade.program import Program
+
+    return Program.own(words)
 
 
 def _listen(options: ListenOptions, listeners: Listeners) -> None:
@@ -178,21 +193,22 @@ _DESCRIPTORS = {"target": 26, "cow": 34, "proxy": 42}
 
 
 def _run_master(
-    service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon], pid_file: Optional[PidFile]
+    service: Service, premises: Premises, limits: Limits, daemon: Optional[Daemon], program: Optional[Program]
 ) -> int:
     from ..server.master import Master
 
     require_descriptors(_DESCRIPTORS[service.source.mode])
-    master = Master(service, listeners.sockets, limits, _listen_for_operators(service))
+    premises.control = _listen_for_operators(service)
+    master = Master(service, premises, limits, program)
     try:
         if service.needs_steward:
             master.start_steward(leave_terminal if daemon else do_nothing)
-        if pid_file:
-            pid_file.write()
+        if premises.pid_file:
+            premises.pid_file.write()
     except ConfigurationError:
         master.abandon()
         raise
-    log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, listeners)
+    log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, premises.listeners)
     if daemon:
         daemon.ready()
     notify_service_manager("READY=1")

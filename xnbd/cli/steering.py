@@ -126,6 +126,34 @@ def _snapshot(options: SteeringOptions) -> None:
     _print_path(answer["path"])
 
 
+def _upgrade(options: SteeringOptions) -> None:
+    lost = "interrupted; the log of the server tells whether it was upgraded"
+    with _interruptible(lost), _connect(options) as server:
+        try:
+            answer = server.ask(command="upgrade", program=options.program, check=options.check)
+        except ConfigurationError as error:
+            if str(error).startswith("there is no command"):
+                raise ConfigurationError("the server is of a version that cannot be upgraded: restart it") from None
+            raise
+    change = f"{shown(answer['from'])} -> {shown(answer['to'])}"
+    if options.check:
+        print_outcome(f"{change} is possible, with {counted(answer['clients'], 'client')}; nothing was changed\n")
+    else:
+        print_outcome(f"{change}: {_moved(answer)}\n")
+
+
+def _moved(answer: Message) -> str:
+    """What became of the clients."""
+    text = f"{counted(answer['moved'], 'client')} moved"
+    if answer.get("longest_pause_ms") is not None:
+        text += f", longest pause {answer['longest_pause_ms']:.0f} ms"
+    if answer["staying"]:
+        text += f"; {answer['staying']} stay with {shown(answer['from'])} until they leave"
+        if answer.get("reasons"):
+            text += f" ({', '.join(map(shown, answer['reasons']))})"
+    return text
+
+
 _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--query": _query,
     "--switch": _switch,
@@ -134,6 +162,7 @@ _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--cache-all2": _cache_all_in_background,
     "--reconnect": _reconnect,
     "--snapshot": _snapshot,
+    "--upgrade": _upgrade,
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Dict, List, Set
+from typing import Any, Dict, List, Mapping, Set
 
+from .. import __version__
+from ..system.kept import Kept
 from ..system.polling import read_pipe
 from .worker import REPORT_SIZE, Pipes, parse_report
 
@@ -14,8 +16,10 @@ _PIPE_SIZE = 64 << 10
 class Crew:
     """Workers of one program, as the master knows them: ``spares``, and ``clients`` by the workers' process ids."""
 
-    def __init__(self, pipes: Pipes) -> None:
+    def __init__(self, pipes: Pipes, version: str = __version__) -> None:
+        """*version* is that of the program."""
         self.pipes = pipes
+        self.version = version
         self.spares: Set[int] = set()
         self.clients: Dict[int, str] = {}
         self.unproven: Set[int] = set()
@@ -34,6 +38,28 @@ class Crew:
         """In a child of the master: the lifeline has to break with the master."""
         for fd in (self.pipes.lifeline_master, self.pipes.reports_master, self.pipes.retirements_master):
             os.close(fd)
+
+    def close(self) -> None:
+        """It has no workers any more, or this process has no use for it."""
+        for fd in self.pipes:
+            os.close(fd)
+
+    def pack(self, kept: Kept) -> Dict[str, Any]:
+        """For the next program of this process."""
+        return {
+            "version": self.version,
+            "pipes": [kept(fd) for fd in self.pipes],
+            "spares": [*self.spares],
+            "clients": [*self.clients.items()],
+        }
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any]) -> Crew:
+        """The workers of the program before."""
+        crew = cls(Pipes(*packed["pipes"]), packed["version"])
+        crew.spares.update(packed["spares"])
+        crew.clients.update(packed["clients"])
+        return crew
 
     def __len__(self) -> int:
         return len(self.spares) + len(self.clients)
@@ -72,6 +98,10 @@ class Crew:
         if self._retiring and not failed:
             self._retiring -= 1
         return self.clients.pop(pid, "")
+
+    def dismiss(self) -> None:
+        """End every worker that is spare, now or when its client leaves."""
+        os.write(self.pipes.retirements_master, bytes(len(self) - self._retiring))
 
     def retire(self, most: int) -> None:
         """End spare workers, if there are more than *most*."""

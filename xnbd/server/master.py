@@ -11,24 +11,31 @@ import os
 import select
 import signal
 import socket
+from contextlib import suppress
 from time import monotonic
-from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Sequence, Set
+from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Set, Tuple
 
-from ..errors import ConfigurationError
+from .. import __version__
+from ..errors import CommandError, ConfigurationError
 from ..logs import log
 from ..system.file_locks import do_nothing
 from ..system.forking import SIGNALS, fork
-from ..system.listen import UnixSocket
+from ..system.kept import Kept
 from ..system.polling import poll_patiently, read_pipe
 from ..system.process import set_title
 from .crew import Crew
+from .premises import Premises
 from .process_loop import GRACE
 from .service import Service
+from .upgrade.former import Former
 from .worker import Pool, Worker
 
 if TYPE_CHECKING:
     from ..control.server import Message
     from .master_link import StewardLink
+    from .upgrade.estate import Estate
+    from .upgrade.program import Program
+    from .upgrade.upgrades import Upgrades
 
 _RETRY = 1.0
 _LONGEST_RETRY = 30.0
@@ -67,14 +74,19 @@ class Master:
     """The first process of a server: it forks workers and the steward, and takes signals, until it is told to stop."""
 
     def __init__(
-        self, service: Service, listeners: Sequence[socket.socket], limits: Limits, control: Optional[UnixSocket] = None
+        self,
+        service: Service,
+        premises: Premises,
+        limits: Limits,
+        program: Optional[Program] = None,
+        estate: Optional[Estate] = None,
     ) -> None:
-        """*listeners* are non-blocking sockets. *control* is the operators' one, of which the steward takes care."""
+        """*program* is the one that runs, if it can be replaced. *estate* is what the one before has left."""
         self._service = service
-        self._control = control
-        self._listeners = list(listeners)
+        self._premises = premises
         self._limits = limits
-        self._crew = Crew.new()
+        self._program = program
+        self._crew, self._former = Crew.new(), Former(estate)
         self._signals: Set[int] = set()
         self._retry_at: Optional[float] = None
         self._pauses, self._steward_pauses = _Pauses(), _Pauses()
@@ -83,7 +95,7 @@ class Master:
         self._steward: Optional[int] = None
         self._steward_at = 0.0
         self._link: Optional[StewardLink] = None
-        self._pool = Pool(*socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
+        self._pool = Pool(*_socket_pair(estate))
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         for number in SIGNALS:
@@ -91,14 +103,23 @@ class Master:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
-        self._poll.register(self._crew.pipes.reports_master, select.POLLIN)
+        for crew in self._crews:
+            self._poll.register(crew.pipes.reports_master, select.POLLIN)
+        if estate is not None:
+            self._signals.add(signal.SIGCHLD)  # whoever has ended meanwhile
+        self._upgrades: Optional[Upgrades] = None
+        if program is not None:
+            from .upgrade.upgrades import Upgrades
+
+            self._upgrades = Upgrades(program, self._leave, self._former, self._poll)
+            if estate is not None:
+                self._upgrades.arrive(estate, self._start_steward_again)
 
     def abandon(self) -> None:
         """Instead of `run`: the start has failed. A steward ends by itself."""
         for sock in self._pool:
             sock.close()
-        if self._control is not None:
-            self._control.close()
+        self._premises.close_control()
 
     def run(self) -> int:
         """The exit status: 0 after an orderly stop, 1 if it had to be cut short, or not all is durable."""
@@ -109,8 +130,10 @@ class Master:
             self._balance()
             if self._steward_at and monotonic() >= self._steward_at:
                 self._start_steward_again()
-            times = [time for time in (self._retry_at, self._steward_at) if time]
-            signals = self._wait(min(times) if times else None)
+            self._forget_former()
+            if self._upgrades is not None:
+                self._upgrades.progress(self._may_leave)
+            signals = self._wait(min(self._deadlines(), default=None))
             if signals & {signal.SIGTERM, signal.SIGINT}:
                 return self._stop()
             if signal.SIGHUP in signals:
@@ -119,6 +142,11 @@ class Master:
                 self._ask_for_snapshot()
             if signal.SIGUSR2 in signals:
                 self._ask_for_switch()
+
+    def _deadlines(self) -> List[float]:
+        """When something has to be done, whatever happens (monotonic seconds)."""
+        under_way = self._upgrades.deadline() if self._upgrades is not None else None
+        return [time for time in (self._retry_at, self._steward_at, under_way) if time]
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signals.add(number)
@@ -145,7 +173,7 @@ class Master:
         from .steward.process import Steward
 
         stewards, masters = link()
-        steward = Steward(self._service, self._control, stewards)
+        steward = Steward(self._service, self._premises.control, stewards)
 
         def close_first() -> None:
             masters.close()
@@ -159,7 +187,7 @@ class Master:
             raise
         finally:
             stewards.close()
-        self._link = StewardLink(masters, {"reload": self._on_reload})
+        self._link = StewardLink(masters, {"reload": self._on_reload, "upgrade": self._on_upgrade})
         self._poll.register(self._link, select.POLLIN)
 
     def _drop_link(self) -> None:
@@ -171,13 +199,14 @@ class Master:
 
     def _close_in_steward(self) -> None:
         self._crew.close_masters_ends()
-        for sock in (*self._listeners, *self._pool):
+        self._former.close()
+        for sock in (*self._premises.sockets, *self._pool):
             sock.close()
 
     def _close_in_worker(self) -> None:
         self._crew.close_masters_ends()
-        if self._control is not None:
-            self._control.close()
+        self._former.close()
+        self._premises.close_control()
 
     def _start_steward_again(self) -> None:
         self._steward_at = 0.0
@@ -201,18 +230,67 @@ class Master:
         else:
             log.warning("SIGUSR2 does nothing here: it switches a proxy")
 
+    def _on_upgrade(self, request: Message) -> None:
+        if self._upgrades is None or self._link is None:
+            raise CommandError("this server cannot be upgraded")
+        self._upgrades.order(request, self._link)
+
     def _on_reload(self, _request: Message) -> Message:
         return {"done": True}
+
+    # Upgrades
+
+    @property
+    def _crews(self) -> List[Crew]:
+        return [self._crew, *self._former.crews]
+
+    def _leave(self, number: int) -> Tuple[Estate, Kept]:
+        """What this program leaves to the next one, and the descriptors of the disk among it.
+
+        *number* is that of the steward's request.
+        """
+        from .upgrade.estate import Estate
+
+        assert self._program is not None and self._link is not None
+        kept, disk = Kept(), Kept()
+        estate = Estate(
+            version=__version__,
+            directory=self._program.directory,
+            mode=self._service.source.mode,
+            disk=self._service.source.pack(disk),
+            scoreboard=disk(self._service.scoreboard_fd),
+            premises=self._premises.pack(kept),
+            crews=[crew.pack(kept) for crew in self._crews],
+            pool=[kept(sock.fileno()) for sock in self._pool],
+            steward={"pid": self._steward, "link": kept(self._link.fileno()), "number": number},
+            former_stewards=[*self._former.stewards],
+            descriptors=[],
+        )
+        return estate._replace(descriptors=[*kept.fds, *disk.fds]), disk
+
+    def _may_leave(self) -> bool:
+        """Signals are blocked; one that has come is this program's to mind."""
+        if self._signals:
+            return False
+        self._read_reports()
+        return True
+
+    def _forget_former(self) -> None:
+        """The crews of which nobody is left."""
+        for crew in self._former.forget_empty():
+            self._poll.unregister(crew.pipes.reports_master)
+            crew.close()
 
     # Workers
 
     def _balance(self) -> None:
         """Keep spare workers waiting, not too few and not too many, as far as the limit of clients allows."""
         crew, wanted = self._crew, self._limits.spare_workers
-        room = self._limits.max_clients - len(crew.clients)
+        clients = len(crew.clients) + self._former.clients
+        room = self._limits.max_clients - clients
         crew.retire(2 * wanted)
         if room <= 0 and not self._full:
-            log.warning("%d clients are connected, which is the limit; others wait", len(crew.clients))
+            log.warning("%d clients are connected, which is the limit; others wait", clients)
         self._full = room <= 0
         if self._retry_at is not None and monotonic() >= self._retry_at:
             self._retry_at = None
@@ -222,7 +300,7 @@ class Master:
             self._spawn()
 
     def _spawn(self) -> None:
-        worker = Worker(self._service, self._listeners, self._crew.pipes, self._pool, self._close_in_worker)
+        worker = Worker(self._service, self._premises.sockets, self._crew.pipes, self._pool, self._close_in_worker)
         try:
             pid = fork("worker", worker.run)
         except OSError as error:
@@ -237,25 +315,35 @@ class Master:
         return pause
 
     def _read_reports(self) -> None:
+        self._former.read_reports()
         if self._crew.read_reports():
             self._pauses.failures = 0
+            if self._upgrades is not None:
+                self._upgrades.is_proven = True
 
     def _reap(self) -> None:
-        while self._children():
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                return
-            if pid == self._steward:
-                self._steward = None
-                self._drop_link()
-                if not self._stopping:
-                    self._on_stewards_end(os.waitstatus_to_exitcode(status))
-                continue
-            if pid not in self._crew:
-                continue  # a dead steward's child, of process 1 of a container; or whoever executed this program had it
-            peer = self._crew.bury(pid, failed=bool(status))
-            if status and not self._killing:
-                self._on_failure(pid, peer, os.waitstatus_to_exitcode(status))
+        """Whoever is not known here is a dead steward's child, of process 1 of a container, or of another program's."""
+        with suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                self._bury(pid, os.waitstatus_to_exitcode(status))
+
+    def _bury(self, pid: int, exit_code: int) -> None:
+        if self._upgrades is not None:
+            self._upgrades.bury(pid, exit_code)
+        self._former.stewards.discard(pid)
+        if pid == self._steward:
+            self._steward = None
+            self._drop_link()
+            if not self._stopping:
+                self._on_stewards_end(exit_code)
+        for crew in self._crews:
+            if pid in crew:
+                peer = crew.bury(pid, failed=bool(exit_code))
+                if exit_code and not self._killing:
+                    self._on_failure(pid, peer, exit_code)
 
     def _on_stewards_end(self, exit_code: int) -> None:
         """One that was told to end, as by Ctrl-C to all, has not failed."""
@@ -276,12 +364,11 @@ class Master:
 
     def _stop(self) -> int:
         """Let the workers finish what they have in hand; a second signal or `_STOP_TIME` ends that."""
-        log.info("stopping; clients connected: %d", len(self._crew.clients))
+        log.info("stopping; clients connected: %d", len(self._crew.clients) + self._former.clients)
         self._stopping = True
-        for sock in (*self._listeners, *self._pool):
+        for sock in (*self._premises.sockets, *self._pool):
             sock.close()
-        if self._control is not None:
-            self._control.close()  # a successor may want to listen there already
+        self._premises.close_control()
         self._signal_workers(signal.SIGTERM)
         deadline = monotonic() + _STOP_TIME
         hurry = False
@@ -305,7 +392,15 @@ class Master:
             os.kill(pid, number)
 
     def _children(self) -> List[int]:
-        return [*self._crew.pids(), *([self._steward] if self._steward else [])]
+        return [*self._crew.pids(), *self._former.pids(), *([self._steward] if self._steward else [])]
+
+
+def _socket_pair(estate: Optional[Estate]) -> Tuple[socket.socket, socket.socket]:
+    """The pool: that of the program before, if there is one."""
+    if estate is None:
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    reading, writing = (socket.socket(fileno=fd) for fd in estate.pool)
+    return reading, writing
 
 
 def _reason(exit_code: int) -> str:

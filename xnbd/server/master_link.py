@@ -6,7 +6,9 @@ made before the fork. One packet is one message, a JSON object:
 
 - ``{"number": 1, "request": {"command": "reload"}}`` from the steward: an operator's request as it came;
 - ``{"number": 1, "answer": {"done": true}}`` from the master: a line of the reply, the last one with ``done`` or
-  ``error``.
+  ``error``;
+- ``{"order": "leave"}`` from the master: another steward is to take this one's place. The number of what it says
+  to that is 0.
 
 Nobody waits in here. If the steward dies, its pair ends with it: the master drops what it
 would have answered, and the next steward gets a new pair. If the operator leaves, the
@@ -68,6 +70,7 @@ class MasterLink:
         self._answers: Dict[int, List[Message]] = {}
         """What has come for the requests that somebody waits for, by their numbers."""
         self.on_answer: Callable[[], None] = do_nothing
+        self._orders: List[str] = []
 
     def close(self) -> None:
         self._sock.close()
@@ -79,11 +82,25 @@ class MasterLink:
         """Take in what the master has sent. Without a master this process ends by itself, see `ProcessLoop`."""
         try:
             for message in _messages(self._sock):
-                if message["number"] in self._answers:
+                if "order" in message:
+                    self._orders.append(message["order"])
+                elif message["number"] in self._answers:
                     self._answers[message["number"]].append(message["answer"])
                     self.on_answer()
         except EOFError:
             self.close()
+
+    def take_order(self, name: str) -> bool:
+        """Whether the master has ordered what is called *name*, since this was asked last."""
+        if name not in self._orders:
+            return False
+        self._orders.remove(name)
+        return True
+
+    def tell(self, command: str) -> None:
+        """Have the master know; it does not answer."""
+        with suppress(OSError):  # it is gone
+            _send(self._sock, {"number": 0, "request": {"command": command}})
 
     def ask(self, request: Message) -> Reply:
         """A command of the control socket: the master's reply to *request*. Raises `CommandError` if it says no."""
@@ -143,6 +160,11 @@ class StewardLink:
         """A line of the reply to the request *number*."""
         with suppress(OSError):  # nobody is there any more who would hear it
             _send(self._sock, {"number": number, "answer": answer})
+
+    def order(self, name: str) -> None:
+        """Have the steward do what it knows by this *name*."""
+        with suppress(OSError):  # nobody is there any more
+            _send(self._sock, {"order": name})
 
     def _do(self, request: Message) -> Optional[Message]:
         command = self._commands.get(request["command"])
