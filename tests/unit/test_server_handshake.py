@@ -25,6 +25,7 @@ from xnbd.protocol.server_handshake import (
     pack_greeting,
     pack_oldstyle,
     parse_option_header,
+    unknown_export,
 )
 
 DISK = Export("disk", 0x0102030405060708, 0x056D, "a disk")
@@ -234,7 +235,7 @@ def test_df_is_offered_only_with_structured_replies() -> None:
 def test_unknown_export_is_an_error_and_the_next_option_works(option: int, name: str) -> None:
     machine = fresh()
     assert error_of(ask(machine, option, go_data(name))) == raw.ERR_UNKNOWN
-    assert (machine.agreement, machine.unknown) == (None, name)
+    assert (machine.agreement, machine.news()) == (None, [unknown_export(name)])
     assert ask(machine, option, go_data("disk"))[-1] == OK
 
 

@@ -21,6 +21,7 @@ _OF_USE = {
     "--reconnect": ("--exportname",),
     "--snapshot": ("--progress",),
     "--upgrade": ("--program", "--check"),
+    "--reload": (),
 }
 """The commands, and the options that are of use for each."""
 

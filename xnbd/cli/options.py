@@ -7,17 +7,16 @@ together take 5 ms to import. A client of ``--inetd`` waits for that.
 from __future__ import annotations
 
 import logging
-import sys
 from typing import TYPE_CHECKING, Dict, Iterable, NamedTuple, Optional, Sequence, Union
 
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
-from ..server.session.parking import QueueLimits
+from ..server.configuration import Configuration, Load
 from ..system.process import whole_path
 from .values import USAGE_ERROR, CommandLine
 
 if TYPE_CHECKING:
-    from ..server.master import Limits
+    from ..server.session.connection import Connection
     from .proxy_options import ProxyOptions
 
 
@@ -64,11 +63,18 @@ class OneClient(NamedTuple):
     agreement: Optional[Agreement] = None
 
 
+class Introduced(NamedTuple):
+    """A client at the other end of *connection*, which this process has; *agreement* as in `OneClient`."""
+
+    connection: Connection
+    agreement: Optional[Agreement]
+
+
 class ManyClients(NamedTuple):
-    """Clients that connect, each of which gets a process."""
+    """Clients that connect, each of which gets a process; *load* reads again what may change meanwhile."""
 
     listen: ListenOptions
-    limits: Limits
+    load: Load
     daemonize: bool = False
     pid_path: Optional[str] = None
 
@@ -77,13 +83,12 @@ class ServerOptions(NamedTuple):
     """A server of one disk. Paths are whole ones, times in seconds."""
 
     disk: Union[TargetOptions, CowOptions, ProxyOptions]
-    clients: Union[OneClient, ManyClients]
+    clients: Union[OneClient, Introduced, ManyClients]
     log: LogOptions = LogOptions()
     export_name: Optional[str] = None
     oldstyle: bool = False
-    handshake_timeout: float = 10.0
+    configuration: Configuration = Configuration()
     spin: float = 150e-6
-    queue_limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
 
 
@@ -103,9 +108,3 @@ def listen_options(line: CommandLine, unix_path: Optional[str] = None) -> Listen
     """Raises `ConfigurationError`."""
     port = line.integer("--lport", 0, 65535) if line.has("--lport") else None
     return ListenOptions(port, line.texts("--laddr"), unix_path)
-
-
-def queue_limits(line: CommandLine) -> QueueLimits:
-    """Raises `ConfigurationError`."""
-    requests = line.integer("--max-queue-size", 0, sys.maxsize) if line.has("--max-queue-size") else 0
-    return QueueLimits(requests, line.size_or_zero("--max-buf-size") if line.has("--max-buf-size") else 0)

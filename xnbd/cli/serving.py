@@ -26,13 +26,12 @@ from ..system.process import (
     leave_terminal,
     notify_service_manager,
     require_descriptors,
-    set_title,
     take_client_socket,
 )
-from .options import CowOptions, ListenOptions, ManyClients, OneClient, ServerOptions, TargetOptions
+from .options import CowOptions, Introduced, ListenOptions, ManyClients, OneClient, ServerOptions, TargetOptions
 
 if TYPE_CHECKING:
-    from ..server.master import Limits
+    from ..server.configuration import Load
     from ..server.premises import Premises
     from ..server.upgrade.program import Program
 
@@ -44,9 +43,15 @@ def serve(options: ServerOptions, client: Optional[int], words: Sequence[str] = 
     `ConfigurationError` if the server cannot start.
     """
     clients = options.clients
+    if isinstance(clients, ManyClients):
+        return _serve_many(options, clients, words)
     if isinstance(clients, OneClient):
-        return _serve_one(options, clients, client)
-    return _serve_many(options, clients, words)
+        clients = _introduce(clients, client)
+    return _serve_one(options, clients)
+
+
+def _introduce(connected: OneClient, client: Optional[int]) -> Introduced:
+    return Introduced(Connection(_client_socket(connected.fd, client), ProcessLoop()), connected.agreement)
 
 
 def _open_service(options: ServerOptions, processes: int) -> Service:
@@ -62,9 +67,8 @@ def service_of(options: ServerOptions, source: Source[Scoreboard], scoreboard_fd
         scoreboard_fd=scoreboard_fd,
         export_name=options.export_name or source.name,
         oldstyle=options.oldstyle,
-        handshake_timeout=options.handshake_timeout,
+        configuration=options.configuration,
         spin=options.spin,
-        limits=options.queue_limits,
         control_path=options.control_path,
     )
 
@@ -85,23 +89,22 @@ def _open_source(options: ServerOptions, *, alone: bool) -> Source[Scoreboard]:
     return CowSource(disk.path, readonly=disk.readonly, directory=disk.directory)
 
 
-def _serve_one(options: ServerOptions, connected: OneClient, client: Optional[int]) -> int:
-    """The client of a super-server, in this process."""
-    sock = _client_socket(connected.fd, client)
+def _serve_one(options: ServerOptions, client: Introduced) -> int:
+    """A client that is connected already, in this process."""
+    connection = client.connection
     service = _open_service(options, processes=1)
     require_descriptors(_DESCRIPTORS[service.source.mode])
-    with _steward_for_one(service, sock):
+    with _steward_for_one(service, connection):
         loop = ProcessLoop()
         disk = loop.companion = service.open_disk()
-        connection = Connection(sock, loop, service.spin)
-        set_title("serving", connection.peer, service.source.name)
-        service.serve(connection, disk, connected.agreement)
+        connection.move_to(loop, service.spin)
+        service.serve(connection, disk, client.agreement, role="serving")
         disk.close()
     return 0 if service.flush() else 1
 
 
 @contextmanager
-def _steward_for_one(service: Service, client: socket.socket) -> Iterator[None]:
+def _steward_for_one(service: Service, client: Connection) -> Iterator[None]:
     """A steward beside the one process that serves, if the disk needs one."""
     if not service.needs_steward:
         yield
@@ -153,9 +156,9 @@ def _serve_many(options: ServerOptions, clients: ManyClients, words: Sequence[st
     daemon = Daemon() if clients.daemonize else None
     premises = Premises(listeners, PidFile(clients.pid_path) if clients.pid_path else None)
     try:
-        service = _open_service(options, clients.limits.processes)
+        service = _open_service(options, max(options.configuration.processes, _ROOM))
         _listen(clients.listen, listeners)
-        status = _run_master(service, premises, clients.limits, daemon, program)
+        status = _run_master(service, premises, clients.load, daemon, program)
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
     except ConfigurationError as error:
@@ -184,22 +187,24 @@ def _listen_for_operators(service: Service) -> Optional[UnixSocket]:
     """Before there is a steward: it may die, and who connects meanwhile waits for the next one."""
     if service.control_path is None:
         return None
-
     return listen_for_operators(service.control_path)
 
+
+_ROOM = 1 << 14
+"""Processes for which there is room in the scoreboard at least, so that the limit of clients can be raised later."""
 
 _DESCRIPTORS = {"target": 26, "cow": 34, "proxy": 42}
 """What the master, and then a process of it, opens besides disk and sockets, with some to spare, by the mode."""
 
 
 def _run_master(
-    service: Service, premises: Premises, limits: Limits, daemon: Optional[Daemon], program: Optional[Program]
+    service: Service, premises: Premises, load: Load, daemon: Optional[Daemon], program: Optional[Program]
 ) -> int:
     from ..server.master import Master
 
     require_descriptors(_DESCRIPTORS[service.source.mode])
     premises.control = _listen_for_operators(service)
-    master = Master(service, premises, limits, program)
+    master = Master(service, premises, load, program)
     try:
         if service.needs_steward:
             master.start_steward(leave_terminal if daemon else do_nothing)

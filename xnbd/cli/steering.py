@@ -13,7 +13,7 @@ from ..control.client import ControlClient, Message, shown
 from ..errors import ConfigurationError
 from .bgctl_options import SteeringOptions
 from .program import INTERRUPTED, print_answer, print_outcome, say
-from .quantities import counted, duration, percentage, size
+from .quantities import counted, duration, percentage, reloaded, size
 
 if TYPE_CHECKING:
     from .progress_display import Display
@@ -154,6 +154,13 @@ def _moved(answer: Message) -> str:
     return text
 
 
+def _reload(options: SteeringOptions) -> None:
+    interrupted = "interrupted; the server's log tells whether it has read its files"
+    with _interruptible(interrupted), _connect(options) as server:
+        answer = server.ask(command="reload")
+    print_outcome(reloaded(answer["changes"], answer["clients"]))
+
+
 _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--query": _query,
     "--switch": _switch,
@@ -163,6 +170,7 @@ _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--reconnect": _reconnect,
     "--snapshot": _snapshot,
     "--upgrade": _upgrade,
+    "--reload": _reload,
 }
 
 

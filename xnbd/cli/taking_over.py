@@ -100,7 +100,7 @@ def _serve(service: Service, estate: Estate, clients: ManyClients, own: Program)
 
     premises = Premises.unpack(estate.premises)
     try:
-        master = Master(service, premises, clients.limits, own, estate)
+        master = Master(service, premises, clients.load, own, estate)
         log.info("%s goes on where %s was", __version__, estate.version)
         notify_service_manager("READY=1")
         status = master.run()

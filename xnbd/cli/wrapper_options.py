@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
-from typing import Callable, Dict, List, NamedTuple, Optional
+from functools import partial
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
-from ..server.session.parking import QueueLimits
+from ..server.configuration import Configuration
 from ..system.process import whole_path
+from .limits import OF_ALL, OF_PROXIES, load_limits
 from .options import (
     ListenOptions,
     LogOptions,
     listen_options,
     log_options,
-    queue_limits,
     whole_paths,
 )
 from .values import USAGE_ERROR, CommandLine, refuse_same_file
 
-_PATHS = ("--dbpath", "--socket", "--logpath")
+_PATHS = ("--dbpath", "--socket", "--logpath", "--limits")
 _OLD_NAMES = {"--port": "--lport", "--xnbd-binary": "--xnbd-server"}
 
 
@@ -33,9 +34,10 @@ class AsGiven(NamedTuple):
 
 
 class WrapperOptions(NamedTuple):
-    """A wrapper. Paths are whole ones, times in seconds; *images* has them by what the command line says.
+    """A wrapper. Paths are whole ones; *images* has them by what the command line says.
 
-    The commands are words, of which there are none for our own programs.
+    *load* reads what may change while the wrapper runs. The commands are words, of which
+    there are none for our own programs.
     """
 
     database_path: str
@@ -47,10 +49,7 @@ class WrapperOptions(NamedTuple):
     bgctl_command: List[str]
     cow: bool
     readonly: bool
-    queue_limits: QueueLimits
-    as_given: AsGiven
-    handshake_timeout: float
-    max_clients: int
+    load: Callable[[], Tuple[Configuration, AsGiven]]
     daemonize: bool
 
     @property
@@ -70,22 +69,27 @@ def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int
         refuse_same_file({f"--imgfile {image}": image, **paths})
     log = log_options(line, paths.get("--logpath"), logging.INFO, unattended=line.has("--daemonize"))
     begin(log, line.mode("--file-mode") if line.has("--file-mode") else None)
+    load = partial(_load, line, paths.get("--limits"))
+    load()
     return WrapperOptions(
         database_path=paths["--dbpath"],
         control_path=paths["--socket"],
         images=images,
         log=log,
         server_command=_command(line, "--xnbd-server"),
-        queue_limits=queue_limits(line),
-        as_given=AsGiven(line.text("--max-queue-size"), line.text("--max-buf-size"), line.text("--file-mode")),
+        load=load,
         bgctl_command=_command(line, "--xnbd-bgctl"),
-        handshake_timeout=line.seconds("--handshake-timeout"),
-        max_clients=line.integer("--max-clients", 1, 1_000_000),
         listen=listen_options(line),
         cow=line.has("--cow"),
         readonly=line.has("--readonly"),
         daemonize=line.has("--daemonize"),
     )
+
+
+def _load(line: CommandLine, limits_path: Optional[str]) -> Tuple[Configuration, AsGiven]:
+    line, configuration = load_limits(line, limits_path, (*OF_ALL, *OF_PROXIES))
+    given = AsGiven(line.text("--max-queue-size"), line.text("--max-buf-size"), line.text("--file-mode"))
+    return configuration, given
 
 
 def _command(line: CommandLine, option: str) -> List[str]:

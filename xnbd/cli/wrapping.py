@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from functools import partial
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 from ..errors import ConfigurationError
 from ..logs import log
+from ..server.configuration import Configuration
 from ..system.listen import DEFAULT_PORT, Listeners
 from ..system.process import Daemon, notify_service_manager, require_descriptors
 from ..wrapper.child_output import program
@@ -15,11 +17,11 @@ from ..wrapper.children import Body
 from ..wrapper.database import Database
 from ..wrapper.exports import TargetExport, check_name, check_room, paths_of
 from ..wrapper.servers import ForeignServer, Servers, is_extended
-from ..wrapper.wrapper import Settings, Wrapper
+from ..wrapper.wrapper import Load, Settings, Wrapper
 from .inside import OwnServer, run_bgctl
 from .options import ListenOptions
 from .values import refuse_same_file
-from .wrapper_options import WrapperOptions
+from .wrapper_options import AsGiven, WrapperOptions
 
 _DESCRIPTORS = 48
 """What the wrapper, or a server of one client, opens besides what it has at the start, with some to spare."""
@@ -27,14 +29,13 @@ _DESCRIPTORS = 48
 
 def wrap(options: WrapperOptions) -> int:
     """Serve until the end; the exit status. Raises `ConfigurationError` if that cannot begin."""
-    servers = _foreign_servers(options) if options.server_command else _own_servers(options)
-    bgctl = partial(_bgctl, options.bgctl_command)
-    settings = Settings(servers, bgctl, options.handshake_timeout, options.max_clients)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))  # until there is a `Wrapper`
+    load = partial(_settings, options, _foreign_servers(options) if options.server_command else _own_servers(options))
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if options.daemonize else None
     try:
-        return _run(options, settings, listeners, daemon)
+        return _run(options, load, listeners, daemon)
     except ConfigurationError as error:
         if daemon:
             daemon.failed(error.exit_status)
@@ -43,18 +44,36 @@ def wrap(options: WrapperOptions) -> int:
         listeners.close()
 
 
-def _own_servers(options: WrapperOptions) -> Servers:
-    own = OwnServer(options.cow, options.readonly, options.log, options.queue_limits)
+MakeServers = Callable[[Configuration, AsGiven], Servers]
+
+
+def _settings(options: WrapperOptions, make: MakeServers) -> Settings:
+    """What the wrapper works with, read again. Raises `ConfigurationError`."""
+    configuration, given = options.load()
+    return Settings(make(configuration, given), partial(_bgctl, options.bgctl_command), configuration)
+
+
+def _own_servers(options: WrapperOptions) -> MakeServers:
+    own = OwnServer(options.cow, options.readonly, options.log)
     own.load()
-    return Servers(own.take_over, cow=options.cow, readonly=options.readonly)
+
+    def make(configuration: Configuration, _: AsGiven) -> Servers:
+        take_over = own._replace(queue_limits=configuration.queue_limits).take_over
+        return Servers(take_over, cow=options.cow, readonly=options.readonly)
+
+    return make
 
 
-def _foreign_servers(options: WrapperOptions) -> Servers:
+def _foreign_servers(options: WrapperOptions) -> MakeServers:
+    extended = is_extended(options.server_command)
+    return lambda _, given: _foreign_server(options, given, extended=extended)
+
+
+def _foreign_server(options: WrapperOptions, given: AsGiven, *, extended: bool) -> Servers:
     command = options.server_command
-    given = options.as_given
     foreign = ForeignServer(
         command=command,
-        extended=is_extended(command),
+        extended=extended,
         cow=options.cow,
         readonly=options.readonly,
         syslog=options.log.syslog,
@@ -71,7 +90,7 @@ def _bgctl(command: List[str], words: List[str]) -> Body:
     return program([*command, *words]) if command else partial(run_bgctl, words)
 
 
-def _run(options: WrapperOptions, settings: Settings, listeners: Listeners, daemon: Optional[Daemon]) -> int:
+def _run(options: WrapperOptions, load: Load, listeners: Listeners, daemon: Optional[Daemon]) -> int:
     database = Database(options.database_path)
     for name, export in database.exports.items():
         for path in paths_of(export).values():
@@ -79,10 +98,10 @@ def _run(options: WrapperOptions, settings: Settings, listeners: Listeners, daem
     _add_images(database, options.images)
     _listen(options.listen, listeners)
     require_descriptors(_DESCRIPTORS)
-    wrapper = Wrapper(listeners, database, options.control_path, settings)
+    wrapper = Wrapper(listeners, database, options.control_path, load)
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
-    if not settings.servers.extended:
-        log.info("%s does not know --negotiated: clients are offered simple replies", settings.servers.program)
+    if not wrapper.servers.extended:
+        log.info("%s does not know --negotiated: clients are offered simple replies", wrapper.servers.program)
     if daemon:
         daemon.ready()
     notify_service_manager("READY=1")

@@ -10,7 +10,7 @@ Whoever feeds the machine reads the bytes, and gives up when it raises
 from __future__ import annotations
 
 import struct
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from ..errors import ProtocolError, RequestError
 from . import constants as c
@@ -30,6 +30,8 @@ MAXIMUM_OPTIONS = 1000
 MAXIMUM_QUERIES = 100
 """Meta contexts that one option may ask for."""
 
+_SHOWN_NAME = 200
+
 ALLOCATION_CONTEXT = 1
 """The id under which ``base:allocation`` is negotiated."""
 
@@ -46,20 +48,26 @@ class Export(NamedTuple):
 class Agreement(NamedTuple):
     """What client and server agreed on; the default is what an old client gets.
 
-    Old clients count on replies in the order of their requests: *ordered*.
+    Old clients count on replies in the order of their requests: *ordered*. A client to
+    which the disk was offered as *readonly* cannot write, whether or not the disk can be written.
     """
 
     export: Optional[Export] = None
     structured: bool = False
     allocation: bool = False
     ordered: bool = True
+    readonly: bool = False
+
+
+class Denied(Exception):
+    """There is a disk, and this client is not to know: it is answered as if there were none. The text is for us."""
 
 
 class Exports(NamedTuple):
-    """Where a negotiation finds disks: *names* for LIST, *find* for all the rest.
+    """Where one client's negotiation finds disks: *names* for LIST, *find* for all the rest.
 
-    *find* may raise `RequestError` for a disk that is there but cannot be had now.
-    Without *structured* clients are offered simple replies only.
+    *find* may raise `RequestError` for a disk that is there but cannot be had now, and
+    `Denied` for one that this client is not to know of. Without *structured* clients are offered simple replies only.
     """
 
     names: Callable[[], Sequence[str]]
@@ -69,12 +77,23 @@ class Exports(NamedTuple):
 
 def export_flags(*, readonly: bool, multi_conn: bool = True) -> int:
     """The transmission flags of a disk that xnbd-server serves; *multi_conn*: its clients all see the same disk."""
-    flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_SEND_CACHE
+    flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_SEND_CACHE | _WRITERS_FLAGS
     if multi_conn:
         flags |= c.FLAG_CAN_MULTI_CONN
-    if readonly:
-        return flags | c.FLAG_READ_ONLY
-    return flags | c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_FAST_ZERO
+    return readonly_flags(flags) if readonly else flags
+
+
+_WRITERS_FLAGS = c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_FAST_ZERO
+
+
+def readonly_flags(flags: int) -> int:
+    """The transmission flags of a disk that has *flags*, for a client that may only read it."""
+    return flags & ~_WRITERS_FLAGS | c.FLAG_READ_ONLY
+
+
+def unknown_export(name: str) -> str:
+    """What the log says of a name that no disk has."""
+    return f"unknown export {name[:_SHOWN_NAME]!r}"
 
 
 class _Refused(Exception):
@@ -114,13 +133,14 @@ class ServerHandshake:
 
     ``agreement`` is None until an export was chosen; ``aborted`` tells that the
     client has given up. The reply that `on_option` returns has to be sent in
-    either case. ``unknown`` is the first name for which there was no export.
+    either case. `news` has what the log should be told of.
     """
 
     def __init__(self, exports: Exports) -> None:
         self.agreement: Optional[Agreement] = None
         self.aborted = False
-        self.unknown: Optional[str] = None
+        self._news: List[str] = []
+        self._told: Set[bool] = set()
         self._exports = exports
         self._structured = False
         self._context_name: Optional[str] = None
@@ -158,6 +178,11 @@ class ServerHandshake:
         except _Refused as refusal:
             return _pack_reply(option, refusal.kind, str(refusal).encode())
 
+    def news(self) -> List[str]:
+        """Which names there was no export for, since the last call, of each kind the first: a client may ask often."""
+        news, self._news = self._news, []
+        return news
+
     # One method an option
 
     def _on_export_name(self, data: bytes) -> bytes:
@@ -166,8 +191,10 @@ class ServerHandshake:
             export = self._exports.find(name)
         except RequestError as error:
             raise ProtocolError(f"export {name!r}: {error}") from error
+        except Denied as denial:
+            raise ProtocolError(str(denial)) from denial
         if export is None:
-            raise ProtocolError(f"unknown export {name!r}")
+            raise ProtocolError(unknown_export(name))
         self._agree(name, export)
         return _EXPORT_TAIL.pack(export.size, self._flags(export)) + bytes(0 if self._no_zeroes else 124)
 
@@ -248,16 +275,31 @@ class ServerHandshake:
             export = self._exports.find(name)
         except RequestError as error:
             raise _Refused(c.REP_ERR_UNKNOWN, str(error)) from error
-        if export is None:
-            self.unknown = name if self.unknown is None else self.unknown
-            raise _Refused(c.REP_ERR_UNKNOWN, "no such export")
-        return export
+        except Denied as denial:
+            self._tell(str(denial), denied=True)
+        else:
+            if export is not None:
+                return export
+            self._tell(unknown_export(name), denied=False)
+        raise _Refused(c.REP_ERR_UNKNOWN, "no such export")
+
+    def _tell(self, line: str, *, denied: bool) -> None:
+        if denied not in self._told:
+            self._told.add(denied)
+            self._news.append(line)
 
     def _flags(self, export: Export) -> int:
         return export.flags | c.FLAG_SEND_DF if self._structured else export.flags
 
     def _agree(self, name: str, export: Export) -> None:
-        self.agreement = Agreement(export, self._structured, self._context_name == name, ordered=False)
+        self.agreement = agreement_on(export)._replace(
+            structured=self._structured, allocation=self._context_name == name, ordered=False
+        )
+
+
+def agreement_on(export: Export) -> Agreement:
+    """That *export* is what the client uses, and no more than that."""
+    return Agreement(export, readonly=bool(export.flags & c.FLAG_READ_ONLY))
 
 
 def _pack_reply(option: int, kind: int, data: bytes = b"") -> bytes:

@@ -52,6 +52,7 @@ class Line(NamedTuple):
     peer: str
     trouble: str
     namespace: int
+    identity: str
 
 
 class Lines:
@@ -130,10 +131,11 @@ class Lines:
         (mode,), (since,), (origin,) = (self._get(at, name) for name in ("mode", "since", "origin"))
         counts, before = (Counts(self._get(at, name)) for name in ("counters", "counters_before"))
         requests, buffered = self._get(at, "queue")
-        peer, trouble = (text_of(self._get(at, name)[0]) for name in ("peer", "trouble"))
+        peer, trouble, identity = (text_of(self._get(at, name)[0]) for name in ("peer", "trouble", "identity"))
         (namespace,) = self._get(at, "namespace")
         counts = counts.minus(before)
-        return Line(self.pid(at), mode, since, counts, origin, requests, buffered, peer, trouble, namespace)
+        told = (origin, requests, buffered, peer, trouble, namespace, identity)
+        return Line(self.pid(at), mode, since, counts, *told)
 
     def _get(self, at: int, name: str) -> Tuple[Any, ...]:
         return LINE.form[name].unpack_from(self._map, at + LINE.at[name])

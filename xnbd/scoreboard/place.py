@@ -34,6 +34,11 @@ class Place(Door):
         _COUNTERS.pack_into(self._map, self._at + _BEFORE_AT, *self.counts)
         self.tell_queue(0, 0)
         self._put("peer", peer.encode()[: LINE.form["peer"].size])
+        self.tell_identity("")
+
+    def tell_identity(self, identity: str) -> None:
+        """Who the client has proved to be; empty for nobody."""
+        self._put("identity", identity.encode("utf-8", "backslashreplace")[: LINE.form["identity"].size])
 
     def tell(self) -> None:
         """Publish `counts`."""

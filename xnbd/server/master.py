@@ -13,9 +13,9 @@ import signal
 import socket
 from contextlib import suppress
 from time import monotonic
-from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set, Tuple
 
-from .. import __version__
+from .. import logs
 from ..errors import CommandError, ConfigurationError
 from ..logs import log
 from ..system.file_locks import do_nothing
@@ -23,11 +23,11 @@ from ..system.forking import SIGNALS, fork
 from ..system.kept import Kept
 from ..system.polling import poll_patiently, read_pipe
 from ..system.process import set_title
+from .configuration import Load, refuse_without_room
 from .crew import Crew
 from .premises import Premises
 from .process_loop import GRACE
 from .service import Service
-from .upgrade.former import Former
 from .worker import Pool, Worker
 
 if TYPE_CHECKING:
@@ -44,18 +44,6 @@ _STOP_TIME = GRACE + 1.5
 _KILL_TIME = 3.0
 ORDERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that must not end the process when they come before there is a `Master`: blocked until then."""
-
-
-class Limits(NamedTuple):
-    """How many processes a server may have for clients, and how many spare workers it keeps."""
-
-    max_clients: int
-    spare_workers: int
-
-    @property
-    def processes(self) -> int:
-        """As many as may be at work at once, those that are just leaving included."""
-        return 2 * self.max_clients + 4 * self.spare_workers
 
 
 class _Pauses:
@@ -77,16 +65,19 @@ class Master:
         self,
         service: Service,
         premises: Premises,
-        limits: Limits,
+        load: Load,
         program: Optional[Program] = None,
         estate: Optional[Estate] = None,
     ) -> None:
-        """*program* is the one that runs, if it can be replaced. *estate* is what the one before has left."""
+        """*load* reads again what the service's configuration comes from.
+
+        *program* is the one that runs, if it can be replaced. *estate* is what the one before has left.
+        """
         self._service = service
         self._premises = premises
-        self._limits = limits
+        self._load = load
         self._program = program
-        self._crew, self._former = Crew.new(), Former(estate)
+        self._crew = Crew.new() if estate is None else Crew.unpack(estate.crew)
         self._signals: Set[int] = set()
         self._retry_at: Optional[float] = None
         self._pauses, self._steward_pauses = _Pauses(), _Pauses()
@@ -103,17 +94,11 @@ class Master:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
-        for crew in self._crews:
-            self._poll.register(crew.pipes.reports_master, select.POLLIN)
-        if estate is not None:
-            self._signals.add(signal.SIGCHLD)  # whoever has ended meanwhile
+        self._poll.register(self._crew.pipes.reports_master, select.POLLIN)
+        self._former_stewards: Set[int] = set() if estate is None else set(estate.former_stewards)
         self._upgrades: Optional[Upgrades] = None
         if program is not None:
-            from .upgrade.upgrades import Upgrades
-
-            self._upgrades = Upgrades(program, self._leave, self._former, self._poll)
-            if estate is not None:
-                self._upgrades.arrive(estate, self._start_steward_again)
+            self._prepare_upgrades(program, estate)
 
     def abandon(self) -> None:
         """Instead of `run`: the start has failed. A steward ends by itself."""
@@ -130,14 +115,13 @@ class Master:
             self._balance()
             if self._steward_at and monotonic() >= self._steward_at:
                 self._start_steward_again()
-            self._forget_former()
             if self._upgrades is not None:
-                self._upgrades.progress(self._may_leave)
+                self._upgrades.progress()
             signals = self._wait(min(self._deadlines(), default=None))
             if signals & {signal.SIGTERM, signal.SIGINT}:
                 return self._stop()
             if signal.SIGHUP in signals:
-                log.info("SIGHUP: nothing to do, a log file that was moved away is opened again by itself")
+                self._on_hangup()
             if signal.SIGUSR1 in signals:
                 self._ask_for_snapshot()
             if signal.SIGUSR2 in signals:
@@ -145,8 +129,8 @@ class Master:
 
     def _deadlines(self) -> List[float]:
         """When something has to be done, whatever happens (monotonic seconds)."""
-        under_way = self._upgrades.deadline() if self._upgrades is not None else None
-        return [time for time in (self._retry_at, self._steward_at, under_way) if time]
+        upgrade = None if self._upgrades is None else self._upgrades.deadline()
+        return [time for time in (self._retry_at, self._steward_at, upgrade) if time]
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signals.add(number)
@@ -172,7 +156,10 @@ class Master:
         from .master_link import StewardLink, link
         from .steward.process import Steward
 
-        stewards, masters = link()
+        try:
+            stewards, masters = link()
+        except OSError as error:
+            raise ConfigurationError(f"the steward cannot be started: {error.strerror}") from error
         steward = Steward(self._service, self._premises.control, stewards)
 
         def close_first() -> None:
@@ -199,14 +186,14 @@ class Master:
 
     def _close_in_steward(self) -> None:
         self._crew.close_masters_ends()
-        self._former.close()
         for sock in (*self._premises.sockets, *self._pool):
             sock.close()
 
     def _close_in_worker(self) -> None:
         self._crew.close_masters_ends()
-        self._former.close()
         self._premises.close_control()
+        if self._link is not None:
+            self._link.close()
 
     def _start_steward_again(self) -> None:
         self._steward_at = 0.0
@@ -230,67 +217,92 @@ class Master:
         else:
             log.warning("SIGUSR2 does nothing here: it switches a proxy")
 
-    def _on_upgrade(self, request: Message) -> None:
-        if self._upgrades is None or self._link is None:
-            raise CommandError("this server cannot be upgraded")
-        self._upgrades.order(request, self._link)
+    # The configuration
+
+    def _reload(self) -> List[str]:
+        """Read the configuration again; what has changed, for people.
+
+        Raises `ConfigurationError` or `OSError`, and all stays as it was. Handshakes that
+        begin after this one has returned know the new configuration.
+        """
+        try:
+            changes = self._read_again()
+        except (ConfigurationError, OSError) as error:
+            log.error("the configuration stays as it was: %s", error)
+            raise
+        what = ", ".join(changes) or "nothing has changed"
+        log.info("configuration read again: %s; clients that go on: %d", what, len(self._crew.clients))
+        return changes
+
+    def _read_again(self) -> List[str]:
+        service, configuration = self._service, self._load()
+        refuse_without_room(configuration, service.scoreboard_fd)
+        logs.reopen()
+        changes = configuration.changes(service.configuration)
+        if changes:
+            self._crew.dismiss()
+            self._service = service._replace(configuration=configuration)
+            if self._link is not None:
+                self._link.tell({"configuration": configuration.figures()})
+        return changes
+
+    def _on_hangup(self) -> None:
+        with suppress(ConfigurationError, OSError):  # the log has them
+            self._reload()
 
     def _on_reload(self, _request: Message) -> Message:
-        return {"done": True}
+        if self._stopping:
+            raise CommandError("the server stops")
+        return {"done": True, "changes": self._reload(), "clients": len(self._crew.clients)}
 
     # Upgrades
 
-    @property
-    def _crews(self) -> List[Crew]:
-        return [self._crew, *self._former.crews]
+    def _prepare_upgrades(self, program: Program, estate: Optional[Estate]) -> None:
+        """Imported now: the files of the next program may stand where those of this one were, when it is ordered."""
+        from .upgrade.upgrades import Upgrades
 
-    def _leave(self, number: int) -> Tuple[Estate, Kept]:
-        """What this program leaves to the next one, and the descriptors of the disk among it.
+        self._upgrades = Upgrades(program, self._leave, self._is_calm, self._crew, self._poll)
+        if estate is not None:
+            self._signals.add(signal.SIGCHLD)  # whoever has ended meanwhile
+            self._former_stewards.add(estate.steward["pid"])
+            self._upgrades.arrive(estate, self._start_steward_again)
 
-        *number* is that of the steward's request.
-        """
-        from .upgrade.estate import Estate
+    def _on_upgrade(self, request: Message) -> None:
+        if self._upgrades is None or self._link is None:
+            raise CommandError("this server cannot be upgraded: it has no control socket")
+        if self._stopping:
+            raise CommandError("the server stops")
+        self._upgrades.order(request, self._link)
 
-        assert self._program is not None and self._link is not None
-        kept, disk = Kept(), Kept()
-        estate = Estate(
-            version=__version__,
-            directory=self._program.directory,
-            mode=self._service.source.mode,
-            disk=self._service.source.pack(disk),
-            scoreboard=disk(self._service.scoreboard_fd),
-            premises=self._premises.pack(kept),
-            crews=[crew.pack(kept) for crew in self._crews],
-            pool=[kept(sock.fileno()) for sock in self._pool],
-            steward={"pid": self._steward, "link": kept(self._link.fileno()), "number": number},
-            former_stewards=[*self._former.stewards],
-            descriptors=[],
-        )
-        return estate._replace(descriptors=[*kept.fds, *disk.fds]), disk
-
-    def _may_leave(self) -> bool:
-        """Signals are blocked; one that has come is this program's to mind."""
-        if self._signals:
-            return False
+    def _is_calm(self) -> bool:
+        """Signals are blocked; whether none has come that is this program's to mind. Workers' reports are booked."""
         self._read_reports()
-        return True
+        return not self._signals
 
-    def _forget_former(self) -> None:
-        """The crews of which nobody is left."""
-        for crew in self._former.forget_empty():
-            self._poll.unregister(crew.pipes.reports_master)
-            crew.close()
+    def _leave(self, kept: Kept, disk: Kept) -> Dict[str, Any]:
+        """What the master leaves: *disk* takes the descriptors of the disk, *kept* the other ones."""
+        assert self._link is not None
+        return {
+            "mode": self._service.source.mode,
+            "disk": self._service.source.pack(disk),
+            "scoreboard": disk(self._service.scoreboard_fd),
+            "premises": self._premises.pack(kept),
+            "crew": self._crew.pack(kept),
+            "pool": [kept(sock.fileno()) for sock in self._pool],
+            "steward": {"pid": self._steward, "link": kept(self._link.fileno())},
+            "former_stewards": [*self._former_stewards],
+        }
 
     # Workers
 
     def _balance(self) -> None:
         """Keep spare workers waiting, not too few and not too many, as far as the limit of clients allows."""
-        crew, wanted = self._crew, self._limits.spare_workers
-        clients = len(crew.clients) + self._former.clients
-        room = self._limits.max_clients - clients
+        crew, (most, wanted, *_) = self._crew, self._service.configuration
+        room = most - len(crew.clients)
         crew.retire(2 * wanted)
         if room <= 0 and not self._full:
-            log.warning("%d clients are connected, which is the limit; others wait", clients)
+            what = "which is the limit" if not room else f"more than the limit of {most}"
+            log.warning("%d clients are connected, %s; others wait", len(crew.clients), what)
         self._full = room <= 0
         if self._retry_at is not None and monotonic() >= self._retry_at:
             self._retry_at = None
@@ -315,11 +327,8 @@ class Master:
         return pause
 
     def _read_reports(self) -> None:
-        self._former.read_reports()
         if self._crew.read_reports():
             self._pauses.failures = 0
-            if self._upgrades is not None:
-                self._upgrades.is_proven = True
 
     def _reap(self) -> None:
         """Whoever is not known here is a dead steward's child, of process 1 of a container, or of another program's."""
@@ -333,17 +342,16 @@ class Master:
     def _bury(self, pid: int, exit_code: int) -> None:
         if self._upgrades is not None:
             self._upgrades.bury(pid, exit_code)
-        self._former.stewards.discard(pid)
+        self._former_stewards.discard(pid)
         if pid == self._steward:
             self._steward = None
             self._drop_link()
             if not self._stopping:
                 self._on_stewards_end(exit_code)
-        for crew in self._crews:
-            if pid in crew:
-                peer = crew.bury(pid, failed=bool(exit_code))
-                if exit_code and not self._killing:
-                    self._on_failure(pid, peer, exit_code)
+        elif pid in self._crew:
+            peer = self._crew.bury(pid, failed=bool(exit_code))
+            if exit_code and not self._killing:
+                self._on_failure(pid, peer, exit_code)
 
     def _on_stewards_end(self, exit_code: int) -> None:
         """One that was told to end, as by Ctrl-C to all, has not failed."""
@@ -364,11 +372,13 @@ class Master:
 
     def _stop(self) -> int:
         """Let the workers finish what they have in hand; a second signal or `_STOP_TIME` ends that."""
-        log.info("stopping; clients connected: %d", len(self._crew.clients) + self._former.clients)
+        log.info("stopping; clients connected: %d", len(self._crew.clients))
         self._stopping = True
         for sock in (*self._premises.sockets, *self._pool):
             sock.close()
         self._premises.close_control()
+        if self._upgrades is not None:
+            self._upgrades.stop()
         self._signal_workers(signal.SIGTERM)
         deadline = monotonic() + _STOP_TIME
         hurry = False
@@ -392,7 +402,7 @@ class Master:
             os.kill(pid, number)
 
     def _children(self) -> List[int]:
-        return [*self._crew.pids(), *self._former.pids(), *([self._steward] if self._steward else [])]
+        return [*self._crew.pids(), *self._former_stewards, *([self._steward] if self._steward else [])]
 
 
 def _socket_pair(estate: Optional[Estate]) -> Tuple[socket.socket, socket.socket]:

@@ -7,6 +7,7 @@ made before the fork. One packet is one message, a JSON object:
 - ``{"number": 1, "request": {"command": "reload"}}`` from the steward: an operator's request as it came;
 - ``{"number": 1, "answer": {"done": true}}`` from the master: a line of the reply, the last one with ``done`` or
   ``error``;
+- ``{"news": {...}}`` from the master: what has changed since the steward was forked;
 - ``{"order": "leave"}`` from the master: another steward is to take this one's place. The number of what it says
   to that is 0.
 
@@ -71,6 +72,7 @@ class MasterLink:
         """What has come for the requests that somebody waits for, by their numbers."""
         self.on_answer: Callable[[], None] = do_nothing
         self._orders: List[str] = []
+        self.on_news: Callable[[Message], None] = lambda _: None
 
     def close(self) -> None:
         self._sock.close()
@@ -84,6 +86,8 @@ class MasterLink:
             for message in _messages(self._sock):
                 if "order" in message:
                     self._orders.append(message["order"])
+                elif "news" in message:
+                    self.on_news(message["news"])
                 elif message["number"] in self._answers:
                     self._answers[message["number"]].append(message["answer"])
                     self.on_answer()
@@ -165,6 +169,11 @@ class StewardLink:
         """Have the steward do what it knows by this *name*."""
         with suppress(OSError):  # nobody is there any more
             _send(self._sock, {"order": name})
+
+    def tell(self, news: Message) -> None:
+        """For a steward that was forked before."""
+        with suppress(OSError):
+            _send(self._sock, {"news": news})
 
     def _do(self, request: Message) -> Optional[Message]:
         command = self._commands.get(request["command"])

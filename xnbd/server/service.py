@@ -5,18 +5,21 @@ from __future__ import annotations
 from contextlib import closing
 from typing import NamedTuple, Optional
 
+from ..access.identity import NOBODY, Identity
+from ..access.rights import Access
 from ..errors import Disconnected, ProtocolError
 from ..logs import log
-from ..protocol.server_handshake import Agreement, Export, Exports, export_flags
+from ..protocol.server_handshake import Agreement, Denied, Export, Exports, export_flags
 from ..scoreboard.scoreboard import Scoreboard
 from ..storage.image import Source
 from ..storage.target import reopen
+from ..system.process import set_title
+from .configuration import Configuration
 from .disk import Disk
 from .process_loop import Stop
 from .session.connection import Connection
 from .session.handshake import greet, greet_oldstyle, negotiate
 from .session.loop import Session
-from .session.parking import QueueLimits
 
 
 class Service(NamedTuple):
@@ -26,10 +29,13 @@ class Service(NamedTuple):
     scoreboard_fd: int
     export_name: str
     oldstyle: bool = False
-    handshake_timeout: float = 10.0
+    configuration: Configuration = Configuration()
     spin: float = 0.0
-    limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
+
+    @property
+    def access(self) -> Access:
+        return self.configuration.access
 
     def open_disk(self) -> Disk:
         """For a worker, after the fork. Raises `OSError`."""
@@ -43,12 +49,12 @@ class Service(NamedTuple):
         source = self.source
         return Export(self.export_name, source.size, export_flags(readonly=source.readonly), source.description)
 
-    def exports(self) -> Exports:
-        """One disk, under its own name and the empty one."""
-        export = self.export()
+    def exports(self, identity: Identity = NOBODY) -> Exports:
+        """One disk, under its own name and the empty one, as far as it is there for a client with *identity*."""
+        export, rights = self.export(), self.access.rights_of(identity)
         return Exports(
-            names=lambda: [export.name],
-            find=lambda name: export if name in ("", export.name) else None,
+            names=lambda: [export.name] if rights.may_open(export.name) else [],
+            find=lambda name: rights.offer(export) if name in ("", export.name) else None,
         )
 
     def flush(self, *, hurry: bool = False) -> bool:
@@ -70,22 +76,32 @@ class Service(NamedTuple):
         disk: Disk,
         agreement: Optional[Agreement] = None,
         deadline: Optional[float] = None,
+        role: str = "worker for",
     ) -> None:
         """Serve one client until it leaves or has to go; nothing it does raises.
 
         *agreement* is what somebody else has negotiated with it already. With a
         *deadline* it has been greeted, and that is when the handshake has to be over.
+        *role* is what the process calls itself.
         """
         try:
+            set_title(role, connection.peer, self.source.name)
             disk.place.welcome(connection.peer)
-            self._serve(connection, disk, agreement, deadline)
+            agreement = agreement or self._negotiate(connection, deadline)
+            if agreement is None:
+                log.info("%s: left during the handshake", connection.peer)
+                return
+            self._welcome(connection, disk, role)
+            log.debug("%s: agreed on %s", connection.peer, agreement)
+            Session(connection, disk, agreement, self.configuration.queue_limits).run()
+            log.info("%s: left", connection.peer)
         except Stop as reason:
             log.info("%s: closed: %s", connection.peer, reason)
             connection.loop.farewell()
             connection.linger()
         except Disconnected as error:
             log.info("%s: connection lost: %s", connection.peer, error)
-        except ProtocolError as error:
+        except (ProtocolError, Denied) as error:
             log.warning("%s: disconnected: %s", connection.peer, error)
         except OSError as error:
             log.info("%s: connection lost: %s", connection.peer, error.strerror)
@@ -93,19 +109,18 @@ class Service(NamedTuple):
             disk.part()
             connection.close()
 
-    def _serve(
-        self, connection: Connection, disk: Disk, agreement: Optional[Agreement], deadline: Optional[float]
-    ) -> None:
-        if agreement is None and self.oldstyle:
-            agreement = greet_oldstyle(connection, self.export(), self.handshake_timeout)
-        elif agreement is None:
-            if deadline is None:
-                deadline = greet(connection, self.handshake_timeout)
-            agreement = negotiate(connection, self.exports(), deadline)
-        if agreement is None:
-            log.info("%s: left during the handshake", connection.peer)
-            return
-        log.info("%s: connected", connection.peer)
-        log.debug("%s: agreed on %s", connection.peer, agreement)
-        Session(connection, disk, agreement, self.limits).run()
-        log.info("%s: left", connection.peer)
+    def _negotiate(self, connection: Connection, deadline: Optional[float]) -> Optional[Agreement]:
+        if self.oldstyle:
+            export = self.access.rights_of(connection.identity).offer(self.export())
+            return greet_oldstyle(connection, export, self.configuration.handshake_timeout)
+        if deadline is None:
+            deadline = greet(connection, self.configuration.handshake_timeout)
+        return negotiate(connection, self.exports, deadline)
+
+    def _welcome(self, connection: Connection, disk: Disk, role: str) -> None:
+        """The handshake is over, and it is known who the client is."""
+        identity = connection.identity
+        log.info("%s: connected%s", connection.peer, f" as {identity}" if identity.names else "")
+        disk.place.tell_identity(str(identity) if identity.names else "")
+        if identity.at(connection.peer) != connection.peer:
+            set_title(role, identity.at(connection.peer), self.source.name)

@@ -9,12 +9,15 @@ import gc
 import os
 import select
 import signal
+from contextlib import suppress
 from time import monotonic
-from typing import List, NamedTuple, Optional, Set
+from typing import Callable, List, NamedTuple, Optional, Set
 
+from .. import logs
 from ..control.server import ControlSocket
 from ..errors import ConfigurationError
 from ..logs import log
+from ..server.configuration import Configuration
 from ..server.lobby import Guest, Lobby
 from ..server.process_loop import GRACE
 from ..system.listen import Listeners
@@ -35,12 +38,15 @@ _PIPE_SIZE = 64 << 10
 
 
 class Settings(NamedTuple):
-    """*bgctl* is as for `ProxySteering`; the timeout is in seconds."""
+    """*bgctl* is as for `ProxySteering`."""
 
     servers: Servers
     bgctl: Bgctl
-    handshake_timeout: float
-    max_clients: int
+    configuration: Configuration
+
+
+Load = Callable[[], Settings]
+"""Reads again what can change. Raises `ConfigurationError`."""
 
 
 class _Ending:
@@ -56,24 +62,27 @@ class _Ending:
 class Wrapper:
     """Serves the exports of *database* on *listeners*, and the operator at *control_path*."""
 
-    def __init__(self, listeners: Listeners, database: Database, control_path: str, settings: Settings) -> None:
-        """Raises `ConfigurationError` if the control socket cannot be had."""
+    def __init__(self, listeners: Listeners, database: Database, control_path: str, load: Load) -> None:
+        """Raises `ConfigurationError` if the control socket cannot be had, and like *load*."""
         self._listeners = listeners
         self._database = database
-        self._settings = settings
+        self._load = load
+        self._settings = settings = load()
+        configuration = settings.configuration
         self._ending: Optional[_Ending] = None
         self._signals: Set[int] = set()
         self._children = Children(self._after_fork)
-        controls = WrapperControls(self._end, self._has_ended, lambda: self._clients.count())
+        controls = WrapperControls(self._end, self._has_ended, lambda: self._clients.count(), self._reload)
         self._steering = ProxySteering(self._children, settings.servers, settings.bgctl)
         self._commands = WrapperCommands(database, self._children, settings.servers, self._steering, controls)
         self._control = ControlSocket(control_path, self._commands.table())
+        self._lobby = Lobby(configuration.handshake_timeout)
         self._clients = Clients(
             listeners,
-            Lobby(settings.handshake_timeout),
+            self._lobby,
             self._children,
             self._serve,
-            settings.max_clients,
+            configuration.max_clients,
             self._commands.book_switch,
         )
         self._wake, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -83,6 +92,11 @@ class Wrapper:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)  # they mean something to servers, and would end this process
+
+    @property
+    def servers(self) -> Servers:
+        """How the next client is served."""
+        return self._settings.servers
 
     def run(self) -> int:
         """The exit status: 0 after an orderly end, 1 if it had to be cut short."""
@@ -109,7 +123,10 @@ class Wrapper:
         os.close(self._wake_writer)
 
     def _serve(self, guest: Guest) -> Body:
-        return Client(guest, self._database, self._settings.servers, self._clients.outbox).serve
+        settings = self._settings
+        return Client(
+            guest, self._database, settings.servers, self._clients.outbox, settings.configuration.access
+        ).serve
 
     # The loop
 
@@ -136,12 +153,38 @@ class Wrapper:
         signals, self._signals = self._signals, set()
         if signals & {signal.SIGTERM, signal.SIGINT}:
             self._end(orphan=False)
-        if signal.SIGHUP in signals:
-            log.info("SIGHUP: nothing to do, a log file that was moved away is opened again by itself")
+        if signal.SIGHUP in signals and not self._ending:
+            self._on_hangup()
         if signal.SIGCHLD in signals:
             self._clients.read_reports()  # what a process said before it died is known when it is buried
             self._children.reap()
             self._control.hurry()
+
+    # The configuration
+
+    def _reload(self) -> List[str]:
+        """Read the configuration again, for clients that come from now on; what has changed, for people.
+
+        Raises `ConfigurationError`, and all stays as it was.
+        """
+        try:
+            settings = self._load()
+            logs.reopen()
+        except ConfigurationError as error:
+            log.error("the configuration stays as it was: %s", error)
+            raise
+        before, self._settings = self._settings, settings
+        self._steering.servers = settings.servers
+        self._clients.limit = settings.configuration.max_clients
+        self._lobby.timeout = settings.configuration.handshake_timeout
+        changes = settings.configuration.changes(before.configuration)
+        what = ", ".join(changes) or "nothing has changed"
+        log.info("configuration read again: %s; clients that go on: %d", what, len(self._clients))
+        return changes
+
+    def _on_hangup(self) -> None:
+        with suppress(ConfigurationError):  # the log has it
+            self._reload()
 
     # The end
 

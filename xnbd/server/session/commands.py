@@ -85,6 +85,7 @@ class Commands:
         self._counts = disk.place.counts
         self._format = replies
         self._allocation = agreement.allocation
+        self._readonly = agreement.readonly
         self._peer = peer
         self._export = agreement.export.name if agreement.export is not None else disk.name
         self._failures = Seldom()
@@ -101,6 +102,7 @@ class Commands:
     def renew(self) -> None:
         """Go on with the image that the disk has now."""
         self._image = self._disk.image
+        self.writable = not (self._image.readonly or self._readonly)
         self.page_prefetch = PagePrefetch(self._image)
         self._holes = Holes(self._image)
 
@@ -120,6 +122,8 @@ class Commands:
             raise RequestError(errno.EINVAL, f"unknown command {command}")
         if image.readonly and command in _MODIFYING:
             raise ProtocolError("client writes to a read-only disk")
+        if self._readonly and command in _MODIFYING:
+            raise RequestError(errno.EPERM, "this client may only read the disk")
         if flags & ~(_KNOWN_FLAGS[command] | c.CMD_FLAG_FUA):
             raise RequestError(errno.EINVAL, "unknown flags for this command")
         if command == c.CMD_FLUSH:

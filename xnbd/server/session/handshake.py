@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from time import monotonic
-from typing import Optional
+from typing import Callable, Optional
 
+from ...access.identity import Identity
 from ...errors import ProtocolError
 from ...logs import log
 from ...protocol import server_handshake
 from ...protocol.server_handshake import Agreement, Export, Exports
 from .connection import Connection
-
-_SHOWN_NAME = 200
 
 
 def greet(connection: Connection, timeout: float) -> float:
@@ -21,13 +20,13 @@ def greet(connection: Connection, timeout: float) -> float:
     return deadline
 
 
-def negotiate(connection: Connection, exports: Exports, deadline: float) -> Optional[Agreement]:
+def negotiate(connection: Connection, exports: Callable[[Identity], Exports], deadline: float) -> Optional[Agreement]:
     """The fixed newstyle handshake but for the greeting; None if the client has decided to leave.
 
-    Raises `ProtocolError` if it makes no sense or is not over at *deadline* (monotonic seconds).
+    *exports* says what there is for a client of the connection's identity. Raises `ProtocolError` if
+    the handshake makes no sense or is not over at *deadline* (monotonic seconds).
     """
-    machine = server_handshake.ServerHandshake(exports)
-    told = False
+    machine = server_handshake.ServerHandshake(exports(connection.identity))
     machine.on_client_flags(int.from_bytes(connection.receive_exactly(4, deadline), "big"))
     while machine.agreement is None and not machine.aborted:
         connection.loop.check()
@@ -37,9 +36,8 @@ def negotiate(connection: Connection, exports: Exports, deadline: float) -> Opti
         option, length = server_handshake.parse_option_header(header)
         data = connection.receive_exactly(length, deadline)
         reply = machine.on_option(option, data)
-        if machine.unknown is not None and not told:
-            told = True  # once: a client may ask a thousand times
-            log.warning("%s: unknown export %r", connection.peer, machine.unknown[:_SHOWN_NAME])
+        for line in machine.news():
+            log.warning("%s: %s", connection.peer, line)
         try:
             connection.send_until(reply, deadline)
         except OSError:
@@ -51,4 +49,4 @@ def negotiate(connection: Connection, exports: Exports, deadline: float) -> Opti
 def greet_oldstyle(connection: Connection, export: Export, timeout: float) -> Agreement:
     """The oldstyle handshake, in which only the server speaks."""
     connection.send_until(server_handshake.pack_oldstyle(export), monotonic() + timeout)
-    return Agreement(export)
+    return server_handshake.agreement_on(export)

@@ -148,7 +148,7 @@ class Session:
         batches, plain, complete = 0, True, True
         while True:
             readable, flat = min(readable_now(), size), image.flat
-            writable = -1 if image.readonly else readable
+            writable = readable if commands.writable else -1
             announce = page_prefetch.announce if page_prefetch.active else None
             position, end, read_first = receive_buffer.start, receive_buffer.end, 0
             if end - position >= several and flat is not None and not announce and not parking.blocked:

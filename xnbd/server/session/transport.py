@@ -47,7 +47,7 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the descriptor."""
+        """Let go of the descriptor, without a word to the client: another process may serve it on."""
 
 
 class PlainTransport(Transport):

@@ -60,6 +60,7 @@ class Context:
         """In the steward's own process. Raises `OSError`."""
         self.service = service
         self.source = service.source
+        self.configuration = service.configuration
         self.loop = loop
         self.master = master
         self.scoreboard = Scoreboard(reopen(service.scoreboard_fd, readonly=False))

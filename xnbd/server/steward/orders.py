@@ -94,7 +94,13 @@ class MasterOrders(Duty):
     """Passes on what is the master's to do."""
 
     def __init__(self, context: Context) -> None:
+        self._context = context
         self._link = context.master
+        if self._link is not None:
+            self._link.on_news = self._on_news
+
+    def _on_news(self, news: Message) -> None:
+        self._context.configuration = self._context.configuration._replace(**news["configuration"])
 
     def commands(self) -> CommandTable:
         return dict.fromkeys(_MASTERS, self._ask)

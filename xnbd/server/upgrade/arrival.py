@@ -19,9 +19,9 @@ from typing import Any, Callable, Dict, Mapping, Optional
 
 from ... import __version__
 from ...logs import log
+from ..crew import Crew
 from ..master_link import StewardLink
 from .estate import Estate
-from .former import Former
 
 _PATIENCE = 20.0
 """Seconds that the old steward may take until it gives way."""
@@ -32,9 +32,10 @@ Message = Dict[str, Any]
 class FormerSteward:
     """The steward of the program before, until it has given way and its operator has the answer."""
 
-    def __init__(self, packed: Mapping[str, Any]) -> None:
+    def __init__(self, packed: Mapping[str, Any], number: int) -> None:
+        """*number* is the request that it waits for."""
         self.pid: int = packed["pid"]
-        self._number: int = packed["number"]
+        self._number = number
         self.link = StewardLink(socket.socket(fileno=packed["link"]), {"left": self._on_left})
         self._deadline = monotonic() + _PATIENCE
         self.has_left = False
@@ -65,33 +66,29 @@ class FormerSteward:
 class Arrival:
     """What has to be done once, step by step; *start_steward* when the old one has given way."""
 
-    def __init__(self, estate: Estate, former: Former, poll: select.poll, start_steward: Callable[[], None]) -> None:
+    def __init__(self, estate: Estate, crew: Crew, poll: select.poll, start_steward: Callable[[], None]) -> None:
         self._version = estate.version
-        self._former = former
+        self._crew = crew
         self._poll = poll
         self._start_steward = start_steward
-        self._steward: Optional[FormerSteward] = None
         self._has_steward = False
-        self._clients = former.clients
         self.is_over = False
-        if estate.steward is not None:
-            self._steward = FormerSteward(estate.steward)
-            former.stewards.add(self._steward.pid)
-            poll.register(self._steward.link, select.POLLIN)
+        self._steward: Optional[FormerSteward] = FormerSteward(estate.steward, estate.number)
+        poll.register(self._steward.link, select.POLLIN)
 
     def deadline(self) -> Optional[float]:
         """When `progress` wants to be called (monotonic seconds)."""
         return None if self._steward is None or self._has_steward else self._steward.deadline()
 
-    def progress(self, *, proven: bool) -> None:
-        """*proven*: a new worker can work."""
+    def progress(self) -> None:
+        """Take the next step."""
         if self._steward is not None and not self._steward.progress():
             self._drop_steward()
         if not self._has_steward and (self._steward is None or self._steward.has_left):
             self._has_steward = True
             self._start_steward()
-        if self._has_steward and proven:
-            self._former.dismiss()
+        if self._has_steward and self._crew.has_proven_spares:
+            self._crew.let_go()
             self._end()
 
     def bury(self, pid: int) -> None:
@@ -106,8 +103,9 @@ class Arrival:
             self._steward = None
 
     def _end(self) -> None:
-        outcome: Message = {"from": self._version, "to": __version__, "moved": 0, "staying": self._clients}
-        log.info("upgraded, %s -> %s; %d clients stay", self._version, __version__, self._clients)
+        staying = sum(pid in self._crew.dismissed for pid in self._crew.clients)
+        outcome: Message = {"from": self._version, "to": __version__, "moved": 0, "staying": staying}
+        log.info("upgraded, %s -> %s; %d clients stay", self._version, __version__, staying)
         if self._steward is not None:
             self._steward.answer({"done": True, **outcome})
         self._drop_steward()

@@ -39,9 +39,11 @@ class Estate(NamedTuple):
     disk: Packed
     scoreboard: int
     premises: Packed
-    crews: List[Packed]
+    crew: Packed
     pool: List[int]
-    steward: Optional[Packed]
+    steward: Packed
+    number: int
+    """Of the steward's request, which is answered when the next program is at work."""
     former_stewards: List[int]
     """Process ids of those that have given way to a steward of a later program, and have not ended yet."""
     descriptors: List[int]

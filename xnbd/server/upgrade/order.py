@@ -37,7 +37,7 @@ class Order:
         self._only_check = flag_argument(request, "check")
         self._program = program.at(text_argument(request, "program"))
         self._answer = answer
-        self._clients = sum(len(crew["clients"]) for crew in estate.crews)
+        self._clients = len(estate.crew["clients"])
         fd = write_estate(estate)
         try:
             self._check: Optional[Check] = Check(self._program, fd, disk)

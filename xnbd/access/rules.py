@@ -1,0 +1,129 @@
+"""The file of ``--tls-authz``: lines ``IDENTITY EXPORT rw|ro``, of which the first one that fits decides.
+
+Words are separated by spaces. A word with spaces stands in double quotes. A ``#`` at the beginning of a word begins a
+comment. What a pattern is, `patterns` says.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from typing import List, NamedTuple, Optional, Sequence
+
+from ..errors import ConfigurationError
+from ..text import one_line
+from .identity import Identity
+from .patterns import IdentityPattern, Token, fits, parse_identity, parse_name, parse_pattern
+
+ANONYMOUS = "anonymous"
+"""Stands in place of IDENTITY for clients that have proved nothing. No pattern fits these."""
+
+_LARGEST = 4 << 20
+_WORD = re.compile(r"""[ \t]*(?:(#.*)|"((?:\\.|[^"\\])*)"(?![^ \t])|((?:\\.|[^ \t"\\])+)(?![^ \t]))""")
+
+
+class Rule(NamedTuple):
+    """A line: whom it is for, None for clients that have proved nothing, and which exports they may open."""
+
+    identity: Optional[IdentityPattern]
+    export: Sequence[Token]
+    writable: bool
+
+
+class Selection:
+    """Those of the rules that are for one client."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._rules = rules
+
+    def writable(self, name: str) -> Optional[bool]:
+        """Whether the client may write to the export *name*; None if it may not open it."""
+        return next((rule.writable for rule in self._rules if fits(rule.export, name)), None)
+
+
+def select(rules: Sequence[Rule], identity: Identity) -> Selection:
+    """Those of *rules* of which a name of *identity* fits."""
+    if not identity.names:
+        return Selection([rule for rule in rules if rule.identity is None])
+    names = list(filter(None, map(parse_name, identity.names)))
+    return Selection([rule for rule in rules if rule.identity and any(map(rule.identity.fits, names))])
+
+
+class RuleFile:
+    """The rules in the file at *path*, as they were when all of it made sense the last time."""
+
+    def __init__(self, path: str) -> None:
+        """Raises `ConfigurationError`."""
+        self.path = path
+        self.load()
+
+    def load(self) -> None:
+        """Read the file again. Raises `ConfigurationError`, and the rules stay what they were."""
+        self.rules = parse_rules(_read(self.path), self.path)
+
+    def select(self, identity: Identity) -> Selection:
+        return select(self.rules, identity)
+
+    @property
+    def know_anonymous(self) -> bool:
+        """Whether a client that has proved nothing may open anything."""
+        return any(rule.identity is None for rule in self.rules)
+
+
+def parse_rules(data: bytes, path: str) -> List[Rule]:
+    """The rules in *data*, the content of the file at *path*. Raises `ConfigurationError` (``FILE:LINE: ...``)."""
+    rules = []
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], 1):
+        try:
+            rule = _parse_line(line.removesuffix(b"\r").decode())
+        except ValueError as error:
+            reason = "it is no UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            raise ConfigurationError(f"{path}:{number}: {reason}") from None
+        if rule is not None:
+            rules.append(rule)
+    return rules
+
+
+def _parse_line(line: str) -> Optional[Rule]:
+    """None for a line without a rule. Raises `ValueError`."""
+    words = _split(line)
+    if not words:
+        return None
+    if len(words) != 3:
+        raise ValueError(f"expected IDENTITY EXPORT rw|ro, and there are {len(words)} words")
+    identity, export, right = words
+    if right not in ("rw", "ro"):
+        raise ValueError(f"{right!r}: expected rw or ro")
+    whom = None if identity == ANONYMOUS else parse_identity(identity)
+    return Rule(whom, parse_pattern(export), right == "rw")
+
+
+def _split(line: str) -> List[str]:
+    """The words of *line*. Raises `ValueError`."""
+    if not line.replace("\t", " ").isprintable():
+        raise ValueError(f"a character that cannot be printed: {one_line(line)}")
+    words, at = [], 0
+    while line[at:].strip(" \t"):
+        word = _WORD.match(line, at)
+        if word is None:
+            raise ValueError('a double quote or a backslash without its other half (see "quotes" in the manual)')
+        if word[1] is not None:
+            break
+        words.append(word[3] if word[2] is None else word[2])
+        at = word.end()
+    return words
+
+
+def _read(path: str) -> bytes:
+    """Raises `ConfigurationError`."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigurationError(f"the rules {path} are no regular file")
+            data = file.read(_LARGEST + 1)
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the rules {path}: {error.strerror}") from error
+    if len(data) > _LARGEST:
+        raise ConfigurationError(f"the rules {path} have more than {_LARGEST} bytes")
+    return data
