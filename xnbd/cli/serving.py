@@ -24,15 +24,15 @@ from ..system.process import (
     Daemon,
     PidFile,
     leave_terminal,
-    notify_service_manager,
     require_descriptors,
     take_client_socket,
 )
+from ..system.service_manager import ServiceManager
 from .options import CowOptions, Introduced, ListenOptions, ManyClients, OneClient, ServerOptions, TargetOptions
 
 if TYPE_CHECKING:
     from ..server.configuration import Load
-    from ..server.premises import Premises
+    from ..server.premises import Premises, Surroundings
     from ..server.upgrade.program import Program
 
 
@@ -147,10 +147,11 @@ def _client_socket(fd: Optional[int], client: Optional[int]) -> socket.socket:
 def _serve_many(options: ServerOptions, clients: ManyClients, words: Sequence[str]) -> int:
     """Clients that connect, each in a process of its own."""
     from ..server.master import ORDERS
-    from ..server.premises import Premises
+    from ..server.premises import Premises, Surroundings
 
     signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)  # whoever can connect may send them
     program = own_program(words) if options.control_path else None
+    manager = ServiceManager()
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if clients.daemonize else None
@@ -158,7 +159,7 @@ def _serve_many(options: ServerOptions, clients: ManyClients, words: Sequence[st
     try:
         service = _open_service(options, max(options.configuration.processes, _ROOM))
         _listen(clients.listen, listeners)
-        status = _run_master(service, premises, clients.load, daemon, program)
+        status = _run_master(service, premises, clients.load, Surroundings(manager, program), daemon)
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
     except ConfigurationError as error:
@@ -198,13 +199,13 @@ _DESCRIPTORS = {"target": 26, "cow": 34, "proxy": 42}
 
 
 def _run_master(
-    service: Service, premises: Premises, load: Load, daemon: Optional[Daemon], program: Optional[Program]
+    service: Service, premises: Premises, load: Load, surroundings: Surroundings, daemon: Optional[Daemon]
 ) -> int:
     from ..server.master import Master
 
     require_descriptors(_DESCRIPTORS[service.source.mode])
     premises.control = _listen_for_operators(service)
-    master = Master(service, premises, load, program)
+    master = Master(service, premises, load, surroundings)
     try:
         if service.needs_steward:
             master.start_steward(leave_terminal if daemon else do_nothing)
@@ -216,5 +217,5 @@ def _run_master(
     log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, premises.listeners)
     if daemon:
         daemon.ready()
-    notify_service_manager("READY=1")
+    surroundings.manager.ready()
     return master.run()

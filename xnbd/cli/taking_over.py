@@ -16,14 +16,15 @@ from ..errors import ConfigurationError
 from ..logs import log
 from ..scoreboard.layout import OtherVersion, check_header
 from ..scoreboard.scoreboard import Scoreboard
-from ..server.premises import Premises
+from ..server.premises import Premises, Surroundings
 from ..server.service import Service
 from ..server.upgrade.estate import Estate, read_estate
 from ..server.upgrade.program import Program, split_words
 from ..storage.image import Source
 from ..storage.target import TargetSource
 from ..system.kept import Kept
-from ..system.process import notify_service_manager, paths_from
+from ..system.process import paths_from
+from ..system.service_manager import ServiceManager
 from .options import CowOptions, LogOptions, ManyClients, ServerOptions, TargetOptions
 from .program import begin, print_answer
 from .server_options import server_options
@@ -98,11 +99,12 @@ def _tell_check() -> int:
 def _serve(service: Service, estate: Estate, clients: ManyClients, own: Program) -> int:
     from ..server.master import Master
 
+    manager = ServiceManager()
     premises = Premises.unpack(estate.premises)
     try:
-        master = Master(service, premises, clients.load, own, estate)
+        master = Master(service, premises, clients.load, Surroundings(manager, own), estate)
         log.info("%s goes on where %s was", __version__, estate.version)
-        notify_service_manager("READY=1")
+        manager.ready()
         status = master.run()
         service.source.close()  # before the pid file goes, as after any other start
         return status

@@ -11,7 +11,8 @@ from ..errors import ConfigurationError
 from ..logs import log
 from ..server.configuration import Configuration
 from ..system.listen import DEFAULT_PORT, Listeners
-from ..system.process import Daemon, notify_service_manager, require_descriptors
+from ..system.process import Daemon, require_descriptors
+from ..system.service_manager import ServiceManager
 from ..wrapper.child_output import program
 from ..wrapper.children import Body
 from ..wrapper.database import Database
@@ -30,12 +31,13 @@ _DESCRIPTORS = 48
 def wrap(options: WrapperOptions) -> int:
     """Serve until the end; the exit status. Raises `ConfigurationError` if that cannot begin."""
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))  # until there is a `Wrapper`
+    manager = ServiceManager()
     load = partial(_settings, options, _foreign_servers(options) if options.server_command else _own_servers(options))
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if options.daemonize else None
     try:
-        return _run(options, load, listeners, daemon)
+        return _run(options, load, listeners, daemon, manager)
     except ConfigurationError as error:
         if daemon:
             daemon.failed(error.exit_status)
@@ -90,7 +92,9 @@ def _bgctl(command: List[str], words: List[str]) -> Body:
     return program([*command, *words]) if command else partial(run_bgctl, words)
 
 
-def _run(options: WrapperOptions, load: Load, listeners: Listeners, daemon: Optional[Daemon]) -> int:
+def _run(
+    options: WrapperOptions, load: Load, listeners: Listeners, daemon: Optional[Daemon], manager: ServiceManager
+) -> int:
     database = Database(options.database_path)
     for name, export in database.exports.items():
         for path in paths_of(export).values():
@@ -98,13 +102,13 @@ def _run(options: WrapperOptions, load: Load, listeners: Listeners, daemon: Opti
     _add_images(database, options.images)
     _listen(options.listen, listeners)
     require_descriptors(_DESCRIPTORS)
-    wrapper = Wrapper(listeners, database, options.control_path, load)
+    wrapper = Wrapper(listeners, database, options.control_path, load, manager)
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
     if not wrapper.servers.extended:
         log.info("%s does not know --negotiated: clients are offered simple replies", wrapper.servers.program)
     if daemon:
         daemon.ready()
-    notify_service_manager("READY=1")
+    manager.ready()
     return wrapper.run()
 
 

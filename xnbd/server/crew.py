@@ -68,6 +68,11 @@ class Crew:
     def pids(self) -> List[int]:
         return list(self.dismissed.union(self.spares, self.clients))
 
+    @property
+    def has_proven_spare(self) -> bool:
+        """Whether a client that comes now finds a worker."""
+        return bool(self.spares - self.unproven)
+
     def join(self, pid: int) -> None:
         """The worker *pid* was forked."""
         self.spares.add(pid)
@@ -130,11 +135,6 @@ class Crew:
             os.close(retirements)
             os.close(retirements_master)
         self._apart.clear()
-
-    @property
-    def has_proven_spares(self) -> bool:
-        """Whether a worker waits for clients that is not to be dismissed, and can work."""
-        return len(self.spares) > len(self.unproven)
 
     def retire(self, most: int) -> None:
         """End spare workers, if there are more than *most*."""

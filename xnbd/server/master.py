@@ -23,11 +23,13 @@ from ..system.forking import SIGNALS, fork
 from ..system.kept import Kept
 from ..system.polling import poll_patiently, read_pipe
 from ..system.process import set_title
-from .configuration import Load, refuse_without_room
+from .configuration import Configuration, Load, refuse_without_room
 from .crew import Crew
-from .premises import Premises
+from .premises import Premises, Surroundings
 from .process_loop import GRACE
+from .reloads import Reloads
 from .service import Service
+from .vitals import Vitals
 from .worker import Pool, Worker
 
 if TYPE_CHECKING:
@@ -66,17 +68,15 @@ class Master:
         service: Service,
         premises: Premises,
         load: Load,
-        program: Optional[Program] = None,
+        surroundings: Surroundings,
         estate: Optional[Estate] = None,
     ) -> None:
-        """*load* reads again what the service's configuration comes from.
-
-        *program* is the one that runs, if it can be replaced. *estate* is what the one before has left.
-        """
+        """*load* reads again what the service's configuration comes from; *estate* is left by the program before."""
+        self._manager = manager = surroundings.manager
+        self._vitals = Vitals(manager, needs_steward=service.needs_steward)
+        self._reloads = Reloads(load, self._adopt, manager)
         self._service = service
         self._premises = premises
-        self._load = load
-        self._program = program
         self._crew = Crew.new() if estate is None else Crew.unpack(estate.crew)
         self._signals: Set[int] = set()
         self._retry_at: Optional[float] = None
@@ -97,8 +97,8 @@ class Master:
         self._poll.register(self._crew.pipes.reports_master, select.POLLIN)
         self._former_stewards: Set[int] = set() if estate is None else set(estate.former_stewards)
         self._upgrades: Optional[Upgrades] = None
-        if program is not None:
-            self._prepare_upgrades(program, estate)
+        if surroundings.program is not None:
+            self._prepare_upgrades(surroundings.program, estate)
 
     def abandon(self) -> None:
         """Instead of `run`: the start has failed. A steward ends by itself."""
@@ -117,11 +117,12 @@ class Master:
                 self._start_steward_again()
             if self._upgrades is not None:
                 self._upgrades.progress()
+            self._vitals.progress(self._crew, self._link, self._reloads.failure)
             signals = self._wait(min(self._deadlines(), default=None))
             if signals & {signal.SIGTERM, signal.SIGINT}:
                 return self._stop()
             if signal.SIGHUP in signals:
-                self._on_hangup()
+                self._reloads.on_hangup()
             if signal.SIGUSR1 in signals:
                 self._ask_for_snapshot()
             if signal.SIGUSR2 in signals:
@@ -130,7 +131,7 @@ class Master:
     def _deadlines(self) -> List[float]:
         """When something has to be done, whatever happens (monotonic seconds)."""
         upgrade = None if self._upgrades is None else self._upgrades.deadline()
-        return [time for time in (self._retry_at, self._steward_at, upgrade) if time]
+        return [time for time in (self._retry_at, self._steward_at, self._vitals.deadline(), upgrade) if time]
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signals.add(number)
@@ -219,23 +220,9 @@ class Master:
 
     # The configuration
 
-    def _reload(self) -> List[str]:
-        """Read the configuration again; what has changed, for people.
-
-        Raises `ConfigurationError` or `OSError`, and all stays as it was. Handshakes that
-        begin after this one has returned know the new configuration.
-        """
-        try:
-            changes = self._read_again()
-        except (ConfigurationError, OSError) as error:
-            log.error("the configuration stays as it was: %s", error)
-            raise
-        what = ", ".join(changes) or "nothing has changed"
-        log.info("configuration read again: %s; clients that go on: %d", what, len(self._crew.clients))
-        return changes
-
-    def _read_again(self) -> List[str]:
-        service, configuration = self._service, self._load()
+    def _adopt(self, configuration: Configuration) -> List[str]:
+        """Put *configuration* into use, as `Reloads` wants it: workers that know the former one begin nothing more."""
+        service = self._service
         refuse_without_room(configuration, service.scoreboard_fd)
         logs.reopen()
         changes = configuration.changes(service.configuration)
@@ -246,14 +233,10 @@ class Master:
                 self._link.tell({"configuration": configuration.figures()})
         return changes
 
-    def _on_hangup(self) -> None:
-        with suppress(ConfigurationError, OSError):  # the log has them
-            self._reload()
-
     def _on_reload(self, _request: Message) -> Message:
         if self._stopping:
             raise CommandError("the server stops")
-        return {"done": True, "changes": self._reload(), "clients": len(self._crew.clients)}
+        return {"done": True, "changes": self._reloads.reload(), "clients": len(self._crew.clients)}
 
     # Upgrades
 
@@ -374,6 +357,7 @@ class Master:
         """Let the workers finish what they have in hand; a second signal or `_STOP_TIME` ends that."""
         log.info("stopping; clients connected: %d", len(self._crew.clients))
         self._stopping = True
+        self._manager.stopping()
         for sock in (*self._premises.sockets, *self._pool):
             sock.close()
         self._premises.close_control()

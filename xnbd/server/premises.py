@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import socket
-from typing import Any, Dict, List, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Optional
 
 from ..system.kept import Kept
 from ..system.listen import Listeners, UnixSocket
 from ..system.process import PidFile
+from ..system.service_manager import ServiceManager
+
+if TYPE_CHECKING:
+    from .upgrade.program import Program
+
+
+class Surroundings(NamedTuple):
+    """Who has started the server, and the program that runs, if it can be replaced by another one."""
+
+    manager: ServiceManager
+    program: Optional[Program] = None
 
 
 class Premises:

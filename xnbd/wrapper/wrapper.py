@@ -9,7 +9,6 @@ import gc
 import os
 import select
 import signal
-from contextlib import suppress
 from time import monotonic
 from typing import Callable, List, NamedTuple, Optional, Set
 
@@ -20,9 +19,11 @@ from ..logs import log
 from ..server.configuration import Configuration
 from ..server.lobby import Guest, Lobby
 from ..server.process_loop import GRACE
+from ..server.reloads import Reloads
 from ..system.listen import Listeners
 from ..system.polling import poll_patiently
 from ..system.process import set_title
+from ..system.service_manager import ServiceManager
 from .children import SIGNALS, Body, Children
 from .client import PROGRAM, Client
 from .clients import Clients
@@ -62,17 +63,20 @@ class _Ending:
 class Wrapper:
     """Serves the exports of *database* on *listeners*, and the operator at *control_path*."""
 
-    def __init__(self, listeners: Listeners, database: Database, control_path: str, load: Load) -> None:
+    def __init__(
+        self, listeners: Listeners, database: Database, control_path: str, load: Load, manager: ServiceManager
+    ) -> None:
         """Raises `ConfigurationError` if the control socket cannot be had, and like *load*."""
+        self._manager = manager
+        self._reloads = Reloads(load, self._adopt, manager)
         self._listeners = listeners
         self._database = database
-        self._load = load
         self._settings = settings = load()
         configuration = settings.configuration
         self._ending: Optional[_Ending] = None
         self._signals: Set[int] = set()
         self._children = Children(self._after_fork)
-        controls = WrapperControls(self._end, self._has_ended, lambda: self._clients.count(), self._reload)
+        controls = WrapperControls(self._end, self._has_ended, lambda: self._clients.count(), self._reloads.reload)
         self._steering = ProxySteering(self._children, settings.servers, settings.bgctl)
         self._commands = WrapperCommands(database, self._children, settings.servers, self._steering, controls)
         self._control = ControlSocket(control_path, self._commands.table())
@@ -110,7 +114,16 @@ class Wrapper:
             self._control.progress()
             if self._ending:
                 self._press(self._ending)
+            self._tell_manager()
         return self._leave()
+
+    def _tell_manager(self) -> None:
+        """While this loop turns the wrapper is alive: what it waits for is nobody's fault, or another process's."""
+        if self._manager.listens:
+            exports = f"exports: {len(self._database.exports)}"
+            parts = (f"clients: {len(self._clients)}", exports, self._reloads.failure)
+            self._manager.show("; ".join(filter(None, parts)))
+            self._manager.progress(lambda: True)
 
     # In the children
 
@@ -141,7 +154,8 @@ class Wrapper:
         for fd in (self._wake, *self._clients.interests()):
             poll.register(fd, select.POLLIN)
         ending = self._ending.deadline if self._ending else None
-        deadlines = [time for time in (self._control.deadline(), self._clients.deadline(), ending) if time is not None]
+        times = (self._control.deadline(), self._clients.deadline(), ending, self._manager.deadline())
+        deadlines = [time for time in times if time is not None]
         timeout = max(0.0, (min(deadlines) - monotonic()) * 1000) if deadlines else None
         return {fd for fd, _ in poll_patiently(poll, timeout)}
 
@@ -154,7 +168,7 @@ class Wrapper:
         if signals & {signal.SIGTERM, signal.SIGINT}:
             self._end(orphan=False)
         if signal.SIGHUP in signals and not self._ending:
-            self._on_hangup()
+            self._reloads.on_hangup()
         if signal.SIGCHLD in signals:
             self._clients.read_reports()  # what a process said before it died is known when it is buried
             self._children.reap()
@@ -162,29 +176,14 @@ class Wrapper:
 
     # The configuration
 
-    def _reload(self) -> List[str]:
-        """Read the configuration again, for clients that come from now on; what has changed, for people.
-
-        Raises `ConfigurationError`, and all stays as it was.
-        """
-        try:
-            settings = self._load()
-            logs.reopen()
-        except ConfigurationError as error:
-            log.error("the configuration stays as it was: %s", error)
-            raise
-        before, self._settings = self._settings, settings
+    def _adopt(self, settings: Settings) -> List[str]:
+        """Put *settings* into use for clients that come from now on, as `Reloads` wants it."""
+        logs.reopen()
+        before, self._settings = self._settings.configuration, settings
         self._steering.servers = settings.servers
         self._clients.limit = settings.configuration.max_clients
         self._lobby.timeout = settings.configuration.handshake_timeout
-        changes = settings.configuration.changes(before.configuration)
-        what = ", ".join(changes) or "nothing has changed"
-        log.info("configuration read again: %s; clients that go on: %d", what, len(self._clients))
-        return changes
-
-    def _on_hangup(self) -> None:
-        with suppress(ConfigurationError):  # the log has it
-            self._reload()
+        return settings.configuration.changes(before)
 
     # The end
 
@@ -196,6 +195,7 @@ class Wrapper:
         fate = "they keep their servers" if orphan else "their servers stop"
         log.info("stopping; %d clients are connected, %s", len(self._clients), fate)
         self._ending = _Ending(orphan=orphan)
+        self._manager.stopping()
         self._clients.stop_listening()
         self._steering.interrupt()
         if not orphan:

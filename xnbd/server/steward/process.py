@@ -32,6 +32,7 @@ from .orders import ControlOrders, MasterOrders, SignalOrders
 from .query import Query
 from .snapshots import Snapshots
 from .switching import Switching
+from .telling import Telling
 
 _LOOK_EVERY = 1.0
 """Seconds after which every duty looks at what other servers have done, of whose signals this one need not hear."""
@@ -178,4 +179,5 @@ def _duties_of_a_proxy(context: Context, cache: Cache) -> List[Duty]:
         Moving(context, cache, lock),
         lock,
         durability,
+        Telling(context, cache),
     ]

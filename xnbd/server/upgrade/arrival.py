@@ -87,7 +87,7 @@ class Arrival:
         if not self._has_steward and (self._steward is None or self._steward.has_left):
             self._has_steward = True
             self._start_steward()
-        if self._has_steward and self._crew.has_proven_spares:
+        if self._has_steward and self._crew.has_proven_spare:
             self._crew.let_go()
             self._end()
 
