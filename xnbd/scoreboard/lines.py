@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any, Iterator, List, NamedTuple, Tuple
 
 from ..system.file_locks import RangeLocks
-from .counters import Counts, new_counts
+from .counters import Counts, new_counts, wrapped
 from .layout import LINE, LINE_LOCKS, LINE_SIZE, LINES_AT, NAME_LOCKS
 
 _UNUSED = 64
@@ -132,7 +132,7 @@ class Lines:
         requests, buffered = self._get(at, "queue")
         peer, trouble = (text_of(self._get(at, name)[0]) for name in ("peer", "trouble"))
         (namespace,) = self._get(at, "namespace")
-        counts = counts.minus(before)
+        counts = wrapped(counts.minus(before))
         return Line(self.pid(at), mode, since, counts, origin, requests, buffered, peer, trouble, namespace)
 
     def _get(self, at: int, name: str) -> Tuple[Any, ...]:

@@ -83,7 +83,7 @@ class Master:
         self._steward: Optional[int] = None
         self._steward_at = 0.0
         self._link: Optional[StewardLink] = None
-        self._pool = Pool(*socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
+        self._pool = Pool.new()
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         for number in SIGNALS:

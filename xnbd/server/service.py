@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import NamedTuple, Optional
+from time import monotonic
+from typing import Callable, NamedTuple, Optional
 
 from ..errors import Disconnected, ProtocolError
 from ..logs import log
@@ -12,11 +13,20 @@ from ..scoreboard.scoreboard import Scoreboard
 from ..storage.image import Source
 from ..storage.target import reopen
 from .disk import Disk
+from .handover.arrival import Arrival
+from .handover.departure import Departure
 from .process_loop import Stop
 from .session.connection import Connection
 from .session.handshake import greet, greet_oldstyle, negotiate
 from .session.loop import Session
 from .session.parking import QueueLimits
+
+
+class Came(NamedTuple):
+    """A client that another process had; *tell* is told how many seconds it had to wait."""
+
+    arrival: Arrival
+    tell: Callable[[float], None]
 
 
 class Service(NamedTuple):
@@ -70,15 +80,23 @@ class Service(NamedTuple):
         disk: Disk,
         agreement: Optional[Agreement] = None,
         deadline: Optional[float] = None,
+        came: Optional[Came] = None,
+        departure: Optional[Departure] = None,
     ) -> None:
         """Serve one client until it leaves or has to go; nothing it does raises.
 
         *agreement* is what somebody else has negotiated with it already. With a
-        *deadline* it has been greeted, and that is when the handshake has to be over.
+        *deadline* it has been greeted, and that is when the handshake has to be over. One
+        that *came* from another process goes on as it was there. By the *departure* it
+        may go to another one.
         """
         try:
+            departure = departure or Departure(connection.loop)
+            if came is not None:
+                self._go_on(connection, disk, came, departure)
+                return
             disk.place.welcome(connection.peer)
-            self._serve(connection, disk, agreement, deadline)
+            self._serve(connection, disk, agreement, deadline, departure)
         except Stop as reason:
             log.info("%s: closed: %s", connection.peer, reason)
             connection.loop.farewell()
@@ -93,8 +111,30 @@ class Service(NamedTuple):
             disk.part()
             connection.close()
 
+    def _go_on(self, connection: Connection, disk: Disk, came: Came, departure: Departure) -> None:
+        frozen = came.arrival.session
+        disk.place.welcome(connection.peer, frozen.visit)
+        session = Session(connection, disk, frozen.agreement, self.limits, departure)
+        session.thaw(frozen)
+        pause = monotonic() - frozen.frozen_at
+        came.tell(pause)
+        log.info("%s: goes on, process %d had it before; pause %.1f ms", connection.peer, came.arrival.pid, pause * 1e3)
+        self._run(session, connection, departure)
+
+    def _run(self, session: Session, connection: Connection, departure: Departure) -> None:
+        session.run()
+        if departure.taken_by:
+            log.info("%s: goes over to process %d", connection.peer, departure.taken_by)
+        else:
+            log.info("%s: left", connection.peer)
+
     def _serve(
-        self, connection: Connection, disk: Disk, agreement: Optional[Agreement], deadline: Optional[float]
+        self,
+        connection: Connection,
+        disk: Disk,
+        agreement: Optional[Agreement],
+        deadline: Optional[float],
+        departure: Departure,
     ) -> None:
         if agreement is None and self.oldstyle:
             agreement = greet_oldstyle(connection, self.export(), self.handshake_timeout)
@@ -107,5 +147,4 @@ class Service(NamedTuple):
             return
         log.info("%s: connected", connection.peer)
         log.debug("%s: agreed on %s", connection.peer, agreement)
-        Session(connection, disk, agreement, self.limits).run()
-        log.info("%s: left", connection.peer)
+        self._run(Session(connection, disk, agreement, self.limits, departure), connection, departure)
