@@ -135,23 +135,13 @@ def _upgrade(options: SteeringOptions) -> None:
             if str(error).startswith("there is no command"):
                 raise ConfigurationError("the server is of a version that cannot be upgraded: restart it") from None
             raise
-    change = f"{shown(answer['from'])} -> {shown(answer['to'])}"
     if options.check:
+        change = shown(f"{answer['from']} -> {answer['to']}")
         print_outcome(f"{change} is possible, with {counted(answer['clients'], 'client')}; nothing was changed\n")
-    else:
-        print_outcome(f"{change}: {_moved(answer)}\n")
+        return
+    from ..server.upgrade.outcome import Outcome
 
-
-def _moved(answer: Message) -> str:
-    """What became of the clients."""
-    text = f"{counted(answer['moved'], 'client')} moved"
-    if answer.get("longest_pause_ms") is not None:
-        text += f", longest pause {answer['longest_pause_ms']:.0f} ms"
-    if answer["staying"]:
-        text += f"; {answer['staying']} stay with {shown(answer['from'])} until they leave"
-        if answer.get("reasons"):
-            text += f" ({', '.join(map(shown, answer['reasons']))})"
-    return text
+    print_outcome(f"{shown(Outcome.parse(answer))}\n")
 
 
 def _reload(options: SteeringOptions) -> None:

@@ -18,7 +18,18 @@ from ..scoreboard.layout import TARGET
 from ..scoreboard.scoreboard import Scoreboard
 from ..storage import image_use
 from ..storage.blocks import BLOCK_SHIFT, block_count, block_start, block_stop, covered, touched
-from ..storage.image import FETCH_STEP, Buffer, Extent, Image, NotLocal, Parcel, Source, Ticket
+from ..storage.image import (
+    FETCH_STEP,
+    Buffer,
+    Extent,
+    Identity,
+    Image,
+    NotLocal,
+    Parcel,
+    Source,
+    Ticket,
+    file_identity,
+)
 from ..storage.target import TargetImage, reopen
 from ..storage.writeback import WriteBack
 from ..system.kept import Kept
@@ -326,6 +337,9 @@ class ProxySource(Source[Scoreboard]):
 
     def is_whole(self, scoreboard: Scoreboard) -> bool:
         return scoreboard.mode == TARGET
+
+    def identity(self) -> Identity:
+        return file_identity(self._cache_fd)
 
     def allocated(self) -> int:
         return os.fstat(self._cache_fd).st_blocks * 512

@@ -8,7 +8,9 @@ from typing import Any, Dict, List, Mapping, Set, Tuple
 
 from ..system.kept import Kept
 from ..system.polling import read_pipe
-from .worker import REPORT_SIZE, Pipes, parse_report
+from . import reports
+from .reports import Report, parse_report
+from .worker import Pipes
 
 _PIPE_SIZE = 64 << 10
 
@@ -29,6 +31,8 @@ class Crew:
         self.clients: Dict[int, str] = {}
         self.unproven: Set[int] = set()
         """Spares that have not yet said that they can work."""
+        self.moves: List[Report] = []
+        """What workers have told of clients that were to be moved; whoever wants to know takes it off."""
         self._retiring = 0
 
     @classmethod
@@ -80,9 +84,12 @@ class Crew:
 
     def read_reports(self) -> bool:
         """Book what the workers have told; whether one of them can work."""
-        reports, proven = read_pipe(self.pipes.reports_master, _PIPE_SIZE), False
-        for start in range(0, len(reports), REPORT_SIZE):
-            pid, peer = parse_report(reports[start : start + REPORT_SIZE])
+        data, proven = read_pipe(self.pipes.reports_master, _PIPE_SIZE), False
+        for start in range(0, len(data), reports.SIZE):
+            report = parse_report(data[start : start + reports.SIZE])
+            pid, peer = report.pid, report.peer
+            if report.is_of_move:
+                self.moves.append(report)
             if peer and pid in self:
                 self.spares.discard(pid)
                 self.clients[pid] = peer

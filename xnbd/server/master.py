@@ -10,10 +10,9 @@ import gc
 import os
 import select
 import signal
-import socket
 from contextlib import suppress
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set
 
 from .. import logs
 from ..errors import CommandError, ConfigurationError
@@ -86,7 +85,7 @@ class Master:
         self._steward: Optional[int] = None
         self._steward_at = 0.0
         self._link: Optional[StewardLink] = None
-        self._pool = Pool(*_socket_pair(estate))
+        self._pool = Pool.new() if estate is None else Pool.unpack(estate.pool)
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         for number in SIGNALS:
@@ -271,7 +270,7 @@ class Master:
             "scoreboard": disk(self._service.scoreboard_fd),
             "premises": self._premises.pack(kept),
             "crew": self._crew.pack(kept),
-            "pool": [kept(sock.fileno()) for sock in self._pool],
+            "pool": self._pool.pack(kept),
             "steward": {"pid": self._steward, "link": kept(self._link.fileno())},
             "former_stewards": [*self._former_stewards],
         }
@@ -282,6 +281,9 @@ class Master:
         """Keep spare workers waiting, not too few and not too many, as far as the limit of clients allows."""
         crew, (most, wanted, *_) = self._crew, self._service.configuration
         room = most - len(crew.clients)
+        if self._upgrades is not None and self._upgrades.is_arriving:
+            wanted = self._upgrades.wanted_spares(wanted)
+            room = max(room, wanted)  # clients that move are counted already
         crew.retire(2 * wanted)
         if room <= 0 and not self._full:
             what = "which is the limit" if not room else f"more than the limit of {most}"
@@ -387,14 +389,6 @@ class Master:
 
     def _children(self) -> List[int]:
         return [*self._crew.pids(), *self._former_stewards, *([self._steward] if self._steward else [])]
-
-
-def _socket_pair(estate: Optional[Estate]) -> Tuple[socket.socket, socket.socket]:
-    """The pool: that of the program before, if there is one."""
-    if estate is None:
-        return socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    reading, writing = (socket.socket(fileno=fd) for fd in estate.pool)
-    return reading, writing
 
 
 def _reason(exit_code: int) -> str:

@@ -27,7 +27,7 @@ from . import image_use, space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, block_count, block_start, block_stop, bytes_of, covered, steps, touched
 from .extents import file_data_until, file_extents
-from .image import Buffer, Extent, Image, Shared, Source
+from .image import Buffer, Extent, Identity, Image, Shared, Source, file_identity
 from .target import Sync, map_disk, map_trouble, open_disk, reopen
 from .writeback import Record, WriteBack
 
@@ -99,6 +99,9 @@ class CowSource(Source[Shared]):
 
     def write_back(self, shared: Shared) -> WriteBack:
         return WriteBack(Record(shared.fd, shared.failure_at), witness=self._overlay)
+
+    def identity(self) -> Identity:
+        return file_identity(self._overlay)
 
     def allocated(self) -> int:
         return sum(os.fstat(fd).st_blocks * 512 for fd in (self._base, self._overlay))

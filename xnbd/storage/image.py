@@ -11,6 +11,7 @@ error to answer, the same fault in Python code would kill the process.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from typing import Any, Callable, Dict, Generic, Iterator, List, NamedTuple, Optional, Protocol, Tuple, TypeVar, Union
 
@@ -104,6 +105,10 @@ class Background(ABC):
     @abstractmethod
     def progress(self) -> None:
         """Do all that can be done without waiting."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Nobody waits any more: let go of everything but what is on its way already."""
 
 
 class Image(ABC):
@@ -211,6 +216,15 @@ class Shared(Protocol):
 AnyShared = TypeVar("AnyShared", bound=Shared, contravariant=True)
 
 
+Identity = Tuple[int, ...]
+
+
+def file_identity(fd: int) -> Identity:
+    """Device and inode of the file behind *fd*; and its own device number, for one that is a device."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, status.st_rdev
+
+
 class Source(ABC, Generic[AnyShared]):
     """A disk as the master holds it: opened and checked once, opened again by every worker.
 
@@ -239,6 +253,10 @@ class Source(ABC, Generic[AnyShared]):
     def allocated(self) -> int:
         """Bytes of storage that the disk's content takes, about."""
         return self.size
+
+    @abstractmethod
+    def identity(self) -> Identity:
+        """The file that holds what clients write, whatever it is called: two sources with the same one are one disk."""
 
     @property
     def scoreboard_fd(self) -> Optional[int]:

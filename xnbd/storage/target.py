@@ -19,7 +19,7 @@ from ..text import one_line
 from . import image_use, space
 from .extents import file_data_until, file_extents
 from .failure import drop_cached, vouch_anew
-from .image import Buffer, Extent, Image, Shared, Source
+from .image import Buffer, Extent, Identity, Image, Shared, Source, file_identity
 from .writeback import Record, WriteBack, WriteBackFailed
 
 Sync = Callable[[int], None]
@@ -180,6 +180,9 @@ class TargetSource(Source[Shared]):
         except WriteBackFailed:
             drop_cached(self._fd)
             raise
+
+    def identity(self) -> Identity:
+        return file_identity(self._fd)
 
     def allocated(self) -> int:
         return os.fstat(self._fd).st_blocks * 512

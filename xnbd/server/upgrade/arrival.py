@@ -4,7 +4,8 @@
   one starts, so that never two look after the disk. The old one ends when its last operator has an
   answer: a snapshot, and a copy that somebody waits for, it brings to their end.
 - When the first new worker can work, the old spare workers end, and give their silent connections
-  to the new ones. An old worker whose client leaves ends too.
+  to the new ones. Then the clients move (`upgrade.moves`). An old worker whose client has moved, or
+  leaves, ends too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import select
 import signal
 import socket
+from collections import Counter
 from contextlib import suppress
 from time import monotonic
 from typing import Any, Callable, Dict, Mapping, Optional
@@ -22,6 +24,8 @@ from ...logs import log
 from ..crew import Crew
 from ..master_link import StewardLink
 from .estate import Estate
+from .moves import Moves
+from .outcome import Outcome
 
 _PATIENCE = 20.0
 """Seconds that the old steward may take until it gives way."""
@@ -72,13 +76,21 @@ class Arrival:
         self._poll = poll
         self._start_steward = start_steward
         self._has_steward = False
+        self._moves: Optional[Moves] = None
         self.is_over = False
         self._steward: Optional[FormerSteward] = FormerSteward(estate.steward, estate.number)
         poll.register(self._steward.link, select.POLLIN)
 
     def deadline(self) -> Optional[float]:
         """When `progress` wants to be called (monotonic seconds)."""
+        if self._moves is not None:
+            return self._moves.deadline()
         return None if self._steward is None or self._has_steward else self._steward.deadline()
+
+    @property
+    def clients(self) -> int:
+        """That are to move to new workers yet."""
+        return 0 if self._moves is None else self._moves.remaining
 
     def progress(self) -> None:
         """Take the next step."""
@@ -87,9 +99,13 @@ class Arrival:
         if not self._has_steward and (self._steward is None or self._steward.has_left):
             self._has_steward = True
             self._start_steward()
-        if self._has_steward and self._crew.has_proven_spare:
+        if self._moves is None and self._has_steward and self._crew.has_proven_spare:
             self._crew.let_go()
-            self._end()
+            self._moves = Moves(self._crew)
+        if self._moves is not None:
+            self._moves.progress()
+            if self._moves.are_over:
+                self._end(self._moves)
 
     def bury(self, pid: int) -> None:
         """The process *pid* has ended, which may be the old steward, before it was told to."""
@@ -102,11 +118,12 @@ class Arrival:
             self._steward.link.close()
             self._steward = None
 
-    def _end(self) -> None:
-        staying = sum(pid in self._crew.dismissed for pid in self._crew.clients)
-        outcome: Message = {"from": self._version, "to": __version__, "moved": 0, "staying": staying}
-        log.info("upgraded, %s -> %s; %d clients stay", self._version, __version__, staying)
+    def _end(self, moves: Moves) -> None:
+        reasons = Counter(moves.staying[pid] for pid in moves.staying if pid in self._crew.clients)
+        pause = None if moves.longest_pause is None else 1000 * moves.longest_pause
+        outcome = Outcome(self._version, __version__, moves.moved, reasons, pause)
+        log.info("upgraded, %s", outcome)
         if self._steward is not None:
-            self._steward.answer({"done": True, **outcome})
+            self._steward.answer(outcome.message())
         self._drop_steward()
         self.is_over = True

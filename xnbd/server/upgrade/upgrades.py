@@ -13,6 +13,7 @@ from ..crew import Crew
 from ..master_link import StewardLink
 from .arrival import Arrival
 from .estate import Estate
+from .moves import MOST_AT_ONCE
 from .order import Order, block_signals, unblock_signals
 from .program import Program
 
@@ -67,6 +68,16 @@ class Upgrades:
         """When `progress` wants to be called (monotonic seconds)."""
         step = self._order or self._arrival
         return None if step is None else step.deadline()
+
+    @property
+    def is_arriving(self) -> bool:
+        """Whether something of the program before has to move yet."""
+        return self._arrival is not None
+
+    def wanted_spares(self, usually: int) -> int:
+        """How many spare workers there should be, where it is *usually* so many: clients move to them."""
+        clients = 0 if self._arrival is None else self._arrival.clients
+        return max(usually, min(clients, MOST_AT_ONCE))
 
     def progress(self) -> None:
         """Take the next step."""
