@@ -169,13 +169,17 @@ def main(argv: Optional[List[str]] = None) -> NoReturn:
 
     def body() -> int:
         nonlocal client
+        if words and words[0].startswith("--take-over"):
+            from .taking_over import take_over
+
+            return take_over(PROGRAM, __doc__, words)
         client = take_client_socket(0) if any(map(_INETD.match, words)) or is_super_servers_child() else None
         line = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
         keep_standard_streams()
         from .server_options import server_options
         from .serving import serve
 
-        return serve(server_options(line, partial(begin, PROGRAM)), client)
+        return serve(server_options(line, partial(begin, PROGRAM)), client, words)
 
     def complain(message: str) -> None:
         from ..logs import complain

@@ -7,7 +7,7 @@ import signal
 import socket
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Iterator, NamedTuple, Optional
+from typing import TYPE_CHECKING, Iterator, Optional, Sequence
 
 from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
@@ -35,16 +35,19 @@ from .options import CowOptions, Introduced, ManyClients, OneClient, ServerOptio
 
 if TYPE_CHECKING:
     from ..server.configuration import Configuration, Load
+    from ..server.premises import Premises, Surroundings
+    from ..server.upgrade.program import Program
 
 
-def serve(options: ServerOptions, client: Optional[int]) -> int:
+def serve(options: ServerOptions, client: Optional[int], words: Sequence[str] = ()) -> int:
     """Serve until the end; the exit status. *client* is a super-server's socket, if there is one.
 
-    Raises `ConfigurationError` if the server cannot start.
+    *words* are the command line, for a program that is to go on with it. Raises
+    `ConfigurationError` if the server cannot start.
     """
     clients = options.clients
     if isinstance(clients, ManyClients):
-        return _serve_many(options, clients)
+        return _serve_many(options, clients, words)
     if isinstance(clients, OneClient):
         clients = _introduce(clients, client)
     return _serve_one(options, clients)
@@ -56,11 +59,18 @@ def _introduce(connected: OneClient, client: Optional[int]) -> Introduced:
 
 def _open_service(options: ServerOptions, processes: int) -> Service:
     """The disk, for at most so many *processes*, and how it is offered."""
-    configuration = _secured(options.configuration, options)
+    configuration = secured(options.configuration, options)
     source = _open_source(options, alone=processes > 1)
+    return service_of(options, configuration, source, source.scoreboard_fd or create_scoreboard(processes))
+
+
+def service_of(
+    options: ServerOptions, configuration: Configuration, source: Source[Scoreboard], scoreboard_fd: int
+) -> Service:
+    """How the disk is offered."""
     return Service(
         source=source,
-        scoreboard_fd=source.scoreboard_fd or create_scoreboard(processes),
+        scoreboard_fd=scoreboard_fd,
         export_name=options.export_name or source.name,
         oldstyle=options.oldstyle,
         configuration=configuration,
@@ -140,22 +150,24 @@ def _client_socket(fd: Optional[int], client: Optional[int]) -> socket.socket:
     return sock
 
 
-def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
+def _serve_many(options: ServerOptions, clients: ManyClients, words: Sequence[str]) -> int:
     """Clients that connect, each in a process of its own."""
     from ..server.master import ORDERS
+    from ..server.premises import Premises, Surroundings
 
     signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)  # whoever can connect may send them
+    program = own_program(words) if options.control_path else None
     manager = ServiceManager()
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if clients.daemonize else None
-    pid_file = PidFile(clients.pid_path) if clients.pid_path else None
+    premises = Premises(listeners, PidFile(clients.pid_path) if clients.pid_path else None)
     try:
-        load = partial(_load, options, clients, listeners)
+        load = loader(options, clients, listeners)
         service = _open_service(options, max(options.configuration.processes, _ROOM))
         open_listeners(clients.listen, listeners)
         check_access(service.access, listeners, service.tls)
-        status = _run_master(service, listeners, load, _Surroundings(manager, daemon, pid_file))
+        status = _run_master(service, premises, load, Surroundings(manager, program), daemon)
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
     except ConfigurationError as error:
@@ -163,19 +175,28 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
             daemon.failed(error.exit_status)
         raise
     finally:
-        listeners.tidy_up()
-        if pid_file:
-            pid_file.remove()
+        premises.tidy_up()
+
+
+def own_program(words: Sequence[str]) -> Program:
+    """The program that runs here, with the command line *words*, before the process has a title."""
+    from ..server.upgrade.program import Program
+
+    return Program.own(words)
+
+
+def loader(options: ServerOptions, clients: ManyClients, listeners: Listeners) -> Load:
+    """Reads everything that may change again, for a server that listens."""
+    return partial(_load, options, clients, listeners)
 
 
 def _load(options: ServerOptions, clients: ManyClients, listeners: Listeners) -> Configuration:
-    """Everything that may change, read again, for a server that listens. Raises `ConfigurationError`."""
-    configuration = _secured(clients.load(), options)
+    configuration = secured(clients.load(), options)
     check_access(configuration.access, listeners, configuration.tls)
     return configuration
 
 
-def _secured(limits: Configuration, options: ServerOptions) -> Configuration:
+def secured(limits: Configuration, options: ServerOptions) -> Configuration:
     """*limits*, and who may come in, by which proof. Raises `ConfigurationError`."""
     return limits._replace(access=open_access(options.rules_path), tls=open_tls(options.tls))
 
@@ -194,30 +215,24 @@ _DESCRIPTORS = {"target": 27, "cow": 35, "proxy": 43}
 """What the master, and then a process of it, opens besides disk and sockets, with some to spare, by the mode."""
 
 
-class _Surroundings(NamedTuple):
-    """Who waits for the server's start, or hears of it."""
-
-    manager: ServiceManager
-    daemon: Optional[Daemon]
-    pid_file: Optional[PidFile]
-
-
-def _run_master(service: Service, listeners: Listeners, load: Load, surroundings: _Surroundings) -> int:
+def _run_master(
+    service: Service, premises: Premises, load: Load, surroundings: Surroundings, daemon: Optional[Daemon]
+) -> int:
     from ..server.master import Master
 
     require_descriptors(_DESCRIPTORS[service.source.mode])
-    manager, daemon, pid_file = surroundings
-    master = Master(service, listeners.sockets, load, _listen_for_operators(service), manager)
+    premises.control = _listen_for_operators(service)
+    master = Master(service, premises, load, surroundings)
     try:
         if service.needs_steward:
             master.start_steward(leave_terminal if daemon else do_nothing)
-        if pid_file:
-            pid_file.write()
+        if premises.pid_file:
+            premises.pid_file.write()
     except ConfigurationError:
         master.abandon()
         raise
-    log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, listeners)
+    log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, premises.listeners)
     if daemon:
         daemon.ready()
-    manager.ready()
+    surroundings.manager.ready()
     return master.run()

@@ -126,6 +126,24 @@ def _snapshot(options: SteeringOptions) -> None:
     _print_path(answer["path"])
 
 
+def _upgrade(options: SteeringOptions) -> None:
+    lost = "interrupted; the log of the server tells whether it was upgraded"
+    with _interruptible(lost), _connect(options) as server:
+        try:
+            answer = server.ask(command="upgrade", program=options.program, check=options.check)
+        except ConfigurationError as error:
+            if str(error).startswith("there is no command"):
+                raise ConfigurationError("the server is of a version that cannot be upgraded: restart it") from None
+            raise
+    if options.check:
+        change = shown(f"{answer['from']} -> {answer['to']}")
+        print_outcome(f"{change} is possible, with {counted(answer['clients'], 'client')}; nothing was changed\n")
+        return
+    from ..server.upgrade.outcome import Outcome
+
+    print_outcome(f"{shown(Outcome.parse(answer))}\n")
+
+
 def _reload(options: SteeringOptions) -> None:
     interrupted = "interrupted; the server's log tells whether it has read its files"
     with _interruptible(interrupted), _connect(options) as server:
@@ -141,6 +159,7 @@ _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--cache-all2": _cache_all_in_background,
     "--reconnect": _reconnect,
     "--snapshot": _snapshot,
+    "--upgrade": _upgrade,
     "--reload": _reload,
 }
 

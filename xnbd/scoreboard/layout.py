@@ -94,7 +94,11 @@ LINE_FIELDS = (
     Field("mode", "B", "the mode in which it works"),
     Field("since", "d", "when its client came, in seconds since the boot"),
     Field("counters", _NUMBERS, "all counters, of former processes of this line too"),
-    Field("counters_before", _NUMBERS, "the same when its client came"),
+    Field(
+        "counters_before",
+        _NUMBERS,
+        "the same when its client came, less what it had done at other processes (modulo 2^64)",
+    ),
     Field("origin", "I", "0: no origin needed, 1: connected, 2: unreachable"),
     Field("queue", "IQ", "requests that wait for blocks; their bytes"),
     Field("peer", "64s", "its client"),

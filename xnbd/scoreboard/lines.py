@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any, Iterator, List, NamedTuple, Tuple
 
 from ..system.file_locks import RangeLocks
-from .counters import Counts, new_counts
+from .counters import Counts, new_counts, wrapped
 from .layout import LINE, LINE_LOCKS, LINE_SIZE, LINES_AT, NAME_LOCKS
 
 _UNUSED = 64
@@ -133,7 +133,7 @@ class Lines:
         requests, buffered = self._get(at, "queue")
         peer, trouble, identity = (text_of(self._get(at, name)[0]) for name in ("peer", "trouble", "identity"))
         (namespace,) = self._get(at, "namespace")
-        counts = counts.minus(before)
+        counts = wrapped(counts.minus(before))
         told = (origin, requests, buffered, peer, trouble, namespace, identity)
         return Line(self.pid(at), mode, since, counts, *told)
 

@@ -9,7 +9,9 @@ made before the fork. One packet is one message, a JSON object:
   ``error``;
 - ``{"news": {...}}`` from the master: what has changed since the steward was forked;
 - ``{"ping": true}`` from the master, and ``{"pong": true}`` back: whether the steward lives;
-- ``{"state": "..."}`` from the steward: how the disk is doing, for the service manager.
+- ``{"state": "..."}`` from the steward: how the disk is doing, for the service manager;
+- ``{"order": "leave"}`` from the master: another steward is to take this one's place. The number of what it says
+  to that is 0.
 
 Nobody waits in here. If the steward dies, its pair ends with it: the master drops what it
 would have answered, and the next steward gets a new pair. If the operator leaves, the
@@ -72,6 +74,7 @@ class MasterLink:
         self._answers: Dict[int, List[Message]] = {}
         """What has come for the requests that somebody waits for, by their numbers."""
         self.on_answer: Callable[[], None] = do_nothing
+        self._orders: List[str] = []
         self.on_news: Callable[[Message], None] = lambda _: None
 
     def close(self) -> None:
@@ -92,11 +95,25 @@ class MasterLink:
         if "ping" in message:
             with suppress(OSError):
                 _send(self._sock, {"pong": True})
+        elif "order" in message:
+            self._orders.append(message["order"])
         elif "news" in message:
             self.on_news(message["news"])
         elif message["number"] in self._answers:
             self._answers[message["number"]].append(message["answer"])
             self.on_answer()
+
+    def take_order(self, name: str) -> bool:
+        """Whether the master has ordered what is called *name*, since this was asked last."""
+        if name not in self._orders:
+            return False
+        self._orders.remove(name)
+        return True
+
+    def tell(self, command: str) -> None:
+        """Have the master know; it does not answer."""
+        with suppress(OSError):  # it is gone
+            _send(self._sock, {"number": 0, "request": {"command": command}})
 
     def tell_state(self, state: str) -> bool:
         """Tell how the disk is doing; False if that has to be tried again."""
@@ -183,6 +200,11 @@ class StewardLink:
         """A line of the reply to the request *number*."""
         with suppress(OSError):  # nobody is there any more who would hear it
             _send(self._sock, {"number": number, "answer": answer})
+
+    def order(self, name: str) -> None:
+        """Have the steward do what it knows by this *name*."""
+        with suppress(OSError):  # nobody is there any more
+            _send(self._sock, {"order": name})
 
     def tell(self, news: Message) -> None:
         """For a steward that was forked before."""

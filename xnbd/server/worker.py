@@ -19,15 +19,19 @@ import socket
 from contextlib import closing
 from logging import ERROR
 from time import monotonic
-from typing import Callable, NamedTuple, Optional, Sequence
+from typing import Callable, List, NamedTuple, Optional, Sequence, Union
 
 from ..logs import Seldom, log
 from ..system.forking import let_signals_in
+from ..system.kept import Kept
 from ..system.process import set_title
 from .disk import Disk
+from .handover.arrival import Arrival, Terms, receive_client, take_offer
+from .handover.departure import Departure, Telling
 from .lobby import Guest, Lobby
 from .process_loop import ProcessLoop, Stop
-from .service import Service
+from .reports import Report
+from .service import Came, Service
 from .session.connection import Connection
 
 _RETRY_ACCEPT = 1.0
@@ -55,10 +59,27 @@ class Pipes(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """A pair of sockets by which workers pass silent connections to each other."""
+    """Two pairs of sockets by which workers pass connections to each other: silent ones, and offers of clients."""
 
     reading: socket.socket
     writing: socket.socket
+    offers: socket.socket
+    offering: socket.socket
+
+    @classmethod
+    def new(cls) -> Pool:
+        """Raises `OSError`."""
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
+        return cls(*pairs[0], *pairs[1])
+
+    def pack(self, kept: Kept) -> List[int]:
+        """For the next program of the master."""
+        return [kept(sock.fileno()) for sock in self]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[int]) -> Pool:
+        """That of the program before."""
+        return cls(*(socket.socket(fileno=fd) for fd in packed))
 
 
 class Worker:
@@ -102,7 +123,7 @@ class Worker:
         disk = loop.companion = service.open_disk()
         loop.farewell = self._close_listeners  # a successor may listen there already
         with closing(Lobby(service.configuration.handshake_timeout, oldstyle=service.oldstyle)) as lobby:
-            self._report("")  # it can work
+            self._report(Report(os.getpid()))  # it can work
             return self._serve_clients(loop, disk, lobby)
 
     def _serve_clients(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> int:
@@ -115,23 +136,40 @@ class Worker:
                 disk.close()
                 return 0
             lobby.hand_over(self._pool.writing)
-            connection = Connection(guest.sock, loop, service.spin, guest.peer)
-            self._report(connection.peer)
-            service.serve(connection, disk, deadline=guest.deadline)
-            del connection, guest
+            self._serve(guest, loop, disk)
+            del guest
             gc.collect()
-            self._report("")
+            self._report(Report(os.getpid()))
             loop.check()
 
-    def _next_client(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> Optional[Guest]:
+    def _serve(self, guest: Union[Guest, Arrival], loop: ProcessLoop, disk: Disk) -> None:
+        """Serve a client that has spoken, or that another worker has served before."""
+        service, pid = self._service, os.getpid()
+        connection = Connection(guest.sock, loop, service.spin, guest.peer)
+        peer = connection.peer
+        telling = Telling(
+            moved=lambda to: self._report(Report(pid, moved_to=to)),
+            stays=lambda reason: self._report(Report(pid, peer, stays=reason)),
+        )
+        departure = Departure(loop, self._pool.offering, service.source.identity(), telling)
+        if isinstance(guest, Arrival):
+            before = guest.pid
+            came = Came(guest, lambda pause: self._report(Report(pid, peer, moved_from=before, pause=pause)))
+            service.serve(connection, disk, came=came, departure=departure)
+        else:
+            self._report(Report(pid, peer))
+            service.serve(connection, disk, deadline=guest.deadline, departure=departure)
+
+    def _next_client(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> Union[Guest, Arrival, None]:
         """The next client, or None if this worker is to retire."""
-        retirements, pool = self._pipes.retirements, self._pool.reading
+        retirements, pool, offers = self._pipes.retirements, self._pool.reading, self._pool.offers
         listening = [listener.fileno() for listener in self._listeners]
-        descriptors = (*listening, pool.fileno(), lobby.fileno(), retirements)
+        descriptors = (*listening, pool.fileno(), offers.fileno(), lobby.fileno(), retirements)
         while True:
             deadline = lobby.deadline()
             timeout = None if deadline is None else max(0.0, deadline - monotonic())
             loop.wait(descriptors, select.POLLIN, timeout, results=True)
+            loop.ordered = loop.called = False  # there is no client to hand over
             disk.forget_results()
             disk.catch_up()
             guest = lobby.speaker()
@@ -147,6 +185,18 @@ class Worker:
                 if sock is not None:
                     lobby.greet(sock)
             lobby.take_over(pool)
+            arrival = self._receive_client(loop, disk, lobby)
+            if arrival is not None:
+                return arrival
+
+    def _receive_client(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> Optional[Arrival]:
+        """The client of another worker, if one is offered."""
+        source = self._service.source
+        offered = take_offer(self._pool.offers)
+        if offered is None:
+            return None
+        lobby.hand_over(self._pool.writing)  # whoever speaks meanwhile need not wait
+        return receive_client(offered, loop, Terms(source.identity(), source.size, disk.image.readonly))
 
     def _is_to_retire(self) -> bool:
         try:
@@ -177,21 +227,8 @@ class Worker:
         for listener in self._listeners:
             listener.close()
 
-    def _report(self, peer: str) -> None:
+    def _report(self, report: Report) -> None:
         try:
-            os.write(self._pipes.reports, pack_report(os.getpid(), peer))
+            os.write(self._pipes.reports, report.pack())
         except BrokenPipeError:
             raise Stop("the master is gone") from None
-
-
-REPORT_SIZE = 128
-
-
-def pack_report(pid: int, peer: str) -> bytes:
-    """What a worker tells the master, in one piece of ``REPORT_SIZE`` bytes: its client, or that it has none."""
-    return f"{pid} {peer}".encode()[:REPORT_SIZE].ljust(REPORT_SIZE)
-
-
-def parse_report(report: bytes) -> tuple[int, str]:
-    pid, _, peer = report.decode().rstrip().partition(" ")
-    return int(pid), peer

@@ -9,10 +9,11 @@ import re
 import stat
 import sys
 from contextlib import contextmanager, suppress
-from typing import Iterator, Optional
+from typing import Any, Dict, Iterator, Mapping, Optional
 
 from ..errors import ConfigurationError
 from ..making import is_at, open_or_make
+from .kept import Kept
 
 
 def take_client_socket(fd: int) -> Optional[int]:
@@ -74,10 +75,25 @@ def _is_open(fd: int) -> bool:
     return True
 
 
+_directory = [""]
+"""To which paths belong; empty: the working directory."""
+
+
+@contextmanager
+def paths_from(directory: Optional[str]) -> Iterator[None]:
+    """Inside, paths belong to *directory*: a command line's, which was given there. None: to the working directory."""
+    before = _directory[0]
+    _directory[0] = directory or ""
+    try:
+        yield
+    finally:
+        _directory[0] = before
+
+
 def whole_path(path: str, name: str) -> str:
     """*path*, which *name* is given, from the root on. Raises `ConfigurationError` if the working directory is gone."""
     try:
-        return os.path.abspath(path)
+        return os.path.abspath(os.path.join(_directory[0], path))
     except FileNotFoundError:
         raise ConfigurationError(
             f"{name} {path}: the working directory does not exist any more: give the whole path"
@@ -198,6 +214,17 @@ class PidFile:
             os.pwrite(self._held, f"{self._pid}\n".encode(), 0)
         except OSError as error:
             raise ConfigurationError(_pid_file_trouble(self._path, error)) from error
+
+    def pack(self, kept: Kept) -> Dict[str, Any]:
+        """For the next program of this process. The lock ends when the process closes any descriptor of the file."""
+        return {"path": self._path, "fd": kept(self._held)}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any]) -> PidFile:
+        """What the program before has written."""
+        file = cls.__new__(cls)
+        file._path, file._fd, file._pid = packed["path"], packed["fd"], os.getpid()
+        return file
 
     @property
     def _held(self) -> int:

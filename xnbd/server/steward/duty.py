@@ -42,6 +42,13 @@ class Duty:
     def on_child_end(self) -> None:
         """A child of the steward has ended, whoever has started it: `progress` comes next."""
 
+    def leave(self) -> None:
+        """Another steward takes over: begin nothing any more, and stop what that one can go on with."""
+
+    def is_busy(self) -> bool:
+        """Whether something of this duty has to be finished before a steward that has been told to `leave` can end."""
+        return False
+
     def end(self) -> None:
         """The steward ends; its children are stopped next."""
 

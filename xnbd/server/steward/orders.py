@@ -19,7 +19,7 @@ _TAKE_OVER_EVERY = 1.0
 _SIGNALS = {signal.SIGUSR1: "snapshot", signal.SIGUSR2: "switch"}
 """The commands that signals to the master stand for."""
 
-_MASTERS = ("reload",)
+_MASTERS = ("reload", "upgrade")
 """The commands that only the master can do."""
 
 
@@ -76,6 +76,13 @@ class ControlOrders(Duty):
         """Have all commands that wait look at once."""
         if self._control is not None:
             self._control.hurry()
+
+    def leave(self) -> None:
+        if self._control is not None:
+            self._control.leave()
+
+    def is_busy(self) -> bool:
+        return self._control is not None and self._control.has_connections
 
     def end(self) -> None:
         """Before children are waited for: a successor may want to listen there already."""
@@ -140,6 +147,9 @@ class SignalOrders(Duty):
             if number in came and name in self._commands:
                 self._replies.append((number.name, self._commands[name]({})))
         self._replies = [(name, reply) for name, reply in self._replies if self._goes_on(name, reply)]
+
+    def is_busy(self) -> bool:
+        return bool(self._replies)
 
     def _goes_on(self, signal_name: str, reply: Reply) -> bool:
         try:
