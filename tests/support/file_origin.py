@@ -38,6 +38,10 @@ class FileAddress(NamedTuple):
     def __str__(self) -> str:
         return f"test://{self.path}"
 
+    @property
+    def local_files(self) -> Dict[str, int]:
+        return {self.path: os.R_OK}
+
     def open(self, sink: Sink, terms: Terms) -> Origin:
         return FileOrigin(self, sink, terms)
 

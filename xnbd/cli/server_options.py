@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING, Callable, Dict, Mapping, Optional, Union
+from typing import TYPE_CHECKING, Dict, Mapping, Optional, Union
 
 from ..errors import ConfigurationError
 from ..protocol.constants import MAXIMUM_STRING
@@ -12,6 +12,7 @@ from ..protocol.server_handshake import Agreement
 from ..server.session.connection import LONGEST_SPIN
 from ..server.session.parking import QueueLimits
 from .options import (
+    Begin,
     CowOptions,
     LogOptions,
     ManyClients,
@@ -22,6 +23,7 @@ from .options import (
     log_options,
     queue_limits,
     tls_options,
+    user_option,
     whole_paths,
 )
 from .values import USAGE_ERROR, CommandLine, refuse_same_file
@@ -44,9 +46,6 @@ _PROXY_OPTIONS = (
 _LISTENING = ("--lport", "--laddr", "--unix")
 _FEATURES = {"newstyle", "structured", "allocation"}
 
-Begin = Callable[[LogOptions, Optional[int]], None]
-"""Is told where the log goes, and which permissions new files get."""
-
 
 def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
     """What *line* asks for. Raises `ConfigurationError`.
@@ -58,7 +57,8 @@ def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
     paths = whole_paths(line, _PATHS)
     refuse_shared_files(paths)
     log = _log_options(line, paths.get("--logpath"))
-    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None)
+    user = user_option(line)
+    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None, user)
     clients = _clients(line, paths)
     return ServerOptions(
         clients=clients,
@@ -71,6 +71,7 @@ def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
         control_path=paths.get("CONTROL_SOCKET_PATH", paths.get("--control")),
         log=log,
         rules_path=paths.get("--tls-authz"),
+        user=user,
         tls=tls_options(line, paths.get("--tls")),
     )
 

@@ -6,7 +6,8 @@ import os
 import signal
 import socket
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Iterator, Optional
+from functools import partial
+from typing import TYPE_CHECKING, Callable, Iterator, Optional
 
 from ..errors import ConfigurationError
 from ..logs import log
@@ -92,6 +93,7 @@ def _serve_one(options: ServerOptions, client: Introduced) -> int:
     connection = client.connection
     service = _open_service(options, processes=1)
     require_descriptors(_DESCRIPTORS[service.source.mode])
+    _change_of_user(options, service)()
     with _steward_for_one(service, connection):
         loop = ProcessLoop()
         disk = loop.companion = service.open_disk()
@@ -155,7 +157,8 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
         service = _open_service(options, clients.limits.processes)
         open_listeners(clients.listen, listeners)
         check_access(service.access, listeners, service.tls)
-        status = _run_master(service, listeners, clients.limits, daemon, pid_file)
+        become_user = _change_of_user(options, service)
+        status = _run_master(service, listeners, clients.limits, daemon, pid_file, become_user)
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
     except ConfigurationError as error:
@@ -172,8 +175,24 @@ _DESCRIPTORS = {"target": 27, "cow": 35, "proxy": 43}
 """What the master, and then a process of it, opens besides disk and sockets, with some to spare, by the mode."""
 
 
+def _change_of_user(options: ServerOptions, service: Service) -> Callable[[], None]:
+    """What does as ``--user`` asks, tried out. Raises `ConfigurationError` if the server would be of no use then."""
+    if options.user is None:
+        return do_nothing
+    from .unprivileged import Change, needs_of_server
+
+    change = Change(options.user)
+    change.try_out(needs_of_server(options), lambda: service.open_disk().close())
+    return change.make
+
+
 def _run_master(
-    service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon], pid_file: Optional[PidFile]
+    service: Service,
+    listeners: Listeners,
+    limits: Limits,
+    daemon: Optional[Daemon],
+    pid_file: Optional[PidFile],
+    become_user: Callable[[], None],
 ) -> int:
     from ..server.master import Master
 
@@ -181,9 +200,10 @@ def _run_master(
     master = Master(service, listeners.sockets, limits)
     try:
         if service.needs_steward:
-            master.start_steward(leave_terminal if daemon else do_nothing)
+            master.start_steward(partial(_prepare_steward, become_user, in_background=daemon is not None))
         if pid_file:
             pid_file.write()
+        become_user()
     except ConfigurationError:
         master.abandon()
         raise
@@ -192,3 +212,10 @@ def _run_master(
         daemon.ready()
     notify_service_manager("READY=1")
     return master.run()
+
+
+def _prepare_steward(become_user: Callable[[], None], *, in_background: bool) -> None:
+    """In the steward that the server starts with: later ones have a master that has done this already."""
+    become_user()
+    if in_background:
+        leave_terminal()

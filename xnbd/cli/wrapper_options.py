@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
-from typing import Callable, Dict, List, NamedTuple, Optional
+from typing import TYPE_CHECKING, Dict, List, NamedTuple, Optional
 
 from ..errors import ConfigurationError
 from ..server.session.parking import QueueLimits
 from ..system.process import whole_path
 from .options import (
+    Begin,
     ListenOptions,
     LogOptions,
     TlsOptions,
@@ -18,9 +19,13 @@ from .options import (
     log_options,
     queue_limits,
     tls_options,
+    user_option,
     whole_paths,
 )
 from .values import USAGE_ERROR, CommandLine, refuse_same_file
+
+if TYPE_CHECKING:
+    from ..system.user import User
 
 _PATHS = ("--dbpath", "--socket", "--unix", "--logpath", "--tls", "--tls-authz")
 _OLD_NAMES = {"--port": "--lport", "--xnbd-binary": "--xnbd-server"}
@@ -56,6 +61,7 @@ class WrapperOptions(NamedTuple):
     daemonize: bool
     tls: Optional[TlsOptions] = None
     rules_path: Optional[str] = None
+    user: Optional[User] = None
 
     @property
     def own_files(self) -> Dict[str, str]:
@@ -70,7 +76,7 @@ class WrapperOptions(NamedTuple):
         return {option: path for option, path in files.items() if path}
 
 
-def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int]], None]) -> WrapperOptions:
+def wrapper_options(line: CommandLine, begin: Begin) -> WrapperOptions:
     """What *line* asks for; *begin* is called as by `server_options`. Raises `ConfigurationError`."""
     line.rename(_OLD_NAMES)
     paths = whole_paths(line, _PATHS)
@@ -79,7 +85,8 @@ def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int
     for image in images.values():
         refuse_same_file({f"--imgfile {image}": image, **paths})
     log = log_options(line, paths.get("--logpath"), logging.INFO, unattended=line.has("--daemonize"))
-    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None)
+    user = user_option(line)
+    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None, user)
     return WrapperOptions(
         database_path=paths["--dbpath"],
         control_path=paths["--socket"],
@@ -96,6 +103,7 @@ def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int
         readonly=line.has("--readonly"),
         daemonize=line.has("--daemonize"),
         rules_path=paths.get("--tls-authz"),
+        user=user,
         tls=_tls(line, paths.get("--tls")),
     )
 

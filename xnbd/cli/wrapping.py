@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 from ..errors import ConfigurationError
 from ..logs import log
+from ..system.file_locks import do_nothing
 from ..system.listen import Listeners
 from ..system.process import Daemon, notify_service_manager, require_descriptors
 from ..wrapper.child_output import program
@@ -82,7 +83,9 @@ def _run(options: WrapperOptions, settings: Settings, listeners: Listeners, daem
     open_listeners(options.listen, listeners)
     check_access(settings.access, listeners, settings.tls)
     require_descriptors(_DESCRIPTORS)
+    become_user = _change_of_user(options, database)
     wrapper = Wrapper(listeners, database, options.control_path, settings)
+    become_user()
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
     if not settings.servers.extended:
         log.info("%s does not know --negotiated: clients are offered simple replies", settings.servers.program)
@@ -90,6 +93,17 @@ def _run(options: WrapperOptions, settings: Settings, listeners: Listeners, daem
         daemon.ready()
     notify_service_manager("READY=1")
     return wrapper.run()
+
+
+def _change_of_user(options: WrapperOptions, database: Database) -> Callable[[], None]:
+    """What does as ``--user`` asks, tried out. Raises `ConfigurationError` if the wrapper would be of no use then."""
+    if options.user is None:
+        return do_nothing
+    from .unprivileged import Change, needs_of_wrapper
+
+    change = Change(options.user)
+    change.try_out(needs_of_wrapper(options, database.exports), do_nothing)
+    return change.make
 
 
 def _add_images(database: Database, images: Dict[str, str]) -> None:

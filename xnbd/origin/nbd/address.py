@@ -39,6 +39,11 @@ class NbdAddress(NamedTuple):
         host = quote(self.host, safe=":")
         return f"nbd://{f'[{host}]' if ':' in host else host}:{self.port}/{name}"
 
+    @property
+    def local_files(self) -> Dict[str, int]:
+        """See `OriginAddress`."""
+        return {self.unix_path: os.W_OK} if self.unix_path.startswith("/") else {}
+
     def open(self, sink: Sink, terms: Terms) -> Origin:
         from .connection import OriginConnection
 
