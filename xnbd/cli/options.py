@@ -7,17 +7,15 @@ together take 5 ms to import. A client of ``--inetd`` waits for that.
 from __future__ import annotations
 
 import logging
-import sys
 from typing import TYPE_CHECKING, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Union
 
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
-from ..server.session.parking import QueueLimits
+from ..server.configuration import Configuration, Load
 from ..system.process import whole_path
 from .values import USAGE_ERROR, CommandLine
 
 if TYPE_CHECKING:
-    from ..server.master import Limits
     from ..server.session.connection import Connection
     from ..system.user import User
     from .proxy_options import ProxyOptions
@@ -87,10 +85,10 @@ class Introduced(NamedTuple):
 
 
 class ManyClients(NamedTuple):
-    """Clients that connect, each of which gets a process."""
+    """Clients that connect, each of which gets a process; *load* reads again what may change meanwhile."""
 
     listen: ListenOptions
-    limits: Limits
+    load: Load
     daemonize: bool = False
     pid_path: Optional[str] = None
 
@@ -103,11 +101,11 @@ class ServerOptions(NamedTuple):
     log: LogOptions = LogOptions()
     export_name: Optional[str] = None
     oldstyle: bool = False
-    handshake_timeout: float = 10.0
+    configuration: Configuration = Configuration()
     spin: float = 150e-6
-    queue_limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
     rules_path: Optional[str] = None
+    limits_path: Optional[str] = None
     user: Optional[User] = None
     tls: Optional[TlsOptions] = None
 
@@ -137,12 +135,6 @@ def listen_options(line: CommandLine, unix_path: Optional[str] = None) -> Listen
     """Raises `ConfigurationError`."""
     port = line.integer("--lport", 0, 65535) if line.has("--lport") else None
     return ListenOptions(port, line.texts("--laddr"), unix_path)
-
-
-def queue_limits(line: CommandLine) -> QueueLimits:
-    """Raises `ConfigurationError`."""
-    requests = line.integer("--max-queue-size", 0, sys.maxsize) if line.has("--max-queue-size") else 0
-    return QueueLimits(requests, line.size_or_zero("--max-buf-size") if line.has("--max-buf-size") else 0)
 
 
 def tls_options(line: CommandLine, directory: Optional[str]) -> Optional[TlsOptions]:

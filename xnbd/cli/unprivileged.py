@@ -28,6 +28,7 @@ _VERBS = {READ: "read", WRITE: "write to", READ | WRITE: "write to", RUN: "run",
 
 
 _MOST_LINES = 20
+_SOCKET_STAYS = "the socket stays there at the end"
 
 
 class Need(NamedTuple):
@@ -46,11 +47,10 @@ def needs_of_server(options: ServerOptions) -> List[Need]:
         return []
     return [
         *_of_disk(options.disk),
-        *of_access(options.rules_path, options.tls),
-        *of_log(options.log),
+        *of_reload(options.rules_path, options.limits_path, options.log, options.tls),
         *directory_of(clients.pid_path, "the pid file is emptied at the end, and not removed"),
-        *directory_of(clients.listen.unix_path, "the socket stays there at the end"),
-        *directory_of(options.control_path, "no steward after the first one can listen there", vital=True),
+        *directory_of(clients.listen.unix_path, _SOCKET_STAYS),
+        *directory_of(options.control_path, _SOCKET_STAYS),
     ]
 
 
@@ -60,10 +60,9 @@ def needs_of_wrapper(options: WrapperOptions, exports: Mapping[str, StoredExport
     return [
         *(Need(path, RUN, "no client could be served", vital=True) for path in programs),
         *directory_of(options.database_path, "the exports could not be changed", vital=True),
-        *of_access(options.rules_path, options.tls),
-        *of_log(options.log),
-        *directory_of(options.control_path, "the socket stays there at the end"),
-        *directory_of(options.listen.unix_path, "the socket stays there at the end"),
+        *of_reload(options.rules_path, options.limits_path, options.log, options.tls),
+        *directory_of(options.control_path, _SOCKET_STAYS),
+        *directory_of(options.listen.unix_path, _SOCKET_STAYS),
         *(need for name, export in exports.items() for need in _of_export(name, export, options)),
     ]
 
@@ -87,17 +86,18 @@ def _of_disk(disk: Union[TargetOptions, CowOptions, ProxyOptions]) -> List[Need]
     return [*origin, *directory_of(disk.cache_path, "there are no snapshots, which a proxy has after --switch")]
 
 
-def of_access(rules_path: Optional[str], tls: Optional[TlsOptions]) -> List[Need]:
-    """What says who clients are, and what they may do, is read again for a reload."""
+def of_reload(
+    rules_path: Optional[str], limits_path: Optional[str], log_options: LogOptions, tls: Optional[TlsOptions]
+) -> List[Need]:
+    """What a reload opens again. The log's file is made anew, besides, whenever it was moved away."""
     consequence = "a reload is refused"
-    rules = [] if rules_path is None else [Need(rules_path, READ, consequence)]
-    return [*rules, *(files_in(tls.directory, consequence) if tls else [])]
-
-
-def of_log(log: LogOptions) -> List[Need]:
-    """The log's file is made anew when it was moved away."""
-    path = None if log.path is None or log.path.startswith("/dev/") else log.path
-    return directory_of(path, "no new log file is made when this one is moved away")
+    log_path = None if (log_options.path or "").startswith("/dev/") else log_options.path
+    return [
+        *(Need(path, READ, consequence) for path in (rules_path, limits_path) if path),
+        *(files_in(tls.directory, consequence) if tls else []),
+        *([Need(log_path, WRITE, consequence)] if log_path else []),
+        *directory_of(log_path, "no new log file is made when this one is moved away"),
+    ]
 
 
 def directory_of(path: Optional[str], consequence: str, *, vital: bool = False) -> List[Need]:
@@ -159,7 +159,7 @@ def _missing(needs: Sequence[Need]) -> Iterator[Finding]:
         if not os.access(need.path, need.rights):
             missing.setdefault((need.path, need.rights), []).append(need)
     for (path, rights), lacking in missing.items():
-        consequences = "; ".join(need.consequence for need in lacking)
+        consequences = "; ".join(dict.fromkeys(need.consequence for need in lacking))
         yield any(need.vital for need in lacking), f"that user cannot {_VERBS[rights]} {path}: {consequences}"
 
 

@@ -120,6 +120,11 @@ class UnixSocket:
                 self.socket.close()
                 raise ConfigurationError(_unix_trouble(path, error)) from error
 
+    def close(self) -> None:
+        """Listen no more, and remove the file; in a forked process only close the descriptor."""
+        self.socket.close()
+        self.remove()
+
     def remove(self) -> None:
         """Remove the file, in the process that made it, unless a successor's is there by now.
 
