@@ -6,7 +6,7 @@ Usage:
   xnbd-bgctl [options] (--cache-all | --cache-all2) CONTROL_SOCKET
   xnbd-bgctl [options] --reconnect CONTROL_SOCKET REMOTE_HOST REMOTE_PORT
   xnbd-bgctl [options] --reconnect CONTROL_SOCKET ORIGIN_URI
-  xnbd-bgctl [options] --snapshot CONTROL_SOCKET
+  xnbd-bgctl [options] (--snapshot | --reload) CONTROL_SOCKET
   xnbd-bgctl --help
   xnbd-bgctl --version
 
@@ -23,6 +23,10 @@ Commands:
                         URI, as origin.
   --snapshot            Make an image of the disk as it is now, and print its
                         path. A proxy has to be switched first.
+  --reload              Have the server read the files of its configuration
+                        again. Clients that come from now on get what they say;
+                        the connected ones go on. If something is wrong with a
+                        file, all stays as it was.
 
 Options, ignored with a warning by a command that has no use for them:
   --json                With --query, print the server's answer as JSON, for

@@ -19,6 +19,7 @@ _OF_USE = {
     "--cache-all2": _COPY_OPTIONS,
     "--reconnect": ("--exportname",),
     "--snapshot": ("--progress",),
+    "--reload": (),
 }
 """The commands, and the options that are of use for each."""
 

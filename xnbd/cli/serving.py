@@ -6,8 +6,10 @@ import os
 import signal
 import socket
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Iterator, Optional
+from functools import partial
+from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, Optional
 
+from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
 from ..logs import log
 from ..scoreboard.layout import create_scoreboard
@@ -18,21 +20,21 @@ from ..server.session.connection import Connection
 from ..storage.image import Source
 from ..storage.target import TargetSource, create_sparse
 from ..system.file_locks import do_nothing
-from ..system.listen import Listeners
+from ..system.listen import Listeners, UnixSocket
 from ..system.process import (
     Daemon,
     PidFile,
     leave_terminal,
-    notify_service_manager,
     require_descriptors,
     take_client_socket,
 )
+from ..system.service_manager import ServiceManager
 from .admission import check_access, open_access, open_listeners
 from .encrypting import open_tls
 from .options import CowOptions, Introduced, ManyClients, OneClient, ServerOptions, TargetOptions
 
 if TYPE_CHECKING:
-    from ..server.master import Limits
+    from ..server.configuration import Configuration, Load
 
 
 def serve(options: ServerOptions, client: Optional[int]) -> int:
@@ -54,20 +56,16 @@ def _introduce(connected: OneClient, client: Optional[int]) -> Introduced:
 
 def _open_service(options: ServerOptions, processes: int) -> Service:
     """The disk, for at most so many *processes*, and how it is offered."""
-    access = open_access(options.rules_path)
-    tls = open_tls(options.tls)
+    configuration = _secured(options.configuration, options)
     source = _open_source(options, alone=processes > 1)
     return Service(
         source=source,
         scoreboard_fd=source.scoreboard_fd or create_scoreboard(processes),
         export_name=options.export_name or source.name,
         oldstyle=options.oldstyle,
-        handshake_timeout=options.handshake_timeout,
+        configuration=configuration,
         spin=options.spin,
-        limits=options.queue_limits,
         control_path=options.control_path,
-        access=access,
-        tls=tls,
     )
 
 
@@ -92,6 +90,7 @@ def _serve_one(options: ServerOptions, client: Introduced) -> int:
     connection = client.connection
     service = _open_service(options, processes=1)
     require_descriptors(_DESCRIPTORS[service.source.mode])
+    _change_of_user(options, service)()
     with _steward_for_one(service, connection):
         loop = ProcessLoop()
         disk = loop.companion = service.open_disk()
@@ -115,7 +114,7 @@ def _steward_for_one(service: Service, client: Connection) -> Iterator[None]:
         os.close(holder)
         client.close()
 
-    pid = Steward(service, service.control_path, must_listen=False).spawn(lifeline, close_first)
+    pid = Steward(service, service.control_path).spawn(lifeline, close_first)
     os.close(lifeline)
     try:
         yield
@@ -147,15 +146,18 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
     from ..server.master import ORDERS
 
     signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)  # whoever can connect may send them
+    manager = ServiceManager()
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if clients.daemonize else None
     pid_file = PidFile(clients.pid_path) if clients.pid_path else None
     try:
-        service = _open_service(options, clients.limits.processes)
+        load = partial(_load, options, clients, listeners)
+        service = _open_service(options, max(options.configuration.processes, _ROOM))
         open_listeners(clients.listen, listeners)
         check_access(service.access, listeners, service.tls)
-        status = _run_master(service, listeners, clients.limits, daemon, pid_file)
+        surroundings = _Surroundings(manager, daemon, pid_file, _change_of_user(options, service))
+        status = _run_master(service, listeners, load, surroundings)
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
     except ConfigurationError as error:
@@ -168,27 +170,76 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
             pid_file.remove()
 
 
+def _load(options: ServerOptions, clients: ManyClients, listeners: Listeners) -> Configuration:
+    """Everything that may change, read again, for a server that listens. Raises `ConfigurationError`."""
+    configuration = _secured(clients.load(), options)
+    check_access(configuration.access, listeners, configuration.tls)
+    return configuration
+
+
+def _secured(limits: Configuration, options: ServerOptions) -> Configuration:
+    """*limits*, and who may come in, by which proof. Raises `ConfigurationError`."""
+    return limits._replace(access=open_access(options.rules_path), tls=open_tls(options.tls))
+
+
+def _listen_for_operators(service: Service) -> Optional[UnixSocket]:
+    """Before there is a steward: it may die, and who connects meanwhile waits for the next one."""
+    if service.control_path is None:
+        return None
+    return listen_for_operators(service.control_path)
+
+
+_ROOM = 1 << 14
+"""Processes for which there is room in the scoreboard at least, so that the limit of clients can be raised later."""
+
 _DESCRIPTORS = {"target": 27, "cow": 35, "proxy": 43}
 """What the master, and then a process of it, opens besides disk and sockets, with some to spare, by the mode."""
 
 
-def _run_master(
-    service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon], pid_file: Optional[PidFile]
-) -> int:
+def _change_of_user(options: ServerOptions, service: Service) -> Callable[[], None]:
+    """What does as ``--user`` asks, tried out. Raises `ConfigurationError` if the server would be of no use then."""
+    if options.user is None:
+        return do_nothing
+    from .unprivileged import Change, needs_of_server
+
+    change = Change(options.user)
+    change.try_out(needs_of_server(options), lambda: service.open_disk().close())
+    return change.make
+
+
+class _Surroundings(NamedTuple):
+    """Who waits for the server's start, or hears of it, and as which user it goes on."""
+
+    manager: ServiceManager
+    daemon: Optional[Daemon]
+    pid_file: Optional[PidFile]
+    become_user: Callable[[], None]
+
+
+def _run_master(service: Service, listeners: Listeners, load: Load, surroundings: _Surroundings) -> int:
     from ..server.master import Master
 
     require_descriptors(_DESCRIPTORS[service.source.mode])
-    master = Master(service, listeners.sockets, limits)
+    manager, daemon, pid_file, become_user = surroundings
+    master = Master(service, listeners.sockets, load, _listen_for_operators(service), manager)
     try:
         if service.needs_steward:
-            master.start_steward(leave_terminal if daemon else do_nothing)
+            master.start_steward(partial(_prepare_steward, become_user, in_background=daemon is not None))
         if pid_file:
             pid_file.write()
+        become_user()
     except ConfigurationError:
         master.abandon()
         raise
     log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, listeners)
     if daemon:
         daemon.ready()
-    notify_service_manager("READY=1")
+    manager.ready()
     return master.run()
+
+
+def _prepare_steward(become_user: Callable[[], None], *, in_background: bool) -> None:
+    """In the steward that the server starts with: later ones have a master that has done this already."""
+    become_user()
+    if in_background:
+        leave_terminal()

@@ -13,7 +13,7 @@ from ..control.client import ControlClient, Message, shown
 from ..errors import ConfigurationError
 from .bgctl_options import SteeringOptions
 from .program import INTERRUPTED, print_answer, print_outcome, say
-from .quantities import counted, duration, percentage, size
+from .quantities import counted, duration, percentage, reloaded, size
 
 if TYPE_CHECKING:
     from .progress_display import Display
@@ -126,6 +126,13 @@ def _snapshot(options: SteeringOptions) -> None:
     _print_path(answer["path"])
 
 
+def _reload(options: SteeringOptions) -> None:
+    interrupted = "interrupted; the server's log tells whether it has read its files"
+    with _interruptible(interrupted), _connect(options) as server:
+        answer = server.ask(command="reload")
+    print_outcome(reloaded(answer["changes"], answer["clients"]))
+
+
 _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--query": _query,
     "--switch": _switch,
@@ -134,6 +141,7 @@ _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--cache-all2": _cache_all_in_background,
     "--reconnect": _reconnect,
     "--snapshot": _snapshot,
+    "--reload": _reload,
 }
 
 

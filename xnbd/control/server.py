@@ -13,7 +13,7 @@ import os
 import select
 from socket import socket
 from time import monotonic
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from ..errors import CommandError, XnbdError
 from ..logs import Seldom, log
@@ -53,17 +53,26 @@ _FOREIGN = (
 _GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
+def listen_for_operators(path: str) -> UnixSocket:
+    """Listen at *path*, for this process's user only.
+
+    Raises `ConfigurationError` if a live server or another kind of file is there.
+    """
+    listener = UnixSocket(path, _BACKLOG, mode=0o600)
+    listener.socket.setblocking(False)
+    return listener
+
+
 class ControlSocket:
-    """Listens at a path, for its owner's user only, and runs *commands* of several clients at once.
+    """Accepts operators, and runs *commands* of several of them at once.
 
     A forked process calls `close` first of all, or a client that the parent
     disconnects would not notice.
     """
 
-    def __init__(self, path: str, commands: CommandTable) -> None:
-        """Raises `ConfigurationError` if a live server or another kind of file is at *path*."""
-        self._listener = UnixSocket(path, _BACKLOG, mode=0o600)
-        self._listener.socket.setblocking(False)
+    def __init__(self, where: Union[str, UnixSocket], commands: CommandTable) -> None:
+        """*where* is a path, or what listens there already. Raises like `listen_for_operators`."""
+        self._listener = listen_for_operators(where) if isinstance(where, str) else where
         self._commands = commands
         self._owner = os.getpid()
         self._connections: List[_Connection] = []
@@ -100,9 +109,11 @@ class ControlSocket:
             self._accept()
 
     def close(self) -> None:
-        """End everything and remove the socket's file; in a forked process only close the descriptors."""
-        self._listener.socket.close()
-        self._listener.remove()
+        """End everything, and remove the socket's file in the process that made it.
+
+        In a forked process only close the descriptors.
+        """
+        self._listener.close()
         for connection in self._connections:
             if os.getpid() == self._owner:
                 connection.close()

@@ -148,6 +148,11 @@ def scoreboard_size(processes: int) -> int:
     return LINES_AT + processes * LINE_SIZE
 
 
+def count_lines(fd: int) -> int:
+    """For how many processes the scoreboard behind *fd* was made."""
+    return (os.fstat(fd).st_size - LINES_AT) // LINE_SIZE
+
+
 def write_header(fd: int) -> None:
     """Make the zeros in the file behind *fd* a scoreboard."""
     os.pwrite(fd, _HEADER.pack(MAGIC, VERSION, TABLE), 0)

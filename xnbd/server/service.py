@@ -6,7 +6,7 @@ from contextlib import closing
 from typing import NamedTuple, Optional
 
 from ..access.identity import NOBODY, Identity
-from ..access.rights import EVERYBODY, Access
+from ..access.rights import Access
 from ..errors import Disconnected, ProtocolError
 from ..logs import log
 from ..protocol.server_handshake import Agreement, Denied, Export, Exports, export_flags
@@ -14,12 +14,12 @@ from ..scoreboard.scoreboard import Scoreboard
 from ..storage.image import Source
 from ..storage.target import reopen
 from ..system.process import set_title
+from .configuration import Configuration
 from .disk import Disk
 from .process_loop import Stop
 from .session.connection import Connection
 from .session.handshake import Tls, greet, greet_oldstyle, negotiate
 from .session.loop import Session
-from .session.parking import QueueLimits
 
 
 class Service(NamedTuple):
@@ -29,12 +29,17 @@ class Service(NamedTuple):
     scoreboard_fd: int
     export_name: str
     oldstyle: bool = False
-    handshake_timeout: float = 10.0
+    configuration: Configuration = Configuration()
     spin: float = 0.0
-    limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
-    access: Access = EVERYBODY
-    tls: Optional[Tls] = None
+
+    @property
+    def access(self) -> Access:
+        return self.configuration.access
+
+    @property
+    def tls(self) -> Optional[Tls]:
+        return self.configuration.tls
 
     def open_disk(self) -> Disk:
         """For a worker, after the fork. Raises `OSError`."""
@@ -92,7 +97,7 @@ class Service(NamedTuple):
                 return
             self._welcome(connection, disk, role)
             log.debug("%s: agreed on %s", connection.peer, agreement)
-            Session(connection, disk, agreement, self.limits).run()
+            Session(connection, disk, agreement, self.configuration.queue_limits).run()
             log.info("%s: left", connection.peer)
         except Stop as reason:
             log.info("%s: closed: %s", connection.peer, reason)
@@ -111,9 +116,9 @@ class Service(NamedTuple):
     def _negotiate(self, connection: Connection, deadline: Optional[float]) -> Optional[Agreement]:
         if self.oldstyle:
             export = self.access.rights_of(connection.identity).offer(self.export())
-            return greet_oldstyle(connection, export, self.handshake_timeout)
+            return greet_oldstyle(connection, export, self.configuration.handshake_timeout)
         if deadline is None:
-            deadline = greet(connection, self.handshake_timeout)
+            deadline = greet(connection, self.configuration.handshake_timeout)
         return negotiate(connection, self.exports, deadline, self.tls)
 
     def _welcome(self, connection: Connection, disk: Disk, role: str) -> None:

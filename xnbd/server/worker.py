@@ -5,7 +5,8 @@ its image open and waits for a client; it accepts and negotiates itself, so that
 client waits for a fork or for another client's handshake. A connection is a client
 once it has said something; the others wait in the `Lobby`. When its client has left
 it is a spare again, with the image's pages mapped already, unless the master has
-enough of them.
+enough of them, or spares that know a newer configuration. A worker that is to retire
+begins no handshake any more, and leaves its lobby to the others.
 """
 
 from __future__ import annotations
@@ -18,17 +19,16 @@ import socket
 from contextlib import closing
 from logging import ERROR
 from time import monotonic
-from typing import NamedTuple, Optional, Sequence
+from typing import Callable, NamedTuple, Optional, Sequence
 
 from ..logs import Seldom, log
 from ..system.forking import let_signals_in
-from ..system.polling import read_pipe
 from ..system.process import set_title
 from .disk import Disk
 from .lobby import Guest, Lobby
 from .process_loop import ProcessLoop, Stop
 from .service import Service
-from .session.connection import Connection, describe_peer
+from .session.connection import Connection
 
 _RETRY_ACCEPT = 1.0
 _TELL_OF_SHORTAGE = 30.0
@@ -42,7 +42,8 @@ class Pipes(NamedTuple):
     """Pipes between the master and its workers, as descriptors.
 
     ``lifeline`` breaks with the master. Through ``reports`` a worker tells of its
-    client. Each byte in ``retirements`` ends one spare worker.
+    client. Each byte in ``retirements`` ends one worker that has no client, and its end
+    ends all of them.
     """
 
     lifeline: int
@@ -63,8 +64,17 @@ class Pool(NamedTuple):
 class Worker:
     """A process that serves one client after the other: prepared by the master, run in the child."""
 
-    def __init__(self, service: Service, listeners: Sequence[socket.socket], pipes: Pipes, pool: Pool) -> None:
+    def __init__(
+        self,
+        service: Service,
+        listeners: Sequence[socket.socket],
+        pipes: Pipes,
+        pool: Pool,
+        close_first: Callable[[], None],
+    ) -> None:
+        """In the child *close_first* lets go of what is the master's alone."""
         self._service = service
+        self._close_first = close_first
         self._pool = pool
         self._listeners = listeners
         self._pipes = pipes
@@ -81,9 +91,7 @@ class Worker:
             return 1
 
     def _init_process(self) -> ProcessLoop:
-        os.close(self._pipes.lifeline_master)
-        os.close(self._pipes.reports_master)
-        os.close(self._pipes.retirements_master)
+        self._close_first()
         gc.set_threshold(GARBAGE_THRESHOLD)
         loop = ProcessLoop(self._pipes.lifeline)
         let_signals_in()
@@ -93,7 +101,7 @@ class Worker:
         service = self._service
         disk = loop.companion = service.open_disk()
         loop.farewell = self._close_listeners  # a successor may listen there already
-        with closing(Lobby(service.handshake_timeout)) as lobby:
+        with closing(Lobby(service.configuration.handshake_timeout, oldstyle=service.oldstyle)) as lobby:
             self._report("")  # it can work
             return self._serve_clients(loop, disk, lobby)
 
@@ -102,10 +110,11 @@ class Worker:
         while True:
             set_title("spare worker", service.source.name)
             guest = self._next_client(loop, disk, lobby)
-            lobby.hand_over(self._pool.writing)
             if guest is None:
+                self._leave_lobby(loop, lobby)
                 disk.close()
                 return 0
+            lobby.hand_over(self._pool.writing)
             connection = Connection(guest.sock, loop, service.spin, guest.peer)
             self._report(connection.peer)
             service.serve(connection, disk, deadline=guest.deadline)
@@ -115,7 +124,7 @@ class Worker:
             loop.check()
 
     def _next_client(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> Optional[Guest]:
-        """The next client, or None if this worker is one spare too many."""
+        """The next client, or None if this worker is to retire."""
         retirements, pool = self._pipes.retirements, self._pool.reading
         listening = [listener.fileno() for listener in self._listeners]
         descriptors = (*listening, pool.fileno(), lobby.fileno(), retirements)
@@ -126,18 +135,33 @@ class Worker:
             disk.forget_results()
             disk.catch_up()
             guest = lobby.speaker()
+            if self._is_to_retire():  # not before: who speaks from now on is not served by this worker
+                if guest is not None:
+                    lobby.take_in(guest)
+                return None
             if guest is not None:
                 return guest
             lobby.expire()
             for listener in self._listeners:
                 sock = self._try_accept(listener, loop)
-                if sock is not None and self._service.oldstyle:  # where a client need not say anything
-                    return Guest(sock, describe_peer(sock), monotonic() + self._service.handshake_timeout)
                 if sock is not None:
                     lobby.greet(sock)
             lobby.take_over(pool)
-            if read_pipe(retirements, 1):
-                return None
+
+    def _is_to_retire(self) -> bool:
+        try:
+            os.read(self._pipes.retirements, 1)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _leave_lobby(self, loop: ProcessLoop, lobby: Lobby) -> None:
+        """The connections there are for others, who may have to make room for them first."""
+        pool = self._pool.writing
+        while not lobby.hand_over(pool, patient=True):
+            deadline = lobby.deadline() or 0.0
+            loop.wait((pool.fileno(),), select.POLLOUT, max(0.0, deadline - monotonic()))
+            lobby.expire()
 
     def _try_accept(self, listener: socket.socket, loop: ProcessLoop) -> Optional[socket.socket]:
         try:

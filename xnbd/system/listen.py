@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 from ..errors import ConfigurationError
+from ..making import give_socket
 
 if TYPE_CHECKING:
     import psutil
@@ -112,17 +113,26 @@ class UnixSocket:
                 if mode is not None:
                     os.fchmod(self.socket.fileno(), mode)  # Linux: bind makes the file with the socket's own mode
                 self.socket.bind(path)
+                give_socket(path)
                 self._made = os.lstat(path)
                 self.socket.listen(backlog)
             except OSError as error:
                 self.socket.close()
                 raise ConfigurationError(_unix_trouble(path, error)) from error
 
+    def close(self) -> None:
+        """Listen no more, and remove the file; in a forked process only close the descriptor."""
+        self.socket.close()
+        self.remove()
+
     def remove(self) -> None:
-        """Remove the file, in the process that made it, unless a successor's is there by now."""
+        """Remove the file, in the process that made it, unless a successor's is there by now.
+
+        It stays if this process has not the right to: it has given root's rights up.
+        """
         if os.getpid() != self._owner:
             return
-        with _neighbours_waiting(self._path, _LEAVING_TIME), suppress(FileNotFoundError):
+        with _neighbours_waiting(self._path, _LEAVING_TIME), suppress(FileNotFoundError, PermissionError):
             if os.path.samestat(os.lstat(self._path), self._made):
                 os.unlink(self._path)
 

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import re
-import socket
 import stat
 import sys
 from contextlib import contextmanager, suppress
@@ -218,8 +217,12 @@ class PidFile:
             self._remove()
 
     def _remove(self) -> None:
-        if is_at(self._path, self._held):
-            os.unlink(self._path)
+        """Remove the file, or empty it if this process has not the right to: it has given root's rights up."""
+        try:
+            if is_at(self._path, self._held):
+                os.unlink(self._path)
+        except PermissionError:
+            os.ftruncate(self._held, 0)
         os.close(self._held)
         self._fd = None
 
@@ -241,15 +244,3 @@ def _pid_file_trouble(path: str, error: OSError) -> str:
     if error.errno == errno.ELOOP:
         return f"pid file {path} is a symbolic link, which is not followed: name the file itself"
     return f"cannot write pid file {path}: {error.strerror}"
-
-
-def notify_service_manager(state: str) -> None:
-    """Tell systemd of *state* if it wants to know (``sd_notify(3)``)."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        try:
-            sender.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
-        except OSError:
-            pass  # nobody listens there: not worth failing for

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import ssl
 from datetime import datetime, timezone
-from typing import List, NamedTuple, Optional
+from hashlib import sha256
+from typing import List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from . import psk
@@ -30,6 +31,7 @@ class _Loaded(NamedTuple):
     context: ssl.SSLContext
     keys: psk.ServerKeys
     valid: List[Expiry]
+    digest: bytes
 
 
 class ServerCredentials:
@@ -43,6 +45,16 @@ class ServerCredentials:
         self.anonymous = anonymous
         self._ciphers = ciphers
         self._loaded = self._load()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both were loaded from files of the same content, to be used in the same way."""
+        return isinstance(other, ServerCredentials) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> Tuple[object, ...]:
+        return self.directory, self.anonymous, self._ciphers, self._loaded.digest
 
     @property
     def context(self) -> ssl.SSLContext:
@@ -67,6 +79,7 @@ class ServerCredentials:
         directory = self.directory
         if not os.path.isdir(directory):
             raise ConfigurationError(f"--tls {directory}: there is no such directory")
+        digest = self._digest()  # before: what changes meanwhile is noticed by the next one
         keys_path, has_certificate = exists(directory, KEYS), exists(directory, SERVER_CERTIFICATE)
         if not keys_path and not has_certificate:
             raise ConfigurationError(f"--tls {directory}: it has neither {SERVER_CERTIFICATE} nor {KEYS}")
@@ -76,7 +89,16 @@ class ServerCredentials:
         keys = psk.ServerKeys(psk.read_keys(keys_path) if keys_path else {}, alone=not has_certificate)
         if keys_path:
             keys.attach(context)
-        return _Loaded(context, keys, valid)
+        return _Loaded(context, keys, valid, digest)
+
+    def _digest(self) -> bytes:
+        """Of all files."""
+        found = sha256()
+        for name in (AUTHORITY, REVOKED, KEYS, SERVER_CERTIFICATE, SERVER_KEY):
+            path = exists(self.directory, name)
+            content = read_file(path) if path else ""
+            found.update(f"{name} {len(content)}\n{content}".encode("utf-8", "surrogateescape"))
+        return found.digest()
 
     def _load_certificates(self, context: ssl.SSLContext) -> List[Expiry]:
         """Certificate, key, and by what clients are checked; how long all that is valid."""

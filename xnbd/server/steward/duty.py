@@ -14,6 +14,7 @@ from ...proxy.image import ProxySource
 from ...scoreboard.layout import PROXY
 from ...scoreboard.scoreboard import Scoreboard
 from ...storage.target import reopen
+from ..master_link import MasterLink
 from ..process_loop import ProcessLoop
 from ..service import Service
 from .child import Children
@@ -46,17 +47,20 @@ class Duty:
 
 
 class Context:
-    """What all duties of one steward work with. *has_master* is False for the one process of a wrapped client."""
+    """What all duties of one steward work with. There is no *master* for the one process of a wrapped client."""
 
-    def __init__(self, service: Service, loop: ProcessLoop, *, has_master: bool) -> None:
+    def __init__(self, service: Service, loop: ProcessLoop, master: Optional[MasterLink]) -> None:
         """In the steward's own process. Raises `OSError`."""
         self.service = service
         self.source = service.source
+        self.configuration = service.configuration
         self.loop = loop
-        self.has_master = has_master
+        self.master = master
         self.scoreboard = Scoreboard(reopen(service.scoreboard_fd, readonly=False))
         self.children = Children()
         self.children.let_go.append(self.scoreboard.close)  # its locks have to end with the steward
+        if master is not None:
+            self.children.let_go.append(master.close)
 
 
 class Cache:
