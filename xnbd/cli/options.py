@@ -7,7 +7,7 @@ together take 5 ms to import. A client of ``--inetd`` waits for that.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Dict, Iterable, NamedTuple, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Union
 
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
@@ -17,6 +17,7 @@ from .values import USAGE_ERROR, CommandLine
 
 if TYPE_CHECKING:
     from ..server.session.connection import Connection
+    from ..system.user import User
     from .proxy_options import ProxyOptions
 
 
@@ -26,6 +27,10 @@ class LogOptions(NamedTuple):
     path: Optional[str] = None
     syslog: bool = False
     level: int = logging.INFO
+
+
+Begin = Callable[[LogOptions, Optional[int], "Optional[User]"], None]
+"""Is told where the log goes, which permissions new files get, and to whom they belong if not to who makes them."""
 
 
 class ListenOptions(NamedTuple):
@@ -100,6 +105,8 @@ class ServerOptions(NamedTuple):
     spin: float = 150e-6
     control_path: Optional[str] = None
     rules_path: Optional[str] = None
+    limits_path: Optional[str] = None
+    user: Optional[User] = None
     tls: Optional[TlsOptions] = None
 
 
@@ -113,6 +120,15 @@ def log_options(line: CommandLine, path: Optional[str], level: int, *, unattende
     if path in ("/dev/stdout", "/dev/stderr") and line.has("--daemonize"):
         raise ConfigurationError(f"--daemonize lets go of {path}: name a file for --logpath", USAGE_ERROR)
     return LogOptions(path, line.has("--syslog") or (unattended and not path), level)
+
+
+def user_option(line: CommandLine) -> Optional[User]:
+    """Raises `ConfigurationError`."""
+    if not line.has("--user"):
+        return None
+    from ..system.user import find_user
+
+    return find_user(line.needed("--user"))
 
 
 def listen_options(line: CommandLine, unix_path: Optional[str] = None) -> ListenOptions:

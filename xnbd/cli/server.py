@@ -109,6 +109,10 @@ Process options:
   -d, --daemonize       Go into the background once the server listens.
   --pidfile FILE        Write the master's process id to FILE, and remove it at
                         the end.
+  --user NAME[:GROUP]   Give root's rights up: become NAME, in its groups and in
+                        GROUP instead of its main one, once the server
+                        listens and has opened its files. Numbers will do. What
+                        that user cannot do later is said at the start.
   --max-clients N       Serve N clients at once, let others wait
                         [default: 4096].
   --spare-workers N     Keep N processes ready for new clients [default: 4].

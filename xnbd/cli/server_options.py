@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Callable, Dict, Mapping, Optional, Union
+from typing import TYPE_CHECKING, Dict, Mapping, Optional, Union
 
 from ..errors import ConfigurationError
 from ..protocol.constants import MAXIMUM_STRING
@@ -14,6 +14,7 @@ from ..server.configuration import Configuration, Load
 from ..server.session.connection import LONGEST_SPIN
 from .limits import OF_ALL, OF_MASTERS, OF_PROXIES, load_limits
 from .options import (
+    Begin,
     CowOptions,
     LogOptions,
     ManyClients,
@@ -23,6 +24,7 @@ from .options import (
     listen_options,
     log_options,
     tls_options,
+    user_option,
     whole_paths,
 )
 from .values import USAGE_ERROR, CommandLine, refuse_same_file
@@ -45,9 +47,6 @@ _PROXY_OPTIONS = (
 _LISTENING = ("--lport", "--laddr", "--unix")
 _FEATURES = {"newstyle", "structured", "allocation"}
 
-Begin = Callable[[LogOptions, Optional[int]], None]
-"""Is told where the log goes, and which permissions new files get."""
-
 
 def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
     """What *line* asks for. Raises `ConfigurationError`.
@@ -59,7 +58,8 @@ def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
     paths = whole_paths(line, _PATHS)
     refuse_shared_files(paths)
     log = _log_options(line, paths.get("--logpath"))
-    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None)
+    user = user_option(line)
+    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None, user)
     load = partial(_load, line, paths.get("--limits"))
     configuration = load()
     clients = _clients(line, paths, load)
@@ -73,6 +73,8 @@ def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
         control_path=paths.get("CONTROL_SOCKET_PATH", paths.get("--control")),
         log=log,
         rules_path=paths.get("--tls-authz"),
+        limits_path=paths.get("--limits"),
+        user=user,
         tls=tls_options(line, paths.get("--tls")),
     )
 

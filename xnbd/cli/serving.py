@@ -7,7 +7,7 @@ import signal
 import socket
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Iterator, Optional, Sequence
+from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, Optional, Sequence
 
 from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
@@ -100,6 +100,7 @@ def _serve_one(options: ServerOptions, client: Introduced) -> int:
     connection = client.connection
     service = _open_service(options, processes=1)
     require_descriptors(_DESCRIPTORS[service.source.mode])
+    _change_of_user(options, service)()
     with _steward_for_one(service, connection):
         loop = ProcessLoop()
         disk = loop.companion = service.open_disk()
@@ -167,7 +168,8 @@ def _serve_many(options: ServerOptions, clients: ManyClients, words: Sequence[st
         service = _open_service(options, max(options.configuration.processes, _ROOM))
         open_listeners(clients.listen, listeners)
         check_access(service.access, listeners, service.tls)
-        status = _run_master(service, premises, load, Surroundings(manager, program), daemon)
+        beginning = _Beginning(daemon, _change_of_user(options, service))
+        status = _run_master(service, premises, load, Surroundings(manager, program), beginning)
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
     except ConfigurationError as error:
@@ -215,19 +217,39 @@ _DESCRIPTORS = {"target": 27, "cow": 35, "proxy": 43}
 """What the master, and then a process of it, opens besides disk and sockets, with some to spare, by the mode."""
 
 
+def _change_of_user(options: ServerOptions, service: Service) -> Callable[[], None]:
+    """What does as ``--user`` asks, tried out. Raises `ConfigurationError` if the server would be of no use then."""
+    if options.user is None:
+        return do_nothing
+    from .unprivileged import Change, needs_of_server
+
+    change = Change(options.user)
+    change.try_out(needs_of_server(options), lambda: service.open_disk().close())
+    return change.make
+
+
+class _Beginning(NamedTuple):
+    """Who waits for the server's start, and as which user it goes on."""
+
+    daemon: Optional[Daemon]
+    become_user: Callable[[], None]
+
+
 def _run_master(
-    service: Service, premises: Premises, load: Load, surroundings: Surroundings, daemon: Optional[Daemon]
+    service: Service, premises: Premises, load: Load, surroundings: Surroundings, beginning: _Beginning
 ) -> int:
     from ..server.master import Master
 
     require_descriptors(_DESCRIPTORS[service.source.mode])
+    daemon, become_user = beginning
     premises.control = _listen_for_operators(service)
     master = Master(service, premises, load, surroundings)
     try:
         if service.needs_steward:
-            master.start_steward(leave_terminal if daemon else do_nothing)
+            master.start_steward(partial(_prepare_steward, become_user, in_background=daemon is not None))
         if premises.pid_file:
             premises.pid_file.write()
+        become_user()
     except ConfigurationError:
         master.abandon()
         raise
@@ -236,3 +258,10 @@ def _run_master(
         daemon.ready()
     surroundings.manager.ready()
     return master.run()
+
+
+def _prepare_steward(become_user: Callable[[], None], *, in_background: bool) -> None:
+    """In the steward that the server starts with: later ones have a master that has done this already."""
+    become_user()
+    if in_background:
+        leave_terminal()

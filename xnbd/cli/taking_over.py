@@ -26,6 +26,7 @@ from ..storage.target import TargetSource
 from ..system.kept import Kept
 from ..system.process import paths_from
 from ..system.service_manager import ServiceManager
+from ..system.user import User
 from .options import CowOptions, LogOptions, ManyClients, ServerOptions, TargetOptions
 from .program import begin, print_answer
 from .server_options import server_options
@@ -58,9 +59,9 @@ def take_over(program: str, usage: str, argv: List[str]) -> int:
     return _serve(service, estate, premises, loader(options, clients, premises.listeners), own)
 
 
-def _begin_check(program: str, to: LogOptions, file_mode: Optional[int]) -> None:
+def _begin_check(program: str, to: LogOptions, file_mode: Optional[int], user: Optional[User]) -> None:
     """The log is tried out; what there is to say goes to the program before."""
-    begin(program, to, file_mode)
+    begin(program, to, file_mode, user)
     log.handlers.clear()
 
 

@@ -65,6 +65,10 @@ Server options:
 
 Process options:
   -d, --daemonize       Go into the background once the wrapper listens.
+  --user NAME[:GROUP]   Give root's rights up: become NAME, in its groups and in
+                        GROUP instead of its main one, once the wrapper
+                        listens and has opened its files. Numbers will do. What
+                        that user cannot do later is said at the start.
   --max-clients N       Serve N clients at once, let others wait
                         [default: 4096].
   --limits FILE         Take limits from FILE, at the start and at each reload:

@@ -6,22 +6,27 @@ import logging
 import shlex
 import shutil
 from functools import partial
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..server.configuration import Configuration
 from ..system.process import whole_path
 from .limits import OF_ALL, OF_PROXIES, load_limits
 from .options import (
+    Begin,
     ListenOptions,
     LogOptions,
     TlsOptions,
     listen_options,
     log_options,
     tls_options,
+    user_option,
     whole_paths,
 )
 from .values import USAGE_ERROR, CommandLine, refuse_same_file
+
+if TYPE_CHECKING:
+    from ..system.user import User
 
 _PATHS = ("--dbpath", "--socket", "--unix", "--logpath", "--limits", "--tls", "--tls-authz")
 _OLD_NAMES = {"--port": "--lport", "--xnbd-binary": "--xnbd-server"}
@@ -55,6 +60,8 @@ class WrapperOptions(NamedTuple):
     daemonize: bool
     tls: Optional[TlsOptions] = None
     rules_path: Optional[str] = None
+    limits_path: Optional[str] = None
+    user: Optional[User] = None
 
     @property
     def own_files(self) -> Dict[str, str]:
@@ -69,7 +76,7 @@ class WrapperOptions(NamedTuple):
         return {option: path for option, path in files.items() if path}
 
 
-def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int]], None]) -> WrapperOptions:
+def wrapper_options(line: CommandLine, begin: Begin) -> WrapperOptions:
     """What *line* asks for; *begin* is called as by `server_options`. Raises `ConfigurationError`."""
     line.rename(_OLD_NAMES)
     paths = whole_paths(line, _PATHS)
@@ -78,7 +85,8 @@ def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int
     for image in images.values():
         refuse_same_file({f"--imgfile {image}": image, **paths})
     log = log_options(line, paths.get("--logpath"), logging.INFO, unattended=line.has("--daemonize"))
-    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None)
+    user = user_option(line)
+    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None, user)
     load = partial(_load, line, paths.get("--limits"))
     load()
     return WrapperOptions(
@@ -94,6 +102,8 @@ def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int
         readonly=line.has("--readonly"),
         daemonize=line.has("--daemonize"),
         rules_path=paths.get("--tls-authz"),
+        limits_path=paths.get("--limits"),
+        user=user,
         tls=_tls(line, paths.get("--tls")),
     )
 

@@ -10,6 +10,7 @@ from typing import Callable, Dict, List, Optional
 from ..errors import ConfigurationError
 from ..logs import log
 from ..server.configuration import Configuration
+from ..system.file_locks import do_nothing
 from ..system.listen import Listeners
 from ..system.process import Daemon, require_descriptors
 from ..system.service_manager import ServiceManager
@@ -117,8 +118,10 @@ def _run(
     open_listeners(options.listen, listeners)
     _check(settings, listeners)
     require_descriptors(_DESCRIPTORS)
+    become_user = _change_of_user(options, database)
     reread = partial(_reread, read, listeners)
     wrapper = Wrapper(listeners, database, options.control_path, settings, reread, manager)
+    become_user()
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
     if not settings.servers.extended:
         log.info("%s does not know --negotiated: clients are offered simple replies", settings.servers.program)
@@ -126,6 +129,17 @@ def _run(
         daemon.ready()
     manager.ready()
     return wrapper.run()
+
+
+def _change_of_user(options: WrapperOptions, database: Database) -> Callable[[], None]:
+    """What does as ``--user`` asks, tried out. Raises `ConfigurationError` if the wrapper would be of no use then."""
+    if options.user is None:
+        return do_nothing
+    from .unprivileged import Change, needs_of_wrapper
+
+    change = Change(options.user)
+    change.try_out(needs_of_wrapper(options, database.exports), do_nothing)
+    return change.make
 
 
 def _add_images(database: Database, images: Dict[str, str]) -> None:

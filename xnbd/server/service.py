@@ -142,7 +142,7 @@ class Service(NamedTuple):
     def _recognise(self, connection: Connection, disk: Disk, role: str) -> str:
         """It is known who the client is: have others know, too. What the log says of it."""
         identity = connection.identity
-        disk.place.tell_identity(str(identity) if identity.names else "")
+        disk.place.tell_identity(str(identity) if identity.names else "", connection.encryption)
         if identity.at(connection.peer) != connection.peer:
             set_title(role, identity.at(connection.peer), self.source.name)
         who = f" as {identity}" if identity.names else ""
