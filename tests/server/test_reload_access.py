@@ -12,8 +12,8 @@ import pytest
 from certificates import Certificates, copy
 from checked_clients import checked_clients
 from conftest import Start
+from proxies import ask, query
 from rawclient import ACK, ERR_UNKNOWN, RawClient
-from reloading import ask_reload
 from server_process import Server, wait_until
 from tls_client import context_of, refusal_of, start_tls, tls_client
 
@@ -50,7 +50,7 @@ def test_rules_hold_for_all_who_come_after_the_reload(start: Start, image: Path,
             readonly = not number % 2
             silent = [RawClient(server.connect()) for _ in range(4)]
             write(rules, f"uid:{UID} * {'ro' if readonly else 'rw'}\n")
-            assert ask_reload(control)["changes"] == ["rules"]
+            assert ask(control, command="reload")["changes"] == ["rules"]
             newcomers = [*(RawClient(server.connect()) for _ in range(4)), *silent]
             assert [is_readonly(client.negotiate()) for client in newcomers] == [readonly] * 8
             for client in newcomers:
@@ -66,12 +66,12 @@ def test_broken_rules_change_nothing(start: Start, image: Path, tmp_path: Path, 
     server.expected_errors.append("stays as it was")
     write(rules, f"uid:{UID} * rw\nuid:{UID} *\n")
     write(limits, "max-clients 8\n")
-    answer = ask_reload(control)
+    answer = ask(control, command="reload")
     assert answer["error"].startswith(f"{rules}:2: expected IDENTITY EXPORT rw|ro")
     with client_of(server) as client:
         assert is_readonly(client)
     write(rules, f"uid:{UID} * rw\n")
-    assert ask_reload(control)["changes"] == ["max-clients 9 -> 8", "rules"]
+    assert ask(control, command="reload")["changes"] == ["max-clients 9 -> 8", "rules"]
     with client_of(server) as client:
         assert not is_readonly(client)
 
@@ -83,7 +83,7 @@ def test_who_is_denied_from_now_on_stays_until_he_leaves(
     server = start("--target", "--tls-authz", rules, "--control", control, image)
     with client_of(server) as client, RawClient(server.connect()) as denied:
         write(rules, f"uid:{UID + 1} * rw\n")
-        ask_reload(control)
+        ask(control, command="reload")
         denied.greet()
         assert denied.go()[-1][0] == ERR_UNKNOWN
         assert client.works()
@@ -118,7 +118,7 @@ def test_certificates_are_exchanged_under_hundred_clients(
             source = sources[number % 2]
             for name in ("server-cert.pem", "server-key.pem"):
                 shutil.copy(source / name, directory / name)
-            assert ask_reload(control)["changes"] == ["certificates or keys"]
+            assert ask(control, command="reload")["changes"] == ["certificates or keys"]
             assert {certificate_seen(server, context) for _ in range(3)} == {shown_by(source)}
         rounds = [client.rounds for client in clients]
         wait_until(lambda: all(c.rounds > r for c, r in zip(clients, rounds)), "each to have done something")
@@ -135,11 +135,11 @@ def test_broken_certificates_change_nothing(
     broken: List[str] = []
     for path in files:
         path.write_text("nonsense")
-        broken.append(ask_reload(control)["error"])
+        broken.append(ask(control, command="reload")["error"])
         assert str(path) in broken[-1]
         assert certificate_seen(server, context) == shown_by(certificates.server)
         path.write_text(files[path])
-    assert ask_reload(control)["changes"] == []
+    assert ask(control, command="reload")["changes"] == []
     assert len(broken) == 3
 
 
@@ -150,7 +150,20 @@ def test_revoked_client_is_refused_after_the_reload_and_stays_if_he_is_in(
     server = start("--target", "--tls", directory, "--control", control, image)
     with tls_client(server, certificates.revoked) as client:
         shutil.copy(certificates.server_with_crl / "ca-crl.pem", directory)
-        assert ask_reload(control)["changes"] == ["certificates or keys"]
+        assert ask(control, command="reload")["changes"] == ["certificates or keys"]
         with RawClient(server.connect()) as newcomer:
             assert "revoked" in refusal_of(newcomer, context_of(certificates.revoked))
         assert client.works()
+
+
+def test_query_warns_of_what_expires_until_it_is_renewed(
+    start: Start, image: Path, tmp_path: Path, control: Path, certificates: Certificates
+) -> None:
+    directory = copy(certificates.authority.server(tmp_path / "soon", days=10), tmp_path / "tls")
+    start("--target", "--tls", directory, "--control", control, image)
+    (warning,) = query(control)["warnings"]
+    assert warning.startswith(f"{directory}/server-cert.pem expires on ")
+    for name in ("server-cert.pem", "server-key.pem"):
+        shutil.copy(certificates.server / name, directory / name)
+    ask(control, command="reload")
+    assert query(control)["warnings"] == []

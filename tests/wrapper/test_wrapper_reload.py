@@ -11,8 +11,8 @@ import pytest
 from checked_clients import checked_clients
 from conftest import StartWrapper
 from notify_socket import listening
+from proxies import ask
 from rawclient import RawClient
-from reloading import ask_reload
 from server_process import PYTHON, ROOT, wait_until
 from wrapper_process import Wrapper, fails
 
@@ -67,7 +67,7 @@ def test_bad_limits_are_refused_at_the_start(tmp_path: Path, image: Path, limits
 
 def test_silent_connection_is_dropped_by_the_new_timeout(wrapper: Wrapper, limits: Path) -> None:
     limits.write_text("handshake-timeout 0.2\n")
-    ask_reload(wrapper.control)
+    ask(wrapper.control, command="reload")
     with wrapper.connect() as silent:
         silent.receive(18)
         assert silent.closed()
@@ -91,7 +91,7 @@ def test_hundred_clients_go_on_while_rules_and_limits_change(
             readonly = not number % 2
             rules.write_text(f"uid:{UID} * {'ro' if readonly else 'rw'}\n")
             limits.write_text(f"max-clients {200 + number}\n")
-            assert "rules" in ask_reload(wrapper.control)["changes"]
+            assert "rules" in ask(wrapper.control, command="reload")["changes"]
             with connect() as newcomer:
                 assert bool(newcomer.flags & READ_ONLY) == readonly
         for _ in range(100):

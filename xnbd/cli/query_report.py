@@ -122,6 +122,10 @@ def _not_durable(answer: Message) -> Iterator[str]:
     yield "no FLUSH succeeds until the server is restarted"
 
 
+def _warnings(answer: Message) -> Iterator[str]:
+    yield from map(shown, answer.get("warnings", ()))
+
+
 def _checkpoint(answer: Message) -> Iterator[str]:
     checkpoint = answer.get("checkpoint")
     if not checkpoint or answer.get("write_back_failure"):
@@ -156,6 +160,7 @@ _SECTIONS = [
     ("hits", _hits),
     ("requests", _requests),
     ("waiting", _waiting),
+    ("warning", _warnings),
     ("not durable", _not_durable),
     ("checkpoint", _checkpoint),
     ("cache-all", _cache_all),

@@ -119,12 +119,12 @@ Process options:
   --handshake-timeout SECONDS
                         Drop a client that has not negotiated by then
                         [default: 10].
-  --limits FILE         Take limits from FILE, and again after a change: lines
-                        like "max-clients 100". They go before the options of
-                        these names: max-clients, spare-workers,
+  --limits FILE         Take limits from FILE, at the start and at each reload:
+                        lines like "max-clients 100". They go before the options
+                        of these names: max-clients, spare-workers,
                         handshake-timeout, max-queue-size, max-buf-size.
-  --control PATH        Listen there for xnbd-bgctl: --query, --snapshot and
-                        --reload. A proxy has its own argument for that.
+  --control PATH        Listen there for xnbd-bgctl: --query, --snapshot,
+                        or --reload. A proxy has its own argument for that.
   --spin MICROSECONDS   Poll for the next request for so long before sleeping;
                         adapts by itself to a slower client, 0 never polls,
                         10000 at most [default: 150].

@@ -71,9 +71,9 @@ Process options:
                         that user cannot do later is said at the start.
   --max-clients N       Serve N clients at once, let others wait
                         [default: 4096].
-  --limits FILE         Take limits from FILE, and again after a change: lines
-                        like "max-clients 100". They go before the options of
-                        these names: max-clients, handshake-timeout,
+  --limits FILE         Take limits from FILE, at the start and at each reload:
+                        lines like "max-clients 100". They go before the options
+                        of these names: max-clients, handshake-timeout,
                         max-queue-size, max-buf-size.
   -L, --logpath FILE    Append the log to FILE, the servers' too. Without it:
                         standard error, or syslog with --daemonize.

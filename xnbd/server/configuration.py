@@ -8,7 +8,7 @@ with what it has.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional
+from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from ..access.rights import EVERYBODY, Access
 from ..errors import ConfigurationError
@@ -48,6 +48,10 @@ class Configuration(NamedTuple):
         limits = [f"{name.replace('_', '-')} {old[name]:g} -> {new[name]:g}" for name in new if old[name] != new[name]]
         rules = ["rules"] if self.access != before.access else []
         return [*limits, *rules, *(["certificates or keys"] if self.tls != before.tls else [])]
+
+    def expiries(self) -> List[Tuple[str, float]]:
+        """Files of certificates, and until when they are valid, in seconds since 1970."""
+        return [] if self.tls is None else [(path, when.timestamp()) for path, when in self.tls.credentials.valid]
 
     def figures(self) -> Dict[str, float]:
         """What another process may be told in numbers."""

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import os
 import ssl
-from datetime import datetime, timezone
 from hashlib import sha256
 from typing import List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from . import psk
 from .context import exists, load_authorities, load_certificate, load_revocations, new_context, read_file
-from .expiry import Expiry, expiries
+from .expiry import Expiry, expiries, warnings
 
 AUTHORITY, REVOKED, KEYS = "ca-cert.pem", "ca-crl.pem", "keys.psk"
 SERVER_CERTIFICATE, SERVER_KEY = "server-cert.pem", "server-key.pem"
-
-SOON = 30
-"""Days: the operator hears of what expires within these."""
 
 
 class _Loaded(NamedTuple):
@@ -119,16 +115,10 @@ class ServerCredentials:
             expiry for path in (certificate, authority, revoked) if path for expiry in expiries(path, read_file(path))
         ]
 
+    @property
+    def valid(self) -> List[Expiry]:
+        """Until when the certificates and revocation lists are."""
+        return self._loaded.valid
+
     def warnings(self) -> List[str]:
-        """A line for each file in which something has expired, or does so within `SOON` days."""
-        now = datetime.now(timezone.utc)
-        first = {expiry.path: expiry for expiry in sorted(self._loaded.valid, key=lambda e: e.when, reverse=True)}
-        return [_warning(expiry, now) for expiry in first.values() if expiry.days_left(now) < SOON]
-
-
-def _warning(expiry: Expiry, now: datetime) -> str:
-    days = expiry.days_left(now)
-    day = expiry.when.strftime("%Y-%m-%d")
-    if days < 0:
-        return f"{expiry.path} has expired on {day}: clients are refused, or refuse the server"
-    return f"{expiry.path} expires on {day}, in {days} days"
+        return warnings(self.valid)
