@@ -182,6 +182,12 @@ def _hit_share(worker: Message) -> str:
     return percentage(hits, hits + misses).replace(" ", "") if hits + misses else "-"
 
 
+def _tls(encryption: str) -> str:
+    """The version, and whether the kernel encrypts."""
+    words = encryption.split()
+    return " ".join([words[0].replace("TLSv", ""), *(["kTLS"] if "kTLS" in words else [])])
+
+
 _COLUMNS = [
     _Column("PID", lambda worker: str(worker["pid"]), "pid"),
     _Column("AGE", lambda worker: duration(worker["connected_seconds"]), "connected_seconds"),
@@ -192,6 +198,7 @@ _COLUMNS = [
     _Column("FETCH", lambda worker: short_size(worker["bytes_fetched"]), "bytes_fetched", True),
     _Column("WAIT", lambda worker: short_count(worker["queued_requests"]), "queued_requests", True),
     _Column("CPU", lambda worker: f"{worker['cpu_percent']:.0f}%", "cpu_percent"),
+    _Column("TLS", lambda worker: _tls(worker["encryption"]), "encryption"),
     _Column("MEM", lambda worker: short_size(worker["memory_bytes"]), "memory_bytes"),
 ]
 

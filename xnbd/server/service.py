@@ -127,6 +127,6 @@ class Service(NamedTuple):
         who = f" as {identity}" if identity.names else ""
         how = f" over {connection.encryption}" if connection.encryption else ""
         log.info("%s: connected%s%s", connection.peer, who, how)
-        disk.place.tell_identity(str(identity) if identity.names else "")
+        disk.place.tell_identity(str(identity) if identity.names else "", connection.encryption)
         if identity.at(connection.peer) != connection.peer:
             set_title(role, identity.at(connection.peer), self.source.name)

@@ -176,6 +176,7 @@ def _worker(line: Line, usage: Any) -> Message:
         "pid": line.pid,
         "client": line.peer,
         "identity": line.identity or None,
+        "encryption": line.encryption or None,
         "connected_seconds": max(0.0, clock() - line.since),
         **_counters(line.counts),
         "queued_requests": line.queued_requests,
