@@ -161,12 +161,12 @@ def record(kind: int, payload: bytes, *, version: int = 0x0303, length: Optional
 class Stripper:
     """Somebody in the middle, on ``127.0.0.1:port``, who answers STARTTLS himself, as if the server had no TLS.
 
-    All else passes in the clear, both ways. ``seen`` is what clients sent after the refusal.
+    All else passes in the clear, both ways. ``option`` is the first one that came after the refusal, or 0.
     """
 
     def __init__(self, target_port: int, answer: int = 0x80000001) -> None:
         self.port = free_port()
-        self.seen = b""
+        self.option = 0
         self._target_port, self._answer = target_port, answer
         self._listener = socket.create_server(("127.0.0.1", self.port))
         self._thread = threading.Thread(target=self._accept, daemon=True)
@@ -201,8 +201,8 @@ class Stripper:
             if option != STARTTLS:
                 break
             client.send(struct.pack(">QIII", 0x3E889045565A9, option, self._answer, 0))
-        self.seen = header + client.receive(length)
-        server.send(self.seen)
+        self.option = option
+        server.send(header + client.receive(length))
         backwards = threading.Thread(target=_pump, args=(server.sock, client.sock))
         backwards.start()
         _pump(client.sock, server.sock)

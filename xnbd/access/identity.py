@@ -20,7 +20,7 @@ class Identity(NamedTuple):
     names: Tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return self.names[0] if self.names else "nobody"
+        return self.names[0] if self.names else "anonymous"
 
     def at(self, peer: str) -> str:
         """What titles and tables call the client that is connected from *peer*, which says itself who is at a Unix

@@ -102,6 +102,7 @@ class ServerOptions(NamedTuple):
     spin: float = 150e-6
     queue_limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
+    rules_path: Optional[str] = None
     tls: Optional[TlsOptions] = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 
+from ..access.identity import Identity
 from ..control.client import shown
 from .quantities import counted, duration, percentage, rate, short_count, short_size, size
 
@@ -190,6 +191,12 @@ _COLUMNS = [
 ]
 
 
+def _name(worker: Message) -> str:
+    """The client's address, and who it has proved to be."""
+    identity = worker.get("identity")
+    return Identity((identity,) if identity else ()).at(worker.get("client", ""))
+
+
 def _clients(workers: List[Message], *, cache: bool) -> List[str]:
     """A table, the client's address last: that may be long. Without *cache* nothing is said of one."""
     if not workers:
@@ -203,7 +210,7 @@ def _clients(workers: List[Message], *, cache: bool) -> List[str]:
     for worker in workers:
         rows.append([column.show(worker) if worker.get(column.needs) is not None else "-" for column in columns])
     widths = [max(map(len, cells)) for cells in zip(*rows)]
-    names = ["CLIENT", *(shown(worker.get("client", "")) for worker in workers)]
+    names = ["CLIENT", *(shown(_name(worker)) for worker in workers)]
     table = [
         " ".join([*(cell.rjust(width) for cell, width in zip(row, widths)), name]) for row, name in zip(rows, names)
     ]

@@ -43,6 +43,13 @@ Listening options:
                         are simple ones in the order of the requests, which
                         suits every client.
 
+Access options:
+  --tls-authz FILE      Let clients open the disk as FILE says, and nobody else:
+                        lines "IDENTITY EXPORT rw" or "... ro" (read only). The
+                        first one that fits decides. IDENTITY is the subject of
+                        a certificate, dns:NAME, uri:NAME, email:NAME, psk:NAME
+                        or, on Unix sockets, uid:N.
+
 Disk options:
   --create SIZE         Make DISK_IMAGE as a sparse file if it does not exist:
                         512M, 1G, ...

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .proxy_options import ProxyOptions
 
 _FILES = ("DISK_IMAGE", "BASE_DISK_IMAGE", "CACHE_DISK_IMAGE", "CACHE_BITMAP_IMAGE", "CONTROL_SOCKET_PATH")
-_PATHS = (*_FILES, "--cow-dir", "--control", "--unix", "--pidfile", "--logpath", "--tls")
+_PATHS = (*_FILES, "--cow-dir", "--control", "--unix", "--pidfile", "--logpath", "--tls", "--tls-authz")
 _PROXY_OPTIONS = (
     "--target-exportname",
     "--clear-bitmap",
@@ -70,6 +70,7 @@ def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
         oldstyle=line.has("--oldstyle"),
         control_path=paths.get("CONTROL_SOCKET_PATH", paths.get("--control")),
         log=log,
+        rules_path=paths.get("--tls-authz"),
         tls=tls_options(line, paths.get("--tls")),
     )
 
@@ -80,6 +81,11 @@ def _refuse_clashes(line: CommandLine) -> None:
     line.refuse_together("--verbose", ["--quiet"])
     line.refuse_together("--clear-bitmap", ["--adopt-cache"])
     line.refuse_together("--control", ["--proxy", "--inetd", "--connected-fd"])
+    if line.has("--tls-authz") and line.has("--connected-fd"):
+        raise ConfigurationError(
+            "--tls-authz is for who negotiates with the client: give it to the wrapper, not with --connected-fd",
+            USAGE_ERROR,
+        )
     line.refuse_together("--tls", ["--oldstyle", "--negotiated"])
     for option, other in (("--negotiated", "--connected-fd"), ("--cow-dir", "--cow-target")):
         _refuse_without(line, option, other)

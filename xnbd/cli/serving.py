@@ -18,7 +18,7 @@ from ..server.session.connection import Connection
 from ..storage.image import Source
 from ..storage.target import TargetSource, create_sparse
 from ..system.file_locks import do_nothing
-from ..system.listen import DEFAULT_PORT, Listeners
+from ..system.listen import Listeners
 from ..system.process import (
     Daemon,
     PidFile,
@@ -27,8 +27,9 @@ from ..system.process import (
     require_descriptors,
     take_client_socket,
 )
+from .admission import check_access, open_access, open_listeners
 from .encrypting import open_tls
-from .options import CowOptions, Introduced, ListenOptions, ManyClients, OneClient, ServerOptions, TargetOptions
+from .options import CowOptions, Introduced, ManyClients, OneClient, ServerOptions, TargetOptions
 
 if TYPE_CHECKING:
     from ..server.master import Limits
@@ -53,6 +54,7 @@ def _introduce(connected: OneClient, client: Optional[int]) -> Introduced:
 
 def _open_service(options: ServerOptions, processes: int) -> Service:
     """The disk, for at most so many *processes*, and how it is offered."""
+    access = open_access(options.rules_path)
     tls = open_tls(options.tls)
     source = _open_source(options, alone=processes > 1)
     return Service(
@@ -64,6 +66,7 @@ def _open_service(options: ServerOptions, processes: int) -> Service:
         spin=options.spin,
         limits=options.queue_limits,
         control_path=options.control_path,
+        access=access,
         tls=tls,
     )
 
@@ -150,7 +153,8 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
     pid_file = PidFile(clients.pid_path) if clients.pid_path else None
     try:
         service = _open_service(options, clients.limits.processes)
-        _listen(clients.listen, listeners)
+        open_listeners(clients.listen, listeners)
+        check_access(service.access, listeners, service.tls)
         status = _run_master(service, listeners, clients.limits, daemon, pid_file)
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
@@ -162,13 +166,6 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
         listeners.tidy_up()
         if pid_file:
             pid_file.remove()
-
-
-def _listen(options: ListenOptions, listeners: Listeners) -> None:
-    if options.port is not None or options.addresses or not (options.unix_path or listeners.sockets):
-        listeners.listen_tcp(options.addresses, DEFAULT_PORT if options.port is None else options.port)
-    if options.unix_path:
-        listeners.listen_unix(options.unix_path)
 
 
 _DESCRIPTORS = {"target": 27, "cow": 35, "proxy": 43}

@@ -22,12 +22,20 @@ Listening options:
   --port PORT           The old name of --lport.
   -l, --laddr ADDRESS   Address to listen on, may be given several times
                         (default: all addresses, IPv4 and IPv6).
+  --unix PATH           Listen on a Unix socket; without --lport and --laddr on
+                        nothing else.
   -s, --socket PATH     Socket for xnbd-wrapper-ctl
                         [default: /var/run/xnbd-wrapper.ctl].
   --handshake-timeout SECONDS
                         Drop a client that has not negotiated by then
                         [default: 10].
 
+Access options:
+  --tls-authz FILE      Let clients open exports as FILE says, and nobody else:
+                        lines "IDENTITY EXPORT rw" or "... ro" (read only). The
+                        first one that fits decides. IDENTITY is the subject of
+                        a certificate, dns:NAME, uri:NAME, email:NAME, psk:NAME
+                        or, on Unix sockets, uid:N.
 TLS options:
   --tls DIR             Encrypt by what is in DIR: server-cert.pem and
                         server-key.pem, ca-cert.pem and ca-crl.pem to check

@@ -22,7 +22,7 @@ from .options import (
 )
 from .values import USAGE_ERROR, CommandLine, refuse_same_file
 
-_PATHS = ("--dbpath", "--socket", "--logpath", "--tls")
+_PATHS = ("--dbpath", "--socket", "--unix", "--logpath", "--tls", "--tls-authz")
 _OLD_NAMES = {"--port": "--lport", "--xnbd-binary": "--xnbd-server"}
 
 
@@ -54,13 +54,20 @@ class WrapperOptions(NamedTuple):
     handshake_timeout: float
     max_clients: int
     daemonize: bool
-    tls: Optional[TlsOptions]
+    tls: Optional[TlsOptions] = None
+    rules_path: Optional[str] = None
 
     @property
     def own_files(self) -> Dict[str, str]:
         """The wrapper's own files, by the names of their options."""
-        files = {"--dbpath": self.database_path, "--socket": self.control_path}
-        return {**files, "--logpath": self.log.path} if self.log.path else files
+        files = {
+            "--dbpath": self.database_path,
+            "--socket": self.control_path,
+            "--unix": self.listen.unix_path,
+            "--logpath": self.log.path,
+            "--tls-authz": self.rules_path,
+        }
+        return {option: path for option, path in files.items() if path}
 
 
 def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int]], None]) -> WrapperOptions:
@@ -84,10 +91,11 @@ def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int
         bgctl_command=_command(line, "--xnbd-bgctl"),
         handshake_timeout=line.seconds("--handshake-timeout"),
         max_clients=line.integer("--max-clients", 1, 1_000_000),
-        listen=listen_options(line),
+        listen=listen_options(line, paths.get("--unix")),
         cow=line.has("--cow"),
         readonly=line.has("--readonly"),
         daemonize=line.has("--daemonize"),
+        rules_path=paths.get("--tls-authz"),
         tls=_tls(line, paths.get("--tls")),
     )
 

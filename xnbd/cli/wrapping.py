@@ -8,7 +8,7 @@ from typing import Dict, List, Optional
 
 from ..errors import ConfigurationError
 from ..logs import log
-from ..system.listen import DEFAULT_PORT, Listeners
+from ..system.listen import Listeners
 from ..system.process import Daemon, notify_service_manager, require_descriptors
 from ..wrapper.child_output import program
 from ..wrapper.children import Body
@@ -16,9 +16,9 @@ from ..wrapper.database import Database
 from ..wrapper.exports import TargetExport, check_name, check_room, paths_of
 from ..wrapper.servers import ForeignServer, Servers, is_extended
 from ..wrapper.wrapper import Settings, Wrapper
+from .admission import check_access, open_access, open_listeners
 from .encrypting import open_tls
 from .inside import OwnServer, run_bgctl
-from .options import ListenOptions
 from .values import refuse_same_file
 from .wrapper_options import WrapperOptions
 
@@ -30,7 +30,8 @@ def wrap(options: WrapperOptions) -> int:
     """Serve until the end; the exit status. Raises `ConfigurationError` if that cannot begin."""
     servers = _foreign_servers(options) if options.server_command else _own_servers(options)
     bgctl = partial(_bgctl, options.bgctl_command)
-    settings = Settings(servers, bgctl, options.handshake_timeout, options.max_clients, tls=open_tls(options.tls))
+    access, tls = open_access(options.rules_path), open_tls(options.tls)
+    settings = Settings(servers, bgctl, options.handshake_timeout, options.max_clients, access, tls)
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if options.daemonize else None
@@ -78,7 +79,8 @@ def _run(options: WrapperOptions, settings: Settings, listeners: Listeners, daem
         for path in paths_of(export).values():
             refuse_same_file({f"a file of the export {name!r}": path, **options.own_files})
     _add_images(database, options.images)
-    _listen(options.listen, listeners)
+    open_listeners(options.listen, listeners)
+    check_access(settings.access, listeners, settings.tls)
     require_descriptors(_DESCRIPTORS)
     wrapper = Wrapper(listeners, database, options.control_path, settings)
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
@@ -88,11 +90,6 @@ def _run(options: WrapperOptions, settings: Settings, listeners: Listeners, daem
         daemon.ready()
     notify_service_manager("READY=1")
     return wrapper.run()
-
-
-def _listen(options: ListenOptions, listeners: Listeners) -> None:
-    if options.addresses or not listeners.sockets:
-        listeners.listen_tcp(options.addresses, DEFAULT_PORT if options.port is None else options.port)
 
 
 def _add_images(database: Database, images: Dict[str, str]) -> None:

@@ -54,6 +54,11 @@ class ServerCredentials:
         """The pre-shared keys of ``context``; perhaps there are none."""
         return self._loaded.keys
 
+    @property
+    def identify_clients(self) -> bool:
+        """Whether a client can prove who it is."""
+        return self.context.verify_mode != ssl.CERT_NONE or bool(self.keys)
+
     def reload(self) -> None:
         """Read everything again, for the handshakes to come. Raises `ConfigurationError`, and all stays as it was."""
         self._loaded = self._load()

@@ -63,6 +63,9 @@ class ServerKeys:
         self.unknown: Optional[str] = None
         """A name for which there is no key."""
 
+    def __len__(self) -> int:
+        return len(self._keys)
+
     def begin(self) -> None:
         """A handshake begins: forget the one before."""
         self.user = self.unknown = None
