@@ -227,6 +227,11 @@ def test_one_odd_name_does_not_take_the_others_away() -> None:
     assert fits("dns:a", "CN=\0", "dns:a")
 
 
+def test_a_name_is_shown_in_one_line() -> None:
+    assert str(Identity(("dns:a\n\x1b[2J",))) == r"dns:a\n\x1b[2J"
+    assert Identity(("uri:\n",)).at("192.0.2.1:5") == r"192.0.2.1:5 as uri:\n"
+
+
 def test_clients_without_a_name_fit_a_line_for_them_only() -> None:
     assert verdict("* * rw\nuid:* * rw\nCN=* * rw") is None
     assert verdict("* * rw\nanonymous * ro") is False
