@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import ssl
+import struct
 from pathlib import Path
 from typing import Dict, List
 
@@ -14,7 +16,7 @@ from checked_clients import checked_clients
 from conftest import Start
 from proxies import ask, query
 from rawclient import ACK, ERR_UNKNOWN, RawClient
-from server_process import Server, wait_until
+from server_process import Server, state_of, title_of, wait_until
 from tls_client import context_of, refusal_of, start_tls, tls_client
 
 READ_ONLY = 1 << 1
@@ -57,6 +59,32 @@ def test_rules_hold_for_all_who_come_after_the_reload(start: Start, image: Path,
                 client.sock.close()
         rounds = [client.rounds for client in clients]
         wait_until(lambda: all(c.rounds > r for c, r in zip(clients, rounds)), "each to have done something")
+
+
+def test_worker_of_before_does_not_serve_whom_it_hears_only_now(
+    start: Start, image: Path, tmp_path: Path, control: Path
+) -> None:
+    """It wakes up with both before it: the order to leave, and a connection in its lobby that has spoken."""
+    rules = write(tmp_path / "rules", f"uid:{UID} * rw\n")
+    server = start("--target", "--tls-authz", rules, "--control", control, image)
+    silent = [RawClient(server.connect()) for _ in range(16)]
+    for client in silent:
+        client.receive(18)
+    spares = [pid for pid in server.workers() if "spare worker" in title_of(pid)]
+    for pid in spares:
+        os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: all(state_of(pid) == "T" for pid in spares), "the workers to stand still")
+    write(rules, f"uid:{UID} * ro\n")
+    ask(control, command="reload")
+    for client in silent:
+        client.send(struct.pack(">I", 3))
+    for pid in spares:
+        os.kill(pid, signal.SIGCONT)
+    for client in silent:
+        client.go()
+        assert is_readonly(client)
+        assert client.works()
+        client.sock.close()
 
 
 def test_broken_rules_change_nothing(start: Start, image: Path, tmp_path: Path, control: Path) -> None:

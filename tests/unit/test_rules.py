@@ -118,9 +118,9 @@ def test_what_is_no_file_of_rules_is_refused_in_a_line(tmp_path: Path) -> None:
     with open(tmp_path / "large", "wb") as file:
         file.truncate(5 << 20)
     for name, reason in (
-        ("none", "cannot read the rules .*/none: No such file"),
+        ("none", "the rules .*/none: it cannot be read: No such file"),
         (".", "no regular file|Is a directory"),
-        ("fifo", "are no regular file"),
+        ("fifo", "this is no regular file"),
         ("large", "more than 4194304 bytes"),
     ):
         with pytest.raises(ConfigurationError, match=reason):

@@ -2,7 +2,7 @@
 
 The directory is laid out as for qemu and nbdkit: ``server-cert.pem`` and ``server-key.pem``, ``ca-cert.pem`` by which
 clients are checked, ``ca-crl.pem`` with what was revoked, ``keys.psk`` with pre-shared keys. They are loaded before the
-fork, so that no worker needs to be able to read them, and loaded again whole or not at all.
+fork, so that no worker needs to be able to read them. A reload loads others, and compares.
 """
 
 from __future__ import annotations
@@ -66,10 +66,6 @@ class ServerCredentials:
     def identify_clients(self) -> bool:
         """Whether a client can prove who it is."""
         return self.context.verify_mode != ssl.CERT_NONE or bool(self.keys)
-
-    def reload(self) -> None:
-        """Read everything again, for the handshakes to come. Raises `ConfigurationError`, and all stays as it was."""
-        self._loaded = self._load()
 
     def _load(self) -> _Loaded:
         directory = self.directory
