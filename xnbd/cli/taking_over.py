@@ -16,7 +16,7 @@ from ..errors import ConfigurationError
 from ..logs import log
 from ..scoreboard.layout import OtherVersion, check_header
 from ..scoreboard.scoreboard import Scoreboard
-from ..server.configuration import Load
+from ..server.configuration import Load, refuse_without_room
 from ..server.premises import Premises, Surroundings
 from ..server.service import Service
 from ..server.upgrade.estate import Estate, read_estate
@@ -75,6 +75,7 @@ def _inherited_service(options: ServerOptions, estate: Estate) -> Service:
             "and clients of both could not share the disk: restart the server when its clients allow it"
         ) from None
     configuration = secured(options.configuration, options)
+    refuse_without_room(configuration, estate.scoreboard)
     return service_of(options, configuration, _inherited_source(options, estate), estate.scoreboard)
 
 
