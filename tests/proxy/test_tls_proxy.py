@@ -240,6 +240,20 @@ def test_relative_paths_hold_after_the_directory_was_changed(
     assert read_all(connect(proxy.uri)) == disk
 
 
+def test_a_proxy_in_the_clear_loads_nothing_of_tls(
+    start: Start, tmp_path: Path, files: CacheFiles, certificates: Certificates, disk: bytes, image: Path
+) -> None:
+    port = start("--target", "--readonly", "--tls", certificates.server, "--tls-optional", image, tcp=True).port
+    for uri, loaded in ((f"nbd://127.0.0.1:{port}/", False), (uri_of(port, certificates.alice), True)):
+        proxy = start(*files.arguments(uri, control=tmp_path / f"control{loaded}"))
+        client = connect(proxy.uri)
+        client.pread(BLOCK, MIB if loaded else 0)
+        maps = [Path(f"/proc/{pid}/maps").read_text() for pid in [proxy.pid, *children_of(proxy.pid)]]
+        assert any("libssl" in text for text in maps) == loaded
+        client.shutdown()
+        proxy.stop()
+
+
 # What is secret
 
 

@@ -39,6 +39,10 @@ class FileAddress(NamedTuple):
         return f"test://{self.path}"
 
     @property
+    def local_files(self) -> Dict[str, int]:
+        return {self.path: os.R_OK}
+
+    @property
     def place(self) -> str:
         return str(self)
 

@@ -87,18 +87,18 @@ def test_ciphers_without_a_certificate_cannot_be_asked_for(certificates: Certifi
     assert not [c for c in context.get_ciphers() if "ADH" in c["name"] or "AECDH" in c["name"] or "NULL" in c["name"]]
 
 
-def test_a_broken_directory_leaves_what_was_loaded(certificates: Certificates, tmp_path: Path) -> None:
+def test_credentials_are_equal_if_all_their_files_are(certificates: Certificates, tmp_path: Path) -> None:
     directory = copy(certificates.server, tmp_path / "tls")
-    credentials = ServerCredentials(str(directory))
-    before = credentials.context
-    good = (directory / "ca-cert.pem").read_text()
-    (directory / "ca-cert.pem").write_text("broken")
-    with pytest.raises(ConfigurationError):
-        credentials.reload()
-    assert credentials.context is before
-    (directory / "ca-cert.pem").write_text(good)
-    credentials.reload()
-    assert credentials.context is not before
+    before = ServerCredentials(str(directory))
+    assert ServerCredentials(str(directory)) == before
+    assert hash(ServerCredentials(str(directory))) == hash(before)
+    assert ServerCredentials(str(directory), anonymous=True) != before
+    for path in directory.glob("*.pem"):
+        content = path.read_text()
+        path.write_text(content + "\n")
+        assert ServerCredentials(str(directory)) != before, path
+        path.write_text(content)
+    assert ServerCredentials(str(directory)) == before
 
 
 def test_what_expires_soon_is_told_of_once_for_each_file(certificates: Certificates, tmp_path: Path) -> None:

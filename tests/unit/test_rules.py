@@ -118,9 +118,9 @@ def test_what_is_no_file_of_rules_is_refused_in_a_line(tmp_path: Path) -> None:
     with open(tmp_path / "large", "wb") as file:
         file.truncate(5 << 20)
     for name, reason in (
-        ("none", "cannot read the rules .*/none: No such file"),
+        ("none", "the rules .*/none: it cannot be read: No such file"),
         (".", "no regular file|Is a directory"),
-        ("fifo", "are no regular file"),
+        ("fifo", "this is no regular file"),
         ("large", "more than 4194304 bytes"),
     ):
         with pytest.raises(ConfigurationError, match=reason):
@@ -225,6 +225,11 @@ def test_odd_characters_forge_no_match(pattern: str, forged: str) -> None:
 
 def test_one_odd_name_does_not_take_the_others_away() -> None:
     assert fits("dns:a", "CN=\0", "dns:a")
+
+
+def test_a_name_is_shown_in_one_line() -> None:
+    assert str(Identity(("dns:a\n\x1b[2J",))) == r"dns:a\n\x1b[2J"
+    assert Identity(("uri:\n",)).at("192.0.2.1:5") == r"192.0.2.1:5 as uri:\n"
 
 
 def test_clients_without_a_name_fit_a_line_for_them_only() -> None:

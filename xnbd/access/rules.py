@@ -6,12 +6,11 @@ comment. What a pattern is, `patterns` says.
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import ConfigurationError
+from ..system.settings_file import read_settings
 from ..text import one_line
 from .identity import Identity
 from .patterns import IdentityPattern, Token, fits, parse_identity, parse_name, parse_pattern
@@ -63,7 +62,7 @@ class Rules(NamedTuple):
 
 def read_rules(path: str) -> Rules:
     """The rules in the file at *path*. Raises `ConfigurationError` if anything in it is wrong."""
-    return parse_rules(_read(path), path)
+    return parse_rules(read_settings(path, "the rules", _LARGEST), path)
 
 
 def parse_rules(data: bytes, path: str) -> Rules:
@@ -108,17 +107,3 @@ def _split(line: str) -> List[str]:
         words.append(word[3] if word[2] is None else word[2])
         at = word.end()
     return words
-
-
-def _read(path: str) -> bytes:
-    """Raises `ConfigurationError`."""
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigurationError(f"the rules {path} are no regular file")
-            data = file.read(_LARGEST + 1)
-    except OSError as error:
-        raise ConfigurationError(f"cannot read the rules {path}: {error.strerror}") from error
-    if len(data) > _LARGEST:
-        raise ConfigurationError(f"the rules {path} have more than {_LARGEST} bytes")
-    return data

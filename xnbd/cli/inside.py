@@ -13,6 +13,7 @@ from typing import Dict, List, NamedTuple
 
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
+from ..server.configuration import Configuration
 from ..server.session.connection import Connection
 from ..server.session.parking import QueueLimits
 from ..server.worker import GARBAGE_THRESHOLD
@@ -48,7 +49,7 @@ class OwnServer(NamedTuple):
         gc.set_threshold(GARBAGE_THRESHOLD)
         try:
             options = self.options(export, connection, agreement)
-            begin(server.PROGRAM, options.log, None)
+            begin(server.PROGRAM, options.log, None, None)
             return serve(options, None)
         except (ConfigurationError, OSError, MemoryError) as error:
             from ..logs import complain
@@ -73,11 +74,12 @@ class OwnServer(NamedTuple):
     def _proxy(self, export: ProxyExport, paths: Dict[str, str], client: Introduced) -> ServerOptions:
         from .proxy_options import ProxyOptions
 
+        limits = self.queue_limits
         return ServerOptions(
             ProxyOptions(export.origin, paths["CACHE_DISK_IMAGE"], paths["CACHE_BITMAP_IMAGE"], self.readonly),
             client,
             self.log,
-            queue_limits=self.queue_limits,
+            configuration=Configuration(max_queue_size=limits.requests, max_buf_size=limits.buffered),
             control_path=paths["CONTROL_SOCKET_PATH"],
         )
 

@@ -7,18 +7,17 @@ together take 5 ms to import. A client of ``--inetd`` waits for that.
 from __future__ import annotations
 
 import logging
-import sys
-from typing import TYPE_CHECKING, Dict, Iterable, NamedTuple, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Union
 
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
-from ..server.session.parking import QueueLimits
+from ..server.configuration import Configuration, Load
 from ..system.process import whole_path
 from .values import USAGE_ERROR, CommandLine
 
 if TYPE_CHECKING:
-    from ..server.master import Limits
     from ..server.session.connection import Connection
+    from ..system.user import User
     from .proxy_options import ProxyOptions
 
 
@@ -28,6 +27,10 @@ class LogOptions(NamedTuple):
     path: Optional[str] = None
     syslog: bool = False
     level: int = logging.INFO
+
+
+Begin = Callable[[LogOptions, Optional[int], "Optional[User]"], None]
+"""Is told where the log goes, which permissions new files get, and to whom they belong if not to who makes them."""
 
 
 class ListenOptions(NamedTuple):
@@ -82,10 +85,10 @@ class Introduced(NamedTuple):
 
 
 class ManyClients(NamedTuple):
-    """Clients that connect, each of which gets a process."""
+    """Clients that connect, each of which gets a process; *load* reads again what may change meanwhile."""
 
     listen: ListenOptions
-    limits: Limits
+    load: Load
     daemonize: bool = False
     pid_path: Optional[str] = None
 
@@ -98,11 +101,12 @@ class ServerOptions(NamedTuple):
     log: LogOptions = LogOptions()
     export_name: Optional[str] = None
     oldstyle: bool = False
-    handshake_timeout: float = 10.0
+    configuration: Configuration = Configuration()
     spin: float = 150e-6
-    queue_limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
     rules_path: Optional[str] = None
+    limits_path: Optional[str] = None
+    user: Optional[User] = None
     tls: Optional[TlsOptions] = None
 
 
@@ -118,16 +122,19 @@ def log_options(line: CommandLine, path: Optional[str], level: int, *, unattende
     return LogOptions(path, line.has("--syslog") or (unattended and not path), level)
 
 
+def user_option(line: CommandLine) -> Optional[User]:
+    """Raises `ConfigurationError`."""
+    if not line.has("--user"):
+        return None
+    from ..system.user import find_user
+
+    return find_user(line.needed("--user"))
+
+
 def listen_options(line: CommandLine, unix_path: Optional[str] = None) -> ListenOptions:
     """Raises `ConfigurationError`."""
     port = line.integer("--lport", 0, 65535) if line.has("--lport") else None
     return ListenOptions(port, line.texts("--laddr"), unix_path)
-
-
-def queue_limits(line: CommandLine) -> QueueLimits:
-    """Raises `ConfigurationError`."""
-    requests = line.integer("--max-queue-size", 0, sys.maxsize) if line.has("--max-queue-size") else 0
-    return QueueLimits(requests, line.size_or_zero("--max-buf-size") if line.has("--max-buf-size") else 0)
 
 
 def tls_options(line: CommandLine, directory: Optional[str]) -> Optional[TlsOptions]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Optional
+from typing import Any, Mapping, Optional
 
 from ..errors import ConfigurationError
 from ..logs import log
@@ -35,15 +35,23 @@ def open_proxy(options: ProxyOptions, *, alone: bool) -> ProxySource:
     state = _open_state(options, cache_fd, size)
     if grow:
         _grow(cache_fd, cache_path, size)
-    settings = ProxySettings(
-        path=cache_path,
+    return ProxySource(cache_fd, state, _settings(options, size))
+
+
+def inherit_proxy(options: ProxyOptions, packed: Mapping[str, Any]) -> ProxySource:
+    """The disk as the program before had it. Raises `ConfigurationError` if its files are of no use here."""
+    return ProxySource.unpack(packed, _settings(options, packed["size"]))
+
+
+def _settings(options: ProxyOptions, size: int) -> ProxySettings:
+    return ProxySettings(
+        path=options.cache_path,
         size=size,
         readonly=options.readonly,
         address=options.origin,
         patience=options.patience,
         readahead=options.readahead,
     )
-    return ProxySource(cache_fd, state, settings)
 
 
 def _open_state(options: ProxyOptions, cache_fd: int, size: int) -> SharedState:

@@ -65,8 +65,16 @@ Server options:
 
 Process options:
   -d, --daemonize       Go into the background once the wrapper listens.
+  --user NAME[:GROUP]   Give root's rights up: become NAME, in its groups and in
+                        GROUP instead of its main one, once the wrapper
+                        listens and has opened its files. Numbers will do. What
+                        that user cannot do later is said at the start.
   --max-clients N       Serve N clients at once, let others wait
                         [default: 4096].
+  --limits FILE         Take limits from FILE, at the start and at each reload:
+                        lines like "max-clients 100". They go before the options
+                        of these names: max-clients, handshake-timeout,
+                        max-queue-size, max-buf-size.
   -L, --logpath FILE    Append the log to FILE, the servers' too. Without it:
                         standard error, or syslog with --daemonize.
   -S, --syslog          Log to syslog, the servers too; with --logpath to both.
@@ -78,6 +86,8 @@ Other options:
 COMMAND is split into words as a shell does.
 
 Signals: TERM or INT stops the wrapper and its servers, a second one at once.
+HUP reads the files of the configuration again and opens the log file again, as
+xnbd-wrapper-ctl --reload does, which also tells whether it worked.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from __future__ import annotations
 import select
 from abc import ABC, abstractmethod
 from time import monotonic
-from typing import Any, List, NamedTuple, Optional, Protocol, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Tuple, Union
 
 from ..errors import ConfigurationError, XnbdError
 
@@ -178,6 +178,10 @@ class OriginAddress(Protocol):
 
     def __str__(self) -> str:
         """The address as a URI, which `address.parse_origin` understands."""
+
+    @property
+    def local_files(self) -> Dict[str, int]:
+        """Paths of this computer that a process uses to get there, each with the rights to it (``access(2)``)."""
 
     @property
     def place(self) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import NamedTuple, Optional
+from time import monotonic
+from typing import Callable, NamedTuple, Optional
 
 from ..access.identity import NOBODY, Identity
-from ..access.rights import EVERYBODY, Access
+from ..access.rights import Access
 from ..errors import Disconnected, ProtocolError
 from ..logs import log
 from ..protocol.server_handshake import Agreement, Denied, Export, Exports, export_flags
@@ -14,12 +15,21 @@ from ..scoreboard.scoreboard import Scoreboard
 from ..storage.image import Source
 from ..storage.target import reopen
 from ..system.process import set_title
+from .configuration import Configuration
 from .disk import Disk
+from .handover.arrival import Arrival
+from .handover.departure import Departure
 from .process_loop import Stop
 from .session.connection import Connection
 from .session.handshake import Tls, greet, greet_oldstyle, negotiate
 from .session.loop import Session
-from .session.parking import QueueLimits
+
+
+class Came(NamedTuple):
+    """A client that another process had; *tell* is told how many seconds it had to wait."""
+
+    arrival: Arrival
+    tell: Callable[[float], None]
 
 
 class Service(NamedTuple):
@@ -29,12 +39,17 @@ class Service(NamedTuple):
     scoreboard_fd: int
     export_name: str
     oldstyle: bool = False
-    handshake_timeout: float = 10.0
+    configuration: Configuration = Configuration()
     spin: float = 0.0
-    limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
-    access: Access = EVERYBODY
-    tls: Optional[Tls] = None
+
+    @property
+    def access(self) -> Access:
+        return self.configuration.access
+
+    @property
+    def tls(self) -> Optional[Tls]:
+        return self.configuration.tls
 
     def open_disk(self) -> Disk:
         """For a worker, after the fork. Raises `OSError`."""
@@ -76,24 +91,32 @@ class Service(NamedTuple):
         agreement: Optional[Agreement] = None,
         deadline: Optional[float] = None,
         role: str = "worker for",
+        came: Optional[Came] = None,
+        departure: Optional[Departure] = None,
     ) -> None:
         """Serve one client until it leaves or has to go; nothing it does raises.
 
         *agreement* is what somebody else has negotiated with it already. With a
         *deadline* it has been greeted, and that is when the handshake has to be over.
-        *role* is what the process calls itself.
+        *role* is what the process calls itself. One that *came* from another process goes
+        on as it was there. By the *departure* it may go to another one.
         """
         try:
+            departure = departure or Departure(connection.loop)
             set_title(role, connection.peer, self.source.name)
+            if came is not None:
+                self._go_on(connection, disk, came, departure)
+                return
             disk.place.welcome(connection.peer)
             agreement = agreement or self._negotiate(connection, deadline)
             if agreement is None:
                 log.info("%s: left during the handshake", connection.peer)
                 return
-            self._welcome(connection, disk, role)
+            known = self._recognise(connection, disk, role)
+            log.info("%s: connected%s", connection.peer, known)
             log.debug("%s: agreed on %s", connection.peer, agreement)
-            Session(connection, disk, agreement, self.limits).run()
-            log.info("%s: left", connection.peer)
+            session = Session(connection, disk, agreement, self.configuration.queue_limits, departure)
+            self._run(session, connection, departure)
         except Stop as reason:
             log.info("%s: closed: %s", connection.peer, reason)
             connection.loop.farewell()
@@ -111,17 +134,34 @@ class Service(NamedTuple):
     def _negotiate(self, connection: Connection, deadline: Optional[float]) -> Optional[Agreement]:
         if self.oldstyle:
             export = self.access.rights_of(connection.identity).offer(self.export())
-            return greet_oldstyle(connection, export, self.handshake_timeout)
+            return greet_oldstyle(connection, export, self.configuration.handshake_timeout)
         if deadline is None:
-            deadline = greet(connection, self.handshake_timeout)
+            deadline = greet(connection, self.configuration.handshake_timeout)
         return negotiate(connection, self.exports, deadline, self.tls)
 
-    def _welcome(self, connection: Connection, disk: Disk, role: str) -> None:
-        """The handshake is over, and it is known who the client is."""
+    def _recognise(self, connection: Connection, disk: Disk, role: str) -> str:
+        """It is known who the client is: have others know, too. What the log says of it."""
         identity = connection.identity
-        who = f" as {identity}" if identity.names else ""
-        how = f" over {connection.encryption}" if connection.encryption else ""
-        log.info("%s: connected%s%s", connection.peer, who, how)
-        disk.place.tell_identity(str(identity) if identity.names else "")
+        disk.place.tell_identity(str(identity) if identity.names else "", connection.encryption)
         if identity.at(connection.peer) != connection.peer:
             set_title(role, identity.at(connection.peer), self.source.name)
+        who = f" as {identity}" if identity.names else ""
+        return who + (f" over {connection.encryption}" if connection.encryption else "")
+
+    def _go_on(self, connection: Connection, disk: Disk, came: Came, departure: Departure) -> None:
+        frozen = came.arrival.session
+        disk.place.welcome(connection.peer, frozen.visit)
+        session = Session(connection, disk, frozen.agreement, self.configuration.queue_limits, departure)
+        session.thaw(frozen)
+        pause = monotonic() - frozen.frozen_at
+        came.tell(pause)
+        log.info("%s: goes on, process %d had it before; pause %.1f ms", connection.peer, came.arrival.pid, pause * 1e3)
+        self._recognise(connection, disk, "worker for")
+        self._run(session, connection, departure)
+
+    def _run(self, session: Session, connection: Connection, departure: Departure) -> None:
+        session.run()
+        if departure.taken_by:
+            log.info("%s: goes over to process %d", connection.peer, departure.taken_by)
+        else:
+            log.info("%s: left", connection.peer)

@@ -13,6 +13,7 @@ import ssl
 from typing import Any, Callable, List, Mapping, Union
 
 from ..errors import TlsFailed
+from ..text import one_line
 from .client_credentials import ClientCredentials
 from .client_words import is_end
 
@@ -68,10 +69,12 @@ class ClientStream:
         return self._words.explain(error, self._name)
 
     def names(self) -> List[str]:
-        """The names that the other side's certificate is for."""
+        """The names that the other side's certificate is for, fit for a line."""
         certificate: Mapping[str, Any] = self._sock.getpeercert() or {}
-        found = [value for _, value in certificate.get("subjectAltName", ())]
-        return found or [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+        found = [name for _, name in certificate.get("subjectAltName", ())]
+        if not found:
+            found = [name for part in certificate.get("subject", ()) for key, name in part if key == "commonName"]
+        return [one_line(name) for name in found]
 
     def receive_into(self, view: memoryview) -> int:
         """As many whole records as have come and find room; 0 at the end.

@@ -2,26 +2,23 @@
 
 The directory is laid out as for qemu and nbdkit: ``server-cert.pem`` and ``server-key.pem``, ``ca-cert.pem`` by which
 clients are checked, ``ca-crl.pem`` with what was revoked, ``keys.psk`` with pre-shared keys. They are loaded before the
-fork, so that no worker needs to be able to read them, and loaded again whole or not at all.
+fork, so that no worker needs to be able to read them. A reload loads others, and compares.
 """
 
 from __future__ import annotations
 
 import os
 import ssl
-from datetime import datetime, timezone
-from typing import List, NamedTuple, Optional
+from hashlib import sha256
+from typing import List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from . import psk
 from .context import exists, load_authorities, load_certificate, load_revocations, new_context, read_file
-from .expiry import Expiry, expiries
+from .expiry import Expiry, expiries, warnings
 
 AUTHORITY, REVOKED, KEYS = "ca-cert.pem", "ca-crl.pem", "keys.psk"
 SERVER_CERTIFICATE, SERVER_KEY = "server-cert.pem", "server-key.pem"
-
-SOON = 30
-"""Days: the operator hears of what expires within these."""
 
 
 class _Loaded(NamedTuple):
@@ -30,6 +27,7 @@ class _Loaded(NamedTuple):
     context: ssl.SSLContext
     keys: psk.ServerKeys
     valid: List[Expiry]
+    digest: bytes
 
 
 class ServerCredentials:
@@ -43,6 +41,16 @@ class ServerCredentials:
         self.anonymous = anonymous
         self._ciphers = ciphers
         self._loaded = self._load()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both were loaded from files of the same content, to be used in the same way."""
+        return isinstance(other, ServerCredentials) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> Tuple[object, ...]:
+        return self.directory, self.anonymous, self._ciphers, self._loaded.digest
 
     @property
     def context(self) -> ssl.SSLContext:
@@ -59,14 +67,11 @@ class ServerCredentials:
         """Whether a client can prove who it is."""
         return self.context.verify_mode != ssl.CERT_NONE or bool(self.keys)
 
-    def reload(self) -> None:
-        """Read everything again, for the handshakes to come. Raises `ConfigurationError`, and all stays as it was."""
-        self._loaded = self._load()
-
     def _load(self) -> _Loaded:
         directory = self.directory
         if not os.path.isdir(directory):
             raise ConfigurationError(f"--tls {directory}: there is no such directory")
+        digest = self._digest()  # before: what changes meanwhile is noticed by the next one
         keys_path, has_certificate = exists(directory, KEYS), exists(directory, SERVER_CERTIFICATE)
         if not keys_path and not has_certificate:
             raise ConfigurationError(f"--tls {directory}: it has neither {SERVER_CERTIFICATE} nor {KEYS}")
@@ -76,7 +81,16 @@ class ServerCredentials:
         keys = psk.ServerKeys(psk.read_keys(keys_path) if keys_path else {}, alone=not has_certificate)
         if keys_path:
             keys.attach(context)
-        return _Loaded(context, keys, valid)
+        return _Loaded(context, keys, valid, digest)
+
+    def _digest(self) -> bytes:
+        """Of all files."""
+        found = sha256()
+        for name in (AUTHORITY, REVOKED, KEYS, SERVER_CERTIFICATE, SERVER_KEY):
+            path = exists(self.directory, name)
+            content = read_file(path) if path else ""
+            found.update(f"{name} {len(content)}\n{content}".encode("utf-8", "surrogateescape"))
+        return found.digest()
 
     def _load_certificates(self, context: ssl.SSLContext) -> List[Expiry]:
         """Certificate, key, and by what clients are checked; how long all that is valid."""
@@ -97,16 +111,10 @@ class ServerCredentials:
             expiry for path in (certificate, authority, revoked) if path for expiry in expiries(path, read_file(path))
         ]
 
+    @property
+    def valid(self) -> List[Expiry]:
+        """Until when the certificates and revocation lists are."""
+        return self._loaded.valid
+
     def warnings(self) -> List[str]:
-        """A line for each file in which something has expired, or does so within `SOON` days."""
-        now = datetime.now(timezone.utc)
-        first = {expiry.path: expiry for expiry in sorted(self._loaded.valid, key=lambda e: e.when, reverse=True)}
-        return [_warning(expiry, now) for expiry in first.values() if expiry.days_left(now) < SOON]
-
-
-def _warning(expiry: Expiry, now: datetime) -> str:
-    days = expiry.days_left(now)
-    day = expiry.when.strftime("%Y-%m-%d")
-    if days < 0:
-        return f"{expiry.path} has expired on {day}: clients are refused, or refuse the server"
-    return f"{expiry.path} expires on {day}, in {days} days"
+        return warnings(self.valid)

@@ -11,11 +11,14 @@ import base64
 import re
 from contextlib import suppress
 from datetime import datetime, timezone
-from typing import Iterator, List, NamedTuple, Tuple
+from typing import Iterator, List, NamedTuple, Sequence, Tuple
 
 _PEM = re.compile(r"-----BEGIN (CERTIFICATE|X509 CRL)-----(.*?)-----END \1-----", re.DOTALL)
 _SEQUENCE, _UTC_TIME, _GENERALIZED_TIME = 0x30, 0x17, 0x18
 _TIMES = (_UTC_TIME, _GENERALIZED_TIME)
+
+SOON = 30
+"""Days: the operator hears of what expires within these."""
 
 
 class Expiry(NamedTuple):
@@ -27,6 +30,21 @@ class Expiry(NamedTuple):
     def days_left(self, now: datetime) -> int:
         """Whole days; negative for what is over."""
         return (self.when - now).days
+
+
+def warnings(valid: Sequence[Expiry]) -> List[str]:
+    """A line for each file in which something has expired, or does so within `SOON` days."""
+    now = datetime.now(timezone.utc)
+    first = {expiry.path: expiry for expiry in sorted(valid, key=lambda e: e.when, reverse=True)}
+    return [_warning(expiry, now) for expiry in first.values() if expiry.days_left(now) < SOON]
+
+
+def _warning(expiry: Expiry, now: datetime) -> str:
+    days = expiry.days_left(now)
+    day = expiry.when.strftime("%Y-%m-%d")
+    if days < 0:
+        return f"{expiry.path} has expired on {day}: clients are refused, or refuse the server"
+    return f"{expiry.path} expires on {day}, in {days} days"
 
 
 def expiries(path: str, text: str) -> List[Expiry]:

@@ -6,7 +6,6 @@ import ssl
 from typing import Any, Dict, Iterator, Tuple
 
 from ..access.identity import Identity
-from ..text import one_line
 from .psk import ServerKeys, was_used
 
 _KEYWORDS = {
@@ -31,7 +30,7 @@ def identity_of(tls: ssl.SSLSocket, keys: ServerKeys) -> Identity:
     """The names of the client's certificate, or of the pre-shared key that it has."""
     names = list(_names_in(dict(tls.getpeercert() or {})))
     if not names and keys.user is not None and was_used(tls):
-        names = [f"psk:{one_line(keys.user)}"]
+        names = [f"psk:{keys.user}"]
     return Identity(tuple(names))
 
 
@@ -41,7 +40,7 @@ def _names_in(certificate: Dict[str, Any]) -> Iterator[str]:
         yield subject
     for kind, value in certificate.get("subjectAltName", ()):
         if kind in _KINDS and value:
-            yield f"{_KINDS[kind]}:{one_line(value)}"
+            yield f"{_KINDS[kind]}:{value}"
 
 
 def rfc4514(name: _Name) -> str:

@@ -35,11 +35,15 @@ Reply = Iterator[Optional[Message]]
 
 
 class WrapperControls(NamedTuple):
-    """What the wrapper lets commands do: *end* it (and leave the servers alive if told so), see that it *has_ended*."""
+    """What the wrapper lets commands do.
+
+    *end* ends it, and leaves the servers alive if told so; it *has_ended* then. *reload* tells what has changed.
+    """
 
     end: Callable[[bool], None]
     has_ended: Callable[[], bool]
     count_clients: Callable[[], Mapping[str, int]]
+    reload: Callable[[], List[str]]
 
 
 class WrapperCommands:
@@ -72,6 +76,7 @@ class WrapperCommands:
             "bgctl-switch": self._switch,
             "bgctl-reconnect": self._reconnect,
             "save": self._save,
+            "reload": self._reload,
             "orphan": self._orphan,
             "shutdown": self._shutdown,
         }
@@ -155,6 +160,10 @@ class WrapperCommands:
     def _save(self, request: Message) -> Reply:
         self._database.change(self._database.exports)
         yield {"saved": self._database.path}
+
+    def _reload(self, request: Message) -> Reply:
+        changes = self._controls.reload()
+        yield {"done": True, "changes": changes, "clients": sum(self._controls.count_clients().values())}
 
     # Proxies
 

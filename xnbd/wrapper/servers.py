@@ -15,6 +15,7 @@ from ..logs import open_log, standard_stream
 from ..protocol import constants as c
 from ..protocol.server_handshake import Agreement, export_flags
 from ..server.session.connection import Connection
+from ..system.service_manager import without_manager
 from .children import execute
 from .exports import ProxyExport, StoredExport
 
@@ -119,6 +120,7 @@ def is_extended(command: List[str]) -> bool:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=_ASKING_TIME,
+            env=without_manager(os.environ),
         )
     except OSError as error:
         raise ConfigurationError(f"--xnbd-server: cannot run {command[0]}: {error.strerror}") from error

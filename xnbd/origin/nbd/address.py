@@ -71,6 +71,12 @@ class NbdAddress(NamedTuple):
             return self.encryption.hostname
         return self.host.partition("%")[0]
 
+    @property
+    def local_files(self) -> Dict[str, int]:
+        """See `OriginAddress`."""
+        socket = {self.unix_path: os.W_OK} if self.unix_path.startswith("/") else {}
+        return {**socket, **dict.fromkeys(self.encryption.files() if self.encryption else [], os.R_OK)}
+
     def open(self, sink: Sink, terms: Terms) -> Origin:
         from .connection import OriginConnection
 

@@ -10,7 +10,7 @@ import os
 import select
 import socket
 from time import monotonic
-from typing import Any, Callable, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, List, Optional
 
 from ...errors import WrongName
 from ...protocol.client_handshake import RemoteExport
@@ -19,6 +19,9 @@ from .address import NbdAddress
 from .handshake import Handshake, NotReached, read_credentials
 from .lookup import Candidate, HostNotFound, Lookup, numeric
 from .stream import Stream
+
+if TYPE_CHECKING:
+    from ...tls.client_credentials import ClientCredentials
 
 _UNACKNOWLEDGED = 90_000
 """Milliseconds after which a host that takes no bytes counts as gone: keepalive is silent while there are some."""
@@ -41,6 +44,7 @@ class Approach:
         self._sock: Optional[socket.socket] = None
         self._handshake: Optional[Handshake] = None
         self._step: Callable[[int], None] = self._connect
+        self._credentials: Optional[ClientCredentials] = None
         self._only_names = False
 
     @property

@@ -6,13 +6,15 @@ Nothing here imports ``ssl``: that is done when such an origin is first connecte
 
 from __future__ import annotations
 
-from typing import Iterator, Mapping, NamedTuple, Tuple
+import os
+from typing import Iterator, List, Mapping, NamedTuple, Tuple
 
 from ...system.process import whole_path
 from ..base import wrong
 
 PARAMETERS = ("tls-certificates", "tls-hostname", "tls-verify-peer", "tls-psk-file")
 
+_CERTIFICATES = ("ca-cert.pem", "ca-crl.pem", "client-cert.pem", "client-key.pem")
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -41,6 +43,11 @@ class Encryption(NamedTuple):
             yield "tls-hostname", self.hostname
         if not self.verify_peer:
             yield "tls-verify-peer", "false"
+
+    def files(self) -> List[str]:
+        """What every process reads that connects: those files that are there."""
+        named = [os.path.join(self.certificates, name) for name in _CERTIFICATES] if self.certificates else []
+        return [path for path in (*named, self.psk_file) if os.path.exists(path)]
 
 
 def parse_encryption(uri: str, user: str, values: Mapping[str, str]) -> Encryption:

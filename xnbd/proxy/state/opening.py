@@ -133,5 +133,6 @@ def _share(entry: Entry, state_fd: int) -> SharedState:
         scoreboard_fd = open_scoreboard(entry, state_fd)
         with closed_on_error(scoreboard_fd):
             shared = SharedState(entry.path, (bitmap_fd, state_fd, scoreboard_fd), entry.layout, entry.header)
+            files.become_user(state_fd)
     RangeLocks(state_fd).release(OPENING, 1)
     return shared

@@ -79,8 +79,11 @@ def _described(error: Exception) -> str:
 class Commands:
     """The commands of one client, WRITE and DISC excepted: checks each, does it on the disk, and answers it."""
 
-    def __init__(self, disk: Disk, agreement: Agreement, replies: ReplyFormat, peer: str) -> None:
-        """*peer* is the client's name in the log, *replies* the format of the answers."""
+    def __init__(
+        self, disk: Disk, agreement: Agreement, replies: ReplyFormat, peer: str, *, encrypted: bool = False
+    ) -> None:
+        """*peer* is the client's name in the log, *replies* the format of the answers, *encrypted* its bytes."""
+        self._encrypted = encrypted
         self._disk = disk
         self._counts = disk.place.counts
         self._format = replies
@@ -104,7 +107,7 @@ class Commands:
         """Go on with the image that the disk has now."""
         self._image = self._disk.image
         self.writable = not (self._image.readonly or self._readonly)
-        self.page_prefetch = PagePrefetch(self._image)
+        self.page_prefetch = PagePrefetch(self._image, encrypted=self._encrypted)
         self._holes = Holes(self._image)
 
     def execute(self, command: int, flags: int, cookie: bytes, offset: int, length: int, out: List[Piece]) -> None:

@@ -61,7 +61,7 @@ class Connection:
             self._ready = lambda timeout: pending() or ready.poll(timeout)
 
     def receive(self, view: memoryview) -> Optional[int]:
-        """Receive the next requests into *view*: the number of bytes, 0 at the end, None if the process was woken.
+        """Receive the next requests into *view*: the number of bytes, 0 at the end, None if it was woken or called.
 
         Between messages: raises `Stop` as soon as the worker is to leave.
         """
@@ -88,7 +88,7 @@ class Connection:
             if monotonic() >= until:
                 break
         while True:
-            if not self.loop.wait(self._fds, select.POLLIN, results=True):
+            if not self.loop.wait(self._fds, select.POLLIN, results=True, calls=True):
                 return None
             try:
                 received = receive_into(view)
@@ -114,13 +114,13 @@ class Connection:
         return False
 
     def wait_beside(self, events: int, timeout: Optional[float]) -> bool:
-        """Sleep until the client shows *events*, or the background has results; tells whether it was the client.
+        """Sleep until the client shows *events*; False if the background has results before, or somebody calls.
 
         Raises `Stop` as soon as the worker is to leave, `Disconnected` if the client
         is gone altogether.
         """
         began = monotonic()
-        if not self.loop.wait(self._fds, events, timeout, results=True):
+        if not self.loop.wait(self._fds, events, timeout, results=True, calls=True):
             return False
         if events & select.POLLIN:
             self._spin.missed(monotonic() - began)
@@ -138,14 +138,20 @@ class Connection:
         once the worker is to leave.
         """
         while True:
-            try:
-                received = self._receive_into(view)
-            except BlockingIOError:
-                self.loop.wait(self._fds, select.POLLIN, mid_message=True)
-                continue
-            if not received:
-                raise Disconnected("client left in the middle of a message")
-            return received
+            received = self.receive_more(view, calls=False)
+            if received is not None:
+                return received
+
+    def receive_more(self, view: memoryview, *, calls: bool = True) -> Optional[int]:
+        """What `receive_rest` does; None if nothing has come yet, but the process slept, or with *calls* was called."""
+        try:
+            received = self._receive_into(view)
+        except BlockingIOError:
+            self.loop.wait(self._fds, select.POLLIN, mid_message=True, calls=calls)
+            return None
+        if not received:
+            raise Disconnected("client left in the middle of a message")
+        return received
 
     def receive_exactly(self, length: int, deadline: float) -> bytes:
         """*length* bytes, for the handshake.
@@ -185,17 +191,22 @@ class Connection:
         """Send the beginning of *buffers*, at most IOV_MAX of them: the number of bytes.
 
         Raises `OSError` (EFAULT) if the next byte lies in memory that cannot be
-        read, or without *wait* (`BlockingIOError`) if the client takes nothing now,
-        and `Stop` if it does not take it in time once the worker is to leave.
+        read, or `BlockingIOError` if the client takes nothing now, without *wait* or
+        when somebody calls, and `Stop` if it does not take it in time once the worker
+        is to leave.
         """
         while True:
             try:
                 return self._send(buffers)
             except BlockingIOError:
-                if not wait:
+                self.waits += wait
+                if not wait or self.loop.called:
                     raise
-                self.waits += 1
-                self.loop.wait(self._fds, select.POLLOUT, mid_message=True)
+                self.loop.wait(self._fds, select.POLLOUT, mid_message=True, calls=True)
+
+    def wait_for_room(self) -> None:
+        """Sleep until the client takes more, whoever calls. Raises `Stop` like `send_some`."""
+        self.loop.wait(self._fds, select.POLLOUT, mid_message=True)
 
     def linger(self) -> None:
         """Part without loss: a close with unread bytes would take back replies that are on their way."""

@@ -29,6 +29,9 @@ class Transport(ABC):
     No poll shows these. None for a transport that never has any.
     """
 
+    stays: str = "it is encrypted"
+    """Why no other process can go on with the descriptor alone; empty if one can."""
+
     @abstractmethod
     def send(self, buffers: Buffers) -> int:
         """Send the beginning of *buffers*, at most IOV_MAX of them: the number of bytes.
@@ -60,6 +63,8 @@ class PlainTransport(Transport):
     The descriptor stays blocking, because whoever handed it over shares its flags;
     every call asks not to wait.
     """
+
+    stays = ""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
