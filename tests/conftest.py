@@ -12,6 +12,7 @@ from typing import Callable, Iterator, List
 import pytest
 from caching import CacheFiles
 from hypothesis import HealthCheck, settings
+from moving import make_restless
 from server_process import Server
 from wrapper_process import Wrapper
 
@@ -75,6 +76,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         server = Server(tmp_path, f"server{len(servers)}", [str(a) for a in arguments], **options)  # type: ignore[arg-type]
         servers.append(server)
         server.wait_until_ready()
+        make_restless(server)
         return server
 
     try:
