@@ -81,8 +81,10 @@ def _file_handler(path: str) -> logging.Handler:
             return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=open_log)
 
         def emit(self, record: logging.LogRecord) -> None:
+            with suppress(OSError):  # where its directory may not be looked into, the file that is open will do
+                self.reopenIfNeeded()
             try:
-                super().emit(record)
+                logging.FileHandler.emit(self, record)
             except OSError:
                 self.handleError(record)  # it cannot be opened again: lines are lost until it can be
 

@@ -23,6 +23,7 @@ from xnbd.protocol.server_handshake import Agreement, Export
 from xnbd.server.process_loop import ProcessLoop
 from xnbd.server.session.connection import Connection
 from xnbd.server.session.parking import QueueLimits
+from xnbd.system.user import User
 from xnbd.wrapper.exports import ProxyExport, StoredExport, TargetExport
 from xnbd.wrapper.servers import ForeignServer
 
@@ -30,7 +31,7 @@ PROXY = ProxyExport("/cache", "/bitmap", "/p.ctl", "origin", "8520", "there")
 
 
 def parsed(words: List[str]) -> ServerOptions:
-    def begin(log: LogOptions, file_mode: Optional[int]) -> None:
+    def begin(log: LogOptions, file_mode: Optional[int], user: Optional[User]) -> None:
         pass
 
     return server_options(parse_command_line(server.PROGRAM, server.__doc__ or "", words, ""), begin)

@@ -334,7 +334,7 @@ def serve_somebody(scoreboard: Scoreboard) -> None:
     place.tell_mode(PROXY)
     place.tell_queue(3, 4096)
     place.tell_origin(UNREACHABLE, "origin x: Connection refused")
-    place.tell_identity("CN=alice")
+    place.tell_identity("CN=alice", "TLSv1.3 A kTLS")
 
 
 def test_line_tells_of_its_process(family: Family) -> None:
@@ -354,6 +354,7 @@ def test_line_tells_of_its_process(family: Family) -> None:
             "origin x: Connection refused",
             os.stat("/proc/self/ns/pid").st_ino,
             "CN=alice",
+            "TLSv1.3 A kTLS",
         )
 
 

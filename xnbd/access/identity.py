@@ -6,6 +6,8 @@ import socket
 import struct
 from typing import NamedTuple, Tuple
 
+from ..text import one_line
+
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -20,7 +22,8 @@ class Identity(NamedTuple):
     names: Tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return self.names[0] if self.names else "nobody"
+        """The first name, fit for a line whatever is in it."""
+        return one_line(self.names[0]) if self.names else "anonymous"
 
     def at(self, peer: str) -> str:
         """What titles and tables call the client that is connected from *peer*, which says itself who is at a Unix

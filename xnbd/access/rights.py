@@ -6,17 +6,17 @@ unknown name is. Only the server's own log says that it was denied, and to whom.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from ..protocol.server_handshake import Denied, Export, readonly_flags
 from .identity import Identity
 
 if TYPE_CHECKING:
-    from .rules import RuleFile, Selection
+    from .rules import Rules, Selection
 
 
 class Rights:
-    """The rights of the client with *identity*, as `Access` knows them when its handshake begins."""
+    """The rights of the client with *identity*, as `Access` has them when its handshake begins."""
 
     def __init__(self, identity: Identity, selection: Optional[Selection]) -> None:
         """Without a *selection* of rules everything is allowed."""
@@ -40,22 +40,13 @@ class Rights:
         return export._replace(flags=readonly_flags(export.flags))
 
 
-class Access:
+class Access(NamedTuple):
     """Who may open which disk: what *rules* say, or everybody every one without them."""
 
-    def __init__(self, rules: Optional[RuleFile] = None) -> None:
-        self.rules = rules
+    rules: Optional[Rules] = None
 
     def rights_of(self, identity: Identity) -> Rights:
         return Rights(identity, self.rules.select(identity) if self.rules else None)
-
-    def reload(self) -> None:
-        """Read the rules again, for handshakes that begin from now on.
-
-        Raises `ConfigurationError` if something is wrong with the file, and the old ones stay.
-        """
-        if self.rules:
-            self.rules.load()
 
 
 EVERYBODY = Access()

@@ -6,12 +6,11 @@ comment. What a pattern is, `patterns` says.
 
 from __future__ import annotations
 
-import os
 import re
-import stat
-from typing import List, NamedTuple, Optional, Sequence
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import ConfigurationError
+from ..system.settings_file import read_settings
 from ..text import one_line
 from .identity import Identity
 from .patterns import IdentityPattern, Token, fits, parse_identity, parse_name, parse_pattern
@@ -42,36 +41,31 @@ class Selection:
         return next((rule.writable for rule in self._rules if fits(rule.export, name)), None)
 
 
-def select(rules: Sequence[Rule], identity: Identity) -> Selection:
-    """Those of *rules* of which a name of *identity* fits."""
-    if not identity.names:
-        return Selection([rule for rule in rules if rule.identity is None])
-    names = list(filter(None, map(parse_name, identity.names)))
-    return Selection([rule for rule in rules if rule.identity and any(map(rule.identity.fits, names))])
+class Rules(NamedTuple):
+    """The rules of the file at *path*."""
 
-
-class RuleFile:
-    """The rules in the file at *path*, as they were when all of it made sense the last time."""
-
-    def __init__(self, path: str) -> None:
-        """Raises `ConfigurationError`."""
-        self.path = path
-        self.load()
-
-    def load(self) -> None:
-        """Read the file again. Raises `ConfigurationError`, and the rules stay what they were."""
-        self.rules = parse_rules(_read(self.path), self.path)
+    path: str
+    lines: Tuple[Rule, ...]
 
     def select(self, identity: Identity) -> Selection:
-        return select(self.rules, identity)
+        """Those of which a name of *identity* fits."""
+        if not identity.names:
+            return Selection([rule for rule in self.lines if rule.identity is None])
+        names = list(filter(None, map(parse_name, identity.names)))
+        return Selection([rule for rule in self.lines if rule.identity and any(map(rule.identity.fits, names))])
 
     @property
     def know_anonymous(self) -> bool:
         """Whether a client that has proved nothing may open anything."""
-        return any(rule.identity is None for rule in self.rules)
+        return any(rule.identity is None for rule in self.lines)
 
 
-def parse_rules(data: bytes, path: str) -> List[Rule]:
+def read_rules(path: str) -> Rules:
+    """The rules in the file at *path*. Raises `ConfigurationError` if anything in it is wrong."""
+    return parse_rules(read_settings(path, "the rules", _LARGEST), path)
+
+
+def parse_rules(data: bytes, path: str) -> Rules:
     """The rules in *data*, the content of the file at *path*. Raises `ConfigurationError` (``FILE:LINE: ...``)."""
     rules = []
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], 1):
@@ -82,7 +76,7 @@ def parse_rules(data: bytes, path: str) -> List[Rule]:
             raise ConfigurationError(f"{path}:{number}: {reason}") from None
         if rule is not None:
             rules.append(rule)
-    return rules
+    return Rules(path, tuple(rules))
 
 
 def _parse_line(line: str) -> Optional[Rule]:
@@ -113,17 +107,3 @@ def _split(line: str) -> List[str]:
         words.append(word[3] if word[2] is None else word[2])
         at = word.end()
     return words
-
-
-def _read(path: str) -> bytes:
-    """Raises `ConfigurationError`."""
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigurationError(f"the rules {path} are no regular file")
-            data = file.read(_LARGEST + 1)
-    except OSError as error:
-        raise ConfigurationError(f"cannot read the rules {path}: {error.strerror}") from error
-    if len(data) > _LARGEST:
-        raise ConfigurationError(f"the rules {path} have more than {_LARGEST} bytes")
-    return data

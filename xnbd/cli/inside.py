@@ -49,7 +49,7 @@ class OwnServer(NamedTuple):
         gc.set_threshold(GARBAGE_THRESHOLD)
         try:
             options = self.options(export, connection, agreement)
-            begin(server.PROGRAM, options.log, None)
+            begin(server.PROGRAM, options.log, None, None)
             return serve(options, None)
         except (ConfigurationError, OSError, MemoryError) as error:
             from ..logs import complain

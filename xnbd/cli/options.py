@@ -7,7 +7,7 @@ together take 5 ms to import. A client of ``--inetd`` waits for that.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Dict, Iterable, NamedTuple, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Union
 
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
@@ -17,6 +17,7 @@ from .values import USAGE_ERROR, CommandLine
 
 if TYPE_CHECKING:
     from ..server.session.connection import Connection
+    from ..system.user import User
     from .proxy_options import ProxyOptions
 
 
@@ -28,12 +29,25 @@ class LogOptions(NamedTuple):
     level: int = logging.INFO
 
 
+Begin = Callable[[LogOptions, Optional[int], "Optional[User]"], None]
+"""Is told where the log goes, which permissions new files get, and to whom they belong if not to who makes them."""
+
+
 class ListenOptions(NamedTuple):
     """Where clients connect; with nothing of it on the default port of all addresses."""
 
     port: Optional[int] = None
     addresses: Sequence[str] = ()
     unix_path: Optional[str] = None
+
+
+class TlsOptions(NamedTuple):
+    """TLS by the credentials in *directory*; *ciphers* of TLS 1.2 in OpenSSL's notation."""
+
+    directory: str
+    required: bool = True
+    anonymous: bool = False
+    ciphers: Optional[str] = None
 
 
 class TargetOptions(NamedTuple):
@@ -90,6 +104,10 @@ class ServerOptions(NamedTuple):
     configuration: Configuration = Configuration()
     spin: float = 150e-6
     control_path: Optional[str] = None
+    rules_path: Optional[str] = None
+    limits_path: Optional[str] = None
+    user: Optional[User] = None
+    tls: Optional[TlsOptions] = None
 
 
 def whole_paths(line: CommandLine, names: Iterable[str]) -> Dict[str, str]:
@@ -104,7 +122,27 @@ def log_options(line: CommandLine, path: Optional[str], level: int, *, unattende
     return LogOptions(path, line.has("--syslog") or (unattended and not path), level)
 
 
+def user_option(line: CommandLine) -> Optional[User]:
+    """Raises `ConfigurationError`."""
+    if not line.has("--user"):
+        return None
+    from ..system.user import find_user
+
+    return find_user(line.needed("--user"))
+
+
 def listen_options(line: CommandLine, unix_path: Optional[str] = None) -> ListenOptions:
     """Raises `ConfigurationError`."""
     port = line.integer("--lport", 0, 65535) if line.has("--lport") else None
     return ListenOptions(port, line.texts("--laddr"), unix_path)
+
+
+def tls_options(line: CommandLine, directory: Optional[str]) -> Optional[TlsOptions]:
+    """What *line* asks for besides the whole path of the *directory*. Raises `ConfigurationError`."""
+    for option in ("--tls-optional", "--tls-anonymous", "--tls-ciphers"):
+        if line.has(option) and directory is None:
+            raise ConfigurationError(f"{option} is for --tls only", USAGE_ERROR)
+    if directory is None:
+        return None
+    required, anonymous = not line.has("--tls-optional"), line.has("--tls-anonymous")
+    return TlsOptions(directory, required, anonymous, line.text("--tls-ciphers"))

@@ -82,9 +82,7 @@ def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *
     """Bytes of the disk: what the origin says, or the state file if the origin is away or need not be asked."""
     if known is not None and not ask:
         return known.size
-    here = parse_origin(known.moved_to) if known is not None and known.moved_to else address
-    if here != address:
-        log.info("the origin has been moved to %s", here)
+    here = _whereabouts(address, known)
     try:
         size = probe(here, timeout=timeout)
     except OriginLost as lost:
@@ -96,6 +94,17 @@ def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *
     if not size:
         raise ConfigurationError(f"origin {here}: its disk is empty")
     return size
+
+
+def _whereabouts(address: OriginAddress, known: Optional[Known]) -> OriginAddress:
+    """Where the origin is by now: *address*, unless an operator has moved the proxy to another one."""
+    if known is None or not known.moved_to:
+        return address
+    moved = parse_origin(known.moved_to)
+    if moved == address or address.overrules(moved):
+        return address
+    log.info("the origin has been moved to %s", moved)
+    return moved
 
 
 def _open_cache(path: str, size: int, *, must_exist: bool) -> int:

@@ -6,7 +6,8 @@ import os
 import signal
 import socket
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Iterator, Optional, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, Optional, Sequence
 
 from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
@@ -19,7 +20,7 @@ from ..server.session.connection import Connection
 from ..storage.image import Source
 from ..storage.target import TargetSource, create_sparse
 from ..system.file_locks import do_nothing
-from ..system.listen import DEFAULT_PORT, Listeners, UnixSocket
+from ..system.listen import Listeners, UnixSocket
 from ..system.process import (
     Daemon,
     PidFile,
@@ -28,10 +29,12 @@ from ..system.process import (
     take_client_socket,
 )
 from ..system.service_manager import ServiceManager
-from .options import CowOptions, Introduced, ListenOptions, ManyClients, OneClient, ServerOptions, TargetOptions
+from .admission import check_access, open_access, open_listeners
+from .encrypting import open_tls
+from .options import CowOptions, Introduced, ManyClients, OneClient, ServerOptions, TargetOptions
 
 if TYPE_CHECKING:
-    from ..server.configuration import Load
+    from ..server.configuration import Configuration, Load
     from ..server.premises import Premises, Surroundings
     from ..server.upgrade.program import Program
 
@@ -56,18 +59,21 @@ def _introduce(connected: OneClient, client: Optional[int]) -> Introduced:
 
 def _open_service(options: ServerOptions, processes: int) -> Service:
     """The disk, for at most so many *processes*, and how it is offered."""
+    configuration = secured(options.configuration, options)
     source = _open_source(options, alone=processes > 1)
-    return service_of(options, source, source.scoreboard_fd or create_scoreboard(processes))
+    return service_of(options, configuration, source, source.scoreboard_fd or create_scoreboard(processes))
 
 
-def service_of(options: ServerOptions, source: Source[Scoreboard], scoreboard_fd: int) -> Service:
+def service_of(
+    options: ServerOptions, configuration: Configuration, source: Source[Scoreboard], scoreboard_fd: int
+) -> Service:
     """How the disk is offered."""
     return Service(
         source=source,
         scoreboard_fd=scoreboard_fd,
         export_name=options.export_name or source.name,
         oldstyle=options.oldstyle,
-        configuration=options.configuration,
+        configuration=configuration,
         spin=options.spin,
         control_path=options.control_path,
     )
@@ -94,6 +100,7 @@ def _serve_one(options: ServerOptions, client: Introduced) -> int:
     connection = client.connection
     service = _open_service(options, processes=1)
     require_descriptors(_DESCRIPTORS[service.source.mode])
+    _change_of_user(options, service)()
     with _steward_for_one(service, connection):
         loop = ProcessLoop()
         disk = loop.companion = service.open_disk()
@@ -157,9 +164,12 @@ def _serve_many(options: ServerOptions, clients: ManyClients, words: Sequence[st
     daemon = Daemon() if clients.daemonize else None
     premises = Premises(listeners, PidFile(clients.pid_path) if clients.pid_path else None)
     try:
+        load = loader(options, clients, listeners)
         service = _open_service(options, max(options.configuration.processes, _ROOM))
-        _listen(clients.listen, listeners)
-        status = _run_master(service, premises, clients.load, Surroundings(manager, program), daemon)
+        open_listeners(clients.listen, listeners)
+        check_access(service.access, listeners, service.tls)
+        beginning = _Beginning(daemon, _change_of_user(options, service))
+        status = _run_master(service, premises, load, Surroundings(manager, program), beginning)
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
     except ConfigurationError as error:
@@ -177,11 +187,20 @@ def own_program(words: Sequence[str]) -> Program:
     return Program.own(words)
 
 
-def _listen(options: ListenOptions, listeners: Listeners) -> None:
-    if options.port is not None or options.addresses or not (options.unix_path or listeners.sockets):
-        listeners.listen_tcp(options.addresses, DEFAULT_PORT if options.port is None else options.port)
-    if options.unix_path:
-        listeners.listen_unix(options.unix_path)
+def loader(options: ServerOptions, clients: ManyClients, listeners: Listeners) -> Load:
+    """Reads everything that may change again, for a server that listens."""
+    return partial(_load, options, clients, listeners)
+
+
+def _load(options: ServerOptions, clients: ManyClients, listeners: Listeners) -> Configuration:
+    configuration = secured(clients.load(), options)
+    check_access(configuration.access, listeners, configuration.tls)
+    return configuration
+
+
+def secured(limits: Configuration, options: ServerOptions) -> Configuration:
+    """*limits*, and who may come in, by which proof. Raises `ConfigurationError`."""
+    return limits._replace(access=open_access(options.rules_path), tls=open_tls(options.tls))
 
 
 def _listen_for_operators(service: Service) -> Optional[UnixSocket]:
@@ -194,23 +213,43 @@ def _listen_for_operators(service: Service) -> Optional[UnixSocket]:
 _ROOM = 1 << 14
 """Processes for which there is room in the scoreboard at least, so that the limit of clients can be raised later."""
 
-_DESCRIPTORS = {"target": 26, "cow": 34, "proxy": 42}
+_DESCRIPTORS = {"target": 27, "cow": 35, "proxy": 43}
 """What the master, and then a process of it, opens besides disk and sockets, with some to spare, by the mode."""
 
 
+def _change_of_user(options: ServerOptions, service: Service) -> Callable[[], None]:
+    """What does as ``--user`` asks, tried out. Raises `ConfigurationError` if the server would be of no use then."""
+    if options.user is None:
+        return do_nothing
+    from .unprivileged import Change, needs_of_server
+
+    change = Change(options.user)
+    change.try_out(needs_of_server(options), lambda: service.open_disk().close())
+    return change.make
+
+
+class _Beginning(NamedTuple):
+    """Who waits for the server's start, and as which user it goes on."""
+
+    daemon: Optional[Daemon]
+    become_user: Callable[[], None]
+
+
 def _run_master(
-    service: Service, premises: Premises, load: Load, surroundings: Surroundings, daemon: Optional[Daemon]
+    service: Service, premises: Premises, load: Load, surroundings: Surroundings, beginning: _Beginning
 ) -> int:
     from ..server.master import Master
 
     require_descriptors(_DESCRIPTORS[service.source.mode])
+    daemon, become_user = beginning
     premises.control = _listen_for_operators(service)
     master = Master(service, premises, load, surroundings)
     try:
         if service.needs_steward:
-            master.start_steward(leave_terminal if daemon else do_nothing)
+            master.start_steward(partial(_prepare_steward, become_user, in_background=daemon is not None))
         if premises.pid_file:
             premises.pid_file.write()
+        become_user()
     except ConfigurationError:
         master.abandon()
         raise
@@ -219,3 +258,10 @@ def _run_master(
         daemon.ready()
     surroundings.manager.ready()
     return master.run()
+
+
+def _prepare_steward(become_user: Callable[[], None], *, in_background: bool) -> None:
+    """In the steward that the server starts with: later ones have a master that has done this already."""
+    become_user()
+    if in_background:
+        leave_terminal()

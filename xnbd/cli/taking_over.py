@@ -16,6 +16,7 @@ from ..errors import ConfigurationError
 from ..logs import log
 from ..scoreboard.layout import OtherVersion, check_header
 from ..scoreboard.scoreboard import Scoreboard
+from ..server.configuration import Load, refuse_without_room
 from ..server.premises import Premises, Surroundings
 from ..server.service import Service
 from ..server.upgrade.estate import Estate, read_estate
@@ -25,10 +26,11 @@ from ..storage.target import TargetSource
 from ..system.kept import Kept
 from ..system.process import paths_from
 from ..system.service_manager import ServiceManager
+from ..system.user import User
 from .options import CowOptions, LogOptions, ManyClients, ServerOptions, TargetOptions
 from .program import begin, print_answer
 from .server_options import server_options
-from .serving import own_program, service_of
+from .serving import loader, own_program, secured, service_of
 from .values import parse_command_line
 
 
@@ -53,12 +55,13 @@ def take_over(program: str, usage: str, argv: List[str]) -> int:
         return _tell_check()
     os.close(order.fd)
     Kept(estate.descriptors).hold_back()
-    return _serve(service, estate, clients, own)
+    premises = Premises.unpack(estate.premises)
+    return _serve(service, estate, premises, loader(options, clients, premises.listeners), own)
 
 
-def _begin_check(program: str, to: LogOptions, file_mode: Optional[int]) -> None:
+def _begin_check(program: str, to: LogOptions, file_mode: Optional[int], user: Optional[User]) -> None:
     """The log is tried out; what there is to say goes to the program before."""
-    begin(program, to, file_mode)
+    begin(program, to, file_mode, user)
     log.handlers.clear()
 
 
@@ -71,7 +74,9 @@ def _inherited_service(options: ServerOptions, estate: Estate) -> Service:
             f"the scoreboard of {__version__} is another one than that of {estate.version}, "
             "and clients of both could not share the disk: restart the server when its clients allow it"
         ) from None
-    return service_of(options, _inherited_source(options, estate), estate.scoreboard)
+    configuration = secured(options.configuration, options)
+    refuse_without_room(configuration, estate.scoreboard)
+    return service_of(options, configuration, _inherited_source(options, estate), estate.scoreboard)
 
 
 def _inherited_source(options: ServerOptions, estate: Estate) -> Source[Scoreboard]:
@@ -96,13 +101,12 @@ def _tell_check() -> int:
     return 0
 
 
-def _serve(service: Service, estate: Estate, clients: ManyClients, own: Program) -> int:
+def _serve(service: Service, estate: Estate, premises: Premises, load: Load, own: Program) -> int:
     from ..server.master import Master
 
     manager = ServiceManager()
-    premises = Premises.unpack(estate.premises)
     try:
-        master = Master(service, premises, clients.load, Surroundings(manager, own), estate)
+        master = Master(service, premises, load, Surroundings(manager, own), estate)
         log.info("%s goes on where %s was", __version__, estate.version)
         manager.ready()
         status = master.run()

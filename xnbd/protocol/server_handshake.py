@@ -10,6 +10,7 @@ Whoever feeds the machine reads the bytes, and gives up when it raises
 from __future__ import annotations
 
 import struct
+from enum import Enum
 from typing import Callable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from ..errors import ProtocolError, RequestError
@@ -75,6 +76,15 @@ class Exports(NamedTuple):
     structured: bool = True
 
 
+class Security(Enum):
+    """Whether a client can have TLS (``doc/proto.md``: NOTLS, SELECTIVETLS, FORCEDTLS), or has it."""
+
+    NONE = 0
+    OFFERED = 1
+    REQUIRED = 2
+    ESTABLISHED = 3
+
+
 def export_flags(*, readonly: bool, multi_conn: bool = True) -> int:
     """The transmission flags of a disk that xnbd-server serves; *multi_conn*: its clients all see the same disk."""
     flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_SEND_CACHE | _WRITERS_FLAGS
@@ -133,14 +143,17 @@ class ServerHandshake:
 
     ``agreement`` is None until an export was chosen; ``aborted`` tells that the
     client has given up. The reply that `on_option` returns has to be sent in
-    either case. `news` has what the log should be told of.
+    either case. `news` has what the log should be told of. After ``starttls`` that
+    reply is the last thing in the clear, and `secured` goes on.
     """
 
-    def __init__(self, exports: Exports) -> None:
+    def __init__(self, exports: Exports, security: Security = Security.NONE) -> None:
         self.agreement: Optional[Agreement] = None
         self.aborted = False
+        self.starttls = False
+        self._security = security
         self._news: List[str] = []
-        self._told: Set[bool] = set()
+        self._told: Set[str] = set()
         self._exports = exports
         self._structured = False
         self._context_name: Optional[str] = None
@@ -152,6 +165,8 @@ class ServerHandshake:
             c.OPT_INFO: self._on_info,
             c.OPT_GO: self._on_go,
         }
+        if security is not Security.NONE:
+            self._handlers[c.OPT_STARTTLS] = self._on_starttls
         if exports.structured:
             self._handlers[c.OPT_STRUCTURED_REPLY] = self._on_structured_reply
             self._handlers[c.OPT_LIST_META_CONTEXT] = self._on_list_meta_context
@@ -163,11 +178,19 @@ class ServerHandshake:
             raise ProtocolError(f"unknown client flags {flags:#x}")
         self._no_zeroes = bool(flags & c.FLAG_C_NO_ZEROES)
 
+    def secured(self, exports: Exports) -> ServerHandshake:
+        """What goes on over TLS, for a client that may have *exports*: nothing but its flags is remembered."""
+        machine = ServerHandshake(exports, Security.ESTABLISHED)
+        machine._no_zeroes = self._no_zeroes
+        return machine
+
     def on_option(self, option: int, data: bytes) -> bytes:
         """The reply to one option; raises `ProtocolError` where there can be none."""
         self._options += 1
         if self._options > MAXIMUM_OPTIONS:
             raise ProtocolError(f"more than {MAXIMUM_OPTIONS} options")
+        if self._security is Security.REQUIRED and option not in (c.OPT_STARTTLS, c.OPT_ABORT):
+            return self._refuse_plain(option)
         if option == c.OPT_EXPORT_NAME:
             return self._on_export_name(data)
         handler = self._handlers.get(option)
@@ -178,8 +201,14 @@ class ServerHandshake:
         except _Refused as refusal:
             return _pack_reply(option, refusal.kind, str(refusal).encode())
 
+    def _refuse_plain(self, option: int) -> bytes:
+        if option == c.OPT_EXPORT_NAME:
+            raise ProtocolError("it asks for an export without TLS, which is required (nbds:// in its URI)")
+        self._tell("refused as long as it does not begin TLS, which is required (nbds:// in its URI)", "plain")
+        return _pack_reply(option, c.REP_ERR_TLS_REQD, b"this server requires TLS")
+
     def news(self) -> List[str]:
-        """Which names there was no export for, since the last call, of each kind the first: a client may ask often."""
+        """What went wrong since the last call, of each kind the first: a client may ask often."""
         news, self._news = self._news, []
         return news
 
@@ -200,6 +229,13 @@ class ServerHandshake:
 
     def _on_abort(self, option: int, data: bytes) -> bytes:
         self.aborted = True
+        return _pack_reply(option, c.REP_ACK)
+
+    def _on_starttls(self, option: int, data: bytes) -> bytes:
+        _refuse_data(data)
+        if self._security is Security.ESTABLISHED:
+            raise _Refused(c.REP_ERR_INVALID, "TLS is in use already")
+        self.starttls = True
         return _pack_reply(option, c.REP_ACK)
 
     def _on_list(self, option: int, data: bytes) -> bytes:
@@ -276,16 +312,16 @@ class ServerHandshake:
         except RequestError as error:
             raise _Refused(c.REP_ERR_UNKNOWN, str(error)) from error
         except Denied as denial:
-            self._tell(str(denial), denied=True)
+            self._tell(str(denial), "denied")
         else:
             if export is not None:
                 return export
-            self._tell(unknown_export(name), denied=False)
+            self._tell(unknown_export(name), "unknown")
         raise _Refused(c.REP_ERR_UNKNOWN, "no such export")
 
-    def _tell(self, line: str, *, denied: bool) -> None:
-        if denied not in self._told:
-            self._told.add(denied)
+    def _tell(self, line: str, kind: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
             self._news.append(line)
 
     def _flags(self, export: Export) -> int:

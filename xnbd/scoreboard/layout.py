@@ -105,6 +105,7 @@ LINE_FIELDS = (
     Field("trouble", "72s", "why the origin cannot be reached"),
     Field("namespace", "Q", "PID namespace in which the process id counts"),
     Field("identity", "128s", "who its client has proved to be"),
+    Field("encryption", "64s", "how its client is encrypted: version, cipher, ``kTLS`` if the kernel does it"),
 )
 
 

@@ -47,8 +47,9 @@ class Place(Door):
         self._put("peer", peer.encode()[: LINE.form["peer"].size])
         self.tell_identity("")
 
-    def tell_identity(self, identity: str) -> None:
-        """Who the client has proved to be; empty for nobody."""
+    def tell_identity(self, identity: str, encryption: str = "") -> None:
+        """Who the client has proved to be, and how it is encrypted; empty for nobody, and for not at all."""
+        self._put("encryption", encryption.encode()[: LINE.form["encryption"].size])
         self._put("identity", identity.encode("utf-8", "backslashreplace")[: LINE.form["identity"].size])
 
     @property

@@ -8,18 +8,21 @@ with what it has.
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, NamedTuple
+from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from ..access.rights import EVERYBODY, Access
 from ..errors import ConfigurationError
 from ..scoreboard.layout import count_lines
 from .session.parking import QueueLimits
 
+if TYPE_CHECKING:
+    from .session.handshake import Tls
+
 
 class Configuration(NamedTuple):
     """Of one server or wrapper; times in seconds, numbers as of the options of these names.
 
-    *access* says who may open which disk.
+    *access* says who may open which disk, *tls* by what clients are encrypted and prove who they are.
     """
 
     max_clients: int = 4096
@@ -28,6 +31,7 @@ class Configuration(NamedTuple):
     max_queue_size: int = 0
     max_buf_size: int = 0
     access: Access = EVERYBODY
+    tls: Optional[Tls] = None
 
     @property
     def processes(self) -> int:
@@ -42,7 +46,12 @@ class Configuration(NamedTuple):
         """What is another than *before*, for people."""
         old, new = before.figures(), self.figures()
         limits = [f"{name.replace('_', '-')} {old[name]:g} -> {new[name]:g}" for name in new if old[name] != new[name]]
-        return [*limits, *(["rules"] if self.access != before.access else [])]
+        rules = ["rules"] if self.access != before.access else []
+        return [*limits, *rules, *(["certificates or keys"] if self.tls != before.tls else [])]
+
+    def expiries(self) -> List[Tuple[str, float]]:
+        """Files of certificates, and until when they are valid, in seconds since 1970."""
+        return [] if self.tls is None else [(path, when.timestamp()) for path, when in self.tls.credentials.valid]
 
     def figures(self) -> Dict[str, float]:
         """What another process may be told in numbers."""

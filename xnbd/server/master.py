@@ -229,7 +229,7 @@ class Master:
             self._crew.dismiss()
             self._service = service._replace(configuration=configuration)
             if self._link is not None:
-                self._link.tell({"configuration": configuration.figures()})
+                self._link.tell({"configuration": configuration.figures(), "expiries": configuration.expiries()})
         return changes
 
     def _on_reload(self, _request: Message) -> Message:

@@ -21,7 +21,7 @@ from .handover.arrival import Arrival
 from .handover.departure import Departure
 from .process_loop import Stop
 from .session.connection import Connection
-from .session.handshake import greet, greet_oldstyle, negotiate
+from .session.handshake import Tls, greet, greet_oldstyle, negotiate
 from .session.loop import Session
 
 
@@ -46,6 +46,10 @@ class Service(NamedTuple):
     @property
     def access(self) -> Access:
         return self.configuration.access
+
+    @property
+    def tls(self) -> Optional[Tls]:
+        return self.configuration.tls
 
     def open_disk(self) -> Disk:
         """For a worker, after the fork. Raises `OSError`."""
@@ -133,15 +137,16 @@ class Service(NamedTuple):
             return greet_oldstyle(connection, export, self.configuration.handshake_timeout)
         if deadline is None:
             deadline = greet(connection, self.configuration.handshake_timeout)
-        return negotiate(connection, self.exports, deadline)
+        return negotiate(connection, self.exports, deadline, self.tls)
 
     def _recognise(self, connection: Connection, disk: Disk, role: str) -> str:
         """It is known who the client is: have others know, too. What the log says of it."""
         identity = connection.identity
-        disk.place.tell_identity(str(identity) if identity.names else "")
+        disk.place.tell_identity(str(identity) if identity.names else "", connection.encryption)
         if identity.at(connection.peer) != connection.peer:
             set_title(role, identity.at(connection.peer), self.source.name)
-        return f" as {identity}" if identity.names else ""
+        who = f" as {identity}" if identity.names else ""
+        return who + (f" over {connection.encryption}" if connection.encryption else "")
 
     def _go_on(self, connection: Connection, disk: Disk, came: Came, departure: Departure) -> None:
         frozen = came.arrival.session

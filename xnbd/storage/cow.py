@@ -20,7 +20,7 @@ import os
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
-from ..making import make_file
+from ..making import give, make_file
 from ..system.file_locks import RangeLocks
 from ..system.kept import Kept
 from . import image_use, space
@@ -334,7 +334,9 @@ def _open_overlay(directory: Optional[str], beside: str, size: int) -> int:
 def _open_nameless(directory: str) -> int:
     """``O_TMPFILE``, or a file whose name is removed at once where the file system has none."""
     try:
-        return os.open(directory, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
+        fd = os.open(directory, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
+        give(fd)
+        return fd
     except OSError as error:
         if error.errno not in _NO_TMPFILE or not os.path.isdir(directory):
             raise

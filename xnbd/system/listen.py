@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 from ..errors import ConfigurationError
+from ..making import give_socket
 from .kept import Kept
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class UnixSocket:
                 if mode is not None:
                     os.fchmod(self.socket.fileno(), mode)  # Linux: bind makes the file with the socket's own mode
                 self.socket.bind(path)
+                give_socket(path)
                 made = os.lstat(path)
                 self._made = made.st_dev, made.st_ino
                 self.socket.listen(backlog)
@@ -156,10 +158,13 @@ class UnixSocket:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the file, in the process that made it, unless a successor's is there by now."""
+        """Remove the file, in the process that made it, unless a successor's is there by now.
+
+        It stays if this process has not the right to: it has given root's rights up.
+        """
         if os.getpid() != self._owner:
             return
-        with _neighbours_waiting(self._path, _LEAVING_TIME), suppress(FileNotFoundError):
+        with _neighbours_waiting(self._path, _LEAVING_TIME), suppress(FileNotFoundError, PermissionError):
             found = os.lstat(self._path)
             if (found.st_dev, found.st_ino) == self._made:
                 os.unlink(self._path)

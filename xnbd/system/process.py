@@ -244,8 +244,12 @@ class PidFile:
             self._remove()
 
     def _remove(self) -> None:
-        if is_at(self._path, self._held):
-            os.unlink(self._path)
+        """Remove the file, or empty it if this process has not the right to: it has given root's rights up."""
+        try:
+            if is_at(self._path, self._held):
+                os.unlink(self._path)
+        except PermissionError:
+            os.ftruncate(self._held, 0)
         os.close(self._held)
         self._fd = None
 

@@ -25,7 +25,7 @@ from ..proxy.state.known import is_switched, known_size
 from ..server.lobby import Guest
 from ..server.process_loop import ProcessLoop
 from ..server.session.connection import Connection
-from ..server.session.handshake import negotiate
+from ..server.session.handshake import Tls, negotiate
 from ..storage.target import usable_size
 from ..system.process import set_title
 from .database import Database
@@ -147,6 +147,7 @@ class Client(NamedTuple):
     servers: Servers
     reports: socket.socket
     access: Access = EVERYBODY
+    tls: Optional[Tls] = None
 
     def serve(self) -> int:
         """Life of the process: negotiate, then be the server of the chosen disk. The exit status."""
@@ -174,7 +175,7 @@ class Client(NamedTuple):
     def _negotiate(self, connection: Connection, exports: Callable[[Identity], Exports]) -> Optional[Agreement]:
         peer = connection.peer
         try:
-            agreement = negotiate(connection, exports, self.guest.deadline)
+            agreement = negotiate(connection, exports, self.guest.deadline, self.tls)
             if agreement is None:
                 log.info("%s: left during the handshake", peer)
             return agreement

@@ -104,7 +104,7 @@ class WrapperCommands:
     def _check_origin(self, export: StoredExport) -> None:
         """Raises `CommandError` if the servers could not find it."""
         if isinstance(export, ProxyExport) and export.remote_uri and not self._servers.extended:
-            raise CommandError(f"{self._servers.program} knows no URIs: it can only use an origin on TCP")
+            raise CommandError(f"{self._servers.program} knows no URIs: it can only use an origin on TCP, without TLS")
 
     def _check_disk(self, path: str) -> Reply:
         """Look whether *path* is a disk, in a process of its own: the file may hang."""

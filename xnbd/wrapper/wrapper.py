@@ -64,14 +64,20 @@ class Wrapper:
     """Serves the exports of *database* on *listeners*, and the operator at *control_path*."""
 
     def __init__(
-        self, listeners: Listeners, database: Database, control_path: str, load: Load, manager: ServiceManager
+        self,
+        listeners: Listeners,
+        database: Database,
+        control_path: str,
+        settings: Settings,
+        load: Load,
+        manager: ServiceManager,
     ) -> None:
-        """Raises `ConfigurationError` if the control socket cannot be had, and like *load*."""
+        """Raises `ConfigurationError` if the control socket cannot be had. *load* reads *settings* again."""
         self._manager = manager
         self._reloads = Reloads(load, self._adopt, manager)
         self._listeners = listeners
         self._database = database
-        self._settings = settings = load()
+        self._settings = settings
         configuration = settings.configuration
         self._ending: Optional[_Ending] = None
         self._signals: Set[int] = set()
@@ -96,11 +102,6 @@ class Wrapper:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)  # they mean something to servers, and would end this process
-
-    @property
-    def servers(self) -> Servers:
-        """How the next client is served."""
-        return self._settings.servers
 
     def run(self) -> int:
         """The exit status: 0 after an orderly end, 1 if it had to be cut short."""
@@ -137,8 +138,9 @@ class Wrapper:
 
     def _serve(self, guest: Guest) -> Body:
         settings = self._settings
+        configuration = settings.configuration
         return Client(
-            guest, self._database, settings.servers, self._clients.outbox, settings.configuration.access
+            guest, self._database, settings.servers, self._clients.outbox, configuration.access, configuration.tls
         ).serve
 
     # The loop

@@ -35,6 +35,7 @@ class Connection:
         set_socket_options(sock)
         self.peer = peer or describe_peer(sock)
         self.identity: Identity = identity_of_peer(sock)
+        self.encryption = ""  # how its bytes are encrypted, in words; empty if they are not
         self.loop = loop
         self.waits = 0  # how often the client did not take what was to be sent at once
         self._waited = False
@@ -164,7 +165,7 @@ class Connection:
             try:
                 received = self._receive_into(view)
             except BlockingIOError:
-                self._wait_until(select.POLLIN, deadline)
+                self.wait_until(select.POLLIN, deadline)
                 continue
             if not received:
                 raise Disconnected("client left during the handshake")
@@ -178,9 +179,10 @@ class Connection:
             try:
                 view = view[self._send((view,)) :]
             except BlockingIOError:
-                self._wait_until(select.POLLOUT, deadline)
+                self.wait_until(select.POLLOUT, deadline)
 
-    def _wait_until(self, events: int, deadline: float) -> None:
+    def wait_until(self, events: int, deadline: float) -> None:
+        """Sleep until the client shows *events*, for the handshake; raises like `receive_exactly`."""
         remaining = deadline - monotonic()
         if remaining <= 0 or not self.loop.wait(self._fds, events, remaining):
             raise ProtocolError("handshake took too long")

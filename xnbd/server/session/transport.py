@@ -40,6 +40,10 @@ class Transport(ABC):
         memory that cannot be read.
         """
 
+    def detach(self) -> socket.socket:
+        """The socket, for a transport that goes on with it: this one is at its end."""
+        raise NotImplementedError
+
     @abstractmethod
     def fileno(self) -> int:
         """The descriptor to wait for."""
@@ -67,6 +71,9 @@ class PlainTransport(Transport):
         self._sendmsg = sock.sendmsg
         self.receive_into = partial(sock.recv_into, nbytes=0, flags=socket.MSG_DONTWAIT)
         sock.setblocking(True)
+
+    def detach(self) -> socket.socket:
+        return self._sock
 
     def send(self, buffers: Buffers) -> int:
         return self._sendmsg(buffers, (), _SEND_FLAGS)

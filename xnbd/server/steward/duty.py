@@ -61,6 +61,7 @@ class Context:
         self.service = service
         self.source = service.source
         self.configuration = service.configuration
+        self.expiries = self.configuration.expiries()
         self.loop = loop
         self.master = master
         self.scoreboard = Scoreboard(reopen(service.scoreboard_fd, readonly=False))

@@ -100,7 +100,9 @@ class MasterOrders(Duty):
             self._link.on_news = self._on_news
 
     def _on_news(self, news: Message) -> None:
-        self._context.configuration = self._context.configuration._replace(**news["configuration"])
+        context = self._context
+        context.configuration = context.configuration._replace(**news["configuration"])
+        context.expiries = [(path, when) for path, when in news["expiries"]]
 
     def commands(self) -> CommandTable:
         return dict.fromkeys(_MASTERS, self._ask)

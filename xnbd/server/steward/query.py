@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime, timezone
 from time import time
 from typing import Any, List, Optional
 
@@ -73,6 +74,7 @@ class QueryAnswers:
             "uptime_seconds": clock() - self._began,
             "readonly": source.readonly,
             "configuration": self._context.configuration.figures(),
+            "warnings": self._warnings(),
             "disk_size": source.size,
             "block_size": BLOCK,
             "write_back_failure": self._write_back_failure(),
@@ -93,6 +95,16 @@ class QueryAnswers:
             if cells is not None:
                 answer["map"] = progress.shares(cells)
         return answer
+
+    def _warnings(self) -> List[str]:
+        """What the operator should do something about before it is too late."""
+        if not self._context.expiries:
+            return []
+        from ...tls.expiry import Expiry, warnings
+
+        return warnings(
+            [Expiry(path, datetime.fromtimestamp(when, timezone.utc)) for path, when in self._context.expiries]
+        )
 
     def _description(self) -> str:
         source = self._source
@@ -164,6 +176,7 @@ def _worker(line: Line, usage: Any) -> Message:
         "pid": line.pid,
         "client": line.peer,
         "identity": line.identity or None,
+        "encryption": line.encryption or None,
         "connected_seconds": max(0.0, clock() - line.since),
         **_counters(line.counts),
         "queued_requests": line.queued_requests,
