@@ -35,6 +35,8 @@ class Upgrades:
         self._poll = poll
         self._order: Optional[Order] = None
         self._number = 0
+        self._link: Optional[StewardLink] = None
+        """To the steward that has asked for the order."""
         self._arrival: Optional[Arrival] = None
 
     def arrive(self, estate: Estate, start_steward: Callable[[], None]) -> None:
@@ -48,7 +50,7 @@ class Upgrades:
         """
         if self._order is not None or self._arrival is not None:
             raise CommandError("an upgrade is under way already")
-        self._number = link.number
+        self._number, self._link = link.number, link
         estate, disk = self._leave()
         self._order = Order(request, self._program, estate, disk, partial(link.answer, self._number))
 
@@ -94,6 +96,9 @@ class Upgrades:
 
     def _execute(self, order: Order) -> None:
         """Returns if that is not possible, or not yet: a signal that has come is this program's to mind."""
+        if self._link is None or self._link.fileno() < 0:
+            order.fail(CommandError("the steward has died"))
+            return
         block_signals()
         try:
             if self._is_calm():
