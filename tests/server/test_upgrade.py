@@ -8,18 +8,21 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
 from caching import ask, connect, query
+from certificates import Certificates
 from conftest import MIB, Start, unexpected_lines
 from injection import injected
 from launch import serving, stop_daemon
@@ -29,6 +32,7 @@ from proxies import Proxy, bgctl, refused
 from rawclient import RawClient
 from server_process import (
     PYTHON,
+    ROOT,
     Server,
     children_of,
     command,
@@ -40,6 +44,7 @@ from server_process import (
 )
 from snapshots import bgctl_command
 from stamps import check_cut, noise_disk, writers
+from tls_client import tls_client
 from upgrades import IDLE, UPGRADES, Outcome, build, pauses, upgrade
 
 from xnbd import __version__
@@ -451,13 +456,64 @@ def test_at_the_limit_of_clients_all_move(start: Start, image: Path, control: Pa
             assert len(client.read(0, 512)) == 512
 
 
+def test_a_client_of_tls_stays_and_is_named(
+    start: Start, image: Path, control: Path, certificates: Certificates
+) -> None:
+    server = start("--target", "--tls", certificates.server, "--tls-optional", "--control", control, image)
+    with tls_client(server, certificates.alice) as secret, negotiated(server) as plain:
+        outcome = upgrade(control)
+        assert (outcome.moved, outcome.rest) == (1, f"; 1 stays with {__version__} until it leaves (TLS)")
+        assert upgrade(control).moved == 1
+        assert secret.read(0, 512) == plain.read(0, 512) == image.read_bytes()[:512]
+    wait_until(lambda: not target_workers_with_clients(server), "the end of the old worker")
+
+
+def target_workers_with_clients(server: Server) -> List[int]:
+    return [pid for pid in server.workers() if "worker for" in title_of(pid)]
+
+
+@pytest.mark.root(reason="becomes another user")
+def test_a_server_without_roots_rights_is_upgraded(start: Start, tmp_path: Path) -> None:
+    with home_of(65534) as home:
+        image, control = home / "disk.img", home / "ctl"
+        image.write_bytes(bytes(MIB))
+        os.chown(image, 65534, 65534)
+        server = start("--target", "--user", "65534", "--control", control, image)
+        server.expected_errors.append("that user cannot")
+        with negotiated(server) as client:
+            assert upgrade(control).moved == 1
+            assert client.write(0, b"mine") == 0
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        assert "Uid:\t65534\t65534\t65534\t65534" in status
+
+
+@contextmanager
+def home_of(uid: int) -> Iterator[Path]:
+    """A directory that this user can reach."""
+    with tempfile.TemporaryDirectory(prefix="xnbd-upgrade") as name:
+        os.chown(name, uid, uid)
+        yield Path(name)
+
+
+def test_the_limits_of_a_file_are_read_again(start: Start, image: Path, control: Path, tmp_path: Path) -> None:
+    limits = tmp_path / "limits"
+    limits.write_text("max-clients 2\n")
+    server = start("--target", "--limits", limits, "--control", control, image)
+    limits.write_text("max-clients none\n")
+    assert "limits:1" in refused("--upgrade", control)
+    limits.write_text("max-clients 7\n")
+    upgrade(control)
+    assert server.process.poll() is None
+    assert "nothing has changed" in bgctl("--reload", control)
+
+
 def test_a_client_whose_process_stands_still_stays(target: Server, control: Path) -> None:
     with negotiated(target) as client, negotiated(target) as other:
         wait_until(lambda: len(target.busy_workers()) == 2, "both workers")
         stopped = next(p for p in target.busy_workers() if f"pid={os.getpid()}" in title_of(p))
         os.kill(stopped, signal.SIGSTOP)
         outcome = upgrade(control)
-        assert (outcome.moved, outcome.rest) == (1, f"; 1 stays with {__version__} until they leave (busy)")
+        assert (outcome.moved, outcome.rest) == (1, f"; 1 stays with {__version__} until it leaves (busy)")
         os.kill(stopped, signal.SIGCONT)
         assert len(client.read(0, 512)) == len(other.read(0, 512)) == 512
         wait_until(lambda: not is_alive(stopped), "its client's move, when it goes on")
@@ -564,20 +620,32 @@ def test_requests_that_wait_for_the_origin_are_answered_by_the_next_program(slow
     assert bytes(buffer.to_bytearray()) == wanted
 
 
+# What the operations guide says
+
+
+def test_the_recipe_of_the_operations_guide_is_right(image: Path, tmp_path: Path) -> None:
+    guide = (ROOT / "contrib/doc/operations.rst").read_text()
+    section = guide.split("\nUpgrading\n=========\n")[1].split("\n\n\n")[0]
+    lines = re.findall(r"^    (xnbd-bgctl .*?) +# (.*)$", section, re.MULTILINE)
+    assert len(lines) == 2
+    program, control = build(tmp_path / "tree", "1.1.0"), tmp_path / "p.ctl"
+    words = ["--target", "--control", str(control), "--unix", str(tmp_path / "sock"), str(image)]
+    with subprocess.Popen([program, *words], stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_until(control.exists, "the control socket")
+            with closing(socket.socket(socket.AF_UNIX)) as sock:
+                sock.connect(str(tmp_path / "sock"))
+                RawClient(sock).negotiate()
+                init = tmp_path / "tree/xnbd/__init__.py"
+                init.write_text(init.read_text().replace("1.1.0", "1.2.0"))
+                for line, printed in lines:
+                    out = bgctl(*line.split()[1:-1], control).replace("1 client", "815 clients")
+                    assert re.sub(r"pause \d+", "pause 7", out) == f"{printed}\n"
+        finally:
+            process.terminate()
+
+
 # Processes that die
-
-
-def killed(server: Server, control: Path, find: Any) -> subprocess.Popen[str]:
-    """Begin an upgrade, and kill the process that *find* finds as soon as it is there."""
-    asking = subprocess.Popen(
-        bgctl_command("--upgrade", control), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and asking.poll() is None:
-        for pid in find():
-            os.kill(pid, signal.SIGKILL)
-            return asking
-    return asking
 
 
 def test_a_steward_that_dies_on_the_way_is_replaced(target: Server, control: Path) -> None:
@@ -595,6 +663,67 @@ def test_a_steward_that_dies_on_the_way_is_replaced(target: Server, control: Pat
             asking.communicate()
             assert query(control)["mode"] == "target"
             assert len(client.read(0, 512)) == 512
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "memfd_create:signal=KILL:when=1",
+        "memfd_create:signal=KILL:when=2",
+        "execve:signal=KILL:when=1",
+        "recvfrom:signal=KILL:when=1",
+        "clone,clone3:signal=KILL:when=1",
+        "clone,clone3:signal=KILL:when=2",
+        "clone,clone3:signal=KILL:when=4",
+        "sendto:signal=KILL:when=1",
+        "sendto:signal=KILL:when=2",
+        "wait4:signal=KILL:when=2",
+        "kill:signal=KILL:when=1",
+    ],
+)
+def test_a_master_that_dies_at_a_system_call_leaves_nothing_behind(
+    start: Start, image: Path, control: Path, call: str
+) -> None:
+    server = start("--target", "--control", control, image)
+    with negotiated(server) as client:
+        assert client.write(0, b"written") == 0
+        with injected(server.pid, call):
+            asking = subprocess.Popen(
+                bgctl_command("--upgrade", control), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            server.process.wait(20)
+        asking.communicate()
+    wait_until(lambda: not _serving(image), "the end of all processes")
+    with negotiated(start("--target", "--control", control, image)) as client:
+        assert client.read(0, 7) == b"written"
+
+
+def _serving(image: Path) -> List[int]:
+    """Processes that have the image open."""
+    holders = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if any(os.path.samefile(fd, image) for fd in (process / "fd").iterdir() if _is_file(fd)):
+                holders.append(int(process.name))
+    return holders
+
+
+def _is_file(fd: Path) -> bool:
+    return os.readlink(fd).startswith("/")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["clone,clone3:error=EAGAIN:when=2..6", "sendto:error=ENOBUFS:when=1..3"],
+)
+def test_a_system_call_that_fails_in_the_new_program_harms_no_client(target: Server, control: Path, fault: str) -> None:
+    target.expected_errors += ["cannot start a worker", "the steward cannot be started"]
+    with negotiated(target) as client:
+        with injected(target.pid, fault):
+            subprocess.run(bgctl_command("--upgrade", control), capture_output=True, check=False)
+        assert len(client.read(0, 512)) == 512
+        wait_until(lambda: workers_of(target)["spare"] and workers_of(target)["steward"], "steward and spare workers")
+        assert query(control)["mode"] == "target"
 
 
 def test_a_worker_that_dies_on_the_way_takes_its_client_with_it_and_nothing_else(target: Server, control: Path) -> None:

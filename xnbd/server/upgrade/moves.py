@@ -12,7 +12,7 @@ from ...system.forking import HAND_OVER
 from ..crew import Crew
 from ..reports import Report
 
-MOST_AT_ONCE = 8
+MOST_AT_ONCE = 4
 """New workers that wait for clients: more of them would take processors from those that serve."""
 
 _TRIES = 3
