@@ -13,7 +13,7 @@ from ..crew import Crew
 from ..master_link import StewardLink
 from .arrival import Arrival
 from .estate import Estate
-from .moves import MOST_AT_ONCE
+from .moves import WAITING
 from .order import Order, block_signals, unblock_signals
 from .program import Program
 
@@ -79,7 +79,7 @@ class Upgrades:
     def wanted_spares(self, usually: int) -> int:
         """How many spare workers there should be, where it is *usually* so many: clients move to them."""
         clients = 0 if self._arrival is None else self._arrival.clients
-        return max(usually, min(clients, MOST_AT_ONCE))
+        return max(usually, min(clients, WAITING))
 
     def progress(self) -> None:
         """Take the next step."""
