@@ -13,6 +13,7 @@ import pytest
 from caching import CacheFiles
 from certificates import Certificates
 from hypothesis import HealthCheck, settings
+from moving import make_restless
 from server_process import Server
 from wrapper_process import Wrapper
 
@@ -76,6 +77,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         server = Server(tmp_path, f"server{len(servers)}", [str(a) for a in arguments], **options)  # type: ignore[arg-type]
         servers.append(server)
         server.wait_until_ready()
+        make_restless(server)
         return server
 
     try:

@@ -334,6 +334,7 @@ class Master:
             if not self._stopping:
                 self._on_stewards_end(exit_code)
         elif pid in self._crew:
+            self._read_reports()  # what it has said before it died
             peer = self._crew.bury(pid, failed=bool(exit_code))
             if exit_code and not self._killing:
                 self._on_failure(pid, peer, exit_code)

@@ -201,10 +201,13 @@ class StewardLink:
         with suppress(OSError):  # nobody is there any more who would hear it
             _send(self._sock, {"number": number, "answer": answer})
 
-    def order(self, name: str) -> None:
-        """Have the steward do what it knows by this *name*."""
-        with suppress(OSError):  # nobody is there any more
+    def order(self, name: str) -> bool:
+        """Have the steward do what it knows by this *name*; False if that has to be tried again, or it is gone."""
+        try:
             _send(self._sock, {"order": name})
+        except OSError:
+            return False
+        return True
 
     def tell(self, news: Message) -> None:
         """For a steward that was forked before."""

@@ -147,10 +147,12 @@ class Worker:
         service, pid = self._service, os.getpid()
         connection = Connection(guest.sock, loop, service.spin, guest.peer)
         peer = connection.peer
-        telling = Telling(
-            moved=lambda to: self._report(Report(pid, moved_to=to)),
-            stays=lambda reason: self._report(Report(pid, peer, stays=reason)),
-        )
+
+        def stays(reason: str) -> None:
+            log.info("%s: stays with this process: %s", peer, reason)
+            self._report(Report(pid, peer, stays=reason))
+
+        telling = Telling(lambda to: self._report(Report(pid, moved_to=to)), stays)
         departure = Departure(loop, self._pool.offering, service.source.identity(), telling)
         if isinstance(guest, Arrival):
             before = guest.pid

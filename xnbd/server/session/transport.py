@@ -29,7 +29,7 @@ class Transport(ABC):
     No poll shows these. None for a transport that never has any.
     """
 
-    stays: str = "it is encrypted"
+    stays: str = "TLS"
     """Why no other process can go on with the descriptor alone; empty if one can."""
 
     @abstractmethod

@@ -30,6 +30,8 @@ from .outcome import Outcome
 _PATIENCE = 20.0
 """Seconds that the old steward may take until it gives way."""
 
+_RETRY = 0.05
+
 Message = Dict[str, Any]
 
 
@@ -44,17 +46,20 @@ class FormerSteward:
         self._deadline = monotonic() + _PATIENCE
         self.has_left = False
         """Whether it has given way."""
-        self.link.order("leave")
+        self._is_told = self.link.order("leave")
 
     def _on_left(self, _request: Message) -> None:
         self.has_left = True
 
     def deadline(self) -> Optional[float]:
         """When `progress` wants to be called (monotonic seconds)."""
-        return None if self.has_left else self._deadline
+        if self.has_left:
+            return None
+        return self._deadline if self._is_told else monotonic() + _RETRY
 
     def progress(self) -> bool:
         """Hear what it says; False if it cannot be heard any more. One that does not give way in time is ended."""
+        self._is_told = self._is_told or self.link.order("leave")
         if not self.has_left and monotonic() >= self._deadline:
             log.warning("the steward of the program before does not give way, and is ended")
             with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""The clients of the old workers move to new ones, a few at a time: as many as there are workers that wait for them."""
+"""The clients of the old workers move to new ones, a few at a time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from ...system.forking import HAND_OVER
 from ..crew import Crew
 from ..reports import Report
 
-MOST_AT_ONCE = 8
-"""New workers that wait for clients: more of them would take processors from those that serve."""
+WAITING = 4
+"""New workers that wait for clients, so that none has to wait for a fork."""
+
+_UNDER_WAY = 2
+"""Clients that move at once: with more of them the processes take the processors from each other."""
 
 _TRIES = 3
 _PATIENCE = 5.0
@@ -69,7 +72,7 @@ class Moves:
             del self._until[pid]
             if pid in crew.clients:
                 self.staying[pid] = "busy"
-        free = len(crew.spares - crew.unproven) - len(self._until)
+        free = min(_UNDER_WAY, len(crew.spares - crew.unproven)) - len(self._until)
         for pid in self._waiting()[: max(0, free)]:
             self._until[pid] = now + _PATIENCE
             self._tries[pid] += 1

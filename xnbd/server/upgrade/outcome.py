@@ -38,6 +38,6 @@ class Outcome(NamedTuple):
             text += f", longest pause {self.longest_pause:.0f} ms"
         if self.staying:
             number = sum(self.staying.values())
-            text += f"; {number} {'stay' if number > 1 else 'stays'} with {self.old} until they leave"
-            text += f" ({', '.join(self.staying)})"
+            verbs = ("stay", "they leave") if number > 1 else ("stays", "it leaves")
+            text += f"; {number} {verbs[0]} with {self.old} until {verbs[1]} ({', '.join(self.staying)})"
         return text

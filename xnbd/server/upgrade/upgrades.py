@@ -13,7 +13,7 @@ from ..crew import Crew
 from ..master_link import StewardLink
 from .arrival import Arrival
 from .estate import Estate
-from .moves import MOST_AT_ONCE
+from .moves import WAITING
 from .order import Order, block_signals, unblock_signals
 from .program import Program
 
@@ -35,6 +35,8 @@ class Upgrades:
         self._poll = poll
         self._order: Optional[Order] = None
         self._number = 0
+        self._link: Optional[StewardLink] = None
+        """To the steward that has asked for the order."""
         self._arrival: Optional[Arrival] = None
 
     def arrive(self, estate: Estate, start_steward: Callable[[], None]) -> None:
@@ -48,7 +50,7 @@ class Upgrades:
         """
         if self._order is not None or self._arrival is not None:
             raise CommandError("an upgrade is under way already")
-        self._number = link.number
+        self._number, self._link = link.number, link
         estate, disk = self._leave()
         self._order = Order(request, self._program, estate, disk, partial(link.answer, self._number))
 
@@ -77,7 +79,7 @@ class Upgrades:
     def wanted_spares(self, usually: int) -> int:
         """How many spare workers there should be, where it is *usually* so many: clients move to them."""
         clients = 0 if self._arrival is None else self._arrival.clients
-        return max(usually, min(clients, MOST_AT_ONCE))
+        return max(usually, min(clients, WAITING))
 
     def progress(self) -> None:
         """Take the next step."""
@@ -94,6 +96,9 @@ class Upgrades:
 
     def _execute(self, order: Order) -> None:
         """Returns if that is not possible, or not yet: a signal that has come is this program's to mind."""
+        if self._link is None or self._link.fileno() < 0:
+            order.fail(CommandError("the steward has died"))
+            return
         block_signals()
         try:
             if self._is_calm():
