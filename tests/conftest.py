@@ -11,6 +11,7 @@ from typing import Callable, Iterator, List
 
 import pytest
 from caching import CacheFiles
+from certificates import Certificates
 from hypothesis import HealthCheck, settings
 from moving import make_restless
 from server_process import Server
@@ -93,6 +94,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def files(tmp_path: Path) -> CacheFiles:
     """Where a proxy keeps its cache."""
     return CacheFiles(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Certificates and keys for TLS."""
+    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import select
+from contextlib import suppress
 from socket import socket
 from time import monotonic
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
@@ -79,9 +80,20 @@ class ControlSocket:
         self._accept_at: Optional[float] = None
         self._shortages = Seldom(_TELL_OF_SHORTAGE)
 
+    def leave(self) -> None:
+        """Another process accepts from now on: what was asked for here is answered, and then connections end."""
+        self._listener.close()
+        for connection in self._connections:
+            connection.finish()
+
+    @property
+    def has_connections(self) -> bool:
+        return bool(self._connections)
+
     def interests(self) -> List[Tuple[int, int]]:
         """Descriptors and what to poll them for; a mask of 0 is for the client's leaving."""
-        listener = [(self._listener.socket.fileno(), select.POLLIN)] if self._accept_at is None else []
+        accepts = self._accept_at is None and self._listener.socket.fileno() >= 0
+        listener = [(self._listener.socket.fileno(), select.POLLIN)] if accepts else []
         return listener + [(connection.fileno(), connection.mask()) for connection in self._connections]
 
     def deadline(self) -> Optional[float]:
@@ -201,6 +213,12 @@ class _Connection:
         except OSError:
             return False
         return bool(self._output) or self._reply is not None or self._unfinished or not self._no_more_input
+
+    def finish(self) -> None:
+        """Read what has come, and no more: the connection ends when that is answered."""
+        with suppress(OSError):
+            self._receive()
+        self._no_more_input = True
 
     def refuse(self, reason: str) -> None:
         """Say *reason*, as far as that goes without waiting, and close."""

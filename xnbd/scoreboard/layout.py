@@ -104,6 +104,8 @@ LINE_FIELDS = (
     Field("peer", "64s", "its client"),
     Field("trouble", "72s", "why the origin cannot be reached"),
     Field("namespace", "Q", "PID namespace in which the process id counts"),
+    Field("identity", "128s", "who its client has proved to be"),
+    Field("encryption", "64s", "how its client is encrypted: version, cipher, ``kTLS`` if the kernel does it"),
 )
 
 
@@ -149,6 +151,11 @@ class OtherVersion(OSError):
 def scoreboard_size(processes: int) -> int:
     """Bytes of a scoreboard for so many processes."""
     return LINES_AT + processes * LINE_SIZE
+
+
+def count_lines(fd: int) -> int:
+    """For how many processes the scoreboard behind *fd* was made."""
+    return (os.fstat(fd).st_size - LINES_AT) // LINE_SIZE
 
 
 def write_header(fd: int) -> None:

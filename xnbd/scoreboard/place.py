@@ -45,6 +45,12 @@ class Place(Door):
         _COUNTERS.pack_into(self._map, self._at + _BEFORE_AT, *self._before)
         self.tell_queue(0, 0)
         self._put("peer", peer.encode()[: LINE.form["peer"].size])
+        self.tell_identity("")
+
+    def tell_identity(self, identity: str, encryption: str = "") -> None:
+        """Who the client has proved to be, and how it is encrypted; empty for nobody, and for not at all."""
+        self._put("encryption", encryption.encode()[: LINE.form["encryption"].size])
+        self._put("identity", identity.encode("utf-8", "backslashreplace")[: LINE.form["identity"].size])
 
     @property
     def visit(self) -> Visit:

@@ -10,25 +10,33 @@ import gc
 import os
 import select
 import signal
-import socket
+from contextlib import suppress
 from time import monotonic
-from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Sequence, Set
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set
 
-from ..errors import ConfigurationError
+from .. import logs
+from ..errors import CommandError, ConfigurationError
 from ..logs import log
 from ..system.file_locks import do_nothing
 from ..system.forking import SIGNALS, fork
-from ..system.listen import UnixSocket
+from ..system.kept import Kept
 from ..system.polling import poll_patiently, read_pipe
 from ..system.process import set_title
+from .configuration import Configuration, Load, refuse_without_room
 from .crew import Crew
+from .premises import Premises, Surroundings
 from .process_loop import GRACE
+from .reloads import Reloads
 from .service import Service
+from .vitals import Vitals
 from .worker import Pool, Worker
 
 if TYPE_CHECKING:
     from ..control.server import Message
     from .master_link import StewardLink
+    from .upgrade.estate import Estate
+    from .upgrade.program import Program
+    from .upgrade.upgrades import Upgrades
 
 _RETRY = 1.0
 _LONGEST_RETRY = 30.0
@@ -37,18 +45,6 @@ _STOP_TIME = GRACE + 1.5
 _KILL_TIME = 3.0
 ORDERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that must not end the process when they come before there is a `Master`: blocked until then."""
-
-
-class Limits(NamedTuple):
-    """How many processes a server may have for clients, and how many spare workers it keeps."""
-
-    max_clients: int
-    spare_workers: int
-
-    @property
-    def processes(self) -> int:
-        """As many as may be at work at once, those that are just leaving included."""
-        return 2 * self.max_clients + 4 * self.spare_workers
 
 
 class _Pauses:
@@ -67,14 +63,20 @@ class Master:
     """The first process of a server: it forks workers and the steward, and takes signals, until it is told to stop."""
 
     def __init__(
-        self, service: Service, listeners: Sequence[socket.socket], limits: Limits, control: Optional[UnixSocket] = None
+        self,
+        service: Service,
+        premises: Premises,
+        load: Load,
+        surroundings: Surroundings,
+        estate: Optional[Estate] = None,
     ) -> None:
-        """*listeners* are non-blocking sockets. *control* is the operators' one, of which the steward takes care."""
+        """*load* reads again what the service's configuration comes from; *estate* is left by the program before."""
+        self._manager = manager = surroundings.manager
+        self._vitals = Vitals(manager, needs_steward=service.needs_steward)
+        self._reloads = Reloads(load, self._adopt, manager)
         self._service = service
-        self._control = control
-        self._listeners = list(listeners)
-        self._limits = limits
-        self._crew = Crew.new()
+        self._premises = premises
+        self._crew = Crew.new() if estate is None else Crew.unpack(estate.crew)
         self._signals: Set[int] = set()
         self._retry_at: Optional[float] = None
         self._pauses, self._steward_pauses = _Pauses(), _Pauses()
@@ -83,7 +85,7 @@ class Master:
         self._steward: Optional[int] = None
         self._steward_at = 0.0
         self._link: Optional[StewardLink] = None
-        self._pool = Pool.new()
+        self._pool = Pool.new() if estate is None else Pool.unpack(estate.pool)
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         for number in SIGNALS:
@@ -92,13 +94,16 @@ class Master:
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         self._poll.register(self._crew.pipes.reports_master, select.POLLIN)
+        self._former_stewards: Set[int] = set() if estate is None else set(estate.former_stewards)
+        self._upgrades: Optional[Upgrades] = None
+        if surroundings.program is not None:
+            self._prepare_upgrades(surroundings.program, estate)
 
     def abandon(self) -> None:
         """Instead of `run`: the start has failed. A steward ends by itself."""
         for sock in self._pool:
             sock.close()
-        if self._control is not None:
-            self._control.close()
+        self._premises.close_control()
 
     def run(self) -> int:
         """The exit status: 0 after an orderly stop, 1 if it had to be cut short, or not all is durable."""
@@ -109,16 +114,23 @@ class Master:
             self._balance()
             if self._steward_at and monotonic() >= self._steward_at:
                 self._start_steward_again()
-            times = [time for time in (self._retry_at, self._steward_at) if time]
-            signals = self._wait(min(times) if times else None)
+            if self._upgrades is not None:
+                self._upgrades.progress()
+            self._vitals.progress(self._crew, self._link, self._reloads.failure)
+            signals = self._wait(min(self._deadlines(), default=None))
             if signals & {signal.SIGTERM, signal.SIGINT}:
                 return self._stop()
             if signal.SIGHUP in signals:
-                log.info("SIGHUP: nothing to do, a log file that was moved away is opened again by itself")
+                self._reloads.on_hangup()
             if signal.SIGUSR1 in signals:
                 self._ask_for_snapshot()
             if signal.SIGUSR2 in signals:
                 self._ask_for_switch()
+
+    def _deadlines(self) -> List[float]:
+        """When something has to be done, whatever happens (monotonic seconds)."""
+        upgrade = None if self._upgrades is None else self._upgrades.deadline()
+        return [time for time in (self._retry_at, self._steward_at, self._vitals.deadline(), upgrade) if time]
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signals.add(number)
@@ -144,8 +156,11 @@ class Master:
         from .master_link import StewardLink, link
         from .steward.process import Steward
 
-        stewards, masters = link()
-        steward = Steward(self._service, self._control, stewards)
+        try:
+            stewards, masters = link()
+        except OSError as error:
+            raise ConfigurationError(f"the steward cannot be started: {error.strerror}") from error
+        steward = Steward(self._service, self._premises.control, stewards)
 
         def close_first() -> None:
             masters.close()
@@ -159,7 +174,7 @@ class Master:
             raise
         finally:
             stewards.close()
-        self._link = StewardLink(masters, {"reload": self._on_reload})
+        self._link = StewardLink(masters, {"reload": self._on_reload, "upgrade": self._on_upgrade})
         self._poll.register(self._link, select.POLLIN)
 
     def _drop_link(self) -> None:
@@ -171,13 +186,14 @@ class Master:
 
     def _close_in_steward(self) -> None:
         self._crew.close_masters_ends()
-        for sock in (*self._listeners, *self._pool):
+        for sock in (*self._premises.sockets, *self._pool):
             sock.close()
 
     def _close_in_worker(self) -> None:
         self._crew.close_masters_ends()
-        if self._control is not None:
-            self._control.close()
+        self._premises.close_control()
+        if self._link is not None:
+            self._link.close()
 
     def _start_steward_again(self) -> None:
         self._steward_at = 0.0
@@ -201,18 +217,77 @@ class Master:
         else:
             log.warning("SIGUSR2 does nothing here: it switches a proxy")
 
+    # The configuration
+
+    def _adopt(self, configuration: Configuration) -> List[str]:
+        """Put *configuration* into use, as `Reloads` wants it: workers that know the former one begin nothing more."""
+        service = self._service
+        refuse_without_room(configuration, service.scoreboard_fd)
+        logs.reopen()
+        changes = configuration.changes(service.configuration)
+        if changes:
+            self._crew.dismiss()
+            self._service = service._replace(configuration=configuration)
+            if self._link is not None:
+                self._link.tell({"configuration": configuration.figures(), "expiries": configuration.expiries()})
+        return changes
+
     def _on_reload(self, _request: Message) -> Message:
-        return {"done": True}
+        if self._stopping:
+            raise CommandError("the server stops")
+        return {"done": True, "changes": self._reloads.reload(), "clients": len(self._crew.clients)}
+
+    # Upgrades
+
+    def _prepare_upgrades(self, program: Program, estate: Optional[Estate]) -> None:
+        """Imported now: the files of the next program may stand where those of this one were, when it is ordered."""
+        from .upgrade.upgrades import Upgrades
+
+        self._upgrades = Upgrades(program, self._leave, self._is_calm, self._crew, self._poll)
+        if estate is not None:
+            self._signals.add(signal.SIGCHLD)  # whoever has ended meanwhile
+            self._former_stewards.add(estate.steward["pid"])
+            self._upgrades.arrive(estate, self._start_steward_again)
+
+    def _on_upgrade(self, request: Message) -> None:
+        if self._upgrades is None or self._link is None:
+            raise CommandError("this server cannot be upgraded: it has no control socket")
+        if self._stopping:
+            raise CommandError("the server stops")
+        self._upgrades.order(request, self._link)
+
+    def _is_calm(self) -> bool:
+        """Signals are blocked; whether none has come that is this program's to mind. Workers' reports are booked."""
+        self._read_reports()
+        return not self._signals
+
+    def _leave(self, kept: Kept, disk: Kept) -> Dict[str, Any]:
+        """What the master leaves: *disk* takes the descriptors of the disk, *kept* the other ones."""
+        assert self._link is not None
+        return {
+            "mode": self._service.source.mode,
+            "disk": self._service.source.pack(disk),
+            "scoreboard": disk(self._service.scoreboard_fd),
+            "premises": self._premises.pack(kept),
+            "crew": self._crew.pack(kept),
+            "pool": self._pool.pack(kept),
+            "steward": {"pid": self._steward, "link": kept(self._link.fileno())},
+            "former_stewards": [*self._former_stewards],
+        }
 
     # Workers
 
     def _balance(self) -> None:
         """Keep spare workers waiting, not too few and not too many, as far as the limit of clients allows."""
-        crew, wanted = self._crew, self._limits.spare_workers
-        room = self._limits.max_clients - len(crew.clients)
+        crew, (most, wanted, *_) = self._crew, self._service.configuration
+        room = most - len(crew.clients)
+        if self._upgrades is not None and self._upgrades.is_arriving:
+            wanted = self._upgrades.wanted_spares(wanted)
+            room = max(room, wanted)  # clients that move are counted already
         crew.retire(2 * wanted)
         if room <= 0 and not self._full:
-            log.warning("%d clients are connected, which is the limit; others wait", len(crew.clients))
+            what = "which is the limit" if not room else f"more than the limit of {most}"
+            log.warning("%d clients are connected, %s; others wait", len(crew.clients), what)
         self._full = room <= 0
         if self._retry_at is not None and monotonic() >= self._retry_at:
             self._retry_at = None
@@ -222,7 +297,7 @@ class Master:
             self._spawn()
 
     def _spawn(self) -> None:
-        worker = Worker(self._service, self._listeners, self._crew.pipes, self._pool, self._close_in_worker)
+        worker = Worker(self._service, self._premises.sockets, self._crew.pipes, self._pool, self._close_in_worker)
         try:
             pid = fork("worker", worker.run)
         except OSError as error:
@@ -241,21 +316,27 @@ class Master:
             self._pauses.failures = 0
 
     def _reap(self) -> None:
-        while self._children():
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                return
-            if pid == self._steward:
-                self._steward = None
-                self._drop_link()
-                if not self._stopping:
-                    self._on_stewards_end(os.waitstatus_to_exitcode(status))
-                continue
-            if pid not in self._crew:
-                continue  # a dead steward's child, of process 1 of a container; or whoever executed this program had it
-            peer = self._crew.bury(pid, failed=bool(status))
-            if status and not self._killing:
-                self._on_failure(pid, peer, os.waitstatus_to_exitcode(status))
+        """Whoever is not known here is a dead steward's child, of process 1 of a container, or of another program's."""
+        with suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                self._bury(pid, os.waitstatus_to_exitcode(status))
+
+    def _bury(self, pid: int, exit_code: int) -> None:
+        if self._upgrades is not None:
+            self._upgrades.bury(pid, exit_code)
+        self._former_stewards.discard(pid)
+        if pid == self._steward:
+            self._steward = None
+            self._drop_link()
+            if not self._stopping:
+                self._on_stewards_end(exit_code)
+        elif pid in self._crew:
+            peer = self._crew.bury(pid, failed=bool(exit_code))
+            if exit_code and not self._killing:
+                self._on_failure(pid, peer, exit_code)
 
     def _on_stewards_end(self, exit_code: int) -> None:
         """One that was told to end, as by Ctrl-C to all, has not failed."""
@@ -278,10 +359,12 @@ class Master:
         """Let the workers finish what they have in hand; a second signal or `_STOP_TIME` ends that."""
         log.info("stopping; clients connected: %d", len(self._crew.clients))
         self._stopping = True
-        for sock in (*self._listeners, *self._pool):
+        self._manager.stopping()
+        for sock in (*self._premises.sockets, *self._pool):
             sock.close()
-        if self._control is not None:
-            self._control.close()  # a successor may want to listen there already
+        self._premises.close_control()
+        if self._upgrades is not None:
+            self._upgrades.stop()
         self._signal_workers(signal.SIGTERM)
         deadline = monotonic() + _STOP_TIME
         hurry = False
@@ -305,7 +388,7 @@ class Master:
             os.kill(pid, number)
 
     def _children(self) -> List[int]:
-        return [*self._crew.pids(), *([self._steward] if self._steward else [])]
+        return [*self._crew.pids(), *self._former_stewards, *([self._steward] if self._steward else [])]
 
 
 def _reason(exit_code: int) -> str:

@@ -5,7 +5,8 @@ its image open and waits for a client; it accepts and negotiates itself, so that
 client waits for a fork or for another client's handshake. A connection is a client
 once it has said something; the others wait in the `Lobby`. When its client has left
 it is a spare again, with the image's pages mapped already, unless the master has
-enough of them.
+enough of them, or spares that know a newer configuration. A worker that is to retire
+begins no handshake any more, and leaves its lobby to the others.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import socket
 from contextlib import closing
 from logging import ERROR
 from time import monotonic
-from typing import Callable, NamedTuple, Optional, Sequence, Union
+from typing import Callable, List, NamedTuple, Optional, Sequence, Union
 
 from ..logs import Seldom, log
 from ..system.forking import let_signals_in
-from ..system.polling import read_pipe
+from ..system.kept import Kept
 from ..system.process import set_title
 from .disk import Disk
 from .handover.arrival import Arrival, Terms, receive_client, take_offer
@@ -31,7 +32,7 @@ from .lobby import Guest, Lobby
 from .process_loop import ProcessLoop, Stop
 from .reports import Report
 from .service import Came, Service
-from .session.connection import Connection, describe_peer
+from .session.connection import Connection
 
 _RETRY_ACCEPT = 1.0
 _TELL_OF_SHORTAGE = 30.0
@@ -45,7 +46,8 @@ class Pipes(NamedTuple):
     """Pipes between the master and its workers, as descriptors.
 
     ``lifeline`` breaks with the master. Through ``reports`` a worker tells of its
-    client. Each byte in ``retirements`` ends one spare worker.
+    client. Each byte in ``retirements`` ends one worker that has no client, and its end
+    ends all of them.
     """
 
     lifeline: int
@@ -69,6 +71,15 @@ class Pool(NamedTuple):
         """Raises `OSError`."""
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
         return cls(*pairs[0], *pairs[1])
+
+    def pack(self, kept: Kept) -> List[int]:
+        """For the next program of the master."""
+        return [kept(sock.fileno()) for sock in self]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[int]) -> Pool:
+        """That of the program before."""
+        return cls(*(socket.socket(fileno=fd) for fd in packed))
 
 
 class Worker:
@@ -111,7 +122,7 @@ class Worker:
         service = self._service
         disk = loop.companion = service.open_disk()
         loop.farewell = self._close_listeners  # a successor may listen there already
-        with closing(Lobby(service.handshake_timeout)) as lobby:
+        with closing(Lobby(service.configuration.handshake_timeout, oldstyle=service.oldstyle)) as lobby:
             self._report(Report(os.getpid()))  # it can work
             return self._serve_clients(loop, disk, lobby)
 
@@ -120,10 +131,11 @@ class Worker:
         while True:
             set_title("spare worker", service.source.name)
             guest = self._next_client(loop, disk, lobby)
-            lobby.hand_over(self._pool.writing)
             if guest is None:
+                self._leave_lobby(loop, lobby)
                 disk.close()
                 return 0
+            lobby.hand_over(self._pool.writing)
             self._serve(guest, loop, disk)
             del guest
             gc.collect()
@@ -135,7 +147,6 @@ class Worker:
         service, pid = self._service, os.getpid()
         connection = Connection(guest.sock, loop, service.spin, guest.peer)
         peer = connection.peer
-        set_title("worker for", peer, service.source.name)
 
         def stays(reason: str) -> None:
             log.info("%s: stays with this process: %s", peer, reason)
@@ -152,7 +163,7 @@ class Worker:
             service.serve(connection, disk, deadline=guest.deadline, departure=departure)
 
     def _next_client(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> Union[Guest, Arrival, None]:
-        """The next client, or None if this worker is one spare too many."""
+        """The next client, or None if this worker is to retire."""
         retirements, pool, offers = self._pipes.retirements, self._pool.reading, self._pool.offers
         listening = [listener.fileno() for listener in self._listeners]
         descriptors = (*listening, pool.fileno(), offers.fileno(), lobby.fileno(), retirements)
@@ -164,18 +175,18 @@ class Worker:
             disk.forget_results()
             disk.catch_up()
             guest = lobby.speaker()
+            if self._is_to_retire():  # not before: who speaks from now on is not served by this worker
+                if guest is not None:
+                    lobby.take_in(guest)
+                return None
             if guest is not None:
                 return guest
             lobby.expire()
             for listener in self._listeners:
                 sock = self._try_accept(listener, loop)
-                if sock is not None and self._service.oldstyle:  # where a client need not say anything
-                    return Guest(sock, describe_peer(sock), monotonic() + self._service.handshake_timeout)
                 if sock is not None:
                     lobby.greet(sock)
             lobby.take_over(pool)
-            if read_pipe(retirements, 1):
-                return None
             arrival = self._receive_client(loop, disk, lobby)
             if arrival is not None:
                 return arrival
@@ -188,6 +199,21 @@ class Worker:
             return None
         lobby.hand_over(self._pool.writing)  # whoever speaks meanwhile need not wait
         return receive_client(offered, loop, Terms(source.identity(), source.size, disk.image.readonly))
+
+    def _is_to_retire(self) -> bool:
+        try:
+            os.read(self._pipes.retirements, 1)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _leave_lobby(self, loop: ProcessLoop, lobby: Lobby) -> None:
+        """The connections there are for others, who may have to make room for them first."""
+        pool = self._pool.writing
+        while not lobby.hand_over(pool, patient=True):
+            deadline = lobby.deadline() or 0.0
+            loop.wait((pool.fileno(),), select.POLLOUT, max(0.0, deadline - monotonic()))
+            lobby.expire()
 
     def _try_accept(self, listener: socket.socket, loop: ProcessLoop) -> Optional[socket.socket]:
         try:

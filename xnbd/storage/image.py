@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from typing import Callable, Generic, Iterator, List, NamedTuple, Optional, Protocol, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, Generic, Iterator, List, NamedTuple, Optional, Protocol, Tuple, TypeVar, Union
 
 from ..system.file_locks import do_nothing
+from ..system.kept import Kept
 from .writeback import Record, WriteBack
 
 Buffer = Union[bytes, bytearray, memoryview]
@@ -265,6 +266,10 @@ class Source(ABC, Generic[AnyShared]):
     def write_back(self, shared: AnyShared) -> WriteBack:
         """How a process syncs the disk, and knows whether that has failed."""
         return WriteBack(Record(shared.fd, shared.failure_at))
+
+    @abstractmethod
+    def pack(self, kept: Kept) -> Dict[str, Any]:
+        """What the next program of the master needs, to go on with the disk without opening it: see its ``unpack``."""
 
     @abstractmethod
     def flush(self, shared: AnyShared) -> None:

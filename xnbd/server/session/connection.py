@@ -11,6 +11,7 @@ import socket
 from time import monotonic
 from typing import Callable, Optional
 
+from ...access.identity import Identity, identity_of_peer, peer_credentials
 from ...errors import Disconnected, ProtocolError
 from ...system.sockets import set_socket_options
 from ..process_loop import ProcessLoop, Stop
@@ -24,17 +25,27 @@ LONGEST_SPIN = 0.01
 
 
 class Connection:
-    """One client's connection: sends and receives over a `Transport`, and sleeps in the process's loop."""
+    """One client's connection: sends and receives over a `Transport`, and sleeps in the process's loop.
+
+    ``identity`` is who the client is; what gives it a transport that proves more adds to it.
+    """
 
     def __init__(self, sock: socket.socket, loop: ProcessLoop, spin: float = 0.0, peer: str = "") -> None:
         """*spin* is the longest time in seconds to poll before sleeping."""
         set_socket_options(sock)
         self.peer = peer or describe_peer(sock)
+        self.identity: Identity = identity_of_peer(sock)
+        self.encryption = ""  # how its bytes are encrypted, in words; empty if they are not
         self.loop = loop
         self.waits = 0  # how often the client did not take what was to be sent at once
         self._waited = False
         self._spin = Spin(spin)
         self.use(PlainTransport(sock))
+
+    def move_to(self, loop: ProcessLoop, spin: float) -> None:
+        """From now on sleep in *loop*: this process has become the client's server."""
+        self.loop = loop
+        self._spin = Spin(spin)
 
     def use(self, transport: Transport) -> None:
         """From now on bytes come and go by *transport*, of which none is left unsent or unread in the one before."""
@@ -154,7 +165,7 @@ class Connection:
             try:
                 received = self._receive_into(view)
             except BlockingIOError:
-                self._wait_until(select.POLLIN, deadline)
+                self.wait_until(select.POLLIN, deadline)
                 continue
             if not received:
                 raise Disconnected("client left during the handshake")
@@ -168,9 +179,10 @@ class Connection:
             try:
                 view = view[self._send((view,)) :]
             except BlockingIOError:
-                self._wait_until(select.POLLOUT, deadline)
+                self.wait_until(select.POLLOUT, deadline)
 
-    def _wait_until(self, events: int, deadline: float) -> None:
+    def wait_until(self, events: int, deadline: float) -> None:
+        """Sleep until the client shows *events*, for the handshake; raises like `receive_exactly`."""
         remaining = deadline - monotonic()
         if remaining <= 0 or not self.loop.wait(self._fds, events, remaining):
             raise ProtocolError("handshake took too long")
@@ -234,7 +246,5 @@ def describe_peer(sock: socket.socket) -> str:
 
 
 def _describe_local_peer(sock: socket.socket) -> str:
-    import struct
-
-    pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    pid, uid, _gid = peer_credentials(sock)
     return f"unix:pid={pid},uid={uid}"

@@ -82,7 +82,8 @@ class Session:
         self._receive_buffer = ReceiveBuffer(connection)
         self._replies = Replies(connection, self._format)
         self._parking = Parking(self._replies.pieces, limits, ordered=agreement.ordered)
-        self._commands = Commands(disk, agreement, self._format, connection.peer)
+        encrypted = bool(connection.encryption)
+        self._commands = Commands(disk, agreement, self._format, connection.peer, encrypted=encrypted)
         self._parked = Parked(connection, disk, self._replies, self._commands, self._parking)
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
         self._left = False
@@ -238,7 +239,7 @@ class Session:
         batches, plain, complete = 0, True, True
         while True:
             readable, flat = min(readable_now(), size), image.flat
-            writable = -1 if image.readonly else readable
+            writable = readable if commands.writable else -1
             announce = page_prefetch.announce if page_prefetch.active else None
             position, end, read_first = receive_buffer.start, receive_buffer.end, 0
             if end - position >= several and flat is not None and not announce and not parking.blocked:

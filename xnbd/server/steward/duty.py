@@ -42,6 +42,13 @@ class Duty:
     def on_child_end(self) -> None:
         """A child of the steward has ended, whoever has started it: `progress` comes next."""
 
+    def leave(self) -> None:
+        """Another steward takes over: begin nothing any more, and stop what that one can go on with."""
+
+    def is_busy(self) -> bool:
+        """Whether something of this duty has to be finished before a steward that has been told to `leave` can end."""
+        return False
+
     def end(self) -> None:
         """The steward ends; its children are stopped next."""
 
@@ -53,6 +60,8 @@ class Context:
         """In the steward's own process. Raises `OSError`."""
         self.service = service
         self.source = service.source
+        self.configuration = service.configuration
+        self.expiries = self.configuration.expiries()
         self.loop = loop
         self.master = master
         self.scoreboard = Scoreboard(reopen(service.scoreboard_fd, readonly=False))

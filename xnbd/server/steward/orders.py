@@ -19,7 +19,7 @@ _TAKE_OVER_EVERY = 1.0
 _SIGNALS = {signal.SIGUSR1: "snapshot", signal.SIGUSR2: "switch"}
 """The commands that signals to the master stand for."""
 
-_MASTERS = ("reload",)
+_MASTERS = ("reload", "upgrade")
 """The commands that only the master can do."""
 
 
@@ -77,6 +77,13 @@ class ControlOrders(Duty):
         if self._control is not None:
             self._control.hurry()
 
+    def leave(self) -> None:
+        if self._control is not None:
+            self._control.leave()
+
+    def is_busy(self) -> bool:
+        return self._control is not None and self._control.has_connections
+
     def end(self) -> None:
         """Before children are waited for: a successor may want to listen there already."""
         if self._control is not None:
@@ -87,7 +94,15 @@ class MasterOrders(Duty):
     """Passes on what is the master's to do."""
 
     def __init__(self, context: Context) -> None:
+        self._context = context
         self._link = context.master
+        if self._link is not None:
+            self._link.on_news = self._on_news
+
+    def _on_news(self, news: Message) -> None:
+        context = self._context
+        context.configuration = context.configuration._replace(**news["configuration"])
+        context.expiries = [(path, when) for path, when in news["expiries"]]
 
     def commands(self) -> CommandTable:
         return dict.fromkeys(_MASTERS, self._ask)
@@ -132,6 +147,9 @@ class SignalOrders(Duty):
             if number in came and name in self._commands:
                 self._replies.append((number.name, self._commands[name]({})))
         self._replies = [(name, reply) for name, reply in self._replies if self._goes_on(name, reply)]
+
+    def is_busy(self) -> bool:
+        return bool(self._replies)
 
     def _goes_on(self, signal_name: str, reply: Reply) -> bool:
         try:

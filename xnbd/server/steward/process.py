@@ -32,6 +32,7 @@ from .orders import ControlOrders, MasterOrders, SignalOrders
 from .query import Query
 from .snapshots import Snapshots
 from .switching import Switching
+from .telling import Telling
 
 _LOOK_EVERY = 1.0
 """Seconds after which every duty looks at what other servers have done, of whose signals this one need not hear."""
@@ -106,7 +107,10 @@ class _Stewardship:
     def __init__(self, context: Context, control: Union[str, UnixSocket, None]) -> None:
         """Raises `ConfigurationError`, `OSError`."""
         self._loop = context.loop
+        self._master = context.master
+        self._leaving = False
         self._children = context.children
+        self._name = context.source.name
         self._duties = _duties(context, control)
 
     def run(self) -> NoReturn:
@@ -127,6 +131,18 @@ class _Stewardship:
                 duty.on_child_end()
         for duty in self._duties:
             duty.progress()
+        if self._master is not None and self._master.take_order("leave"):
+            self._leave(self._master)
+        if self._leaving and not any(duty.is_busy() for duty in self._duties):
+            raise Stop("another steward has taken over")
+
+    def _leave(self, master: MasterLink) -> None:
+        """Another steward takes over as soon as the master knows that it can."""
+        self._leaving = True
+        for duty in self._duties:
+            duty.leave()
+        set_title("steward that gives way", self._name)
+        master.tell("left")
 
     def _end(self) -> None:
         for duty in self._duties:
@@ -163,4 +179,5 @@ def _duties_of_a_proxy(context: Context, cache: Cache) -> List[Duty]:
         Moving(context, cache, lock),
         lock,
         durability,
+        Telling(context, cache),
     ]
