@@ -10,6 +10,7 @@ from typing import NamedTuple, Optional, Sequence
 
 from ...logs import log
 from ...protocol.constants import FLAG_READ_ONLY
+from ...system.process import closed_on_error
 from ..process_loop import ProcessLoop
 from .frozen import FrozenSession, parse_session
 from .letters import (
@@ -23,6 +24,8 @@ from .letters import (
     receive_letter,
     send_letter,
 )
+
+_RETRY = 0.01
 
 _CREDENTIALS = struct.Struct("3i")
 
@@ -75,7 +78,11 @@ def receive_client(offer: Letter, loop: ProcessLoop, terms: Terms) -> Optional[A
 
     Raises `Stop`. Takes at most some seconds before the session is here.
     """
-    with socket.socket(fileno=offer.fds[0]) as channel:
+    try:
+        channel = _adopt(offer.fds[0])
+    except OSError:
+        return None  # the other process sees the end of the channel
+    with channel:
         try:
             return _take(offer.data, channel, loop, terms)
         except ValueError as error:
@@ -114,9 +121,9 @@ def _take(offer: bytes, channel: socket.socket, loop: ProcessLoop, terms: Terms)
 
 
 def _take_session(letter: Letter, channel: socket.socket, loop: ProcessLoop, terms: Terms) -> Optional[Arrival]:
-    session = parse_session(letter.data[1:], letter.fds[1])
+    session, pid = parse_session(letter.data[1:], letter.fds[1]), _process_behind(channel)
     terms.check(session)
-    arrival = Arrival(socket.socket(fileno=os.dup(letter.fds[0])), session, _process_behind(channel))
+    arrival = Arrival(_adopt(os.dup(letter.fds[0])), session, pid)
     try:
         send_letter(channel, TAKEN)
         ours = _is_ours(channel, loop)
@@ -133,9 +140,18 @@ def _is_ours(channel: socket.socket, loop: ProcessLoop) -> bool:
     answer: Optional[Letter] = None
     while answer is None:
         loop.wait((channel.fileno(),), select.POLLIN)
-        answer = receive_letter(channel)
+        try:
+            answer = receive_letter(channel)
+        except OSError:  # for want of memory: the client may be nobody else's any more
+            loop.pause(_RETRY)
     answer.close()
     return not answer.data
+
+
+def _adopt(fd: int) -> socket.socket:
+    """The socket behind *fd*, which is closed if that fails."""
+    with closed_on_error(fd):
+        return socket.socket(fileno=fd)
 
 
 def _process_behind(channel: socket.socket) -> int:

@@ -110,7 +110,7 @@ class Session:
 
     def _run(self) -> None:
         loop, departure = self._connection.loop, self._departure
-        more = self._receive_buffer.end > 0  # another process has received it
+        more = self._receive_buffer.end > 0 and not self._parking.full  # another process has received it
         while not self._left:
             if loop.called or departure.under_way:
                 if departure.go_on(self):
@@ -119,12 +119,16 @@ class Session:
                 self._send_rest()
             if not more:
                 loop.check(mid_message=True)  # what has come already is answered; the next sleep ends it
-                if not self._receive():
+                received = self._receive()
+                if received == 0:
                     return
+                if loop.called:
+                    more = received is not None
+                    continue
             more = self._work()
 
-    def _receive(self) -> bool:
-        """Receive more, or go on with what waits; False once the client has left."""
+    def _receive(self) -> Optional[int]:
+        """Receive more, or go on with what waits: the number of bytes, 0 once the client has left, None for none."""
         connection, receive_buffer = self._connection, self._receive_buffer
         if receive_buffer.start > BUFFER_SIZE // 2:
             receive_buffer.move_to_front()
@@ -137,7 +141,7 @@ class Session:
         else:
             received = connection.receive_more(receive_buffer.view[receive_buffer.end :])
         receive_buffer.end += received or 0
-        return received != 0
+        return received
 
     # From one process to another
 
