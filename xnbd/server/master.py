@@ -15,7 +15,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set
 
 from .. import logs
-from ..errors import CommandError, ConfigurationError
+from ..errors import CommandError
 from ..logs import log
 from ..system.file_locks import do_nothing
 from ..system.forking import SIGNALS, fork
@@ -24,39 +24,27 @@ from ..system.polling import poll_patiently, read_pipe
 from ..system.process import set_title
 from .configuration import Configuration, Load, refuse_without_room
 from .crew import Crew
+from .endings import reason_of
 from .premises import Premises, Surroundings
 from .process_loop import GRACE
 from .reloads import Reloads
+from .retries import Pauses
 from .service import Service
+from .stewards import Stewards
 from .vitals import Vitals
 from .worker import Pool, Worker
 
 if TYPE_CHECKING:
     from ..control.server import Message
-    from .master_link import StewardLink
     from .upgrade.estate import Estate
     from .upgrade.program import Program
     from .upgrade.upgrades import Upgrades
 
-_RETRY = 1.0
-_LONGEST_RETRY = 30.0
 _PIPE_SIZE = 64 << 10
 _STOP_TIME = GRACE + 1.5
 _KILL_TIME = 3.0
 ORDERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that must not end the process when they come before there is a `Master`: blocked until then."""
-
-
-class _Pauses:
-    """How many seconds to wait before what has failed is tried again: twice as many after each failure in a row."""
-
-    def __init__(self) -> None:
-        self.failures = 0
-
-    def next(self) -> float:
-        pause = min(_LONGEST_RETRY, _RETRY * (1 << min(self.failures, 10)))
-        self.failures += 1
-        return pause
 
 
 class Master:
@@ -79,12 +67,9 @@ class Master:
         self._crew = Crew.new() if estate is None else Crew.unpack(estate.crew)
         self._signals: Set[int] = set()
         self._retry_at: Optional[float] = None
-        self._pauses, self._steward_pauses = _Pauses(), _Pauses()
+        self._pauses = Pauses()
         self._full = False
         self._killing = self._stopping = False
-        self._steward: Optional[int] = None
-        self._steward_at = 0.0
-        self._link: Optional[StewardLink] = None
         self._pool = Pool.new() if estate is None else Pool.unpack(estate.pool)
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
@@ -94,7 +79,8 @@ class Master:
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         self._poll.register(self._crew.pipes.reports_master, select.POLLIN)
-        self._former_stewards: Set[int] = set() if estate is None else set(estate.former_stewards)
+        commands = {"reload": self._on_reload, "upgrade": self._on_upgrade}
+        self._stewards = Stewards(premises, self._poll, self._close_in_steward, commands)
         self._upgrades: Optional[Upgrades] = None
         if surroundings.program is not None:
             self._prepare_upgrades(surroundings.program, estate)
@@ -112,25 +98,24 @@ class Master:
         gc.freeze()
         while True:
             self._balance()
-            if self._steward_at and monotonic() >= self._steward_at:
-                self._start_steward_again()
+            self._stewards.progress(self._service, self._lifeline)
             if self._upgrades is not None:
                 self._upgrades.progress()
-            self._vitals.progress(self._crew, self._link, self._reloads.failure)
+            self._vitals.progress(self._crew, self._stewards.link, self._reloads.failure)
             signals = self._wait(min(self._deadlines(), default=None))
             if signals & {signal.SIGTERM, signal.SIGINT}:
                 return self._stop()
             if signal.SIGHUP in signals:
                 self._reloads.on_hangup()
             if signal.SIGUSR1 in signals:
-                self._ask_for_snapshot()
+                self._stewards.ask_for_snapshot(self._service, self._lifeline)
             if signal.SIGUSR2 in signals:
-                self._ask_for_switch()
+                self._stewards.ask_for_switch(self._service)
 
     def _deadlines(self) -> List[float]:
         """When something has to be done, whatever happens (monotonic seconds)."""
         upgrade = None if self._upgrades is None else self._upgrades.deadline()
-        return [time for time in (self._retry_at, self._steward_at, self._vitals.deadline(), upgrade) if time]
+        return [time for time in (self._retry_at, self._stewards.deadline(), self._vitals.deadline(), upgrade) if time]
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signals.add(number)
@@ -142,8 +127,7 @@ class Master:
             poll_patiently(self._poll, timeout)
         read_pipe(self._wake, _PIPE_SIZE)
         signals, self._signals = self._signals, set()
-        if self._link is not None and not self._link.progress():
-            self._drop_link()
+        self._stewards.hear()
         self._read_reports()  # after that: what a worker said before it died is known when it is buried
         if signal.SIGCHLD in signals:
             self._reap()
@@ -153,36 +137,14 @@ class Master:
 
     def start_steward(self, prepare: Callable[[], None] = do_nothing) -> None:
         """The steward does *prepare* first. Raises `ConfigurationError` if it cannot work."""
-        from .master_link import StewardLink, link
-        from .steward.process import Steward
+        self._stewards.start(self._service, self._lifeline, prepare)
 
-        try:
-            stewards, masters = link()
-        except OSError as error:
-            raise ConfigurationError(f"the steward cannot be started: {error.strerror}") from error
-        steward = Steward(self._service, self._premises.control, stewards)
+    def _start_steward_again(self) -> None:
+        self._stewards.start_again(self._service, self._lifeline)
 
-        def close_first() -> None:
-            masters.close()
-            self._close_in_steward()
-            prepare()
-
-        try:
-            self._steward = steward.spawn(self._crew.pipes.lifeline, close_first)
-        except ConfigurationError:
-            masters.close()
-            raise
-        finally:
-            stewards.close()
-        self._link = StewardLink(masters, {"reload": self._on_reload, "upgrade": self._on_upgrade})
-        self._poll.register(self._link, select.POLLIN)
-
-    def _drop_link(self) -> None:
-        """The steward at its other end is gone."""
-        if self._link is not None:
-            self._poll.unregister(self._link)
-            self._link.close()
-            self._link = None
+    @property
+    def _lifeline(self) -> int:
+        return self._crew.pipes.lifeline
 
     def _close_in_steward(self) -> None:
         self._crew.close_masters_ends()
@@ -192,30 +154,7 @@ class Master:
     def _close_in_worker(self) -> None:
         self._crew.close_masters_ends()
         self._premises.close_control()
-        if self._link is not None:
-            self._link.close()
-
-    def _start_steward_again(self) -> None:
-        self._steward_at = 0.0
-        try:
-            self.start_steward()
-            self._steward_pauses.failures = 0
-        except ConfigurationError as error:
-            pause = self._steward_pauses.next()
-            log.error("%s; trying again in %g s", error, pause)
-            self._steward_at = monotonic() + pause
-
-    def _ask_for_snapshot(self) -> None:
-        if self._steward is None:
-            self._start_steward_again()
-        if self._steward is not None:
-            os.kill(self._steward, signal.SIGUSR1)
-
-    def _ask_for_switch(self) -> None:
-        if self._steward is not None and self._service.source.mode == "proxy":
-            os.kill(self._steward, signal.SIGUSR2)
-        else:
-            log.warning("SIGUSR2 does nothing here: it switches a proxy")
+        self._stewards.close()
 
     # The configuration
 
@@ -228,8 +167,10 @@ class Master:
         if changes:
             self._crew.dismiss()
             self._service = service._replace(configuration=configuration)
-            if self._link is not None:
-                self._link.tell({"configuration": configuration.figures(), "expiries": configuration.expiries()})
+            if self._stewards.link is not None:
+                self._stewards.link.tell(
+                    {"configuration": configuration.figures(), "expiries": configuration.expiries()}
+                )
         return changes
 
     def _on_reload(self, _request: Message) -> Message:
@@ -246,15 +187,15 @@ class Master:
         self._upgrades = Upgrades(program, self._leave, self._is_calm, self._crew, self._poll)
         if estate is not None:
             self._signals.add(signal.SIGCHLD)  # whoever has ended meanwhile
-            self._former_stewards.add(estate.steward["pid"])
+            self._stewards.former.update([*estate.former_stewards, estate.steward["pid"]])
             self._upgrades.arrive(estate, self._start_steward_again)
 
     def _on_upgrade(self, request: Message) -> None:
-        if self._upgrades is None or self._link is None:
+        if self._upgrades is None or self._stewards.link is None:
             raise CommandError("this server cannot be upgraded: it has no control socket")
         if self._stopping:
             raise CommandError("the server stops")
-        self._upgrades.order(request, self._link)
+        self._upgrades.order(request, self._stewards.link)
 
     def _is_calm(self) -> bool:
         """Signals are blocked; whether none has come that is this program's to mind. Workers' reports are booked."""
@@ -263,7 +204,8 @@ class Master:
 
     def _leave(self, kept: Kept, disk: Kept) -> Dict[str, Any]:
         """What the master leaves: *disk* takes the descriptors of the disk, *kept* the other ones."""
-        assert self._link is not None
+        stewards = self._stewards
+        assert stewards.link is not None
         return {
             "mode": self._service.source.mode,
             "disk": self._service.source.pack(disk),
@@ -271,8 +213,8 @@ class Master:
             "premises": self._premises.pack(kept),
             "crew": self._crew.pack(kept),
             "pool": self._pool.pack(kept),
-            "steward": {"pid": self._steward, "link": kept(self._link.fileno())},
-            "former_stewards": [*self._former_stewards],
+            "steward": {"pid": stewards.pid, "link": kept(stewards.link.fileno())},
+            "former_stewards": [*stewards.former],
         }
 
     # Workers
@@ -327,32 +269,19 @@ class Master:
     def _bury(self, pid: int, exit_code: int) -> None:
         if self._upgrades is not None:
             self._upgrades.bury(pid, exit_code)
-        self._former_stewards.discard(pid)
-        if pid == self._steward:
-            self._steward = None
-            self._drop_link()
-            if not self._stopping:
-                self._on_stewards_end(exit_code)
-        elif pid in self._crew:
+        self._stewards.bury(pid, exit_code, stopping=self._stopping)
+        if pid in self._crew:
             self._read_reports()  # what it has said before it died
             peer = self._crew.bury(pid, failed=bool(exit_code))
             if exit_code and not self._killing:
                 self._on_failure(pid, peer, exit_code)
 
-    def _on_stewards_end(self, exit_code: int) -> None:
-        """One that was told to end, as by Ctrl-C to all, has not failed."""
-        if exit_code:
-            log.error("the steward died: %s; the next one starts in a second", _reason(exit_code))
-        else:
-            log.info("the steward was told to end; unless the server ends, the next one starts in a second")
-        self._steward_at = monotonic() + _RETRY
-
     def _on_failure(self, pid: int, peer: str, exit_code: int) -> None:
         if peer:
-            log.error("worker %d of client %s died: %s", pid, peer, _reason(exit_code))
+            log.error("worker %d of client %s died: %s", pid, peer, reason_of(exit_code))
         elif self._retry_at is None:  # of several that fail at once one is told of
             pause = self._back_off()
-            log.error("spare worker %d died: %s; the next one starts in %g s", pid, _reason(exit_code), pause)
+            log.error("spare worker %d died: %s; the next one starts in %g s", pid, reason_of(exit_code), pause)
 
     # The end
 
@@ -366,7 +295,7 @@ class Master:
         self._premises.close_control()
         if self._upgrades is not None:
             self._upgrades.stop()
-        self._signal_workers(signal.SIGTERM)
+        _signal(self._children(), signal.SIGTERM)
         deadline = monotonic() + _STOP_TIME
         hurry = False
         while self._children():
@@ -377,28 +306,17 @@ class Master:
                 break  # not even SIGKILL ends a process whose disk hangs
             log.warning("ending %d processes that are still busy", len(self._children()))
             self._killing = True
-            self._signal_workers(signal.SIGKILL)
+            _signal(self._children(), signal.SIGKILL)
             deadline = monotonic() + _KILL_TIME
         flushed = self._service.flush(hurry=hurry)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # one more would kill this process while Python finishes
         return int(self._killing or not flushed)
 
-    def _signal_workers(self, number: int) -> None:
-        for pid in self._children():
-            os.kill(pid, number)
-
     def _children(self) -> List[int]:
-        return [*self._crew.pids(), *self._former_stewards, *([self._steward] if self._steward else [])]
+        return [*self._crew.pids(), *self._stewards.pids()]
 
 
-def _reason(exit_code: int) -> str:
-    return f"killed by {_signal_name(-exit_code)}" if exit_code < 0 else f"exit status {exit_code}"
-
-
-def _signal_name(number: int) -> str:
-    """The name of a signal; those of real time have none."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+def _signal(pids: List[int], number: int) -> None:
+    for pid in pids:
+        os.kill(pid, number)
