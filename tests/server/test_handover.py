@@ -372,4 +372,4 @@ def test_the_log_says_how_long_a_client_has_waited(server: Server) -> None:
     with raw(server):
         move(server)
         server.wait_for_log("pause ")
-    assert re.search(r"goes on, process \d+ had it before; pause \d+\.\d ms", server.log())
+    assert re.search(r"goes on as uid:\d+, process \d+ had it before; pause \d+\.\d ms", server.log())

@@ -5,6 +5,7 @@ The long form is ``XNBD_UPGRADES=100 XNBD_IDLE=1000``, and in ``contrib/soak``.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -470,6 +471,25 @@ def test_a_client_of_tls_stays_and_is_named(
 
 def target_workers_with_clients(server: Server) -> List[int]:
     return [pid for pid in server.workers() if "worker for" in title_of(pid)]
+
+
+def test_who_a_client_is_and_that_it_may_only_read_goes_along(
+    start: Start, image: Path, control: Path, tmp_path: Path
+) -> None:
+    """The next program has other rules; they are for new clients."""
+    rules, uid = tmp_path / "rules", os.getuid()
+    rules.write_text(f"uid:{uid} * ro\n")
+    server = start("--target", "--tls-authz", rules, "--control", control, image)
+    with negotiated(server) as client:
+        rules.write_text(f"uid:{uid} * rw\n")
+        assert upgrade(control).moved == 1
+        assert [worker["identity"] for worker in query(control)["workers"] if worker["identity"]] == [f"uid:{uid}"]
+        (worker,) = target_workers_with_clients(server)
+        assert f"worker for unix:pid={os.getpid()},uid={uid} " in title_of(worker)
+        server.wait_for_log(f"unix:pid={os.getpid()},uid={uid}: goes on as uid:{uid}, process ")
+        assert client.write(0, b"x") == errno.EPERM
+        with negotiated(server) as another:
+            assert another.write(0, b"x") == 0
 
 
 @pytest.mark.root(reason="becomes another user")
