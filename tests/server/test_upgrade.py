@@ -507,6 +507,32 @@ def test_a_server_without_roots_rights_is_upgraded(start: Start, tmp_path: Path)
         assert "Uid:\t65534\t65534\t65534\t65534" in status
 
 
+@pytest.mark.root(reason="becomes another user")
+@pytest.mark.parametrize(
+    ("hidden", "reason"),
+    [
+        (".", "the server cannot look at the program {program}: Permission denied"),
+        ("bin/xnbd-server", "cannot go on with this server, which stays as it is: "),
+        ("xnbd/server/worker.py", "cannot go on: {tree}/xnbd/server/worker.py Permission denied"),
+    ],
+)
+def test_a_program_that_the_user_may_not_read_changes_nothing(
+    start: Start, tmp_path: Path, hidden: str, reason: str
+) -> None:
+    with home_of(65534) as home:
+        program, control = build(home / "tree", "99.0"), home / "ctl"
+        (home / "tree" / hidden).chmod(0o600)
+        (home / "disk.img").write_bytes(bytes(MIB))
+        os.chown(home / "disk.img", 65534, 65534)
+        server = start("--target", "--user", "65534", "--control", control, home / "disk.img")
+        server.expected_errors.append("that user cannot")
+        with negotiated(server) as client:
+            for options in (["--check"], []):
+                line = refused("--upgrade", *options, "--program", program, control)
+                assert reason.format(program=program, tree=home / "tree") in line
+            assert len(client.read(0, 512)) == 512
+
+
 @contextmanager
 def home_of(uid: int) -> Iterator[Path]:
     """A directory that this user can reach."""
