@@ -28,7 +28,7 @@ from model import Model, read_all
 from notify_socket import listening
 from proxies import bgctl, query
 from rawclient import LIST, REP_SERVER, RawClient
-from server_process import ROOT, Server, is_alive, title_of, wait_until
+from server_process import PYTHON, ROOT, Server, children_of, is_alive, title_of, wait_until
 from snapshots import bgctl_command
 from stamps import check_cut, noise_disk, writers
 from tls_client import context_of, start_tls
@@ -203,7 +203,8 @@ def test_relative_paths_are_those_of_the_start(image: Path, tmp_path: Path) -> N
     where = tmp_path / "there"
     where.mkdir()
     (where / "disk.img").write_bytes(image.read_bytes())
-    (where / "server").symlink_to(ROOT / "bin" / "xnbd-server")
+    (where / "server").write_text(f'#!/bin/sh\nexec {PYTHON} {ROOT}/bin/xnbd-server "$@"\n')
+    (where / "server").chmod(0o755)
     words = ["--unix", "sock", "--socket", "ctl", "--dbpath", "db", "--logpath", "log", "--imgfile", "disk.img"]
     run = [*program("xnbd-wrapper"), "--daemonize", "--xnbd-server", "./server", *words]
     subprocess.run(run, cwd=where, check=True)
@@ -429,6 +430,7 @@ def test_what_was_flushed_is_durable_and_the_cache_is_clean(wrapper: Wrapper, pr
 
 def test_a_copy_that_somebody_waits_for_is_finished_by_the_old_process(wrapper: Wrapper, proxied: CacheFiles) -> None:
     with wrapper.client("far") as client:
+        assert works(client)
         words = bgctl_command("--cache-all", "--limit-rate", "8M", proxied.control)
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as copying:
             wait_until(lambda: query(proxied.control)["blocks"]["cached"] > 0, "the first blocks")
@@ -444,6 +446,7 @@ def test_a_copy_that_somebody_waits_for_is_finished_by_the_old_process(wrapper: 
 
 def test_a_copy_in_the_background_goes_on(wrapper: Wrapper, proxied: CacheFiles) -> None:
     with wrapper.client("far") as client:
+        assert works(client)
         bgctl("--cache-all2", "--limit-rate", "8M", proxied.control)
         wait_until(lambda: query(proxied.control)["blocks"]["cached"] > 0, "the first blocks")
         assert of(upgrade(wrapper)) == moved(1)
@@ -468,6 +471,7 @@ def test_requests_that_wait_for_the_origin_are_answered_by_the_next_process(
 ) -> None:
     client = nbd.NBD()
     client.connect_uri(wrapper.uri("far"))
+    client.pread(512, 0)
     pids = [origin.pid, *origin.workers()]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
@@ -489,18 +493,22 @@ def test_a_command_that_takes_long_comes_first(wrapper: Wrapper, proxied: CacheF
         pids = [origin.pid, *origin.workers()]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        with asking(wrapper, "--bgctl-cache-all", "far") as copying:
-            wait_until(lambda: query(proxied.control).get("copy") or copies(wrapper), "the copy")
-            line = wrapper.refuses("--upgrade")
-            assert line == "xnbd-wrapper-ctl: --bgctl-cache-all is under way: upgrade when it has ended\n"
+        try:
+            with asking(wrapper, "--bgctl-cache-all", "far") as copying:
+                wait_until(lambda: is_copying(wrapper.process.pid), "the copy")
+                line = wrapper.refuses("--upgrade")
+                assert line == "xnbd-wrapper-ctl: --bgctl-cache-all is under way: upgrade when it has ended\n"
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
+                assert copying.wait() == 0
+        finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
-            assert copying.wait() == 0
         assert of(upgrade(wrapper)) == moved(1)
 
 
-def copies(wrapper: Wrapper) -> bool:
-    return any("xnbd-bgctl" in title_of(pid) or "cache-all" in title_of(pid) for pid in wrapper.servers())
+def is_copying(pid: int) -> bool:
+    return "copying" in title_of(pid) or any(map(is_copying, children_of(pid)))
 
 
 # What cannot move
@@ -568,6 +576,7 @@ def test_a_wrapper_without_roots_rights_is_upgraded(start_wrapper: StartWrapper)
             assert client.write(0, b"mine") == 0
             for pid in (wrapper.process.pid, *wrapper.servers()):
                 assert "Uid:\t65534\t65534\t65534\t65534" in Path(f"/proc/{pid}/status").read_text()
+        assert wrapper.stop() == 0
 
 
 # Under load
@@ -597,10 +606,11 @@ def upgrading(wrapper: Wrapper) -> Iterator[List[Outcome]]:
 def test_who_writes_and_who_waits_does_not_notice(start_wrapper: StartWrapper, tmp_path: Path) -> None:
     """Six clients write numbered stamps."""
     noise_disk(tmp_path / "disk.img")
-    wrapper = start_wrapper("--imgfile", tmp_path / "disk.img")
+    wrapper = start_wrapper("--imgfile", tmp_path / "disk.img", "--unix", tmp_path / "sock")
+    uri = f"nbd+unix:///disk.img?socket={tmp_path / 'sock'}"
     with ExitStack() as stack:
         idle = [stack.enter_context(wrapper.client("disk.img")) for _ in range(IDLE)]
-        with writers(wrapper.uri("disk.img"), tmp_path) as busy:
+        with writers(uri, tmp_path) as busy:
             with upgrading(wrapper) as outcomes:
                 pass
             busy.stop()
