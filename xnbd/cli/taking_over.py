@@ -15,22 +15,19 @@ from .. import __version__
 from ..errors import ConfigurationError
 from ..logs import log
 from ..scoreboard.layout import OtherVersion, check_header
-from ..scoreboard.scoreboard import Scoreboard
 from ..server.configuration import Load, refuse_without_room
 from ..server.premises import Premises, Surroundings
 from ..server.service import Service
 from ..server.upgrade.estate import Estate, read_estate
 from ..server.upgrade.program import Program, split_words
-from ..storage.image import Source
-from ..storage.target import TargetSource
 from ..system.kept import Kept
 from ..system.process import paths_from
 from ..system.service_manager import ServiceManager
 from ..system.user import User
-from .options import CowOptions, LogOptions, ManyClients, ServerOptions, TargetOptions
+from .options import LogOptions, ManyClients, ServerOptions
 from .program import begin, print_answer
 from .server_options import server_options
-from .serving import loader, own_program, secured, service_of
+from .serving import inherited_source, loader, own_program, secured, service_of
 from .values import parse_command_line
 
 
@@ -46,7 +43,7 @@ def take_over(program: str, usage: str, argv: List[str]) -> int:
     own = own_program(words)._replace(directory=estate.directory)
     line = parse_command_line(program, usage, words, f"{program} {__version__}")
     with paths_from(estate.directory):
-        options = server_options(line, partial(_begin_check if order.check else begin, program))
+        options = server_options(line, partial(begin_check if order.check else begin, program))
     clients = options.clients
     if not isinstance(clients, ManyClients):
         raise ConfigurationError("a server of one client is not upgraded")
@@ -59,8 +56,8 @@ def take_over(program: str, usage: str, argv: List[str]) -> int:
     return _serve(service, estate, premises, loader(options, clients, premises.listeners), own)
 
 
-def _begin_check(program: str, to: LogOptions, file_mode: Optional[int], user: Optional[User]) -> None:
-    """The log is tried out; what there is to say goes to the program before."""
+def begin_check(program: str, to: LogOptions, file_mode: Optional[int], user: Optional[User]) -> None:
+    """What `begin` is for a check: the log is tried out; what there is to say goes to the program before."""
     begin(program, to, file_mode, user)
     log.handlers.clear()
 
@@ -76,20 +73,7 @@ def _inherited_service(options: ServerOptions, estate: Estate) -> Service:
         ) from None
     configuration = secured(options.configuration, options)
     refuse_without_room(configuration, estate.scoreboard)
-    return service_of(options, configuration, _inherited_source(options, estate), estate.scoreboard)
-
-
-def _inherited_source(options: ServerOptions, estate: Estate) -> Source[Scoreboard]:
-    disk = options.disk
-    if isinstance(disk, TargetOptions):
-        return TargetSource.unpack(estate.disk, disk.path, readonly=disk.readonly)
-    if isinstance(disk, CowOptions):
-        from ..storage.cow import CowSource
-
-        return CowSource.unpack(estate.disk, disk.path, readonly=disk.readonly)
-    from .proxying import inherit_proxy
-
-    return inherit_proxy(disk, estate.disk)
+    return service_of(options, configuration, inherited_source(options, estate.disk), estate.scoreboard)
 
 
 def _tell_check() -> int:

@@ -105,7 +105,7 @@ class Service(NamedTuple):
             departure = departure or Departure(connection.loop)
             set_title(role, connection.peer, self.source.name)
             if came is not None:
-                self._go_on(connection, disk, came, departure)
+                self._go_on(connection, disk, came, departure, role)
                 return
             disk.place.welcome(connection.peer)
             agreement = agreement or self._negotiate(connection, deadline)
@@ -148,7 +148,7 @@ class Service(NamedTuple):
         who = f" as {identity}" if identity.names else ""
         return who + (f" over {connection.encryption}" if connection.encryption else "")
 
-    def _go_on(self, connection: Connection, disk: Disk, came: Came, departure: Departure) -> None:
+    def _go_on(self, connection: Connection, disk: Disk, came: Came, departure: Departure, role: str) -> None:
         frozen = came.arrival.session
         disk.place.welcome(connection.peer, frozen.visit)
         session = Session(connection, disk, frozen.agreement, self.configuration.queue_limits, departure)
@@ -156,7 +156,7 @@ class Service(NamedTuple):
         pause = monotonic() - frozen.frozen_at
         came.tell(pause)
         connection.identity = frozen.identity
-        known, before = self._recognise(connection, disk, "worker for"), came.arrival.pid
+        known, before = self._recognise(connection, disk, role), came.arrival.pid
         log.info("%s: goes on%s, process %d had it before; pause %.1f ms", connection.peer, known, before, pause * 1e3)
         self._run(session, connection, departure)
 

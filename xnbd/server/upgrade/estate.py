@@ -49,10 +49,14 @@ class Estate(NamedTuple):
     descriptors: List[int]
     """All that outlive the exec, the estate's own but for one."""
 
+    def write(self) -> int:
+        """A descriptor of the file that holds it. Raises `OSError`."""
+        return write_fields(_MAGIC, FORMAT, self._asdict())
 
-def write_estate(estate: Estate) -> int:
-    """A descriptor of the file that holds it. Raises `OSError`."""
-    data = json.dumps({"magic": _MAGIC, "format": FORMAT, **estate._asdict()}).encode()
+
+def write_fields(magic: str, number: int, fields: Packed) -> int:
+    """A descriptor of the file that holds *fields* in the format *number*. Raises `OSError`."""
+    data = json.dumps({"magic": magic, "format": number, **fields}).encode()
     fd = os.memfd_create("xnbd-upgrade")
     with closed_on_error(fd):
         view = memoryview(data)
@@ -61,20 +65,26 @@ def write_estate(estate: Estate) -> int:
     return fd
 
 
-def read_estate(fd: int) -> Estate:
+def read_fields(magic: str, number: int, fd: int) -> Packed:
     """What the program before has left in *fd*. Raises `ConfigurationError` if this one does not understand it."""
     try:
         data = b"".join(iter(lambda: os.read(fd, _CHUNK), b"")) if os.lseek(fd, 0, os.SEEK_SET) == 0 else b""
         fields = json.loads(data)
     except (OSError, ValueError):
         fields = {}
-    if not isinstance(fields, dict) or fields.pop("magic", None) != _MAGIC:
+    if not isinstance(fields, dict) or fields.pop("magic", None) != magic:
         raise ConfigurationError(f"descriptor {fd} holds nothing that a server has left for its next program")
-    number = fields.pop("format", None)
-    if number != FORMAT:
+    found = fields.pop("format", None)
+    if found != number:
         raise ConfigurationError(
-            f"what version {fields.get('version', 'unknown')} leaves has format {number}, this program knows {FORMAT}"
+            f"what version {fields.get('version', 'unknown')} leaves has format {found}, this program knows {number}"
         )
+    return fields
+
+
+def read_estate(fd: int) -> Estate:
+    """What a server has left. Raises `ConfigurationError`."""
+    fields = read_fields(_MAGIC, FORMAT, fd)
     return Estate(**{name: value for name, value in fields.items() if name in Estate._fields})
 
 
