@@ -19,6 +19,9 @@ from .transport import Buffers, PlainTransport, Transport
 
 _LINGER = 1.0
 
+_AT_ONCE = 1e-5
+"""Seconds of a wait that was none: the next request was there already."""
+
 LONGEST_SPIN = 0.01
 """Seconds: a worker polls inside the gate, and who closes that waits for it."""
 
@@ -32,7 +35,7 @@ class Connection:
         self.peer = peer or describe_peer(sock)
         self.loop = loop
         self.waits = 0  # how often the client did not take what was to be sent at once
-        self._waited = False
+        self._late = False  # the last message was not there yet when it was looked for
         self._spin = Spin(spin)
         self.use(PlainTransport(sock))
 
@@ -45,7 +48,7 @@ class Connection:
         ready = select.poll()
         ready.register(transport.fileno(), select.POLLIN)
         self._ready: Callable[[int], object] = ready.poll
-        pending = transport.pending
+        pending = self._pending = transport.pending
         if pending is not None:  # a function of its own, so that those that need none do not pay for it
             self._ready = lambda timeout: pending() or ready.poll(timeout)
 
@@ -54,37 +57,28 @@ class Connection:
 
         Between messages: raises `Stop` as soon as the worker is to leave.
         """
-        receive_into, poll, spin = self._receive_into, self._ready, self._spin
-        if (
-            not self._waited
-        ):  # else it comes later than this most likely, and to look costs less than to receive nothing
+        receive_into, spin = self._receive_into, self._spin
+        if not self._late or (self._pending is not None and self._pending()):
+            try:
+                return receive_into(view)
+            except BlockingIOError:  # which costs more than to look first
+                self._late = True
+        while self.soon():
             try:
                 return receive_into(view)
             except BlockingIOError:
-                self._waited = True
-        elif poll(0):
-            self._waited = False
+                pass  # a part of what the transport needs
         began = monotonic()
-        until = began + spin.seconds
-        while True:
-            if poll(0):
-                try:
-                    received = receive_into(view)
-                except BlockingIOError:
-                    continue
-                spin.hit()
-                return received
-            if monotonic() >= until:
-                break
-        while True:
-            if not self.loop.wait(self._fds, select.POLLIN, results=True):
-                return None
+        while self.loop.wait(self._fds, select.POLLIN, results=True):
             try:
                 received = receive_into(view)
             except BlockingIOError:
                 continue
-            spin.missed(monotonic() - began)
+            waited = monotonic() - began
+            spin.missed(waited)
+            self._late = waited > _AT_ONCE
             return received
+        return None
 
     def receive_now(self, view: memoryview) -> Optional[int]:
         """Receive what is there: the number of bytes, 0 at the end, None if there is nothing yet."""
@@ -95,12 +89,18 @@ class Connection:
 
     def soon(self) -> bool:
         """Poll for more requests as long as that has paid; whether some are there."""
-        until = monotonic() + self._spin.seconds
-        while monotonic() < until:
-            if self._ready(0):
-                self._spin.hit()
-                return True
-        return False
+        if not self._spin.seconds:
+            return False
+        ready, until = self._ready, 0.0
+        while not ready(0):
+            now = monotonic()
+            if not until:
+                until = now + self._spin.seconds
+            if now >= until:
+                return False
+        self._late = until > 0
+        self._spin.hit()
+        return True
 
     def wait_beside(self, events: int, timeout: Optional[float]) -> bool:
         """Sleep until the client shows *events*, or the background has results; tells whether it was the client.
