@@ -11,7 +11,9 @@ from typing import Callable, Iterator, List
 
 import pytest
 from caching import CacheFiles
+from certificates import Certificates
 from hypothesis import HealthCheck, settings
+from moving import make_restless
 from server_process import Server
 from wrapper_process import Wrapper
 
@@ -75,6 +77,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         server = Server(tmp_path, f"server{len(servers)}", [str(a) for a in arguments], **options)  # type: ignore[arg-type]
         servers.append(server)
         server.wait_until_ready()
+        make_restless(server)
         return server
 
     try:
@@ -91,6 +94,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def files(tmp_path: Path) -> CacheFiles:
     """Where a proxy keeps its cache."""
     return CacheFiles(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Certificates and keys for TLS."""
+    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ reply. Anything else that escapes is a bug and ends one worker.
 
 from __future__ import annotations
 
+import errno as numbers
 import os
 
 
@@ -36,6 +37,22 @@ class ProtocolError(XnbdError):
 
 class Disconnected(ProtocolError):
     """The peer went away in the middle of a message."""
+
+
+class TlsFailed(OSError):
+    """A connection that TLS has ended, or never let begin: ``reason`` says why, in words for people."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(numbers.EPROTO, reason)
+        self.reason = reason
+
+
+class WrongName(TlsFailed):
+    """The certificate is good, but for another name than the one that was asked for."""
+
+
+class Refused(ProtocolError):
+    """The peer's handshake of TLS has failed, and its end is worth waiting for; the message says why."""
 
 
 class RequestError(XnbdError):

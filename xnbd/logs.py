@@ -12,7 +12,8 @@ import os
 import stat
 import sys
 import time
-from typing import IO, List, Optional
+from contextlib import contextmanager, suppress
+from typing import IO, Iterator, List, Optional
 
 from .errors import ConfigurationError
 from .making import open_or_make
@@ -64,6 +65,14 @@ def _stream_handler(fd: int) -> logging.Handler:
     return logging.StreamHandler(open(fd, "a", encoding="utf-8", errors="backslashreplace", closefd=False))
 
 
+def reopen() -> None:
+    """Open the log file again, as after it was moved away. Raises `ConfigurationError`; then the old one stays."""
+    for handler in log.handlers:
+        again = getattr(handler, "open_again", None)
+        if again is not None:
+            again()
+
+
 def _file_handler(path: str) -> logging.Handler:
     from logging.handlers import WatchedFileHandler
 
@@ -72,13 +81,31 @@ def _file_handler(path: str) -> logging.Handler:
             return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=open_log)
 
         def emit(self, record: logging.LogRecord) -> None:
+            with suppress(OSError):  # where its directory may not be looked into, the file that is open will do
+                self.reopenIfNeeded()
             try:
-                super().emit(record)
+                logging.FileHandler.emit(self, record)
             except OSError:
                 self.handleError(record)  # it cannot be opened again: lines are lost until it can be
 
-    try:
+        def open_again(self) -> None:
+            with _told(path):
+                stream = self._open()
+            with suppress(OSError):  # on a full disk the lines in its buffer are lost
+                if self.stream:
+                    self.stream.close()
+            self.stream = stream  # type: ignore[assignment]
+            self._statstream()
+
+    with _told(path):
         return LogFile(path)
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """Raises `ConfigurationError` if the log file *path* cannot be opened."""
+    try:
+        yield
     except OSError as error:
         if error.errno == errno.ELOOP:
             message = f"log file {path} is a symbolic link, which is not followed: name the file itself"

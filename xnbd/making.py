@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from contextlib import suppress
-from typing import Container, List
+from typing import Container, List, Optional, Tuple
 
 OWNER_ONLY = 0o600
 WIDEST = 0o666
@@ -19,6 +19,7 @@ WIDEST = 0o666
 _TRIES = 10
 
 _modes: List[int] = [OWNER_ONLY]
+_owners: List[Optional[Tuple[int, int]]] = [None]
 
 
 def file_mode() -> int:
@@ -30,9 +31,36 @@ def set_file_mode(mode: int) -> None:
     _modes[0] = mode
 
 
+def set_owner(owner: Optional[Tuple[int, int]]) -> None:
+    """Have files and sockets that are made from now on belong to this user and group; None: to who makes them."""
+    _owners[0] = owner
+
+
+def give(fd: int) -> None:
+    """Let the file behind *fd*, which this process has just made, belong to whom such files are to belong."""
+    owner = _owners[0]
+    if owner is not None:
+        os.fchown(fd, *owner)
+
+
+def give_socket(path: str) -> None:
+    """Do the same for the socket that stands at *path*, and for nothing that was put in its place."""
+    owner = _owners[0]
+    if owner is None:
+        return
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISSOCK(status.st_mode) and status.st_nlink == 1:
+            os.chown(f"/proc/self/fd/{fd}", *owner)
+    finally:
+        os.close(fd)
+
+
 def make_file(path: str, flags: int = os.O_RDWR) -> int:
     """A descriptor of the new file at *path*. Raises `FileExistsError` if anything stands there."""
     fd = os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, OWNER_ONLY)
+    give(fd)
     if _modes[0] != OWNER_ONLY:
         os.fchmod(fd, _modes[0])
     return fd

@@ -1,7 +1,8 @@
 /*
  * nbdload - a lean NBD client that measures servers rather than itself.
  *
- *   cc -O2 -pthread -o nbdload nbdload.c
+ *   cc -O2 -pthread -o nbdload nbdload.c nbdload_tls.c
+ *   cc -O2 -pthread -DWITH_TLS -o nbdload nbdload.c nbdload_tls.c -lssl -lcrypto
  *   nbdload [options] HOST PORT
  *   nbdload [options] SOCKET_PATH
  *
@@ -30,6 +31,8 @@
  * All modes:
  *   --export NAME     name of the export                     (empty)
  *   --export-name     negotiate with EXPORT_NAME, not GO; oldstyle is recognised
+ *   --tls DIR         TLS: DIR has ca-cert.pem, and client-cert.pem and client-key.pem
+ *                     for servers that want them; HOST must be in the server's certificate
  *
  * Prints one line of JSON. Exit status 1: an error reply, a reply that answers
  * nothing, a broken connection, or no answer for 30 s; 2: wrong usage.
@@ -54,6 +57,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "nbdload_tls.h"
+
 #define NBDMAGIC 0x4e42444d41474943ULL
 #define IHAVEOPT 0x49484156454f5054ULL
 #define OLDSTYLE_MAGIC 0x0000420281861253ULL
@@ -62,7 +67,7 @@
 #define SIMPLE_REPLY_MAGIC 0x67446698U
 
 enum { FLAG_FIXED_NEWSTYLE = 1, FLAG_NO_ZEROES = 2 };
-enum { OPT_EXPORT_NAME = 1, OPT_GO = 7 };
+enum { OPT_EXPORT_NAME = 1, OPT_STARTTLS = 5, OPT_GO = 7 };
 enum { REP_ACK = 1, REP_INFO = 3, REP_FLAG_ERROR = 0x80000000U };
 enum { INFO_EXPORT = 0 };
 enum { CMD_READ = 0, CMD_WRITE = 1, CMD_DISC = 2 };
@@ -95,6 +100,7 @@ static struct {
 	const char *host, *port; /* port NULL: host is the path of a Unix socket */
 	const char *export;
 	const char *op;
+	const char *tls; /* directory of certificates; NULL: no TLS */
 	size_t bytes;
 	int depth, connections, first, idle, pending;
 	int writing, random, separate, export_name, once;
@@ -206,27 +212,49 @@ static void print_latencies(const struct histogram *h)
 	       h->longest / 1e3);
 }
 
-/* Sockets */
+/* Links: sockets, with TLS or without */
 
-static void receive(int fd, void *to, size_t length)
+struct link {
+	int fd;
+	struct tls *tls;       /* NULL: in the clear */
+	uint32_t client_flags; /* of the handshake */
+	int greeted;           /* whether they have been sent */
+};
+
+/* What has come, at least one byte; ends the program if nothing does. */
+static size_t receive_part(struct link *link, void *to, size_t length, int flags)
+{
+	ssize_t n;
+
+	do
+		n = link->tls ? tls_receive(link->tls, to, length) : recv(link->fd, to, length, flags);
+	while (n < 0 && errno == EINTR);
+	if (n < 0)
+		die("receive: %s", errno == EAGAIN ? "no answer" : strerror(errno));
+	if (!n)
+		die("the server closed the connection");
+	return n;
+}
+
+static void receive(struct link *link, void *to, size_t length)
 {
 	char *at = to;
 
 	while (length) {
-		ssize_t n = recv(fd, at, length, MSG_WAITALL);
+		size_t n = receive_part(link, at, length, MSG_WAITALL);
 
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n < 0)
-			die("receive: %s", errno == EAGAIN ? "no answer" : strerror(errno));
-		if (!n)
-			die("the server closed the connection");
 		at += n;
 		length -= n;
 	}
 }
 
-static void transmit_vector(int fd, struct iovec *vector, size_t count)
+static void cannot_send(void) __attribute__((noreturn));
+static void cannot_send(void)
+{
+	die("send: %s", errno == EAGAIN ? "the server does not receive" : strerror(errno));
+}
+
+static void transmit_clear(int fd, struct iovec *vector, size_t count)
 {
 	while (count) {
 		struct msghdr message = { .msg_iov = vector, .msg_iovlen = count };
@@ -235,7 +263,7 @@ static void transmit_vector(int fd, struct iovec *vector, size_t count)
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n < 0)
-			die("send: %s", errno == EAGAIN ? "the server does not receive" : strerror(errno));
+			cannot_send();
 		for (; count && (size_t)n >= vector->iov_len; count--)
 			n -= vector++->iov_len;
 		if (count) {
@@ -245,11 +273,45 @@ static void transmit_vector(int fd, struct iovec *vector, size_t count)
 	}
 }
 
-static void transmit(int fd, const void *from, size_t length)
+/* Small buffers share a record: each record is a cipher's run of its own. */
+static void transmit_tls(struct tls *tls, const struct iovec *vector, size_t count)
+{
+	char record[16 << 10];
+	size_t held = 0;
+
+	for (size_t i = 0; i < count; i++) {
+		const char *from = vector[i].iov_base;
+		size_t left = vector[i].iov_len;
+
+		while (left) {
+			size_t part = left < sizeof record - held ? left : sizeof record - held;
+
+			memcpy(record + held, from, part);
+			held += part;
+			from += part;
+			left -= part;
+			if (held == sizeof record && tls_send(tls, record, held))
+				cannot_send();
+			held %= sizeof record;
+		}
+	}
+	if (tls_send(tls, record, held) || tls_flush(tls))
+		cannot_send();
+}
+
+static void transmit_vector(struct link *link, struct iovec *vector, size_t count)
+{
+	if (link->tls)
+		transmit_tls(link->tls, vector, count);
+	else
+		transmit_clear(link->fd, vector, count);
+}
+
+static void transmit(struct link *link, const void *from, size_t length)
 {
 	struct iovec one = { (void *)from, length };
 
-	transmit_vector(fd, &one, 1);
+	transmit_vector(link, &one, 1);
 }
 
 static int connect_unix(const char *path)
@@ -285,7 +347,7 @@ static int connect_tcp(const struct addrinfo *address)
 	return fd;
 }
 
-static int dial(void)
+static struct link dial(void)
 {
 	static struct addrinfo *address;
 	static pthread_mutex_t once = PTHREAD_MUTEX_INITIALIZER;
@@ -303,12 +365,12 @@ static int dial(void)
 	}
 	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &silence, sizeof silence);
 	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &silence, sizeof silence);
-	return fd;
+	return (struct link){ .fd = fd };
 }
 
 /* Negotiation: each returns the size of the export. */
 
-static uint64_t finish_oldstyle(int fd)
+static uint64_t finish_oldstyle(struct link *link)
 {
 	struct {
 		uint64_t size;
@@ -316,24 +378,52 @@ static uint64_t finish_oldstyle(int fd)
 		char zeroes[124];
 	} __attribute__((packed)) rest;
 
-	receive(fd, &rest, sizeof rest);
+	receive(link, &rest, sizeof rest);
 	return be64toh(rest.size);
 }
 
-/* Client flags and one option leave in one send: the server reads them one after the other. */
-static void send_option(int fd, uint32_t client_flags, uint32_t option, const void *data, uint32_t length)
+/* Client flags leave with the first option, in one send: the server reads them one after the other. */
+static void send_option(struct link *link, uint32_t option, const void *data, uint32_t length)
 {
 	struct {
 		uint32_t client_flags;
 		uint64_t magic;
 		uint32_t option, length;
-	} __attribute__((packed)) header = { htobe32(client_flags), htobe64(IHAVEOPT), htobe32(option), htobe32(length) };
-	struct iovec vector[] = { { &header, sizeof header }, { (void *)data, length } };
+	} __attribute__((packed)) header = { htobe32(link->client_flags), htobe64(IHAVEOPT), htobe32(option), htobe32(length) };
+	size_t skip = link->greeted ? sizeof header.client_flags : 0;
+	struct iovec vector[] = { { (char *)&header + skip, sizeof header - skip }, { (void *)data, length } };
 
-	transmit_vector(fd, vector, 2);
+	link->greeted = 1;
+	transmit_vector(link, vector, 2);
 }
 
-static uint64_t choose_with_export_name(int fd, uint32_t client_flags)
+static struct option_reply receive_option_reply(struct link *link, void *data, size_t room)
+{
+	struct option_reply reply;
+
+	receive(link, &reply, sizeof reply);
+	if (be64toh(reply.magic) != OPTION_REPLY_MAGIC || be32toh(reply.length) > room)
+		die("malformed option reply");
+	receive(link, data, be32toh(reply.length));
+	return reply;
+}
+
+static void start_tls(struct link *link)
+{
+	unsigned char data[65536];
+	struct option_reply reply;
+	const char *why;
+
+	send_option(link, OPT_STARTTLS, NULL, 0);
+	reply = receive_option_reply(link, data, sizeof data);
+	if (be32toh(reply.type) != REP_ACK)
+		die("the server refuses TLS: error %#x", be32toh(reply.type));
+	link->tls = tls_start(link->fd, conf.tls, conf.port ? conf.host : NULL, &why);
+	if (!link->tls)
+		die("TLS: %s", why);
+}
+
+static uint64_t choose_with_export_name(struct link *link)
 {
 	struct {
 		uint64_t size;
@@ -341,12 +431,12 @@ static uint64_t choose_with_export_name(int fd, uint32_t client_flags)
 		char zeroes[124];
 	} __attribute__((packed)) answer;
 
-	send_option(fd, client_flags, OPT_EXPORT_NAME, conf.export, strlen(conf.export));
-	receive(fd, &answer, sizeof answer - (client_flags & FLAG_NO_ZEROES ? sizeof answer.zeroes : 0));
+	send_option(link, OPT_EXPORT_NAME, conf.export, strlen(conf.export));
+	receive(link, &answer, sizeof answer - (link->client_flags & FLAG_NO_ZEROES ? sizeof answer.zeroes : 0));
 	return be64toh(answer.size);
 }
 
-static void send_go(int fd, uint32_t client_flags)
+static void send_go(struct link *link)
 {
 	struct {
 		uint32_t length;
@@ -356,22 +446,19 @@ static void send_go(int fd, uint32_t client_flags)
 
 	data.length = htobe32(length);
 	memcpy(data.name_and_count, conf.export, length);
-	send_option(fd, client_flags, OPT_GO, &data, sizeof data.length + length + 2);
+	send_option(link, OPT_GO, &data, sizeof data.length + length + 2);
 }
 
-static uint64_t choose_with_go(int fd, uint32_t client_flags)
+static uint64_t choose_with_go(struct link *link)
 {
 	struct option_reply reply;
 	unsigned char data[65536];
 	uint64_t size = 0;
 	uint16_t kind;
 
-	send_go(fd, client_flags);
+	send_go(link);
 	for (;;) {
-		receive(fd, &reply, sizeof reply);
-		if (be64toh(reply.magic) != OPTION_REPLY_MAGIC || be32toh(reply.length) > sizeof data)
-			die("malformed option reply");
-		receive(fd, data, be32toh(reply.length));
+		reply = receive_option_reply(link, data, sizeof data);
 		if (be32toh(reply.type) == REP_ACK)
 			return size;
 		if (be32toh(reply.type) & REP_FLAG_ERROR)
@@ -384,30 +471,37 @@ static uint64_t choose_with_go(int fd, uint32_t client_flags)
 	}
 }
 
-static uint64_t negotiate(int fd)
+static uint64_t negotiate(struct link *link)
 {
 	uint64_t magics[2];
 	uint16_t server_flags;
-	uint32_t client_flags;
 
-	receive(fd, magics, sizeof magics);
+	receive(link, magics, sizeof magics);
 	if (be64toh(magics[0]) != NBDMAGIC)
 		die("not an NBD server");
-	if (be64toh(magics[1]) == OLDSTYLE_MAGIC)
-		return finish_oldstyle(fd);
+	if (be64toh(magics[1]) == OLDSTYLE_MAGIC && !conf.tls)
+		return finish_oldstyle(link);
 	if (be64toh(magics[1]) != IHAVEOPT)
 		die("unknown style of negotiation");
-	receive(fd, &server_flags, sizeof server_flags);
-	client_flags = be16toh(server_flags) & (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
-	return conf.export_name ? choose_with_export_name(fd, client_flags) : choose_with_go(fd, client_flags);
+	receive(link, &server_flags, sizeof server_flags);
+	link->client_flags = be16toh(server_flags) & (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
+	if (conf.tls)
+		start_tls(link);
+	return conf.export_name ? choose_with_export_name(link) : choose_with_go(link);
 }
 
-static void disconnect(int fd)
+static void disconnect(struct link *link)
 {
 	struct request bye = { .magic = htobe32(REQUEST_MAGIC), .type = htobe16(CMD_DISC) };
 
-	send(fd, &bye, sizeof bye, MSG_NOSIGNAL); /* a server that is gone already is as good */
-	close(fd);
+	/* A server that is gone already is as good. */
+	if (link->tls) {
+		tls_send(link->tls, &bye, sizeof bye);
+		tls_end(link->tls);
+	} else {
+		send(link->fd, &bye, sizeof bye, MSG_NOSIGNAL);
+	}
+	close(link->fd);
 }
 
 /*
@@ -416,7 +510,8 @@ static void disconnect(int fd)
  */
 
 struct load {
-	int fd, number;
+	struct link link;
+	int number;
 	uint64_t blocks, cursor, random;
 	uint64_t left;             /* blocks to ask for yet, with --once */
 	uint32_t *order;           /* of all blocks, with --once and rand* */
@@ -449,7 +544,7 @@ static void send_queued(struct load *l)
 	size_t count = 0;
 
 	if (!conf.writing) {
-		transmit(l->fd, l->queue, l->queued * sizeof *l->queue);
+		transmit(&l->link, l->queue, l->queued * sizeof *l->queue);
 		l->queued = 0;
 		return;
 	}
@@ -457,7 +552,7 @@ static void send_queued(struct load *l)
 		vector[count++] = (struct iovec){ &l->queue[i], sizeof *l->queue };
 		vector[count++] = (struct iovec){ l->payload, conf.bytes };
 		if (count == SEND_VECTOR || i == l->queued - 1) {
-			transmit_vector(l->fd, vector, count);
+			transmit_vector(&l->link, vector, count);
 			count = 0;
 		}
 	}
@@ -543,16 +638,7 @@ static void digest(struct load *l, uint64_t time)
 
 static void receive_some(struct load *l)
 {
-	ssize_t n;
-
-	do
-		n = recv(l->fd, l->room + l->have, RECEIVE_ROOM - l->have, 0);
-	while (n < 0 && errno == EINTR);
-	if (n < 0)
-		die("receive: %s", errno == EAGAIN ? "no answer" : strerror(errno));
-	if (!n)
-		die("the server closed the connection");
-	l->have += n;
+	l->have += receive_part(&l->link, l->room + l->have, RECEIVE_ROOM - l->have, 0);
 }
 
 static void prepare(struct load *l)
@@ -612,7 +698,7 @@ static void send_pending(struct load *l, uint64_t size)
 			.length = htobe32(4096),
 		};
 
-		transmit(l->fd, &request, sizeof request);
+		transmit(&l->link, &request, sizeof request);
 	}
 }
 
@@ -620,8 +706,8 @@ static void open_load(struct load *l)
 {
 	uint64_t size, used;
 
-	l->fd = dial();
-	size = negotiate(l->fd);
+	l->link = dial();
+	size = negotiate(&l->link);
 	used = conf.span && conf.span < size ? conf.span : size;
 	l->blocks = used / conf.bytes;
 	if (!l->blocks)
@@ -652,7 +738,7 @@ static void *run_load(void *argument)
 		time = now();
 		digest(l, time);
 	}
-	disconnect(l->fd);
+	disconnect(&l->link);
 	return NULL;
 }
 
@@ -708,17 +794,17 @@ static uint64_t time_first_read(void)
 		char data[4096];
 	} answer;
 	uint64_t start = now(), time;
-	int fd = dial();
+	struct link link = dial();
 
-	if (negotiate(fd) < sizeof answer.data)
+	if (negotiate(&link) < sizeof answer.data)
 		die("the export is smaller than one request");
-	transmit(fd, &request, sizeof request);
-	receive(fd, &answer.header, sizeof answer.header);
+	transmit(&link, &request, sizeof request);
+	receive(&link, &answer.header, sizeof answer.header);
 	if (be32toh(answer.header.magic) != SIMPLE_REPLY_MAGIC || answer.header.error)
 		die("the first read failed: error %u", be32toh(answer.header.error));
-	receive(fd, answer.data, sizeof answer.data);
+	receive(&link, answer.data, sizeof answer.data);
 	time = now() - start;
-	disconnect(fd);
+	disconnect(&link);
 	return time;
 }
 
@@ -767,18 +853,20 @@ static void wait_for_end_of_input(struct pollfd *polls, int count)
 static void hold_idle(void)
 {
 	struct pollfd *polls = allocate((conf.idle + 1) * sizeof *polls);
+	struct link *links = allocate(conf.idle * sizeof *links);
 	uint64_t start = now();
 
 	allow_descriptors(conf.idle + 16);
 	for (int i = 0; i < conf.idle; i++) {
-		polls[i] = (struct pollfd){ dial(), POLLIN, 0 };
-		negotiate(polls[i].fd);
+		links[i] = dial();
+		negotiate(&links[i]);
+		polls[i] = (struct pollfd){ links[i].fd, POLLIN, 0 };
 	}
 	printf("{\"idle\": %d, \"opened_in_s\": %.3f}\n", conf.idle, (now() - start) / 1e9);
 	fflush(stdout);
 	wait_for_end_of_input(polls, conf.idle);
 	for (int i = 0; i < conf.idle; i++)
-		disconnect(polls[i].fd);
+		disconnect(&links[i]);
 }
 
 /* Command line */
@@ -822,7 +910,7 @@ static void parse_op(const char *op)
 }
 
 enum { OP = 256, BYTES, DEPTH, CONNECTIONS, SECONDS, WARMUP, SEED, SEPARATE, SPAN, ONCE, LIMIT, PENDING, FIRST, PAUSE, IDLE,
-       EXPORT, EXPORT_NAME };
+       EXPORT, EXPORT_NAME, TLS };
 
 static const struct option options[] = {
 	{ "op", 1, 0, OP },
@@ -842,6 +930,7 @@ static const struct option options[] = {
 	{ "idle", 1, 0, IDLE },
 	{ "export", 1, 0, EXPORT },
 	{ "export-name", 0, 0, EXPORT_NAME },
+	{ "tls", 1, 0, TLS },
 	{ 0 },
 };
 
@@ -865,6 +954,7 @@ static void parse_option(int option)
 	case IDLE: conf.idle = parse_number(optarg, 1, 100000, "bad --idle"); break;
 	case EXPORT: conf.export = optarg; break;
 	case EXPORT_NAME: conf.export_name = 1; break;
+	case TLS: conf.tls = optarg; break;
 	default: misused("unknown option");
 	}
 }

@@ -38,7 +38,9 @@ from typing import Any, Dict, List, NamedTuple, NoReturn, Optional, Tuple
 
 import docopt
 from xnbdbench import machine, plot, setting_up
+from xnbdbench.certificates import make_certificates
 from xnbdbench.errors import BenchmarkError, UsageError
+from xnbdbench.flavours import use_tls
 from xnbdbench.load import Fio
 from xnbdbench.measurements import MEASUREMENTS, Measurement, flavours_of
 from xnbdbench.report import format_report
@@ -119,6 +121,8 @@ def _run(plan: Plan) -> Tuple[List[Result], Dict[str, Any]]:
         directory = Path(name)
         image = directory / "disk.img"
         setting_up.make_image(image, plan.size)
+        if use_tls(flavours):
+            make_certificates(directory / "certificates")
         settings = Settings(image, nbdload, plan.rounds, plan.seconds, plan.seconds * _WARMUP_SHARE)
         with Fleet(image, directory) as fleet:
             results = measure(plan.measurements, fleet, settings)

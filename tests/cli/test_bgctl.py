@@ -185,6 +185,15 @@ def test_query_of_a_target_says_nothing_of_a_cache() -> None:
     ]
 
 
+def test_query_shows_who_a_client_has_proved_to_be() -> None:
+    first, second = proxy_answer()["workers"]
+    first["identity"] = "CN=alice\x1b[2J,O=Example"
+    second.update(client="unix:pid=5,uid=0", identity="uid:0")
+    lines = report({"workers": [first, second]})
+    assert lines[-2].endswith(" 192.0.2.33:50122 as CN=alice\\x1b[2J,O=Example")
+    assert lines[-1].endswith(" unix:pid=5,uid=0")
+
+
 @pytest.mark.parametrize("left_out", [None, *(name for name in proxy_answer() if name != "done")])
 def test_query_does_without_any_part(left_out: str) -> None:
     answer = {name: value for name, value in proxy_answer().items() if name != left_out}

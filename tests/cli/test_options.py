@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import subprocess
 from pathlib import Path
-from typing import List, Optional
+from typing import Iterator, List, Optional
 
 import pytest
 from launch import fails
@@ -14,12 +15,15 @@ from server_process import command
 
 from xnbd.cli import server
 from xnbd.cli.inside import OwnServer
-from xnbd.cli.options import LogOptions, OneClient, ServerOptions
+from xnbd.cli.options import Introduced, LogOptions, OneClient, ServerOptions
 from xnbd.cli.server_options import server_options
 from xnbd.cli.values import parse_command_line
 from xnbd.errors import ConfigurationError
 from xnbd.protocol.server_handshake import Agreement, Export
+from xnbd.server.process_loop import ProcessLoop
+from xnbd.server.session.connection import Connection
 from xnbd.server.session.parking import QueueLimits
+from xnbd.system.user import User
 from xnbd.wrapper.exports import ProxyExport, StoredExport, TargetExport
 from xnbd.wrapper.servers import ForeignServer
 
@@ -27,10 +31,16 @@ PROXY = ProxyExport("/cache", "/bitmap", "/p.ctl", "origin", "8520", "there")
 
 
 def parsed(words: List[str]) -> ServerOptions:
-    def begin(log: LogOptions, file_mode: Optional[int]) -> None:
+    def begin(log: LogOptions, file_mode: Optional[int], user: Optional[User]) -> None:
         pass
 
     return server_options(parse_command_line(server.PROGRAM, server.__doc__ or "", words, ""), begin)
+
+
+@pytest.fixture
+def nobody() -> Iterator[Connection]:
+    with socket.socket() as sock:
+        yield Connection(sock, ProcessLoop(handle_signals=False))
 
 
 @pytest.mark.parametrize(
@@ -42,14 +52,19 @@ def parsed(words: List[str]) -> ServerOptions:
         PROXY._replace(remote_host="", remote_port="", remote_export_name="", remote_uri="nbd+unix:///x?socket=/s"),
     ],
 )
-def test_a_server_in_the_wrapper_has_the_options_of_one_with_a_command_line(export: StoredExport) -> None:
+def test_a_server_in_the_wrapper_has_the_options_of_one_with_a_command_line(
+    export: StoredExport, nobody: Connection
+) -> None:
     agreements = [Agreement(), Agreement(Export("e", 1, 1, "d"), True), Agreement(None, True, True)]
     choices = itertools.product((False, True), (False, True), (False, True), agreements)
     for cow, readonly, syslog, agreement in choices:
         foreign = ForeignServer(["x"], True, cow, readonly, syslog, None, "9", "8K")
         words = ["--logpath", "/log", *foreign.arguments(export, 7, agreement)]
         own = OwnServer(cow, readonly, LogOptions("/log", syslog), QueueLimits(9, 8192))
-        assert own.options(export, 7, agreement) == parsed(words)
+        alone, inside = parsed(words), own.options(export, nobody, agreement)
+        agreed = agreement._replace(export=None, ordered=False)
+        assert (alone.clients, inside.clients) == (OneClient(7, agreed), Introduced(nobody, agreed))
+        assert alone._replace(clients=inside.clients) == inside
 
 
 def test_options_do_not_change() -> None:
@@ -58,13 +73,13 @@ def test_options_do_not_change() -> None:
         options.spin = 0.0  # type: ignore[misc]
 
 
-def test_a_server_in_the_wrapper_refuses_files_with_two_uses(tmp_path: Path) -> None:
+def test_a_server_in_the_wrapper_refuses_files_with_two_uses(tmp_path: Path, nobody: Connection) -> None:
     cache = tmp_path / "cache"
     cache.touch()
     (tmp_path / "link").symlink_to(cache)
     export = PROXY._replace(image_path=str(cache), bitmap_path=str(tmp_path / "link"))
     with pytest.raises(ConfigurationError, match="CACHE_DISK_IMAGE and CACHE_BITMAP_IMAGE are the same file"):
-        OwnServer().options(export, 7, Agreement())
+        OwnServer().options(export, nobody, Agreement())
 
 
 @pytest.mark.parametrize("option", ["--max-clients", "--spare-workers", "--lport"])

@@ -45,6 +45,7 @@ PROMISES: Dict[str, List[str]] = {
     "What it is": ["export-size: 67108864"],
     "Serve a disk": ["export-size: 1073741824"],
     "Use a disk": ["virtual size: 1 GiB", "b'hello'", "read 65536/65536"],
+    "Encrypt, and say who may open what": ["newstyle-fixed with TLS", "is_read_only: false"],
     "Let clients try things": ["read 65536/65536"],
     "Cache a disk of another server": ["cached      100 %", "plain target"],
     "Steer a running server": ["my.img: target, 64 MiB", '"mode": "target"'],

@@ -10,8 +10,10 @@ looked at between the blocks.
 
 from __future__ import annotations
 
+import base64
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Dict, Iterator, List
 
@@ -19,7 +21,7 @@ import pytest
 from exported import check_ext4, digest_of
 from launch import stop_daemon
 from playground import Block, Playground, client_machine, read_paragraphs
-from server_process import ROOT, run
+from server_process import ROOT, run, wait_until
 from xnbdguest.errors import GuestError
 from xnbdguest.machine import Guest
 
@@ -31,6 +33,7 @@ COW, SITES, MOVING, CACHE, SWAP = (
     "A cache for a disk behind a slow line",
     "Swap space over the network",
 )
+TLS = "Certificates, and who may open which disk"
 GOLDEN = "Diskless clients from one golden image"
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(480)]
@@ -81,7 +84,7 @@ def golden(playground: Playground, page: Dict[str, List[Block]]) -> str:
 
 
 def test_every_block_is_in_a_recipe_that_is_tested(page: Dict[str, List[Block]]) -> None:
-    assert {title for title, blocks in page.items() if blocks} == {GOLDEN, COW, SITES, MOVING, CACHE, SWAP}
+    assert {title for title, blocks in page.items() if blocks} == {GOLDEN, COW, SITES, MOVING, CACHE, SWAP, TLS}
     assert sum(map(len, page.values())) == PAGE.read_text().count("::\n")
 
 
@@ -155,6 +158,46 @@ def test_swap_space(playground: Playground, page: Dict[str, List[Block]]) -> Non
     assert "/dev/nbd0" in playground.guest.output("cat /proc/swaps")
     playground.run(give_back)
     assert "/dev/nbd0" not in playground.guest.output("cat /proc/swaps")
+
+
+def bring_to_guest(playground: Playground, source: Path, directory: Path) -> None:
+    """The files of *source* into *directory*, which has the same name there as it would have here."""
+    playground.guest.run(f"mkdir -p {directory}")
+    for file in source.iterdir():
+        content = base64.b64encode(file.read_bytes()).decode()
+        playground.guest.run(f"echo {content} | base64 -d >{directory}/{file.name}")
+
+
+def test_disk_with_certificates(playground: Playground, page: Dict[str, List[Block]], tmp_path: Path) -> None:
+    make_authority, sign_server, sign_clients, serve, use, look, cache, revoke, reread = page[TLS]
+    etc = playground.directory / "etc"
+    for block in (make_authority, sign_server, sign_clients):
+        playground.run(block)
+    shutil.copytree(etc / "ca" / "server", etc / "tls")
+    shutil.copytree(etc / "ca" / "bob", etc / "client")
+    bring_to_guest(playground, etc / "ca" / "alice", etc / "client")
+    playground.run(serve)
+    playground.run(use)
+    playground.guest.run("dd if=/dev/urandom of=/mnt/data bs=1M count=4 conv=fsync")
+    digest = playground.guest.output("md5sum </mnt/data").split()[0]
+    assert "is_read_only: true" in playground.run(look)
+    playground.run(cache)
+    near = f"nbd://127.0.0.1:{playground.port('8530')}"
+    playground.guest.run("umount /mnt && nbd-client -d /dev/nbd0")
+    run("qemu-img", "compare", "-f", "raw", "-F", "raw", playground.path("shared.img"), near)
+    playground.run(revoke)
+    shutil.copy(etc / "ca" / "ca-crl.pem", etc / "tls")
+    playground.run(reread)
+    wait_until(lambda: is_refused(playground, look), "the revoked client to be refused")
+    assert check_ext4(playground.path("shared.img"), "data", tmp_path) == digest
+
+
+def is_refused(playground: Playground, block: Block) -> bool:
+    try:
+        playground.run(block)
+    except AssertionError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize(

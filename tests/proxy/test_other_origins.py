@@ -111,7 +111,9 @@ def test_it_is_probed(origin: Path, tmp_path: Path) -> None:
 
 
 def test_a_scheme_that_nobody_knows_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ConfigurationError, match=r"expected a URI that begins with nbd:// or nbd\+unix:// or test://"):
+    with pytest.raises(
+        ConfigurationError, match=r"expected a URI that begins with nbd:// or nbd\+unix:// or .* or test://"
+    ):
         address.parse_origin("s3://bucket/disk")
 
 

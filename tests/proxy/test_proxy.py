@@ -837,7 +837,7 @@ def proxy_fails(directory: Path, *arguments: object, status: int = 1) -> str:
         (["--origin-timeout", "soon", "nbd://127.0.0.1:1"], "--origin-timeout"),
         (["127.0.0.1"], "127.0.0.1 is no NBD URI"),
         (["127.0.0.1", "nbd"], "port nbd: expected a whole number"),
-        (["nbds://127.0.0.1"], "TLS is not supported"),
+        (["nbds://127.0.0.1?tls-certificate=/x"], "parameter 'tls-certificate' is not known"),
         (["--target-exportname", "a", "nbd://127.0.0.1:1/b"], "name it once"),
     ],
 )

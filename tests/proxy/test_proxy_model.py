@@ -11,6 +11,7 @@ from typing import Any, Callable, Iterator, List
 import nbd
 import pytest
 from caching import BLOCK, CacheFiles, ask, bgctl, connect, kill_server, query
+from certificates import Certificates
 from conftest import MIB, Start
 from ledger import Crowd, Ledger
 from model import Model, read_all, wait_for_all
@@ -127,6 +128,24 @@ def test_two_servers_on_one_cache_agree_with_the_copy(
     assert image.read_bytes() == content
     check_at_rest(start, origin.uri, files, bytes(model.content))
     check_switched(start, origin.uri, files, bytes(model.content))
+
+
+def test_a_proxy_with_tls_on_both_sides_agrees_with_the_copy(
+    start: Start, tmp_path: Path, files: CacheFiles, rng: random.Random, certificates: Certificates
+) -> None:
+    content, image = sparse(rng, 6 * MIB + 777), tmp_path / "origin.img"
+    make_image(image, content)
+    origin = start("--target", "--readonly", image, tls=certificates)
+    proxy = start(*files.arguments(origin.uri), tls=certificates)
+    clients = clients_of([proxy], 3)
+    model = Model(clients, content, rng)
+    model.play(25)
+    copy_all(files.control)
+    model.run(25)
+    disconnect(clients)
+    proxy.stop()
+    assert image.read_bytes() == content
+    check_at_rest(start, origin.uri, files, bytes(model.content))
 
 
 @pytest.mark.parametrize("size", [4097, 8 * MIB + 1])

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from caching import connect
+from certificates import Certificates
 from conftest import MIB, Start
 from model import Change, Model, check_mixture
+from server_process import Server
 
 CONNECTIONS = 4
 
@@ -19,7 +21,20 @@ def test_image_agrees_with_the_copy(start: Start, tmp_path: Path, seed: int, siz
     image = tmp_path / "model.img"
     content = rng.randbytes(size)
     image.write_bytes(content)
-    server = start("--target", image)
+    check_target(start("--target", image), image, content, rng, rounds)
+
+
+def test_image_agrees_with_the_copy_over_tls(
+    start: Start, tmp_path: Path, seed: int, certificates: Certificates
+) -> None:
+    rng = random.Random(seed)
+    image = tmp_path / "model.img"
+    content = rng.randbytes(8 * MIB + 1)
+    image.write_bytes(content)
+    check_target(start("--target", image, tls=certificates), image, content, rng, 120)
+
+
+def check_target(server: Server, image: Path, content: bytes, rng: random.Random, rounds: int) -> None:
     clients = [connect(server.uri, structured=number != 0) for number in range(CONNECTIONS)]
     model = Model(clients, content, rng)
     model.run(rounds)

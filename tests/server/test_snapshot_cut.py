@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator, List, Optional
 
 import pytest
+from certificates import Certificates
 from conftest import Start
 from mounts import loop_mount, small_tmpfs
 from snapshots import Taken, take_by_command, take_by_signal
@@ -33,11 +34,20 @@ def test_every_snapshot_is_a_consistent_cut(start: Start, tmp_path: Path, kind: 
         check_snapshots_of_target(start, tmp_path, directory, clones=kind in ("btrfs", "xfs"))
 
 
-def check_snapshots_of_target(start: Start, tmp_path: Path, directory: Path, *, clones: bool) -> None:
+def test_every_snapshot_is_a_consistent_cut_for_clients_with_tls(
+    start: Start, tmp_path: Path, certificates: Certificates
+) -> None:
+    with file_system(tmp_path / "disks", "tmpfs") as directory:
+        check_snapshots_of_target(start, tmp_path, directory, clones=False, tls=certificates)
+
+
+def check_snapshots_of_target(
+    start: Start, tmp_path: Path, directory: Path, *, clones: bool, tls: Optional[Certificates] = None
+) -> None:
     image, control = directory / "disk.img", tmp_path / "control"
     original = noise_disk(image)
     os.sync()
-    server = start("--target", image, "--control", control)
+    server = start("--target", image, "--control", control, tls=tls)
     with writers(server.uri, tmp_path) as clients:
         taken = [take_by_signal(server, image), take_by_command(control), take_by_signal(server, image)]
         clients.stop()

@@ -368,9 +368,25 @@ def test_version_goes_to_a_socket_if_standard_error_is_elsewhere() -> None:
 
 
 def test_systemd_understands_the_units(tmp_path: Path) -> None:
-    for unit in (ROOT / "contrib" / "systemd").iterdir():
+    install_units(tmp_path)
+    assert run("systemd-analyze", "verify", "--man=no", *tmp_path.iterdir()) == (0, "", "")
+
+
+def install_units(directory: Path) -> None:
+    for unit in (ROOT / "contrib" / "systemd").glob("xnbd*"):
         text = unit.read_text()
         assert "ExecStart=/opt/xnbd/bin/xnbd-" in text or unit.suffix == ".socket"
         name = unit.name.replace("@", "@8520")
-        (tmp_path / name).write_text(re.sub("/opt/xnbd/bin/[a-z-]+", "/bin/true", text))
-    assert run("systemd-analyze", "verify", "--man=no", *tmp_path.iterdir()) == (0, "", "")
+        (directory / name).write_text(re.sub("/opt/xnbd/bin/[a-z-]+", "/bin/true", text))
+
+
+def test_systemd_understands_the_units_with_tls(tmp_path: Path) -> None:
+    """With all lines of the drop-in, those that a site may want too."""
+    install_units(tmp_path)
+    drop_in = re.sub("(?m)^#(?=[A-Z])", "", (ROOT / "contrib" / "systemd" / "tls.conf").read_text())
+    units = list(tmp_path.glob("*.service"))
+    assert len(units) == 2
+    for unit in units:
+        (tmp_path / f"{unit.name}.d").mkdir()
+        (tmp_path / f"{unit.name}.d" / "tls.conf").write_text(drop_in)
+    assert run("systemd-analyze", "verify", "--man=no", *units) == (0, "", "")

@@ -63,6 +63,7 @@ def connect(uri: str, *, structured: bool = True) -> nbd.NBD:
     client.set_request_structured_replies(structured)
     if structured:
         client.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+    client.set_uri_allow_local_file(True)
     client.connect_uri(uri)
     return client
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from xnbd.origin import address  # noqa: E402
-from xnbd.origin.base import Origin, OriginLost, Sink, Terms  # noqa: E402
+from xnbd.origin.base import Origin, OriginAddress, OriginLost, Sink, Terms  # noqa: E402
 
 PREFIX = [sys.executable, __file__]
 
@@ -37,6 +37,17 @@ class FileAddress(NamedTuple):
 
     def __str__(self) -> str:
         return f"test://{self.path}"
+
+    @property
+    def local_files(self) -> Dict[str, int]:
+        return {self.path: os.R_OK}
+
+    @property
+    def place(self) -> str:
+        return str(self)
+
+    def overrules(self, noted: OriginAddress) -> bool:
+        return False
 
     def open(self, sink: Sink, terms: Terms) -> Origin:
         return FileOrigin(self, sink, terms)

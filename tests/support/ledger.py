@@ -188,6 +188,7 @@ class Writer(threading.Thread):
         client = nbd.NBD()
         client.set_request_structured_replies(self._rng.random() < 0.5)
         try:
+            client.set_uri_allow_local_file(True)
             client.connect_uri(self._uri)
         except nbd.Error:
             return  # the server is dead already

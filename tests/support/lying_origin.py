@@ -79,6 +79,10 @@ class Visitor:
         """An honest handshake, up to a granted GO; without *structured* replies no block status either."""
         self.send(greeting())
         self.receive(4)
+        self.haggle(size, structured=structured)
+
+    def haggle(self, size: int, *, structured: bool = True) -> None:
+        """What follows greeting and flags in an honest handshake."""
         while True:
             number, _ = self.option()
             if number == GO:

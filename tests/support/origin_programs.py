@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 from server_process import free_port, is_alive, wait_until
 
@@ -19,17 +19,30 @@ exportname = {image}
 readonly = true
 """
 
+TLS_CONFIGURATION = """[generic]
+force_tls = true
+certfile = {directory}/server-cert.pem
+keyfile = {directory}/server-key.pem
+cacertfile = {directory}/ca-cert.pem"""
+
 
 class OriginProgram:
-    """A server of *kind* for *image*, on the Unix socket ``path`` in *where*, until it is stopped."""
+    """A server of *kind* for *image*, on the Unix socket ``path`` in *where*, until it is stopped.
 
-    def __init__(self, kind: str, image: Path, where: Path) -> None:
+    With *credentials*, a server's directory (`certificates`), it demands TLS, and with certificates a client's one.
+    """
+
+    def __init__(self, kind: str, image: Path, where: Path, credentials: Optional[Path] = None) -> None:
         self.path = where / "origin.sock"
         self._pid_file = where / "nbd-server.pid"
         self._log_path = where / "origin.log"
         text = CONFIGURATION.format(port=free_port(), socket=self.path, image=image)
+        if credentials is not None:
+            text = text.replace("[generic]", TLS_CONFIGURATION.format(directory=credentials))
         (where / "nbd-server.conf").write_text(text)
-        command = [str(word) for word in program(kind, image, where)]
+        words = program(kind, image, where)
+        words[1:1] = tls_options(kind, credentials) if credentials is not None else []
+        command = [str(word) for word in words]
         with self._log_path.open("ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         wait_until(lambda: is_listening(self.path), f"{kind} to listen")
@@ -37,6 +50,11 @@ class OriginProgram:
     @property
     def uri(self) -> str:
         return f"nbd+unix:///disk?socket={self.path}"
+
+    def tls_uri(self, *parameters: object, user: str = "") -> str:
+        """With *parameters* like ``tls-hostname=x``."""
+        server = f"{user}@" if user else ""
+        return "&".join([f"nbds+unix://{server}/disk?socket={self.path}", *map(str, parameters)])
 
     def log(self) -> str:
         return self._log_path.read_text(errors="replace")
@@ -85,6 +103,18 @@ def program(kind: str, image: Path, where: Path) -> List[object]:
         "nbd-server": ["nbd-server", "-C", where / "nbd-server.conf", "-p", where / "nbd-server.pid"],
     }  # fmt: skip
     return programs[kind]
+
+
+def tls_options(kind: str, credentials: Path) -> List[object]:
+    """What makes a server of *kind* demand TLS; nbd-server's is in its configuration."""
+    keys = credentials / "keys.psk"
+    if kind == "nbdkit":
+        how = [f"--tls-psk={keys}"] if keys.exists() else [f"--tls-certificates={credentials}", "--tls-verify-peer"]
+        return ["--tls=require", *how]
+    if kind == "qemu-nbd":
+        what = "psk" if keys.exists() else "x509"
+        return [f"--object=tls-creds-{what},id=tls,dir={credentials},endpoint=server", "--tls-creds=tls"]
+    return []
 
 
 def is_listening(path: Path) -> bool:

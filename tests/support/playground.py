@@ -4,7 +4,7 @@ Before a block runs, and nowhere else, names are replaced:
 
 - addresses 10.0.*.* and ``localhost`` by this computer's loopback, as seen from where the block runs;
 - ports 85xx by free ones, always the same for the same port;
-- /srv/xnbd and /run/xnbd by directories of the test, and .venv/bin/ by the programs under test.
+- /srv/xnbd, /run/xnbd and /etc/xnbd by directories of the test, and .venv/bin/ by the programs under test.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Playground:
         self.directory = directory
         self._guest = guest
         self._ports: Dict[str, str] = {}
-        for name in ("srv", "run", "bin"):
+        for name in ("srv", "run", "etc", "bin"):
             (directory / name).mkdir()
         for program in ("xnbd-server", "xnbd-bgctl", "xnbd-wrapper", "xnbd-wrapper-ctl"):
             self._make_shim(program, f'"{PYTHON}" -W error "{ROOT}/bin/{program}"')
@@ -101,7 +101,7 @@ class Playground:
     def _with_real_names(self, script: str, host: str) -> str:
         script = re.sub(r"\b(10\.0\.\d+\.\d+|localhost)\b", host, script)
         script = re.sub(r"\b85\d\d\b", lambda match: self.port(match[0]), script)
-        script = re.sub(r"/(srv|run)/xnbd\b", rf"{self.directory}/\1", script)
+        script = re.sub(r"/(srv|run|etc)/xnbd\b", rf"{self.directory}/\1", script)
         return script.replace(".venv/bin/", "")
 
     def _run_here(self, script: str) -> str:

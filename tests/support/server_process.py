@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
+from certificates import Certificates
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PYTHON = os.environ.get("XNBD_PYTHON", sys.executable)
@@ -44,13 +46,15 @@ class Server:
         tcp: bool = False,
         env: Optional[Dict[str, str]] = None,
         prefix: Sequence[str] = (),
+        tls: Optional[Certificates] = None,
     ) -> None:
-        """*prefix* is a program that sets something up and then becomes the server."""
+        """*prefix* is a program that sets something up and then becomes the server. With *tls* it demands that."""
         self.socket = directory / f"{name}.sock"
         self.log_path = directory / f"{name}.log"
         self.port = free_port() if tcp else 0
         self.expected_errors: List[str] = []
-        where = ["--unix", str(self.socket)]
+        self._tls = tls
+        where = ["--unix", str(self.socket), *(["--tls", str(tls.server)] if tls else [])]
         if tcp:
             where += ["--laddr", "127.0.0.1", "--lport", str(self.port)]
         with open(self.log_path, "ab") as log:
@@ -69,6 +73,9 @@ class Server:
 
     @property
     def uri(self) -> str:
+        """On the Unix socket; over TLS it is Alice who connects."""
+        if self._tls:
+            return f"nbds+unix:///?socket={self.socket}&tls-certificates={self._tls.alice}"
         return f"nbd+unix:///?socket={self.socket}"
 
     def wait_until_ready(self) -> None:

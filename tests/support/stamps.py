@@ -18,7 +18,11 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional
+from urllib.parse import parse_qs, urlsplit
+
+if TYPE_CHECKING:
+    from rawclient import RawClient
 
 MIB = 1 << 20
 DISK_SIZE = 42 * MIB + 1235
@@ -197,6 +201,7 @@ class _Client:
 
         self._lane = lane
         self._handle = nbd.NBD()
+        self._handle.set_uri_allow_local_file(True)
         self._handle.connect_uri(uri)
         self._buffer = nbd.Buffer.from_bytearray
         self.issued: List[int] = []
@@ -242,12 +247,8 @@ class _BurstClient:
     """One client that sends many stamps as one message, and then takes the answers."""
 
     def __init__(self, uri: str, lane: Lane) -> None:
-        from rawclient import RawClient
-
         self._lane = lane
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(uri.partition("socket=")[2])
-        self._client = RawClient(sock).negotiate()
+        self._client = _connect(uri)
         self.issued: List[int] = []
         self.acked: List[int] = []
 
@@ -272,6 +273,21 @@ class _BurstClient:
 
     def close(self) -> None:
         self._client.sock.close()
+
+
+def _connect(uri: str) -> RawClient:
+    """A client of the Unix socket of *uri*, over TLS if that has certificates."""
+    from rawclient import RawClient
+    from tls_client import context_of, start_tls
+
+    parameters = parse_qs(urlsplit(uri).query)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(parameters["socket"][0])
+    client = RawClient(sock)
+    if "tls-certificates" not in parameters:
+        return client.negotiate()
+    start_tls(client, context_of(Path(parameters["tls-certificates"][0]))).go()
+    return client
 
 
 def main(uri: str, name: str, path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -55,7 +56,7 @@ class Wrapper:
     def port(self) -> int:
         """Where it listens, as its log says."""
         line = next(line for line in self.log().splitlines() if " INFO: serving " in line)
-        return int(line.rpartition(":")[2])
+        return int(re.findall(r":(\d+)(?:,|$)", line)[-1])
 
     def uri(self, name: str = "") -> str:
         return f"nbd://127.0.0.1:{self.port}/{name}"

@@ -37,15 +37,15 @@ ASK_GO = pack_option(GO, go_data(NAME, 3))
 ASK_EXPORT = pack_option(raw.EXPORT_NAME, NAME.encode())
 
 
-def hear(*said: bytes, name: str = NAME) -> Tuple[ClientHandshake, List[bytes]]:
+def hear(*said: bytes, name: str = NAME, tls: bool = False) -> Tuple[ClientHandshake, List[bytes]]:
     """A dialogue with a server that says *said*, one after the other; and the answer to each."""
-    handshake = ClientHandshake(name)
+    handshake = ClientHandshake(name, tls=tls)
     return handshake, [handshake.receive(words) for words in said]
 
 
-def refusal(*said: bytes, name: str = NAME) -> str:
+def refusal(*said: bytes, name: str = NAME, tls: bool = False) -> str:
     """The message of the error that the last of *said* must cause, and only that."""
-    handshake, _ = hear(*said[:-1], name=name)
+    handshake, _ = hear(*said[:-1], name=name, tls=tls)
     assert handshake.export is None
     with pytest.raises(ProtocolError) as failure:
         handshake.receive(said[-1])
@@ -175,7 +175,7 @@ def test_noise_at_any_place_is_an_export_or_a_protocol_error(noise: bytes, place
     [
         (raw.ERR_UNKNOWN, "it has no export named 'my disk'"),
         (0x80000002, "it does not let us have the export 'my disk'"),
-        (0x80000005, "it wants TLS, which is not supported"),
+        (0x80000005, "it demands TLS"),
         (0x80000007, "it is shutting down"),
         (0x80000008, "it refuses the export 'my disk' (error 8)"),
     ],
@@ -261,3 +261,52 @@ def test_endless_information_is_refused() -> None:
 )
 def test_answers_that_do_not_fit_are_refused(said: List[bytes], message: str) -> None:
     assert message in refusal(greeting(), *said)
+
+
+# TLS
+
+STARTTLS = 5
+TLS_OK = option_reply(STARTTLS, raw.ACK)
+
+
+def test_nothing_but_tls_is_asked_for_in_the_clear_and_all_else_after_it() -> None:
+    handshake, answers = hear(greeting(), TLS_OK, tls=True)
+    assert answers == [struct.pack(">I", 3) + pack_option(STARTTLS), b""]
+    assert handshake.starts_tls
+    assert handshake.on_tls() == ASK_STRUCTURED
+    assert not handshake.starts_tls
+    assert [handshake.receive(words) for words in (STRUCTURED_OK, META_OK, GO_OK)] == [ASK_META, ASK_GO, b""]
+    assert handshake.export == RemoteExport(SIZE, 0x0101, True, 9)
+
+
+@pytest.mark.parametrize("kind", [0x80000001, 0x80000002, 0x80000003])
+def test_without_tls_there_is_no_way_to_who_does_not_offer_it(kind: int) -> None:
+    message = refusal(greeting(), option_reply(STARTTLS, kind, b"no such thing"), tls=True)
+    assert message == "it offers no TLS, which nbds:// insists on (it says: no such thing)"
+
+
+@pytest.mark.parametrize("said", [oldstyle_greeting(SIZE), greeting(0), greeting(2)])
+def test_who_is_too_old_for_tls_is_refused(said: bytes) -> None:
+    message = refusal(said[:16], said[16:], tls=True) if said[8:16] == b"IHAVEOPT" else refusal(said[:16], tls=True)
+    assert message == "its way of negotiating is too old for TLS, which nbds:// insists on"
+
+
+@pytest.mark.parametrize("more", [b"x", STRUCTURED_OK, STRUCTURED_OK + META_OK + GO_OK])
+def test_what_comes_in_the_clear_behind_the_consent_to_tls_ends_the_connection(more: bytes) -> None:
+    assert refusal(greeting(), TLS_OK + more, tls=True) == "it goes on in the clear where TLS was agreed on"
+
+
+def test_a_consent_to_tls_that_brings_something_is_none() -> None:
+    assert "no TLS" in refusal(greeting(), option_reply(STARTTLS, raw.ACK, b"x"), tls=True)
+
+
+def test_after_tls_nothing_is_left_to_demand_it_for() -> None:
+    handshake, _ = hear(greeting(), TLS_OK, tls=True)
+    handshake.on_tls()
+    with pytest.raises(ProtocolError, match="it demands TLS where there is TLS already"):
+        handshake.receive(option_reply(STRUCTURED_REPLY, 0x80000005))
+
+
+def test_an_end_in_place_of_consent_to_tls_is_explained() -> None:
+    handshake, _ = hear(greeting(), tls=True)
+    assert handshake.end_means() == "it closed the connection when asked for TLS"

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xnbd.errors import ConfigurationError
-from xnbd.origin.address import parse_origin
+from xnbd.origin.address import overrules, parse_origin, place_of
 from xnbd.origin.nbd.address import NbdAddress
+from xnbd.origin.nbd.encryption import Encryption
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,54 @@ def test_uris_for_unix_sockets(uri: str, path: str, name: str) -> None:
     assert parse_origin(uri) == NbdAddress("", 0, path, name)
 
 
+@pytest.mark.parametrize(
+    ("uri", "how"),
+    [
+        ("nbds://h:1/x", Encryption()),
+        ("NBDS://h:1/x?tls-verify-peer=true", Encryption()),
+        ("nbds://h:1/x?tls-certificates=/c%20c", Encryption(certificates="/c c")),
+        ("nbds://h:1/x?tls-certificates=c", Encryption(certificates=os.path.abspath("c"))),
+        ("nbds://h:1/x?tls-verify-peer=0", Encryption(verify_peer=False)),
+        ("nbds://h:1/x?tls-verify-peer=FALSE&tls-hostname=o.example", Encryption("", "", "o.example", False)),
+        ("nbds://alice@h:1/x?tls-psk-file=k", Encryption("alice", psk_file=os.path.abspath("k"))),
+        ("nbds://a%40b@h:1/x?tls-psk-file=/k", Encryption("a@b", psk_file="/k")),
+    ],
+)
+def test_uris_that_ask_for_tls(uri: str, how: Encryption) -> None:
+    assert parse_origin(uri) == NbdAddress("h", 1, "", "x", how)
+    assert parse_origin(str(parse_origin(uri))) == NbdAddress("h", 1, "", "x", how)
+
+
+def test_uris_that_ask_for_tls_over_a_unix_socket() -> None:
+    address = parse_origin("nbds+unix://alice@/x?tls-psk-file=/k&socket=s")
+    assert address == NbdAddress("", 0, os.path.abspath("s"), "x", Encryption("alice", psk_file="/k"))
+    assert str(address) == f"nbds+unix://alice@/x?socket={os.path.abspath('s')}&tls-psk-file=/k"
+
+
+def test_the_place_of_a_disk_is_the_same_with_tls_and_without() -> None:
+    place = parse_origin("nbd://h:1/x").place
+    assert place == "nbd://h:1/x"
+    assert parse_origin("nbds://alice@h:1/x?tls-psk-file=/k").place == place
+    assert place_of("nbds://h:1/x?tls-certificates=/c") == place
+    assert place_of("nbds://h:1/y") != place
+    assert place_of("no address") == "no address"
+    assert parse_origin("nbds+unix:///x?socket=/s&tls-certificates=/c").place == "nbd+unix:///x?socket=/s"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "noted", "expected"),
+    [
+        ("nbds://h:1/x?tls-certificates=/new", "nbds://h:1/x?tls-certificates=/old", True),
+        ("nbds://h:1/x", "nbd://h:1/x", True),
+        ("nbd://h:1/x", "nbds://h:1/x", False),
+        ("nbds://h:1/x", "nbds://other:1/x", False),
+        ("nbds://h:1/x", "", False),
+    ],
+)
+def test_a_command_line_says_anew_how_to_encrypt_but_not_to_stop_it(wanted: str, noted: str, expected: bool) -> None:
+    assert overrules(wanted, noted) == expected
+
+
 @pytest.mark.parametrize("host", ["origin.example", "192.0.2.7", "2001:db8::7"])
 def test_a_host_and_a_port(host: str) -> None:
     assert parse_origin(host, "8520", "disk") == NbdAddress(host, 8520, "", "disk")
@@ -71,9 +120,22 @@ def test_the_export_may_be_named_beside_a_uri_that_names_none() -> None:
 @pytest.mark.parametrize(
     ("origin", "message"),
     [
-        ("nbds://h/x", "TLS is not supported: use nbd://"),
-        ("nbds+unix:///x?socket=/s", "TLS is not supported: use nbd://"),
-        ("nbd://h/x?tls-type=psk", "TLS is not supported"),
+        ("nbd://h/x?tls-certificates=/c", "tls-certificates needs TLS: write nbds in place of nbd"),
+        ("nbd+unix:///x?socket=/s&tls-hostname=h", "tls-hostname needs TLS"),
+        ("nbds://h/x?tls-type=psk", "parameter 'tls-type' is not known"),
+        ("nbds://h/x?tls-certificates=/c&tls-psk-file=/k", "give tls-certificates or tls-psk-file"),
+        ("nbds://h/x?tls-certificates=", "tls-certificates is no path"),
+        ("nbds://h/x?tls-psk-file=%00", "tls-psk-file is no path"),
+        ("nbds://h/x?tls-hostname=%00", "tls-hostname has a NUL"),
+        ("nbds://h/x?tls-verify-peer=maybe", "tls-verify-peer is 'maybe': expected true or false"),
+        ("nbds://h/x?tls-verify-peer=1&tls-verify-peer=0", "given twice"),
+        ("nbds://alice@h/x", "only tls-psk-file has a use for it"),
+        ("nbds://a:b@h/x?tls-psk-file=/k", "no user has a name with a colon"),
+        ("nbds:///x", "expected nbds://host/name"),
+        ("nbds+unix:///x", "expected nbds+unix:///name?socket=PATH"),
+        ("nbds+unix:///x?socket=/s", "add tls-certificates=DIRECTORY, or tls-hostname=NAME"),
+        ("nbds+unix://h/x?socket=/s&tls-certificates=/c", "with three slashes"),
+        ("nbds+vsock://1/x", "begins with nbd:// or nbd+unix://"),
         ("nbd+vsock://1/x", "begins with nbd:// or nbd+unix://"),
         ("http://h/x", "begins with nbd:// or nbd+unix://"),
         ("://h/x", "begins with nbd:// or nbd+unix://"),

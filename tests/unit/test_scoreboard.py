@@ -334,6 +334,7 @@ def serve_somebody(scoreboard: Scoreboard) -> None:
     place.tell_mode(PROXY)
     place.tell_queue(3, 4096)
     place.tell_origin(UNREACHABLE, "origin x: Connection refused")
+    place.tell_identity("CN=alice", "TLSv1.3 A kTLS")
 
 
 def test_line_tells_of_its_process(family: Family) -> None:
@@ -352,6 +353,8 @@ def test_line_tells_of_its_process(family: Family) -> None:
             "10.0.0.1:5",
             "origin x: Connection refused",
             os.stat("/proc/self/ns/pid").st_ino,
+            "CN=alice",
+            "TLSv1.3 A kTLS",
         )
 
 

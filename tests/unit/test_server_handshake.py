@@ -20,11 +20,13 @@ from xnbd.protocol.server_handshake import (
     Agreement,
     Export,
     Exports,
+    Security,
     ServerHandshake,
     export_flags,
     pack_greeting,
     pack_oldstyle,
     parse_option_header,
+    unknown_export,
 )
 
 DISK = Export("disk", 0x0102030405060708, 0x056D, "a disk")
@@ -234,7 +236,7 @@ def test_df_is_offered_only_with_structured_replies() -> None:
 def test_unknown_export_is_an_error_and_the_next_option_works(option: int, name: str) -> None:
     machine = fresh()
     assert error_of(ask(machine, option, go_data(name))) == raw.ERR_UNKNOWN
-    assert (machine.agreement, machine.unknown) == (None, name)
+    assert (machine.agreement, machine.news()) == (None, [unknown_export(name)])
     assert ask(machine, option, go_data("disk"))[-1] == OK
 
 
@@ -460,3 +462,47 @@ def test_without_structured_replies_their_options_are_unknown() -> None:
 )
 def test_flags_of_a_disk(readonly: bool, multi_conn: bool, flags: int) -> None:
     assert export_flags(readonly=readonly, multi_conn=multi_conn) == flags
+
+
+# TLS
+
+
+STARTTLS, TLS_REQD = 5, 0x80000005
+
+
+def with_tls(security: Security) -> ServerHandshake:
+    machine = ServerHandshake(Exports(names=lambda: ["disk"], find=find), security)
+    machine.on_client_flags(3)
+    return machine
+
+
+@pytest.mark.parametrize("option", [raw.LIST, raw.INFO, raw.GO, raw.STRUCTURED_REPLY, raw.SET_META_CONTEXT, 99])
+def test_before_required_tls_options_are_refused_and_told_of_once(option: int) -> None:
+    machine = with_tls(Security.REQUIRED)
+    for _ in range(2):
+        ((kind, _),) = ask(machine, option)
+        assert kind == TLS_REQD
+    assert len(machine.news()) == 1
+    with pytest.raises(ProtocolError, match="without TLS"):
+        machine.on_option(raw.EXPORT_NAME, b"disk")
+
+
+def test_starttls_is_acknowledged_and_all_before_it_is_forgotten() -> None:
+    machine = with_tls(Security.OFFERED)
+    assert ask(machine, raw.STRUCTURED_REPLY) == [OK]
+    assert ask(machine, raw.SET_META_CONTEXT, context_data("disk", "base:allocation"))[-1] == OK
+    assert not machine.starttls
+    assert ask(machine, STARTTLS) == [OK]
+    assert machine.starttls
+    secured = machine.secured(Exports(names=lambda: ["other"], find=find))
+    assert ask(secured, STARTTLS)[0][0] == raw.ERR_INVALID
+    assert ask(secured, raw.LIST)[0] == (raw.REP_SERVER, string("other"))
+    assert len(secured.on_option(raw.EXPORT_NAME, b"disk")) == 10  # no zeros: the flags are remembered
+    assert secured.agreement is not None
+    assert not secured.agreement.structured
+    assert not secured.agreement.allocation
+
+
+def test_starttls_with_data_and_without_tls_is_refused() -> None:
+    assert ask(with_tls(Security.REQUIRED), STARTTLS, b"x")[0][0] == raw.ERR_INVALID
+    assert ask(fresh(), STARTTLS)[0][0] == raw.ERR_UNSUP

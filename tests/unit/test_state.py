@@ -332,7 +332,7 @@ def no_change(_cache: Cache) -> None:
         (foreign_bitmap, ORIGIN, "bytes, not the"),
         (lost_bitmap, ORIGIN, "is gone"),
         (other_size, ORIGIN, "is of a disk of"),
-        (no_change, "nbd://other\n", r"is of the origin 'nbd://origin/disk', not of 'nbd://other\\n'"),
+        (no_change, "nbd://other\n", r"is of the origin 'nbd://origin:10809/disk', not of 'nbd://other\\n'"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_left_as_it_is(

@@ -58,7 +58,7 @@ def test_a_uri_for_tcp_is_stored_as_host_and_port(wrapper: Wrapper) -> None:
     assert remote == {"remote_host": "::1", "remote_port": "10809", "remote_export_name": "their name"}
 
 
-@pytest.mark.parametrize("origin", ["host", "nbds://host", "nbd+unix:///x", "nbd://host:x"])
+@pytest.mark.parametrize("origin", ["host", "nbds://me@host", "nbd+unix:///x", "nbd://host:x"])
 def test_what_is_no_uri_of_an_origin_is_refused(wrapper: Wrapper, origin: str) -> None:
     command = [*program("xnbd-wrapper-ctl"), "--socket", wrapper.control]
     for words in (["--add-proxy", "far", origin, "/c/1", "/c/2", "/c/3"], ["--bgctl-reconnect", "far", origin]):

@@ -168,7 +168,7 @@ def test_port_as_a_number_and_no_export_name_are_understood() -> None:
         (with_entry({**PROXY_FIELDS, "remote_uri": "nbd://h"}), "'remote_uri' stands in place of"),
         (with_entry({**NEAR_FIELDS, "remote_uri": ""}), "expected an NBD URI"),
         (with_entry({**NEAR_FIELDS, "remote_uri": "/run/n.s"}), "expected an NBD URI"),
-        (with_entry({**NEAR_FIELDS, "remote_uri": "nbds://h"}), "TLS is not supported"),
+        (with_entry({**NEAR_FIELDS, "remote_uri": "nbd://h?tls-hostname=h"}), "tls-hostname needs TLS"),
         (with_entry({**NEAR_FIELDS, "remote_export_name": "y"}), "names another export than 'y'"),
         (with_entry({**NEAR_FIELDS, "remote_port": "1"}), "'remote_uri' stands in place of"),
         (with_entry({**PROXY_FIELDS, "bitmap_path": "/c/cache.img"}), "three different"),

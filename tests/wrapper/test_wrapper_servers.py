@@ -299,11 +299,11 @@ def test_reconnect_changes_the_address_in_the_database(steered: Steered) -> None
     assert (stored["remote_host"], stored["remote_port"], stored["remote_export_name"]) == ("::1", "99", "n")
 
 
-def test_a_server_that_knows_no_uris_gets_no_origin_on_a_unix_socket(steered: Steered) -> None:
-    message = "knows no URIs: it can only use an origin on TCP"
-    uri = "nbd+unix:///?socket=/s"
-    assert message in steered.wrapper.refuses("--add-proxy", "near", uri, "/c/1", "/c/2", "/c/3")
-    assert message in steered.wrapper.refuses("--bgctl-reconnect", "far", uri)
+def test_a_server_that_knows_no_uris_gets_no_origin_on_a_unix_socket_or_with_tls(steered: Steered) -> None:
+    message = "knows no URIs: it can only use an origin on TCP, without TLS"
+    for uri in ("nbd+unix:///?socket=/s", "nbds://h/?tls-certificates=/c"):
+        assert message in steered.wrapper.refuses("--add-proxy", "near", uri, "/c/1", "/c/2", "/c/3")
+        assert message in steered.wrapper.refuses("--bgctl-reconnect", "far", uri)
     steered.wrapper.ctl("--add-proxy", "near", "nbd://origin", "/c/1", "/c/2", "/c/3")
 
 

@@ -6,7 +6,7 @@ Usage:
   xnbd-bgctl [options] (--cache-all | --cache-all2) CONTROL_SOCKET
   xnbd-bgctl [options] --reconnect CONTROL_SOCKET REMOTE_HOST REMOTE_PORT
   xnbd-bgctl [options] --reconnect CONTROL_SOCKET ORIGIN_URI
-  xnbd-bgctl [options] --snapshot CONTROL_SOCKET
+  xnbd-bgctl [options] (--snapshot | --reload | --upgrade) CONTROL_SOCKET
   xnbd-bgctl --help
   xnbd-bgctl --version
 
@@ -23,6 +23,14 @@ Commands:
                         URI, as origin.
   --snapshot            Make an image of the disk as it is now, and print its
                         path. A proxy has to be switched first.
+  --upgrade             Have the server become the xnbd-server that is installed
+                        now, with its command line, its process id and its
+                        clients, who do not notice. If the new program cannot
+                        go on with all that, nothing changes.
+  --reload              Have the server read the files of its configuration
+                        again. Clients that come from now on get what they say;
+                        the connected ones go on. If something is wrong with a
+                        file, all stays as it was.
 
 Options, ignored with a warning by a command that has no use for them:
   --json                With --query, print the server's answer as JSON, for
@@ -39,6 +47,9 @@ Options, ignored with a warning by a command that has no use for them:
                         200M, 512K, ...
   --exportname NAME     With --reconnect, the export to ask the new origin for
                         (default: its default one).
+  --program PATH        With --upgrade, become the program at PATH instead of
+                        the one that the server was started with.
+  --check               With --upgrade, only say what would happen.
 
 Other options:
   --timeout SECONDS     Give up when the server has said nothing for so long,

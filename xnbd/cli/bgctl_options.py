@@ -6,6 +6,7 @@ import sys
 from typing import Dict, NamedTuple, Optional
 
 from ..control.client import PATIENCE
+from ..system.process import whole_path
 from .program import say
 from .values import CommandLine
 
@@ -19,6 +20,8 @@ _OF_USE = {
     "--cache-all2": _COPY_OPTIONS,
     "--reconnect": ("--exportname",),
     "--snapshot": ("--progress",),
+    "--upgrade": ("--program", "--check"),
+    "--reload": (),
 }
 """The commands, and the options that are of use for each."""
 
@@ -40,6 +43,8 @@ class SteeringOptions(NamedTuple):
     limit_rate: Optional[int]
     export_name: Optional[str]
     new_origin: Dict[str, str]
+    program: Optional[str]
+    check: bool
 
 
 def steering_options(program: str, line: CommandLine) -> SteeringOptions:
@@ -62,6 +67,8 @@ def steering_options(program: str, line: CommandLine) -> SteeringOptions:
         force="--force" in used,
         progress="--progress" in used,
         export_name=line.text("--exportname") if "--exportname" in used else None,
+        program=whole_path(line.needed("--program"), "--program") if "--program" in used else None,
+        check="--check" in used,
     )
 
 

@@ -13,13 +13,15 @@ from typing import Dict, List, NamedTuple
 
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
+from ..server.configuration import Configuration
+from ..server.session.connection import Connection
 from ..server.session.parking import QueueLimits
 from ..server.worker import GARBAGE_THRESHOLD
 from ..system.process import whole_path
 from ..text import one_line
 from ..wrapper.exports import ProxyExport, StoredExport
 from . import server
-from .options import CowOptions, LogOptions, OneClient, ServerOptions, TargetOptions
+from .options import CowOptions, Introduced, LogOptions, ServerOptions, TargetOptions
 from .program import begin, trouble
 
 
@@ -40,14 +42,14 @@ class OwnServer(NamedTuple):
         if self.cow:
             from ..storage import cow  # noqa: F401
 
-    def take_over(self, export: StoredExport, fd: int, agreement: Agreement) -> int:
-        """Serve the client on *fd*, in this process; the exit status."""
+    def take_over(self, export: StoredExport, connection: Connection, agreement: Agreement) -> int:
+        """Serve the client of *connection*, in this process; the exit status."""
         from .serving import serve
 
         gc.set_threshold(GARBAGE_THRESHOLD)
         try:
-            options = self.options(export, fd, agreement)
-            begin(server.PROGRAM, options.log, None)
+            options = self.options(export, connection, agreement)
+            begin(server.PROGRAM, options.log, None, None)
             return serve(options, None)
         except (ConfigurationError, OSError, MemoryError) as error:
             from ..logs import complain
@@ -56,27 +58,28 @@ class OwnServer(NamedTuple):
             complain(server.PROGRAM, one_line(str(error) if ours else trouble(error)), super_server=False)
             return error.exit_status if isinstance(error, ConfigurationError) else 1
 
-    def options(self, export: StoredExport, fd: int, agreement: Agreement) -> ServerOptions:
+    def options(self, export: StoredExport, connection: Connection, agreement: Agreement) -> ServerOptions:
         """For a client with whom *agreement* is made. Raises `ConfigurationError` if one file is to be two things."""
         from .server_options import refuse_shared_files
 
         paths = {name: whole_path(path, name) for name, path in self._files(export).items()}
         refuse_shared_files(paths)
-        client = OneClient(fd, Agreement(None, agreement.structured, agreement.allocation, ordered=False))
+        client = Introduced(connection, agreement._replace(export=None, ordered=False))
         if isinstance(export, ProxyExport):
             return self._proxy(export, paths, client)
         path = paths[self._image]
         disk = CowOptions(path, self.readonly) if self.cow else TargetOptions(path, self.readonly)
         return ServerOptions(disk, client, self.log)
 
-    def _proxy(self, export: ProxyExport, paths: Dict[str, str], client: OneClient) -> ServerOptions:
+    def _proxy(self, export: ProxyExport, paths: Dict[str, str], client: Introduced) -> ServerOptions:
         from .proxy_options import ProxyOptions
 
+        limits = self.queue_limits
         return ServerOptions(
             ProxyOptions(export.origin, paths["CACHE_DISK_IMAGE"], paths["CACHE_BITMAP_IMAGE"], self.readonly),
             client,
             self.log,
-            queue_limits=self.queue_limits,
+            configuration=Configuration(max_queue_size=limits.requests, max_buf_size=limits.buffered),
             control_path=paths["CONTROL_SOCKET_PATH"],
         )
 

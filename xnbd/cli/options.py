@@ -7,17 +7,17 @@ together take 5 ms to import. A client of ``--inetd`` waits for that.
 from __future__ import annotations
 
 import logging
-import sys
-from typing import TYPE_CHECKING, Dict, Iterable, NamedTuple, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Union
 
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
-from ..server.session.parking import QueueLimits
+from ..server.configuration import Configuration, Load
 from ..system.process import whole_path
 from .values import USAGE_ERROR, CommandLine
 
 if TYPE_CHECKING:
-    from ..server.master import Limits
+    from ..server.session.connection import Connection
+    from ..system.user import User
     from .proxy_options import ProxyOptions
 
 
@@ -29,12 +29,25 @@ class LogOptions(NamedTuple):
     level: int = logging.INFO
 
 
+Begin = Callable[[LogOptions, Optional[int], "Optional[User]"], None]
+"""Is told where the log goes, which permissions new files get, and to whom they belong if not to who makes them."""
+
+
 class ListenOptions(NamedTuple):
     """Where clients connect; with nothing of it on the default port of all addresses."""
 
     port: Optional[int] = None
     addresses: Sequence[str] = ()
     unix_path: Optional[str] = None
+
+
+class TlsOptions(NamedTuple):
+    """TLS by the credentials in *directory*; *ciphers* of TLS 1.2 in OpenSSL's notation."""
+
+    directory: str
+    required: bool = True
+    anonymous: bool = False
+    ciphers: Optional[str] = None
 
 
 class TargetOptions(NamedTuple):
@@ -64,11 +77,18 @@ class OneClient(NamedTuple):
     agreement: Optional[Agreement] = None
 
 
+class Introduced(NamedTuple):
+    """A client at the other end of *connection*, which this process has; *agreement* as in `OneClient`."""
+
+    connection: Connection
+    agreement: Optional[Agreement]
+
+
 class ManyClients(NamedTuple):
-    """Clients that connect, each of which gets a process."""
+    """Clients that connect, each of which gets a process; *load* reads again what may change meanwhile."""
 
     listen: ListenOptions
-    limits: Limits
+    load: Load
     daemonize: bool = False
     pid_path: Optional[str] = None
 
@@ -77,14 +97,17 @@ class ServerOptions(NamedTuple):
     """A server of one disk. Paths are whole ones, times in seconds."""
 
     disk: Union[TargetOptions, CowOptions, ProxyOptions]
-    clients: Union[OneClient, ManyClients]
+    clients: Union[OneClient, Introduced, ManyClients]
     log: LogOptions = LogOptions()
     export_name: Optional[str] = None
     oldstyle: bool = False
-    handshake_timeout: float = 10.0
+    configuration: Configuration = Configuration()
     spin: float = 150e-6
-    queue_limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
+    rules_path: Optional[str] = None
+    limits_path: Optional[str] = None
+    user: Optional[User] = None
+    tls: Optional[TlsOptions] = None
 
 
 def whole_paths(line: CommandLine, names: Iterable[str]) -> Dict[str, str]:
@@ -99,13 +122,27 @@ def log_options(line: CommandLine, path: Optional[str], level: int, *, unattende
     return LogOptions(path, line.has("--syslog") or (unattended and not path), level)
 
 
+def user_option(line: CommandLine) -> Optional[User]:
+    """Raises `ConfigurationError`."""
+    if not line.has("--user"):
+        return None
+    from ..system.user import find_user
+
+    return find_user(line.needed("--user"))
+
+
 def listen_options(line: CommandLine, unix_path: Optional[str] = None) -> ListenOptions:
     """Raises `ConfigurationError`."""
     port = line.integer("--lport", 0, 65535) if line.has("--lport") else None
     return ListenOptions(port, line.texts("--laddr"), unix_path)
 
 
-def queue_limits(line: CommandLine) -> QueueLimits:
-    """Raises `ConfigurationError`."""
-    requests = line.integer("--max-queue-size", 0, sys.maxsize) if line.has("--max-queue-size") else 0
-    return QueueLimits(requests, line.size_or_zero("--max-buf-size") if line.has("--max-buf-size") else 0)
+def tls_options(line: CommandLine, directory: Optional[str]) -> Optional[TlsOptions]:
+    """What *line* asks for besides the whole path of the *directory*. Raises `ConfigurationError`."""
+    for option in ("--tls-optional", "--tls-anonymous", "--tls-ciphers"):
+        if line.has(option) and directory is None:
+            raise ConfigurationError(f"{option} is for --tls only", USAGE_ERROR)
+    if directory is None:
+        return None
+    required, anonymous = not line.has("--tls-optional"), line.has("--tls-anonymous")
+    return TlsOptions(directory, required, anonymous, line.text("--tls-ciphers"))

@@ -15,6 +15,7 @@ from ..errors import ConfigurationError
 from ..text import one_line
 
 if TYPE_CHECKING:
+    from ..system.user import User
     from .options import LogOptions
 
 INTERRUPTED = 130
@@ -28,16 +29,18 @@ _ADVICE = {
 }
 
 
-def begin(program: str, log: LogOptions, file_mode: Optional[int]) -> None:
-    """Have files that are made get *file_mode*, and lines of the log go where *log* says.
+def begin(program: str, log: LogOptions, file_mode: Optional[int], user: Optional[User]) -> None:
+    """Have files that are made get *file_mode* and belong to *user*, and lines of the log go where *log* says.
 
     Raises `ConfigurationError` if that is a file which cannot be opened.
     """
     from .. import logs
-    from ..making import set_file_mode
+    from ..making import set_file_mode, set_owner
 
     if file_mode is not None:
         set_file_mode(file_mode)
+    if user is not None:
+        set_owner((user.uid, user.gid))
     stderr = not (log.path or log.syslog)
     logs.set_up(program, path=log.path, syslog=log.syslog, stderr=stderr, level=log.level)
 

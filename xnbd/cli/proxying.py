@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Optional
+from typing import Any, Mapping, Optional
 
 from ..errors import ConfigurationError
 from ..logs import log
@@ -35,15 +35,23 @@ def open_proxy(options: ProxyOptions, *, alone: bool) -> ProxySource:
     state = _open_state(options, cache_fd, size)
     if grow:
         _grow(cache_fd, cache_path, size)
-    settings = ProxySettings(
-        path=cache_path,
+    return ProxySource(cache_fd, state, _settings(options, size))
+
+
+def inherit_proxy(options: ProxyOptions, packed: Mapping[str, Any]) -> ProxySource:
+    """The disk as the program before had it. Raises `ConfigurationError` if its files are of no use here."""
+    return ProxySource.unpack(packed, _settings(options, packed["size"]))
+
+
+def _settings(options: ProxyOptions, size: int) -> ProxySettings:
+    return ProxySettings(
+        path=options.cache_path,
         size=size,
         readonly=options.readonly,
         address=options.origin,
         patience=options.patience,
         readahead=options.readahead,
     )
-    return ProxySource(cache_fd, state, settings)
 
 
 def _open_state(options: ProxyOptions, cache_fd: int, size: int) -> SharedState:
@@ -74,9 +82,7 @@ def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *
     """Bytes of the disk: what the origin says, or the state file if the origin is away or need not be asked."""
     if known is not None and not ask:
         return known.size
-    here = parse_origin(known.moved_to) if known is not None and known.moved_to else address
-    if here != address:
-        log.info("the origin has been moved to %s", here)
+    here = _whereabouts(address, known)
     try:
         size = probe(here, timeout=timeout)
     except OriginLost as lost:
@@ -88,6 +94,17 @@ def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *
     if not size:
         raise ConfigurationError(f"origin {here}: its disk is empty")
     return size
+
+
+def _whereabouts(address: OriginAddress, known: Optional[Known]) -> OriginAddress:
+    """Where the origin is by now: *address*, unless an operator has moved the proxy to another one."""
+    if known is None or not known.moved_to:
+        return address
+    moved = parse_origin(known.moved_to)
+    if moved == address or address.overrules(moved):
+        return address
+    log.info("the origin has been moved to %s", moved)
+    return moved
 
 
 def _open_cache(path: str, size: int, *, must_exist: bool) -> int:

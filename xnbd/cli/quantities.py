@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import List, Tuple
+from typing import List, Sequence, Tuple
+
+from ..control.client import shown
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _TIMES = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
@@ -74,3 +76,9 @@ def rate(bytes_per_second: float) -> str:
 def counted(count: int, one: str, several: str = "") -> str:
     """``1 client``, ``1,234 clients``; *several* is for words that do not just get an s."""
     return f"{count:,} {one if count == 1 else several or one + 's'}"
+
+
+def reloaded(changes: Sequence[str], clients: int) -> str:
+    """What ``--reload`` prints of its success."""
+    what = ", ".join(map(shown, changes)) or "nothing has changed"
+    return f"configuration read again: {what}; clients that go on: {clients}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 
+from ..access.identity import Identity
 from ..control.client import shown
 from .quantities import counted, duration, percentage, rate, short_count, short_size, size
 
@@ -121,6 +122,10 @@ def _not_durable(answer: Message) -> Iterator[str]:
     yield "no FLUSH succeeds until the server is restarted"
 
 
+def _warnings(answer: Message) -> Iterator[str]:
+    yield from map(shown, answer.get("warnings", ()))
+
+
 def _checkpoint(answer: Message) -> Iterator[str]:
     checkpoint = answer.get("checkpoint")
     if not checkpoint or answer.get("write_back_failure"):
@@ -155,6 +160,7 @@ _SECTIONS = [
     ("hits", _hits),
     ("requests", _requests),
     ("waiting", _waiting),
+    ("warning", _warnings),
     ("not durable", _not_durable),
     ("checkpoint", _checkpoint),
     ("cache-all", _cache_all),
@@ -176,6 +182,12 @@ def _hit_share(worker: Message) -> str:
     return percentage(hits, hits + misses).replace(" ", "") if hits + misses else "-"
 
 
+def _tls(encryption: str) -> str:
+    """The version, and whether the kernel encrypts."""
+    words = encryption.split()
+    return " ".join([words[0].replace("TLSv", ""), *(["kTLS"] if "kTLS" in words else [])])
+
+
 _COLUMNS = [
     _Column("PID", lambda worker: str(worker["pid"]), "pid"),
     _Column("AGE", lambda worker: duration(worker["connected_seconds"]), "connected_seconds"),
@@ -186,8 +198,15 @@ _COLUMNS = [
     _Column("FETCH", lambda worker: short_size(worker["bytes_fetched"]), "bytes_fetched", True),
     _Column("WAIT", lambda worker: short_count(worker["queued_requests"]), "queued_requests", True),
     _Column("CPU", lambda worker: f"{worker['cpu_percent']:.0f}%", "cpu_percent"),
+    _Column("TLS", lambda worker: _tls(worker["encryption"]), "encryption"),
     _Column("MEM", lambda worker: short_size(worker["memory_bytes"]), "memory_bytes"),
 ]
+
+
+def _name(worker: Message) -> str:
+    """The client's address, and who it has proved to be."""
+    identity = worker.get("identity")
+    return Identity((identity,) if identity else ()).at(worker.get("client", ""))
 
 
 def _clients(workers: List[Message], *, cache: bool) -> List[str]:
@@ -203,7 +222,7 @@ def _clients(workers: List[Message], *, cache: bool) -> List[str]:
     for worker in workers:
         rows.append([column.show(worker) if worker.get(column.needs) is not None else "-" for column in columns])
     widths = [max(map(len, cells)) for cells in zip(*rows)]
-    names = ["CLIENT", *(shown(worker.get("client", "")) for worker in workers)]
+    names = ["CLIENT", *(shown(_name(worker)) for worker in workers)]
     table = [
         " ".join([*(cell.rjust(width) for cell, width in zip(row, widths)), name]) for row, name in zip(rows, names)
     ]

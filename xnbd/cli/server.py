@@ -43,6 +43,13 @@ Listening options:
                         are simple ones in the order of the requests, which
                         suits every client.
 
+Access options:
+  --tls-authz FILE      Let clients open the disk as FILE says, and nobody else:
+                        lines "IDENTITY EXPORT rw" or "... ro" (read only). The
+                        first one that fits decides. IDENTITY is the subject of
+                        a certificate, dns:NAME, uri:NAME, email:NAME, psk:NAME
+                        or, on Unix sockets, uid:N.
+
 Disk options:
   --create SIZE         Make DISK_IMAGE as a sparse file if it does not exist:
                         512M, 1G, ...
@@ -56,6 +63,19 @@ Disk options:
                         name of the image).
   --oldstyle            Speak the oldstyle negotiation, for old clients and
                         proxies.
+
+TLS options:
+  --tls DIR             Encrypt by what is in DIR: server-cert.pem and
+                        server-key.pem, ca-cert.pem and ca-crl.pem to check
+                        clients, keys.psk with pre-shared keys. Clients have to
+                        begin TLS, and to show a certificate that this CA has
+                        signed or to have one of the keys.
+  --tls-optional        Serve clients that do not begin TLS, too.
+  --tls-anonymous       Serve clients without a certificate, too: what they
+                        send and get is encrypted, whoever they are.
+  --tls-ciphers CIPHERS
+                        Allow only these ciphers with TLS 1.2, in OpenSSL's
+                        notation; those of TLS 1.3 are always allowed.
 
 Proxy options:
   --target-exportname NAME
@@ -89,14 +109,22 @@ Process options:
   -d, --daemonize       Go into the background once the server listens.
   --pidfile FILE        Write the master's process id to FILE, and remove it at
                         the end.
+  --user NAME[:GROUP]   Give root's rights up: become NAME, in its groups and in
+                        GROUP instead of its main one, once the server
+                        listens and has opened its files. Numbers will do. What
+                        that user cannot do later is said at the start.
   --max-clients N       Serve N clients at once, let others wait
                         [default: 4096].
   --spare-workers N     Keep N processes ready for new clients [default: 4].
   --handshake-timeout SECONDS
                         Drop a client that has not negotiated by then
                         [default: 10].
-  --control PATH        Listen there for xnbd-bgctl: --query and --snapshot. A
-                        proxy has its own argument for that.
+  --limits FILE         Take limits from FILE, at the start and at each reload:
+                        lines like "max-clients 100". They go before the options
+                        of these names: max-clients, spare-workers,
+                        handshake-timeout, max-queue-size, max-buf-size.
+  --control PATH        Listen there for xnbd-bgctl: --query, --snapshot,
+                        or --reload. A proxy has its own argument for that.
   --spin MICROSECONDS   Poll for the next request for so long before sleeping;
                         adapts by itself to a slower client, 0 never polls,
                         10000 at most [default: 150].
@@ -113,8 +141,10 @@ Other options:
   -v, --version         Show the version.
 
 Signals, to the master: TERM or INT stops it in good order, a second one at
-once. USR1 makes a snapshot, DISK_IMAGE.snapshot.SECONDS, while clients go on;
-a proxy refuses. USR2 makes a proxy a plain target, if every block is cached;
+once. HUP reads the files of the configuration again and opens the log file
+again, as xnbd-bgctl --reload does, which also tells whether it worked. USR1
+makes a snapshot, DISK_IMAGE.snapshot.SECONDS, while clients go on; a proxy
+refuses. USR2 makes a proxy a plain target, if every block is cached;
 from then on it has snapshots too, CACHE_DISK_IMAGE.snapshot.SECONDS.
 """
 
@@ -143,13 +173,17 @@ def main(argv: Optional[List[str]] = None) -> NoReturn:
 
     def body() -> int:
         nonlocal client
+        if words and words[0].startswith("--take-over"):
+            from .taking_over import take_over
+
+            return take_over(PROGRAM, __doc__, words)
         client = take_client_socket(0) if any(map(_INETD.match, words)) or is_super_servers_child() else None
         line = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
         keep_standard_streams()
         from .server_options import server_options
         from .serving import serve
 
-        return serve(server_options(line, partial(begin, PROGRAM)), client)
+        return serve(server_options(line, partial(begin, PROGRAM)), client, words)
 
     def complain(message: str) -> None:
         from ..logs import complain

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING, Callable, Dict, Mapping, Optional, Union
+from functools import partial
+from typing import TYPE_CHECKING, Dict, Mapping, Optional, Union
 
 from ..errors import ConfigurationError
 from ..protocol.constants import MAXIMUM_STRING
 from ..protocol.server_handshake import Agreement
+from ..server.configuration import Configuration, Load
 from ..server.session.connection import LONGEST_SPIN
-from ..server.session.parking import QueueLimits
+from .limits import OF_ALL, OF_MASTERS, OF_PROXIES, load_limits
 from .options import (
+    Begin,
     CowOptions,
     LogOptions,
     ManyClients,
@@ -20,7 +23,8 @@ from .options import (
     TargetOptions,
     listen_options,
     log_options,
-    queue_limits,
+    tls_options,
+    user_option,
     whole_paths,
 )
 from .values import USAGE_ERROR, CommandLine, refuse_same_file
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
     from .proxy_options import ProxyOptions
 
 _FILES = ("DISK_IMAGE", "BASE_DISK_IMAGE", "CACHE_DISK_IMAGE", "CACHE_BITMAP_IMAGE", "CONTROL_SOCKET_PATH")
-_PATHS = (*_FILES, "--cow-dir", "--control", "--unix", "--pidfile", "--logpath")
+_PATHS = (*_FILES, "--cow-dir", "--control", "--unix", "--pidfile", "--logpath", "--limits", "--tls", "--tls-authz")
 _PROXY_OPTIONS = (
     "--target-exportname",
     "--clear-bitmap",
@@ -43,9 +47,6 @@ _PROXY_OPTIONS = (
 _LISTENING = ("--lport", "--laddr", "--unix")
 _FEATURES = {"newstyle", "structured", "allocation"}
 
-Begin = Callable[[LogOptions, Optional[int]], None]
-"""Is told where the log goes, and which permissions new files get."""
-
 
 def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
     """What *line* asks for. Raises `ConfigurationError`.
@@ -57,18 +58,24 @@ def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
     paths = whole_paths(line, _PATHS)
     refuse_shared_files(paths)
     log = _log_options(line, paths.get("--logpath"))
-    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None)
-    clients = _clients(line, paths)
+    user = user_option(line)
+    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None, user)
+    load = partial(_load, line, paths.get("--limits"))
+    configuration = load()
+    clients = _clients(line, paths, load)
     return ServerOptions(
         clients=clients,
-        handshake_timeout=line.seconds("--handshake-timeout"),
+        configuration=configuration,
         spin=min(line.integer("--spin", 0, 1_000_000) / 1e6, LONGEST_SPIN),
-        queue_limits=queue_limits(line) if line.has("--proxy") else QueueLimits(),
         disk=_disk(line, paths),
         export_name=_export_name(line),
         oldstyle=line.has("--oldstyle"),
         control_path=paths.get("CONTROL_SOCKET_PATH", paths.get("--control")),
         log=log,
+        rules_path=paths.get("--tls-authz"),
+        limits_path=paths.get("--limits"),
+        user=user,
+        tls=tls_options(line, paths.get("--tls")),
     )
 
 
@@ -78,6 +85,12 @@ def _refuse_clashes(line: CommandLine) -> None:
     line.refuse_together("--verbose", ["--quiet"])
     line.refuse_together("--clear-bitmap", ["--adopt-cache"])
     line.refuse_together("--control", ["--proxy", "--inetd", "--connected-fd"])
+    if line.has("--tls-authz") and line.has("--connected-fd"):
+        raise ConfigurationError(
+            "--tls-authz is for who negotiates with the client: give it to the wrapper, not with --connected-fd",
+            USAGE_ERROR,
+        )
+    line.refuse_together("--tls", ["--oldstyle", "--negotiated"])
     for option, other in (("--negotiated", "--connected-fd"), ("--cow-dir", "--cow-target")):
         _refuse_without(line, option, other)
     for option in _PROXY_OPTIONS:
@@ -110,17 +123,21 @@ def _log_options(line: CommandLine, path: Optional[str]) -> LogOptions:
     return log_options(line, path, level, unattended=line.has("--daemonize") or line.has("--inetd"))
 
 
-def _clients(line: CommandLine, paths: Mapping[str, str]) -> Union[OneClient, ManyClients]:
+def _load(line: CommandLine, limits_path: Optional[str]) -> Configuration:
+    """What may change while the server runs."""
+    many = not (line.has("--inetd") or line.has("--connected-fd"))
+    names = (*OF_ALL, *OF_MASTERS, *(OF_PROXIES if line.has("--proxy") else ()))
+    return load_limits(line, limits_path, names, many=many)[1]
+
+
+def _clients(line: CommandLine, paths: Mapping[str, str], load: Load) -> Union[OneClient, ManyClients]:
     if line.has("--inetd"):
         return OneClient()
     if line.has("--connected-fd"):
-        agreement = _agreement(line.text("--negotiated") or "")
+        agreement = None if line.has("--tls") else _agreement(line.text("--negotiated") or "")
         return OneClient(line.integer("--connected-fd", 0, 1 << 20), agreement)
-    from ..server.master import Limits
-
-    limits = Limits(line.integer("--max-clients", 1, 1_000_000), line.integer("--spare-workers", 1, 1000))
     listen = listen_options(line, paths.get("--unix"))
-    return ManyClients(listen, limits, line.has("--daemonize"), paths.get("--pidfile"))
+    return ManyClients(listen, load, line.has("--daemonize"), paths.get("--pidfile"))
 
 
 def _agreement(features: str) -> Agreement:

@@ -6,8 +6,10 @@ import os
 import signal
 import socket
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Iterator, Optional
+from functools import partial
+from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, Optional, Sequence
 
+from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
 from ..logs import log
 from ..scoreboard.layout import create_scoreboard
@@ -18,44 +20,61 @@ from ..server.session.connection import Connection
 from ..storage.image import Source
 from ..storage.target import TargetSource, create_sparse
 from ..system.file_locks import do_nothing
-from ..system.listen import DEFAULT_PORT, Listeners
+from ..system.listen import Listeners, UnixSocket
 from ..system.process import (
     Daemon,
     PidFile,
     leave_terminal,
-    notify_service_manager,
     require_descriptors,
-    set_title,
     take_client_socket,
 )
-from .options import CowOptions, ListenOptions, ManyClients, OneClient, ServerOptions, TargetOptions
+from ..system.service_manager import ServiceManager
+from .admission import check_access, open_access, open_listeners
+from .encrypting import open_tls
+from .options import CowOptions, Introduced, ManyClients, OneClient, ServerOptions, TargetOptions
 
 if TYPE_CHECKING:
-    from ..server.master import Limits
+    from ..server.configuration import Configuration, Load
+    from ..server.premises import Premises, Surroundings
+    from ..server.upgrade.program import Program
 
 
-def serve(options: ServerOptions, client: Optional[int]) -> int:
+def serve(options: ServerOptions, client: Optional[int], words: Sequence[str] = ()) -> int:
     """Serve until the end; the exit status. *client* is a super-server's socket, if there is one.
 
-    Raises `ConfigurationError` if the server cannot start.
+    *words* are the command line, for a program that is to go on with it. Raises
+    `ConfigurationError` if the server cannot start.
     """
     clients = options.clients
+    if isinstance(clients, ManyClients):
+        return _serve_many(options, clients, words)
     if isinstance(clients, OneClient):
-        return _serve_one(options, clients, client)
-    return _serve_many(options, clients)
+        clients = _introduce(clients, client)
+    return _serve_one(options, clients)
+
+
+def _introduce(connected: OneClient, client: Optional[int]) -> Introduced:
+    return Introduced(Connection(_client_socket(connected.fd, client), ProcessLoop()), connected.agreement)
 
 
 def _open_service(options: ServerOptions, processes: int) -> Service:
     """The disk, for at most so many *processes*, and how it is offered."""
+    configuration = secured(options.configuration, options)
     source = _open_source(options, alone=processes > 1)
+    return service_of(options, configuration, source, source.scoreboard_fd or create_scoreboard(processes))
+
+
+def service_of(
+    options: ServerOptions, configuration: Configuration, source: Source[Scoreboard], scoreboard_fd: int
+) -> Service:
+    """How the disk is offered."""
     return Service(
         source=source,
-        scoreboard_fd=source.scoreboard_fd or create_scoreboard(processes),
+        scoreboard_fd=scoreboard_fd,
         export_name=options.export_name or source.name,
         oldstyle=options.oldstyle,
-        handshake_timeout=options.handshake_timeout,
+        configuration=configuration,
         spin=options.spin,
-        limits=options.queue_limits,
         control_path=options.control_path,
     )
 
@@ -76,23 +95,23 @@ def _open_source(options: ServerOptions, *, alone: bool) -> Source[Scoreboard]:
     return CowSource(disk.path, readonly=disk.readonly, directory=disk.directory)
 
 
-def _serve_one(options: ServerOptions, connected: OneClient, client: Optional[int]) -> int:
-    """The client of a super-server, in this process."""
-    sock = _client_socket(connected.fd, client)
+def _serve_one(options: ServerOptions, client: Introduced) -> int:
+    """A client that is connected already, in this process."""
+    connection = client.connection
     service = _open_service(options, processes=1)
     require_descriptors(_DESCRIPTORS[service.source.mode])
-    with _steward_for_one(service, sock):
+    _change_of_user(options, service)()
+    with _steward_for_one(service, connection):
         loop = ProcessLoop()
         disk = loop.companion = service.open_disk()
-        connection = Connection(sock, loop, service.spin)
-        set_title("serving", connection.peer, service.source.name)
-        service.serve(connection, disk, connected.agreement)
+        connection.move_to(loop, service.spin)
+        service.serve(connection, disk, client.agreement, role="serving")
         disk.close()
     return 0 if service.flush() else 1
 
 
 @contextmanager
-def _steward_for_one(service: Service, client: socket.socket) -> Iterator[None]:
+def _steward_for_one(service: Service, client: Connection) -> Iterator[None]:
     """A steward beside the one process that serves, if the disk needs one."""
     if not service.needs_steward:
         yield
@@ -105,7 +124,7 @@ def _steward_for_one(service: Service, client: socket.socket) -> Iterator[None]:
         os.close(holder)
         client.close()
 
-    pid = Steward(service, service.control_path, must_listen=False).spawn(lifeline, close_first)
+    pid = Steward(service, service.control_path).spawn(lifeline, close_first)
     os.close(lifeline)
     try:
         yield
@@ -132,19 +151,25 @@ def _client_socket(fd: Optional[int], client: Optional[int]) -> socket.socket:
     return sock
 
 
-def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
+def _serve_many(options: ServerOptions, clients: ManyClients, words: Sequence[str]) -> int:
     """Clients that connect, each in a process of its own."""
     from ..server.master import ORDERS
+    from ..server.premises import Premises, Surroundings
 
     signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)  # whoever can connect may send them
+    program = own_program(words) if options.control_path else None
+    manager = ServiceManager()
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if clients.daemonize else None
-    pid_file = PidFile(clients.pid_path) if clients.pid_path else None
+    premises = Premises(listeners, PidFile(clients.pid_path) if clients.pid_path else None)
     try:
-        service = _open_service(options, clients.limits.processes)
-        _listen(clients.listen, listeners)
-        status = _run_master(service, listeners, clients.limits, daemon, pid_file)
+        load = loader(options, clients, listeners)
+        service = _open_service(options, max(options.configuration.processes, _ROOM))
+        open_listeners(clients.listen, listeners)
+        check_access(service.access, listeners, service.tls)
+        beginning = _Beginning(daemon, _change_of_user(options, service))
+        status = _run_master(service, premises, load, Surroundings(manager, program), beginning)
         service.source.close()  # before the pid file goes: who waits for that may use the image in another way
         return status
     except ConfigurationError as error:
@@ -152,39 +177,91 @@ def _serve_many(options: ServerOptions, clients: ManyClients) -> int:
             daemon.failed(error.exit_status)
         raise
     finally:
-        listeners.tidy_up()
-        if pid_file:
-            pid_file.remove()
+        premises.tidy_up()
 
 
-def _listen(options: ListenOptions, listeners: Listeners) -> None:
-    if options.port is not None or options.addresses or not (options.unix_path or listeners.sockets):
-        listeners.listen_tcp(options.addresses, DEFAULT_PORT if options.port is None else options.port)
-    if options.unix_path:
-        listeners.listen_unix(options.unix_path)
+def own_program(words: Sequence[str]) -> Program:
+    """The program that runs here, with the command line *words*, before the process has a title."""
+    from ..server.upgrade.program import Program
+
+    return Program.own(words)
 
 
-_DESCRIPTORS = {"target": 26, "cow": 34, "proxy": 42}
+def loader(options: ServerOptions, clients: ManyClients, listeners: Listeners) -> Load:
+    """Reads everything that may change again, for a server that listens."""
+    return partial(_load, options, clients, listeners)
+
+
+def _load(options: ServerOptions, clients: ManyClients, listeners: Listeners) -> Configuration:
+    configuration = secured(clients.load(), options)
+    check_access(configuration.access, listeners, configuration.tls)
+    return configuration
+
+
+def secured(limits: Configuration, options: ServerOptions) -> Configuration:
+    """*limits*, and who may come in, by which proof. Raises `ConfigurationError`."""
+    return limits._replace(access=open_access(options.rules_path), tls=open_tls(options.tls))
+
+
+def _listen_for_operators(service: Service) -> Optional[UnixSocket]:
+    """Before there is a steward: it may die, and who connects meanwhile waits for the next one."""
+    if service.control_path is None:
+        return None
+    return listen_for_operators(service.control_path)
+
+
+_ROOM = 1 << 14
+"""Processes for which there is room in the scoreboard at least, so that the limit of clients can be raised later."""
+
+_DESCRIPTORS = {"target": 27, "cow": 35, "proxy": 43}
 """What the master, and then a process of it, opens besides disk and sockets, with some to spare, by the mode."""
 
 
+def _change_of_user(options: ServerOptions, service: Service) -> Callable[[], None]:
+    """What does as ``--user`` asks, tried out. Raises `ConfigurationError` if the server would be of no use then."""
+    if options.user is None:
+        return do_nothing
+    from .unprivileged import Change, needs_of_server
+
+    change = Change(options.user)
+    change.try_out(needs_of_server(options), lambda: service.open_disk().close())
+    return change.make
+
+
+class _Beginning(NamedTuple):
+    """Who waits for the server's start, and as which user it goes on."""
+
+    daemon: Optional[Daemon]
+    become_user: Callable[[], None]
+
+
 def _run_master(
-    service: Service, listeners: Listeners, limits: Limits, daemon: Optional[Daemon], pid_file: Optional[PidFile]
+    service: Service, premises: Premises, load: Load, surroundings: Surroundings, beginning: _Beginning
 ) -> int:
     from ..server.master import Master
 
     require_descriptors(_DESCRIPTORS[service.source.mode])
-    master = Master(service, listeners.sockets, limits)
+    daemon, become_user = beginning
+    premises.control = _listen_for_operators(service)
+    master = Master(service, premises, load, surroundings)
     try:
         if service.needs_steward:
-            master.start_steward(leave_terminal if daemon else do_nothing)
-        if pid_file:
-            pid_file.write()
+            master.start_steward(partial(_prepare_steward, become_user, in_background=daemon is not None))
+        if premises.pid_file:
+            premises.pid_file.write()
+        become_user()
     except ConfigurationError:
         master.abandon()
         raise
-    log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, listeners)
+    log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, premises.listeners)
     if daemon:
         daemon.ready()
-    notify_service_manager("READY=1")
+    surroundings.manager.ready()
     return master.run()
+
+
+def _prepare_steward(become_user: Callable[[], None], *, in_background: bool) -> None:
+    """In the steward that the server starts with: later ones have a master that has done this already."""
+    become_user()
+    if in_background:
+        leave_terminal()

@@ -13,7 +13,7 @@ from ..control.client import ControlClient, Message, shown
 from ..errors import ConfigurationError
 from .bgctl_options import SteeringOptions
 from .program import INTERRUPTED, print_answer, print_outcome, say
-from .quantities import counted, duration, percentage, size
+from .quantities import counted, duration, percentage, reloaded, size
 
 if TYPE_CHECKING:
     from .progress_display import Display
@@ -126,6 +126,31 @@ def _snapshot(options: SteeringOptions) -> None:
     _print_path(answer["path"])
 
 
+def _upgrade(options: SteeringOptions) -> None:
+    lost = "interrupted; the log of the server tells whether it was upgraded"
+    with _interruptible(lost), _connect(options) as server:
+        try:
+            answer = server.ask(command="upgrade", program=options.program, check=options.check)
+        except ConfigurationError as error:
+            if str(error).startswith("there is no command"):
+                raise ConfigurationError("the server is of a version that cannot be upgraded: restart it") from None
+            raise
+    if options.check:
+        change = shown(f"{answer['from']} -> {answer['to']}")
+        print_outcome(f"{change} is possible, with {counted(answer['clients'], 'client')}; nothing was changed\n")
+        return
+    from ..server.upgrade.outcome import Outcome
+
+    print_outcome(f"{shown(Outcome.parse(answer))}\n")
+
+
+def _reload(options: SteeringOptions) -> None:
+    interrupted = "interrupted; the server's log tells whether it has read its files"
+    with _interruptible(interrupted), _connect(options) as server:
+        answer = server.ask(command="reload")
+    print_outcome(reloaded(answer["changes"], answer["clients"]))
+
+
 _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--query": _query,
     "--switch": _switch,
@@ -134,6 +159,8 @@ _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--cache-all2": _cache_all_in_background,
     "--reconnect": _reconnect,
     "--snapshot": _snapshot,
+    "--upgrade": _upgrade,
+    "--reload": _reload,
 }
 
 

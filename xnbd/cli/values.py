@@ -11,7 +11,7 @@ import re
 import stat
 import sys
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Union, cast
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union, cast
 
 from ..errors import ConfigurationError
 from ..making import OWNER_ONLY, WIDEST
@@ -30,8 +30,19 @@ class CommandLine:
     What makes a number of a value raises `ConfigurationError` if it is none.
     """
 
-    def __init__(self, values: Dict[str, Value]) -> None:
+    def __init__(self, values: Dict[str, Value], places: Optional[Mapping[str, str]] = None) -> None:
+        """*places* tells where values come from that stand elsewhere."""
         self._values = values
+        self._places = places or {}
+
+    def amended(self, entries: Mapping[str, Tuple[str, str]]) -> CommandLine:
+        """The same with other values for some options; beside each value stands what messages call its place."""
+        values = {name: value for name, (value, _) in entries.items()}
+        return CommandLine({**self._values, **values}, {name: place for name, (_, place) in entries.items()})
+
+    def knows(self, name: str) -> bool:
+        """Whether the usage text has it."""
+        return name in self._values
 
     def has(self, name: str) -> bool:
         """Whether it is given, or has a default."""
@@ -50,17 +61,20 @@ class CommandLine:
         return cast(str, self._values[name])
 
     def integer(self, name: str, lowest: int, highest: int) -> int:
-        return parse_integer(self.needed(name), name, lowest, highest)
+        return parse_integer(self.needed(name), self._place(name), lowest, highest)
 
     def seconds(self, name: str) -> float:
-        return parse_seconds(self.needed(name), name)
+        return parse_seconds(self.needed(name), self._place(name))
 
     def size(self, name: str) -> int:
         """In bytes."""
-        return parse_size(self.needed(name), name)
+        return parse_size(self.needed(name), self._place(name))
 
     def size_or_zero(self, name: str) -> int:
         return 0 if self.needed(name).strip() == "0" else self.size(name)
+
+    def _place(self, name: str) -> str:
+        return self._places.get(name, name)
 
     def mode(self, name: str) -> int:
         return parse_mode(self.needed(name), name)

@@ -22,11 +22,32 @@ Listening options:
   --port PORT           The old name of --lport.
   -l, --laddr ADDRESS   Address to listen on, may be given several times
                         (default: all addresses, IPv4 and IPv6).
+  --unix PATH           Listen on a Unix socket; without --lport and --laddr on
+                        nothing else.
   -s, --socket PATH     Socket for xnbd-wrapper-ctl
                         [default: /var/run/xnbd-wrapper.ctl].
   --handshake-timeout SECONDS
                         Drop a client that has not negotiated by then
                         [default: 10].
+
+Access options:
+  --tls-authz FILE      Let clients open exports as FILE says, and nobody else:
+                        lines "IDENTITY EXPORT rw" or "... ro" (read only). The
+                        first one that fits decides. IDENTITY is the subject of
+                        a certificate, dns:NAME, uri:NAME, email:NAME, psk:NAME
+                        or, on Unix sockets, uid:N.
+TLS options:
+  --tls DIR             Encrypt by what is in DIR: server-cert.pem and
+                        server-key.pem, ca-cert.pem and ca-crl.pem to check
+                        clients, keys.psk with pre-shared keys. Clients have to
+                        begin TLS, and to show a certificate that this CA has
+                        signed or to have one of the keys.
+  --tls-optional        Serve clients that do not begin TLS, too.
+  --tls-anonymous       Serve clients without a certificate, too: what they
+                        send and get is encrypted, whoever they are.
+  --tls-ciphers CIPHERS
+                        Allow only these ciphers with TLS 1.2, in OpenSSL's
+                        notation; those of TLS 1.3 are always allowed.
 
 Server options:
   -b, --xnbd-server COMMAND
@@ -44,8 +65,16 @@ Server options:
 
 Process options:
   -d, --daemonize       Go into the background once the wrapper listens.
+  --user NAME[:GROUP]   Give root's rights up: become NAME, in its groups and in
+                        GROUP instead of its main one, once the wrapper
+                        listens and has opened its files. Numbers will do. What
+                        that user cannot do later is said at the start.
   --max-clients N       Serve N clients at once, let others wait
                         [default: 4096].
+  --limits FILE         Take limits from FILE, at the start and at each reload:
+                        lines like "max-clients 100". They go before the options
+                        of these names: max-clients, handshake-timeout,
+                        max-queue-size, max-buf-size.
   -L, --logpath FILE    Append the log to FILE, the servers' too. Without it:
                         standard error, or syslog with --daemonize.
   -S, --syslog          Log to syslog, the servers too; with --logpath to both.
@@ -57,6 +86,8 @@ Other options:
 COMMAND is split into words as a shell does.
 
 Signals: TERM or INT stops the wrapper and its servers, a second one at once.
+HUP reads the files of the configuration again and opens the log file again, as
+xnbd-wrapper-ctl --reload does, which also tells whether it worked.
 """
 
 from __future__ import annotations

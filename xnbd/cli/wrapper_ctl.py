@@ -23,7 +23,7 @@ Usage:
   xnbd-wrapper-ctl [--socket PATH]
                    [--target-exportname NAME] --bgctl-reconnect [--] NAME
                    REMOTE_URI
-  xnbd-wrapper-ctl [--socket PATH] (--save | --orphan | --shutdown)
+  xnbd-wrapper-ctl [--socket PATH] (--save | --reload | --orphan | --shutdown)
   xnbd-wrapper-ctl --help
   xnbd-wrapper-ctl --version
 
@@ -47,6 +47,10 @@ Commands:
                         URI, as a proxy's origin.
   --save                Write the database, which the wrapper does at every
                         change anyway.
+  --reload              Have the wrapper read the files of its configuration
+                        again. Clients that come from now on get what they say;
+                        the connected ones go on. If something is wrong with a
+                        file, all stays as it was.
   --orphan              End the wrapper and leave the servers to their clients.
   -d, --shutdown        End the wrapper and all servers.
 

@@ -21,6 +21,7 @@ _COMMANDS = (
     "bgctl-switch",
     "bgctl-reconnect",
     "save",
+    "reload",
     "orphan",
     "shutdown",
 )

@@ -5,22 +5,30 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
-from typing import Callable, Dict, List, NamedTuple, Optional
+from functools import partial
+from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
-from ..server.session.parking import QueueLimits
+from ..server.configuration import Configuration
 from ..system.process import whole_path
+from .limits import OF_ALL, OF_PROXIES, load_limits
 from .options import (
+    Begin,
     ListenOptions,
     LogOptions,
+    TlsOptions,
     listen_options,
     log_options,
-    queue_limits,
+    tls_options,
+    user_option,
     whole_paths,
 )
 from .values import USAGE_ERROR, CommandLine, refuse_same_file
 
-_PATHS = ("--dbpath", "--socket", "--logpath")
+if TYPE_CHECKING:
+    from ..system.user import User
+
+_PATHS = ("--dbpath", "--socket", "--unix", "--logpath", "--limits", "--tls", "--tls-authz")
 _OLD_NAMES = {"--port": "--lport", "--xnbd-binary": "--xnbd-server"}
 
 
@@ -33,9 +41,10 @@ class AsGiven(NamedTuple):
 
 
 class WrapperOptions(NamedTuple):
-    """A wrapper. Paths are whole ones, times in seconds; *images* has them by what the command line says.
+    """A wrapper. Paths are whole ones; *images* has them by what the command line says.
 
-    The commands are words, of which there are none for our own programs.
+    *load* reads what may change while the wrapper runs. The commands are words, of which
+    there are none for our own programs.
     """
 
     database_path: str
@@ -47,20 +56,27 @@ class WrapperOptions(NamedTuple):
     bgctl_command: List[str]
     cow: bool
     readonly: bool
-    queue_limits: QueueLimits
-    as_given: AsGiven
-    handshake_timeout: float
-    max_clients: int
+    load: Callable[[], Tuple[Configuration, AsGiven]]
     daemonize: bool
+    tls: Optional[TlsOptions] = None
+    rules_path: Optional[str] = None
+    limits_path: Optional[str] = None
+    user: Optional[User] = None
 
     @property
     def own_files(self) -> Dict[str, str]:
         """The wrapper's own files, by the names of their options."""
-        files = {"--dbpath": self.database_path, "--socket": self.control_path}
-        return {**files, "--logpath": self.log.path} if self.log.path else files
+        files = {
+            "--dbpath": self.database_path,
+            "--socket": self.control_path,
+            "--unix": self.listen.unix_path,
+            "--logpath": self.log.path,
+            "--tls-authz": self.rules_path,
+        }
+        return {option: path for option, path in files.items() if path}
 
 
-def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int]], None]) -> WrapperOptions:
+def wrapper_options(line: CommandLine, begin: Begin) -> WrapperOptions:
     """What *line* asks for; *begin* is called as by `server_options`. Raises `ConfigurationError`."""
     line.rename(_OLD_NAMES)
     paths = whole_paths(line, _PATHS)
@@ -69,23 +85,41 @@ def wrapper_options(line: CommandLine, begin: Callable[[LogOptions, Optional[int
     for image in images.values():
         refuse_same_file({f"--imgfile {image}": image, **paths})
     log = log_options(line, paths.get("--logpath"), logging.INFO, unattended=line.has("--daemonize"))
-    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None)
+    user = user_option(line)
+    begin(log, line.mode("--file-mode") if line.has("--file-mode") else None, user)
+    load = partial(_load, line, paths.get("--limits"))
+    load()
     return WrapperOptions(
         database_path=paths["--dbpath"],
         control_path=paths["--socket"],
         images=images,
         log=log,
         server_command=_command(line, "--xnbd-server"),
-        queue_limits=queue_limits(line),
-        as_given=AsGiven(line.text("--max-queue-size"), line.text("--max-buf-size"), line.text("--file-mode")),
+        load=load,
         bgctl_command=_command(line, "--xnbd-bgctl"),
-        handshake_timeout=line.seconds("--handshake-timeout"),
-        max_clients=line.integer("--max-clients", 1, 1_000_000),
-        listen=listen_options(line),
+        listen=listen_options(line, paths.get("--unix")),
         cow=line.has("--cow"),
         readonly=line.has("--readonly"),
         daemonize=line.has("--daemonize"),
+        rules_path=paths.get("--tls-authz"),
+        limits_path=paths.get("--limits"),
+        user=user,
+        tls=_tls(line, paths.get("--tls")),
     )
+
+
+def _load(line: CommandLine, limits_path: Optional[str]) -> Tuple[Configuration, AsGiven]:
+    line, configuration = load_limits(line, limits_path, (*OF_ALL, *OF_PROXIES))
+    given = AsGiven(line.text("--max-queue-size"), line.text("--max-buf-size"), line.text("--file-mode"))
+    return configuration, given
+
+
+def _tls(line: CommandLine, directory: Optional[str]) -> Optional[TlsOptions]:
+    if directory is not None and line.has("--xnbd-server"):
+        raise ConfigurationError(
+            "--tls and --xnbd-server do not go together: another program cannot go on with a client's TLS", USAGE_ERROR
+        )
+    return tls_options(line, directory)
 
 
 def _command(line: CommandLine, option: str) -> List[str]:

@@ -10,6 +10,7 @@ from ..control.client import ControlClient, shown
 from ..errors import ConfigurationError
 from ..system.sockets import is_listening
 from .program import print_answer, print_outcome, say
+from .quantities import reloaded
 from .wrapper_ctl_options import CtlOptions
 
 Message = Dict[str, Any]
@@ -52,6 +53,8 @@ def _show(reply: Message, show: Callable[[str], None]) -> int:
         say(errors.rstrip("\n"))
     if "removed" in reply:
         show(f"removed {shown(reply['removed'])}\n")
+    if "changes" in reply:
+        show(reloaded(reply["changes"], reply["clients"]))
     status = int(reply.get("status", 0))
     return status if status >= 0 else 1
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
 from functools import partial
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 from ..errors import ConfigurationError
 from ..logs import log
-from ..system.listen import DEFAULT_PORT, Listeners
-from ..system.process import Daemon, notify_service_manager, require_descriptors
+from ..server.configuration import Configuration
+from ..system.file_locks import do_nothing
+from ..system.listen import Listeners
+from ..system.process import Daemon, require_descriptors
+from ..system.service_manager import ServiceManager
 from ..wrapper.child_output import program
 from ..wrapper.children import Body
 from ..wrapper.database import Database
 from ..wrapper.exports import TargetExport, check_name, check_room, paths_of
 from ..wrapper.servers import ForeignServer, Servers, is_extended
-from ..wrapper.wrapper import Settings, Wrapper
+from ..wrapper.wrapper import Load, Settings, Wrapper
+from .admission import check_access, open_access, open_listeners
+from .encrypting import open_tls
 from .inside import OwnServer, run_bgctl
-from .options import ListenOptions
 from .values import refuse_same_file
-from .wrapper_options import WrapperOptions
+from .wrapper_options import AsGiven, WrapperOptions
 
 _DESCRIPTORS = 48
 """What the wrapper, or a server of one client, opens besides what it has at the start, with some to spare."""
@@ -27,14 +32,14 @@ _DESCRIPTORS = 48
 
 def wrap(options: WrapperOptions) -> int:
     """Serve until the end; the exit status. Raises `ConfigurationError` if that cannot begin."""
-    servers = _foreign_servers(options) if options.server_command else _own_servers(options)
-    bgctl = partial(_bgctl, options.bgctl_command)
-    settings = Settings(servers, bgctl, options.handshake_timeout, options.max_clients)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))  # until there is a `Wrapper`
+    manager = ServiceManager()
+    read = partial(_settings, options, _foreign_servers(options) if options.server_command else _own_servers(options))
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if options.daemonize else None
     try:
-        return _run(options, settings, listeners, daemon)
+        return _run(options, read, listeners, daemon, manager)
     except ConfigurationError as error:
         if daemon:
             daemon.failed(error.exit_status)
@@ -43,18 +48,48 @@ def wrap(options: WrapperOptions) -> int:
         listeners.close()
 
 
-def _own_servers(options: WrapperOptions) -> Servers:
-    own = OwnServer(options.cow, options.readonly, options.log, options.queue_limits)
+MakeServers = Callable[[Configuration, AsGiven], Servers]
+
+
+def _settings(options: WrapperOptions, make: MakeServers) -> Settings:
+    """What the wrapper works with, read now. Raises `ConfigurationError`."""
+    limits, given = options.load()
+    configuration = limits._replace(access=open_access(options.rules_path), tls=open_tls(options.tls))
+    return Settings(make(configuration, given), partial(_bgctl, options.bgctl_command), configuration)
+
+
+def _reread(read: Load, listeners: Listeners) -> Settings:
+    """The same while the wrapper runs."""
+    settings = read()
+    _check(settings, listeners)
+    return settings
+
+
+def _check(settings: Settings, listeners: Listeners) -> None:
+    check_access(settings.configuration.access, listeners, settings.configuration.tls)
+
+
+def _own_servers(options: WrapperOptions) -> MakeServers:
+    own = OwnServer(options.cow, options.readonly, options.log)
     own.load()
-    return Servers(own.take_over, cow=options.cow, readonly=options.readonly)
+
+    def make(configuration: Configuration, _: AsGiven) -> Servers:
+        take_over = own._replace(queue_limits=configuration.queue_limits).take_over
+        return Servers(take_over, cow=options.cow, readonly=options.readonly)
+
+    return make
 
 
-def _foreign_servers(options: WrapperOptions) -> Servers:
+def _foreign_servers(options: WrapperOptions) -> MakeServers:
+    extended = is_extended(options.server_command)
+    return lambda _, given: _foreign_server(options, given, extended=extended)
+
+
+def _foreign_server(options: WrapperOptions, given: AsGiven, *, extended: bool) -> Servers:
     command = options.server_command
-    given = options.as_given
     foreign = ForeignServer(
         command=command,
-        extended=is_extended(command),
+        extended=extended,
         cow=options.cow,
         readonly=options.readonly,
         syslog=options.log.syslog,
@@ -71,27 +106,40 @@ def _bgctl(command: List[str], words: List[str]) -> Body:
     return program([*command, *words]) if command else partial(run_bgctl, words)
 
 
-def _run(options: WrapperOptions, settings: Settings, listeners: Listeners, daemon: Optional[Daemon]) -> int:
+def _run(
+    options: WrapperOptions, read: Load, listeners: Listeners, daemon: Optional[Daemon], manager: ServiceManager
+) -> int:
+    settings = read()
     database = Database(options.database_path)
     for name, export in database.exports.items():
         for path in paths_of(export).values():
             refuse_same_file({f"a file of the export {name!r}": path, **options.own_files})
     _add_images(database, options.images)
-    _listen(options.listen, listeners)
+    open_listeners(options.listen, listeners)
+    _check(settings, listeners)
     require_descriptors(_DESCRIPTORS)
-    wrapper = Wrapper(listeners, database, options.control_path, settings)
+    become_user = _change_of_user(options, database)
+    reread = partial(_reread, read, listeners)
+    wrapper = Wrapper(listeners, database, options.control_path, settings, reread, manager)
+    become_user()
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
     if not settings.servers.extended:
         log.info("%s does not know --negotiated: clients are offered simple replies", settings.servers.program)
     if daemon:
         daemon.ready()
-    notify_service_manager("READY=1")
+    manager.ready()
     return wrapper.run()
 
 
-def _listen(options: ListenOptions, listeners: Listeners) -> None:
-    if options.addresses or not listeners.sockets:
-        listeners.listen_tcp(options.addresses, DEFAULT_PORT if options.port is None else options.port)
+def _change_of_user(options: WrapperOptions, database: Database) -> Callable[[], None]:
+    """What does as ``--user`` asks, tried out. Raises `ConfigurationError` if the wrapper would be of no use then."""
+    if options.user is None:
+        return do_nothing
+    from .unprivileged import Change, needs_of_wrapper
+
+    change = Change(options.user)
+    change.try_out(needs_of_wrapper(options, database.exports), do_nothing)
+    return change.make
 
 
 def _add_images(database: Database, images: Dict[str, str]) -> None:

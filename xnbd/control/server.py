@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import select
+from contextlib import suppress
 from socket import socket
 from time import monotonic
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from ..errors import CommandError, XnbdError
 from ..logs import Seldom, log
@@ -53,26 +54,46 @@ _FOREIGN = (
 _GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
+def listen_for_operators(path: str) -> UnixSocket:
+    """Listen at *path*, for this process's user only.
+
+    Raises `ConfigurationError` if a live server or another kind of file is there.
+    """
+    listener = UnixSocket(path, _BACKLOG, mode=0o600)
+    listener.socket.setblocking(False)
+    return listener
+
+
 class ControlSocket:
-    """Listens at a path, for its owner's user only, and runs *commands* of several clients at once.
+    """Accepts operators, and runs *commands* of several of them at once.
 
     A forked process calls `close` first of all, or a client that the parent
     disconnects would not notice.
     """
 
-    def __init__(self, path: str, commands: CommandTable) -> None:
-        """Raises `ConfigurationError` if a live server or another kind of file is at *path*."""
-        self._listener = UnixSocket(path, _BACKLOG, mode=0o600)
-        self._listener.socket.setblocking(False)
+    def __init__(self, where: Union[str, UnixSocket], commands: CommandTable) -> None:
+        """*where* is a path, or what listens there already. Raises like `listen_for_operators`."""
+        self._listener = listen_for_operators(where) if isinstance(where, str) else where
         self._commands = commands
         self._owner = os.getpid()
         self._connections: List[_Connection] = []
         self._accept_at: Optional[float] = None
         self._shortages = Seldom(_TELL_OF_SHORTAGE)
 
+    def leave(self) -> None:
+        """Another process accepts from now on: what was asked for here is answered, and then connections end."""
+        self._listener.close()
+        for connection in self._connections:
+            connection.finish()
+
+    @property
+    def has_connections(self) -> bool:
+        return bool(self._connections)
+
     def interests(self) -> List[Tuple[int, int]]:
         """Descriptors and what to poll them for; a mask of 0 is for the client's leaving."""
-        listener = [(self._listener.socket.fileno(), select.POLLIN)] if self._accept_at is None else []
+        accepts = self._accept_at is None and self._listener.socket.fileno() >= 0
+        listener = [(self._listener.socket.fileno(), select.POLLIN)] if accepts else []
         return listener + [(connection.fileno(), connection.mask()) for connection in self._connections]
 
     def deadline(self) -> Optional[float]:
@@ -100,9 +121,11 @@ class ControlSocket:
             self._accept()
 
     def close(self) -> None:
-        """End everything and remove the socket's file; in a forked process only close the descriptors."""
-        self._listener.socket.close()
-        self._listener.remove()
+        """End everything, and remove the socket's file in the process that made it.
+
+        In a forked process only close the descriptors.
+        """
+        self._listener.close()
         for connection in self._connections:
             if os.getpid() == self._owner:
                 connection.close()
@@ -190,6 +213,12 @@ class _Connection:
         except OSError:
             return False
         return bool(self._output) or self._reply is not None or self._unfinished or not self._no_more_input
+
+    def finish(self) -> None:
+        """Read what has come, and no more: the connection ends when that is answered."""
+        with suppress(OSError):
+            self._receive()
+        self._no_more_input = True
 
     def refuse(self, reason: str) -> None:
         """Say *reason*, as far as that goes without waiting, and close."""

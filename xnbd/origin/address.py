@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Callable, Dict, Optional
 
-from .base import NO_TLS, OriginAddress, wrong
+from ..errors import ConfigurationError
+from .base import OriginAddress, wrong
 
 Parse = Callable[[str, Optional[str], Optional[str]], OriginAddress]
 """From a URI, a port (which does not belong beside it) and an export's name, if there are any, to an address.
@@ -22,10 +23,8 @@ def _nbd() -> Parse:
     return parse_uri
 
 
-SCHEMES: Dict[str, Callable[[], Parse]] = {"nbd": _nbd, "nbd+unix": _nbd}
+SCHEMES: Dict[str, Callable[[], Parse]] = {"nbd": _nbd, "nbd+unix": _nbd, "nbds": _nbd, "nbds+unix": _nbd}
 """What imports the kind of origin that a scheme stands for."""
-
-_TLS_SCHEMES = ("nbds", "nbds+unix", "nbds+vsock")
 
 
 def parse_origin(host_or_uri: str, port: Optional[str] = None, export_name: Optional[str] = None) -> OriginAddress:
@@ -40,8 +39,22 @@ def parse_origin(host_or_uri: str, port: Optional[str] = None, export_name: Opti
 
         return parse_host(host_or_uri, port, export_name)
     scheme = scheme.lower()
-    if scheme in _TLS_SCHEMES:
-        raise wrong(host_or_uri, NO_TLS)
     if scheme not in SCHEMES:
         raise wrong(host_or_uri, f"expected a URI that begins with {' or '.join(f'{known}://' for known in SCHEMES)}")
     return SCHEMES[scheme]()(host_or_uri, port, export_name)
+
+
+def place_of(address: str) -> str:
+    """The `OriginAddress.place` of an origin as it was noted once; the text itself if nobody understands it."""
+    try:
+        return parse_origin(address).place
+    except ConfigurationError:
+        return address
+
+
+def overrules(wanted: str, noted: str) -> bool:
+    """Whether `OriginAddress.overrules`, of two that are written down; nothing is overruled that nobody understands."""
+    try:
+        return parse_origin(wanted).overrules(parse_origin(noted))
+    except ConfigurationError:
+        return False

@@ -19,13 +19,11 @@ from __future__ import annotations
 import select
 from abc import ABC, abstractmethod
 from time import monotonic
-from typing import Any, List, NamedTuple, Optional, Protocol, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Tuple, Union
 
 from ..errors import ConfigurationError, XnbdError
 
 Data = Union[bytes, memoryview]
-
-NO_TLS = "TLS is not supported: use nbd:// or nbd+unix://, through a tunnel where that is not safe"
 
 _USAGE_ERROR = 2
 
@@ -176,10 +174,24 @@ class Origin(ABC):
 
 
 class OriginAddress(Protocol):
-    """Where an origin is. Two that are equal lead to the same disk."""
+    """Where an origin is, and how it is reached."""
 
     def __str__(self) -> str:
         """The address as a URI, which `address.parse_origin` understands."""
+
+    @property
+    def local_files(self) -> Dict[str, int]:
+        """Paths of this computer that a process uses to get there, each with the rights to it (``access(2)``)."""
+
+    @property
+    def place(self) -> str:
+        """What tells the disk from all others, however it is reached: the address as a URI, with nothing else in it."""
+
+    def overrules(self, noted: OriginAddress) -> bool:
+        """Whether this one, of a command line, counts in place of *noted*, to which a running proxy was moved once.
+
+        Only one that says anew how the same `place` is reached does.
+        """
 
     def open(self, sink: Sink, terms: Terms) -> Origin:
         """The origin at this address, yet to be started. Imports what it needs; may raise `OSError`."""

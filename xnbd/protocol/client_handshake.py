@@ -35,6 +35,7 @@ _ZEROES = 124
 _ERROR_BIT = 1 << 31
 _LARGEST_SIZE = (1 << 63) - 1
 _SHOWN_TEXT = 200
+_TOO_OLD = "its way of negotiating is too old for TLS, which nbds:// insists on"
 
 Step = Generator[int, bytes, None]
 Reply = Tuple[int, bytes]
@@ -55,11 +56,22 @@ class RemoteExport(NamedTuple):
     maximum_payload: int = c.MAXIMUM_PAYLOAD
 
 
-class ClientHandshake:
-    """The way to one export of one server; ``export`` is None until it is agreed on."""
+class TlsDemanded(ProtocolError):
+    """The server insists on TLS, which this handshake does without."""
 
-    def __init__(self, export_name: str) -> None:
+
+class ClientHandshake:
+    """The way to one export of one server; ``export`` is None until it is agreed on.
+
+    With *tls* nothing is asked for in the clear but TLS itself, and without it there is no way.
+    ``starts_tls`` tells that TLS has to be set up now: nothing that comes is for `receive`
+    until `on_tls` was called.
+    """
+
+    def __init__(self, export_name: str, *, tls: bool = False) -> None:
         self.export: Optional[RemoteExport] = None
+        self.starts_tls = False
+        self._tls = tls
         self._name = export_name
         self._raw_name = export_name.encode("utf-8", "surrogateescape")
         self._option = 0
@@ -82,7 +94,7 @@ class ClientHandshake:
         Raises `ProtocolError`, with a message for people, if this server is no use.
         """
         self._received += data
-        while self.export is None and len(self._received) >= self._needed:
+        while self.export is None and not self.starts_tls and len(self._received) >= self._needed:
             part = bytes(self._received[: self._needed])
             del self._received[: self._needed]
             try:
@@ -91,13 +103,22 @@ class ClientHandshake:
                 break
         if self.export is not None and self._received:
             raise ProtocolError("it goes on talking after the handshake")
+        if self.starts_tls and self._received:
+            raise ProtocolError("it goes on in the clear where TLS was agreed on")
         answer, self._outbox = self._outbox, b""
         return answer
+
+    def on_tls(self) -> bytes:
+        """TLS is set up: returns what to send first. Nothing is known yet, but what the greeting said."""
+        self.starts_tls = False
+        return self.receive(b"")
 
     def end_means(self) -> str:
         """What it means if the server closes the connection now."""
         if self._option == c.OPT_EXPORT_NAME:
             return f"it closed the connection when asked for an export named {self._name!r}: it seems to have none"
+        if self._option == c.OPT_STARTTLS:
+            return "it closed the connection when asked for TLS"
         return "it closed the connection during the handshake"
 
     # The handshake, from the first byte to the last
@@ -107,13 +128,19 @@ class ClientHandshake:
         if magic != c.NBDMAGIC or kind not in (c.OLDSTYLE_MAGIC, c.IHAVEOPT):
             raise ProtocolError("it is no NBD server: its greeting begins with other bytes")
         if kind == c.OLDSTYLE_MAGIC:
+            if self._tls:
+                raise ProtocolError(_TOO_OLD)
             yield from self._take_oldstyle_export()
             return
         (offered,) = _U16.unpack((yield _U16.size))
         fixed = bool(offered & c.FLAG_FIXED_NEWSTYLE)
+        if self._tls and not fixed:
+            raise ProtocolError(_TOO_OLD)
         no_zeroes = bool(offered & c.FLAG_NO_ZEROES)
         accepted = (c.FLAG_C_FIXED_NEWSTYLE if fixed else 0) | (c.FLAG_C_NO_ZEROES if no_zeroes else 0)
         self._outbox += _U32.pack(accepted)
+        if self._tls:
+            yield from self._start_tls()
         if fixed:
             yield from self._ask_for_structured_replies()
             if self._structured:
@@ -121,6 +148,15 @@ class ClientHandshake:
             yield from self._go()
         if self.export is None:
             yield from self._ask_by_export_name(no_zeroes)
+
+    def _start_tls(self) -> Step:
+        """STARTTLS; whoever else answers than with a plain yes gets nothing: there is no way back to the clear."""
+        kind, text, replies = yield from self._ask(c.OPT_STARTTLS)
+        if kind != c.REP_ACK or text or replies:
+            said = f" (it says: {_readable(text)})" if text else ""
+            raise ProtocolError(f"it offers no TLS, which nbds:// insists on{said}")
+        self.starts_tls = True
+        yield 0
 
     def _take_oldstyle_export(self) -> Step:
         size, flags = _OLDSTYLE_EXPORT.unpack_from((yield _OLDSTYLE_EXPORT.size + _ZEROES))
@@ -183,7 +219,7 @@ class ClientHandshake:
         while len(replies) < MAXIMUM_REPLIES:
             kind, answer = yield from self._take_reply(option)
             if kind == c.REP_ERR_TLS_REQD:
-                raise ProtocolError("it wants TLS, which is not supported")
+                raise TlsDemanded("it demands TLS" if not self._tls else "it demands TLS where there is TLS already")
             if kind == c.REP_ACK or kind & _ERROR_BIT:
                 return kind, answer, replies
             replies.append((kind, answer))

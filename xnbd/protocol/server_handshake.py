@@ -10,7 +10,8 @@ Whoever feeds the machine reads the bytes, and gives up when it raises
 from __future__ import annotations
 
 import struct
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+from enum import Enum
+from typing import Callable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from ..errors import ProtocolError, RequestError
 from . import constants as c
@@ -30,6 +31,8 @@ MAXIMUM_OPTIONS = 1000
 MAXIMUM_QUERIES = 100
 """Meta contexts that one option may ask for."""
 
+_SHOWN_NAME = 200
+
 ALLOCATION_CONTEXT = 1
 """The id under which ``base:allocation`` is negotiated."""
 
@@ -46,20 +49,26 @@ class Export(NamedTuple):
 class Agreement(NamedTuple):
     """What client and server agreed on; the default is what an old client gets.
 
-    Old clients count on replies in the order of their requests: *ordered*.
+    Old clients count on replies in the order of their requests: *ordered*. A client to
+    which the disk was offered as *readonly* cannot write, whether or not the disk can be written.
     """
 
     export: Optional[Export] = None
     structured: bool = False
     allocation: bool = False
     ordered: bool = True
+    readonly: bool = False
+
+
+class Denied(Exception):
+    """There is a disk, and this client is not to know: it is answered as if there were none. The text is for us."""
 
 
 class Exports(NamedTuple):
-    """Where a negotiation finds disks: *names* for LIST, *find* for all the rest.
+    """Where one client's negotiation finds disks: *names* for LIST, *find* for all the rest.
 
-    *find* may raise `RequestError` for a disk that is there but cannot be had now.
-    Without *structured* clients are offered simple replies only.
+    *find* may raise `RequestError` for a disk that is there but cannot be had now, and
+    `Denied` for one that this client is not to know of. Without *structured* clients are offered simple replies only.
     """
 
     names: Callable[[], Sequence[str]]
@@ -67,14 +76,34 @@ class Exports(NamedTuple):
     structured: bool = True
 
 
+class Security(Enum):
+    """Whether a client can have TLS (``doc/proto.md``: NOTLS, SELECTIVETLS, FORCEDTLS), or has it."""
+
+    NONE = 0
+    OFFERED = 1
+    REQUIRED = 2
+    ESTABLISHED = 3
+
+
 def export_flags(*, readonly: bool, multi_conn: bool = True) -> int:
     """The transmission flags of a disk that xnbd-server serves; *multi_conn*: its clients all see the same disk."""
-    flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_SEND_CACHE
+    flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_SEND_CACHE | _WRITERS_FLAGS
     if multi_conn:
         flags |= c.FLAG_CAN_MULTI_CONN
-    if readonly:
-        return flags | c.FLAG_READ_ONLY
-    return flags | c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_FAST_ZERO
+    return readonly_flags(flags) if readonly else flags
+
+
+_WRITERS_FLAGS = c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_FAST_ZERO
+
+
+def readonly_flags(flags: int) -> int:
+    """The transmission flags of a disk that has *flags*, for a client that may only read it."""
+    return flags & ~_WRITERS_FLAGS | c.FLAG_READ_ONLY
+
+
+def unknown_export(name: str) -> str:
+    """What the log says of a name that no disk has."""
+    return f"unknown export {name[:_SHOWN_NAME]!r}"
 
 
 class _Refused(Exception):
@@ -114,13 +143,17 @@ class ServerHandshake:
 
     ``agreement`` is None until an export was chosen; ``aborted`` tells that the
     client has given up. The reply that `on_option` returns has to be sent in
-    either case. ``unknown`` is the first name for which there was no export.
+    either case. `news` has what the log should be told of. After ``starttls`` that
+    reply is the last thing in the clear, and `secured` goes on.
     """
 
-    def __init__(self, exports: Exports) -> None:
+    def __init__(self, exports: Exports, security: Security = Security.NONE) -> None:
         self.agreement: Optional[Agreement] = None
         self.aborted = False
-        self.unknown: Optional[str] = None
+        self.starttls = False
+        self._security = security
+        self._news: List[str] = []
+        self._told: Set[str] = set()
         self._exports = exports
         self._structured = False
         self._context_name: Optional[str] = None
@@ -132,6 +165,8 @@ class ServerHandshake:
             c.OPT_INFO: self._on_info,
             c.OPT_GO: self._on_go,
         }
+        if security is not Security.NONE:
+            self._handlers[c.OPT_STARTTLS] = self._on_starttls
         if exports.structured:
             self._handlers[c.OPT_STRUCTURED_REPLY] = self._on_structured_reply
             self._handlers[c.OPT_LIST_META_CONTEXT] = self._on_list_meta_context
@@ -143,11 +178,19 @@ class ServerHandshake:
             raise ProtocolError(f"unknown client flags {flags:#x}")
         self._no_zeroes = bool(flags & c.FLAG_C_NO_ZEROES)
 
+    def secured(self, exports: Exports) -> ServerHandshake:
+        """What goes on over TLS, for a client that may have *exports*: nothing but its flags is remembered."""
+        machine = ServerHandshake(exports, Security.ESTABLISHED)
+        machine._no_zeroes = self._no_zeroes
+        return machine
+
     def on_option(self, option: int, data: bytes) -> bytes:
         """The reply to one option; raises `ProtocolError` where there can be none."""
         self._options += 1
         if self._options > MAXIMUM_OPTIONS:
             raise ProtocolError(f"more than {MAXIMUM_OPTIONS} options")
+        if self._security is Security.REQUIRED and option not in (c.OPT_STARTTLS, c.OPT_ABORT):
+            return self._refuse_plain(option)
         if option == c.OPT_EXPORT_NAME:
             return self._on_export_name(data)
         handler = self._handlers.get(option)
@@ -158,6 +201,17 @@ class ServerHandshake:
         except _Refused as refusal:
             return _pack_reply(option, refusal.kind, str(refusal).encode())
 
+    def _refuse_plain(self, option: int) -> bytes:
+        if option == c.OPT_EXPORT_NAME:
+            raise ProtocolError("it asks for an export without TLS, which is required (nbds:// in its URI)")
+        self._tell("refused as long as it does not begin TLS, which is required (nbds:// in its URI)", "plain")
+        return _pack_reply(option, c.REP_ERR_TLS_REQD, b"this server requires TLS")
+
+    def news(self) -> List[str]:
+        """What went wrong since the last call, of each kind the first: a client may ask often."""
+        news, self._news = self._news, []
+        return news
+
     # One method an option
 
     def _on_export_name(self, data: bytes) -> bytes:
@@ -166,13 +220,22 @@ class ServerHandshake:
             export = self._exports.find(name)
         except RequestError as error:
             raise ProtocolError(f"export {name!r}: {error}") from error
+        except Denied as denial:
+            raise ProtocolError(str(denial)) from denial
         if export is None:
-            raise ProtocolError(f"unknown export {name!r}")
+            raise ProtocolError(unknown_export(name))
         self._agree(name, export)
         return _EXPORT_TAIL.pack(export.size, self._flags(export)) + bytes(0 if self._no_zeroes else 124)
 
     def _on_abort(self, option: int, data: bytes) -> bytes:
         self.aborted = True
+        return _pack_reply(option, c.REP_ACK)
+
+    def _on_starttls(self, option: int, data: bytes) -> bytes:
+        _refuse_data(data)
+        if self._security is Security.ESTABLISHED:
+            raise _Refused(c.REP_ERR_INVALID, "TLS is in use already")
+        self.starttls = True
         return _pack_reply(option, c.REP_ACK)
 
     def _on_list(self, option: int, data: bytes) -> bytes:
@@ -248,16 +311,31 @@ class ServerHandshake:
             export = self._exports.find(name)
         except RequestError as error:
             raise _Refused(c.REP_ERR_UNKNOWN, str(error)) from error
-        if export is None:
-            self.unknown = name if self.unknown is None else self.unknown
-            raise _Refused(c.REP_ERR_UNKNOWN, "no such export")
-        return export
+        except Denied as denial:
+            self._tell(str(denial), "denied")
+        else:
+            if export is not None:
+                return export
+            self._tell(unknown_export(name), "unknown")
+        raise _Refused(c.REP_ERR_UNKNOWN, "no such export")
+
+    def _tell(self, line: str, kind: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            self._news.append(line)
 
     def _flags(self, export: Export) -> int:
         return export.flags | c.FLAG_SEND_DF if self._structured else export.flags
 
     def _agree(self, name: str, export: Export) -> None:
-        self.agreement = Agreement(export, self._structured, self._context_name == name, ordered=False)
+        self.agreement = agreement_on(export)._replace(
+            structured=self._structured, allocation=self._context_name == name, ordered=False
+        )
+
+
+def agreement_on(export: Export) -> Agreement:
+    """That *export* is what the client uses, and no more than that."""
+    return Agreement(export, readonly=bool(export.flags & c.FLAG_READ_ONLY))
 
 
 def _pack_reply(option: int, kind: int, data: bytes = b"") -> bytes:

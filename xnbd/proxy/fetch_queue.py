@@ -187,6 +187,15 @@ class FetchQueue:
             self.forget(fetch)
         self.ahead.clear()
 
+    def abandon(self, waiting: List[Fetch]) -> None:
+        """Nobody waits any more: forget those to be asked for, and those *waiting* for a lock."""
+        for fetch in (*self.wanted, *self.ahead, *waiting):
+            self.forget(fetch)
+        self.wanted.clear()
+        self.ahead.clear()
+        for fetch in self._by_block.values():
+            fetch.tickets.clear()
+
     # What the origin cannot read
 
     def note_damage(self, first: int, end: int) -> bool:

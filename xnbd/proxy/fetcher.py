@@ -162,6 +162,11 @@ class Fetcher(Background):
         finally:
             self.arrivals.settle()
 
+    def abandon(self) -> None:
+        """What the origin was asked for still comes, and its locks are held until then."""
+        self._queue.abandon(self.locking.abandon())
+        self.finished = []
+
     def _work_with(self, origin: Origin) -> None:
         if origin.ready:
             self._ask(origin)

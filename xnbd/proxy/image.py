@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..origin.base import OriginAddress
 from ..scoreboard.counters import MISSES, new_counts
@@ -18,9 +18,21 @@ from ..scoreboard.layout import TARGET
 from ..scoreboard.scoreboard import Scoreboard
 from ..storage import image_use
 from ..storage.blocks import BLOCK_SHIFT, block_count, block_start, block_stop, covered, touched
-from ..storage.image import FETCH_STEP, Buffer, Extent, Image, NotLocal, Parcel, Source, Ticket
+from ..storage.image import (
+    FETCH_STEP,
+    Buffer,
+    Extent,
+    Identity,
+    Image,
+    NotLocal,
+    Parcel,
+    Source,
+    Ticket,
+    file_identity,
+)
 from ..storage.target import TargetImage, reopen
 from ..storage.writeback import WriteBack
+from ..system.kept import Kept
 from .fetcher import Fetcher
 from .in_hand import InHand
 from .origin_link import Patience, Whereabouts
@@ -271,9 +283,11 @@ class ProxySource(Source[Scoreboard]):
 
     mode = "proxy"
 
-    def __init__(self, cache_fd: int, state: SharedState, settings: ProxySettings) -> None:
+    def __init__(
+        self, cache_fd: int, state: SharedState, settings: ProxySettings, witness: Optional[int] = None
+    ) -> None:
         self._cache_fd = cache_fd
-        self.witness = reopen(cache_fd, readonly=False)
+        self.witness = reopen(cache_fd, readonly=False) if witness is None else witness
         self._state = state
         self._settings = settings
         self._is_disk = False
@@ -284,6 +298,16 @@ class ProxySource(Source[Scoreboard]):
         self.size = settings.size
         self.readonly = settings.readonly
         self.description = self.describe(state.steering.address or str(settings.address))
+
+    def pack(self, kept: Kept) -> Dict[str, Any]:
+        fds = {"cache": kept(self._cache_fd), "witness": kept(self.witness)}
+        return {**fds, "size": self.size, "state": self._state.pack(kept)}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any], settings: ProxySettings) -> ProxySource:
+        """The disk as the master's program before had it. Raises `ConfigurationError` like `SharedState.unpack`."""
+        state = SharedState.unpack(packed["state"], settings.size)
+        return cls(packed["cache"], state, settings, packed["witness"])
 
     def describe(self, address: str) -> str:
         """The disk while its origin is at *address*."""
@@ -313,6 +337,9 @@ class ProxySource(Source[Scoreboard]):
 
     def is_whole(self, scoreboard: Scoreboard) -> bool:
         return scoreboard.mode == TARGET
+
+    def identity(self) -> Identity:
+        return file_identity(self._cache_fd)
 
     def allocated(self) -> int:
         return os.fstat(self._cache_fd).st_blocks * 512

@@ -109,6 +109,14 @@ class LockRetry(Generic[T]):
                 older += self._taken.pop(lock).waiting
         return older
 
+    def clear(self) -> List[T]:
+        """All who are locked out: they wait no more."""
+        waiting = [who for taken in (*self._taken.values(), *self._tried.values()) for who in taken.waiting]
+        self._taken.clear()
+        self._tried.clear()
+        self._next, self._used = _NEVER, None
+        return waiting
+
     def _plan(self, now: float) -> None:
         for taken in self._taken.values():
             if not taken.at:

@@ -140,6 +140,10 @@ class Locking:
                 self._queue.put_back(who)
         return [_end(who, 0) for who in turn if isinstance(who, Ticket)]
 
+    def abandon(self) -> List[Fetch]:
+        """Nobody waits any more: forget who is locked out, and return the fetches among them."""
+        return [who for who in self._retry.clear() if isinstance(who, Fetch)]
+
     def give_up(self, time: float) -> List[Ticket]:
         """End with an error what is locked out since *time* or longer; returns the tickets that are done by that."""
         done: List[Ticket] = []

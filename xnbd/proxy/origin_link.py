@@ -109,12 +109,12 @@ class OriginLink:
         *waiting* requests wait to be asked for. Returns the tokens of those that were asked for and are not done.
         """
         unfinished = self._drop()
-        text = str(reason)
-        if isinstance(reason, OSError):
-            text = f"origin {self._whereabouts.address}: {reason.strerror}"
-        if text != self.trouble:
+        where = f"origin {self._whereabouts.address}: "
+        text = f"{where}{reason.strerror}" if isinstance(reason, OSError) else str(reason)
+        trouble = text.removeprefix(where)  # who reads it sees the address beside it, and there is little room
+        if trouble != self.trouble:
             log.warning("%s; %d requests wait for it, trying again", text, waiting + len(unfinished))
-        self.trouble = text
+        self.trouble = trouble
         self._open_at = monotonic() + self._delay
         self._delay = min(_LONGEST_DELAY, max(_FIRST_DELAY, 2 * self._delay))
         return unfinished

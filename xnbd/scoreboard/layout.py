@@ -94,12 +94,18 @@ LINE_FIELDS = (
     Field("mode", "B", "the mode in which it works"),
     Field("since", "d", "when its client came, in seconds since the boot"),
     Field("counters", _NUMBERS, "all counters, of former processes of this line too"),
-    Field("counters_before", _NUMBERS, "the same when its client came"),
+    Field(
+        "counters_before",
+        _NUMBERS,
+        "the same when its client came, less what it had done at other processes (modulo 2^64)",
+    ),
     Field("origin", "I", "0: no origin needed, 1: connected, 2: unreachable"),
     Field("queue", "IQ", "requests that wait for blocks; their bytes"),
     Field("peer", "64s", "its client"),
     Field("trouble", "72s", "why the origin cannot be reached"),
     Field("namespace", "Q", "PID namespace in which the process id counts"),
+    Field("identity", "128s", "who its client has proved to be"),
+    Field("encryption", "64s", "how its client is encrypted: version, cipher, ``kTLS`` if the kernel does it"),
 )
 
 
@@ -145,6 +151,11 @@ class OtherVersion(OSError):
 def scoreboard_size(processes: int) -> int:
     """Bytes of a scoreboard for so many processes."""
     return LINES_AT + processes * LINE_SIZE
+
+
+def count_lines(fd: int) -> int:
+    """For how many processes the scoreboard behind *fd* was made."""
+    return (os.fstat(fd).st_size - LINES_AT) // LINE_SIZE
 
 
 def write_header(fd: int) -> None:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any, Iterator, List, NamedTuple, Tuple
 
 from ..system.file_locks import RangeLocks
-from .counters import Counts, new_counts
+from .counters import Counts, new_counts, wrapped
 from .layout import LINE, LINE_LOCKS, LINE_SIZE, LINES_AT, NAME_LOCKS
 
 _UNUSED = 64
@@ -52,6 +52,8 @@ class Line(NamedTuple):
     peer: str
     trouble: str
     namespace: int
+    identity: str
+    encryption: str
 
 
 class Lines:
@@ -130,10 +132,12 @@ class Lines:
         (mode,), (since,), (origin,) = (self._get(at, name) for name in ("mode", "since", "origin"))
         counts, before = (Counts(self._get(at, name)) for name in ("counters", "counters_before"))
         requests, buffered = self._get(at, "queue")
-        peer, trouble = (text_of(self._get(at, name)[0]) for name in ("peer", "trouble"))
+        texts = ("peer", "trouble", "identity", "encryption")
+        peer, trouble, identity, encryption = (text_of(self._get(at, name)[0]) for name in texts)
         (namespace,) = self._get(at, "namespace")
-        counts = counts.minus(before)
-        return Line(self.pid(at), mode, since, counts, origin, requests, buffered, peer, trouble, namespace)
+        counts = wrapped(counts.minus(before))
+        told = (origin, requests, buffered, peer, trouble, namespace, identity, encryption)
+        return Line(self.pid(at), mode, since, counts, *told)
 
     def _get(self, at: int, name: str) -> Tuple[Any, ...]:
         return LINE.form[name].unpack_from(self._map, at + LINE.at[name])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import mmap
-from typing import List
+from typing import List, NamedTuple, Optional
 
 from ..system.file_locks import RangeLocks
+from .counters import Counts, wrapped
 from .gate import Door
 from .layout import LINE, NOT_NEEDED
 from .lines import Lines, clock
@@ -14,6 +15,13 @@ _MODE_AT = LINE.at["mode"]
 _COUNTERS_AT, _COUNTERS = LINE.at["counters"], LINE.form["counters"]
 _BEFORE_AT = LINE.at["counters_before"]
 _QUEUE_AT, _QUEUE = LINE.at["queue"], LINE.form["queue"]
+
+
+class Visit(NamedTuple):
+    """A client's time at a server, whichever of its processes served it: *since* when (as of `clock`); what it did."""
+
+    since: float
+    counts: Counts
 
 
 class Place(Door):
@@ -28,12 +36,26 @@ class Place(Door):
         self.welcome("")
         lines.tell_name(at)
 
-    def welcome(self, peer: str) -> None:
-        """The client is *peer* from now on; empty for none."""
-        self._put("since", clock())
-        _COUNTERS.pack_into(self._map, self._at + _BEFORE_AT, *self.counts)
+    def welcome(self, peer: str, visit: Optional[Visit] = None) -> None:
+        """The client is *peer* from now on; empty for none. It goes on with a *visit* that began at another process."""
+        self.visit_began = clock() if visit is None else visit.since
+        before = Counts(self.counts) if visit is None else Counts(self.counts).minus(visit.counts)
+        self._before = wrapped(before)
+        self._put("since", self.visit_began)
+        _COUNTERS.pack_into(self._map, self._at + _BEFORE_AT, *self._before)
         self.tell_queue(0, 0)
         self._put("peer", peer.encode()[: LINE.form["peer"].size])
+        self.tell_identity("")
+
+    def tell_identity(self, identity: str, encryption: str = "") -> None:
+        """Who the client has proved to be, and how it is encrypted; empty for nobody, and for not at all."""
+        self._put("encryption", encryption.encode()[: LINE.form["encryption"].size])
+        self._put("identity", identity.encode("utf-8", "backslashreplace")[: LINE.form["identity"].size])
+
+    @property
+    def visit(self) -> Visit:
+        """What there is to tell of the client's time here."""
+        return Visit(self.visit_began, wrapped(Counts(self.counts).minus(self._before)))
 
     def tell(self) -> None:
         """Publish `counts`."""

@@ -200,6 +200,11 @@ class Disk(Companion):
             self._told = background.health, background.trouble
             self.place.tell_origin(*self._told)
 
+    def abandon(self) -> None:
+        """The client goes on at another process: nobody waits here any more for the blocks that it needs."""
+        if self.image.background is not None:
+            self.image.background.abandon()
+
     def forget_results(self) -> None:
         """Nobody is there any more who waits for blocks: as long as there are results, a wait for them is none."""
         if self.image.background is not None:

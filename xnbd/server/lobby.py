@@ -41,9 +41,10 @@ class Guest(NamedTuple):
 class Lobby:
     """The connections of one process that have been greeted and have not said anything yet."""
 
-    def __init__(self, timeout: float) -> None:
-        """*timeout* seconds is how long a handshake may take."""
-        self._timeout = timeout
+    def __init__(self, timeout: float, *, oldstyle: bool = False) -> None:
+        """*timeout* seconds is how long a handshake may take. The *oldstyle* one is all the server's: nobody waits."""
+        self.timeout = timeout
+        self._oldstyle = oldstyle
         self._guests: OrderedDict[int, Guest] = OrderedDict()
         self._epoll = select.epoll()
         self._sparing = Seldom()
@@ -53,7 +54,7 @@ class Lobby:
         return len(self._guests)
 
     def fileno(self) -> int:
-        """A descriptor that is readable when somebody has spoken or left."""
+        """A descriptor that is readable when somebody is a `speaker`."""
         return self._epoll.fileno()
 
     def deadline(self) -> Optional[float]:
@@ -63,21 +64,22 @@ class Lobby:
     def greet(self, sock: socket.socket) -> None:
         """Take in a connection that was just accepted."""
         try:
-            sock.send(pack_greeting(), _DONT_WAIT)
+            if not self._oldstyle:
+                sock.send(pack_greeting(), _DONT_WAIT)
         except OSError:
             pass  # it has left, which is seen when it is read from
-        self._take_in(Guest(sock, describe_peer(sock), monotonic() + self._timeout))
+        self.take_in(Guest(sock, describe_peer(sock), monotonic() + self.timeout))
 
-    def _take_in(self, guest: Guest) -> None:
+    def take_in(self, guest: Guest) -> None:
         """At the limit the one that has been silent for longest gives way."""
         if len(self._guests) >= self._most:
             oldest = self._part_from(next(iter(self._guests)))
             self._sparing.log(WARNING, "%s: disconnected: it was silent, and others wait", oldest.peer)
         self._guests[guest.sock.fileno()] = guest
-        self._epoll.register(guest.sock, select.EPOLLIN)
+        self._epoll.register(guest.sock, select.EPOLLOUT if self._oldstyle else select.EPOLLIN)
 
     def speaker(self) -> Optional[Guest]:
-        """The first of those that have spoken or left, who is none of the lobby's any more."""
+        """The first of those that have spoken or left, or need not speak; none of the lobby's any more."""
         for fd, _ in self._epoll.poll(0, 1):
             self._epoll.unregister(fd)
             return self._guests.pop(fd)
@@ -104,21 +106,27 @@ class Lobby:
 
     # From one process to another
 
-    def hand_over(self, pool: socket.socket) -> None:
-        """Leave all of them to whoever reads from *pool* next; the time until then is not theirs."""
+    def hand_over(self, pool: socket.socket, *, patient: bool = False) -> bool:
+        """Leave all of them to whoever reads from *pool* next; the time until then is not theirs.
+
+        If too many wait there they are closed; or, if the caller is *patient*, stay here: False.
+        """
         guests, now = list(self._guests.values()), monotonic()
         if not guests:
-            return
+            return True
         times = b"".join(_TIME.pack(max(0.0, guest.deadline - now)) for guest in guests)
         fds = array.array("i", self._guests)
         try:
             pool.sendmsg([times], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)], _DONT_WAIT)
         except OSError:
+            if patient:
+                return False
             log.warning("%d connections that were silent are closed: too many are", len(guests))
         for guest in guests:
             self._epoll.unregister(guest.sock)
             guest.sock.close()
         self._guests.clear()
+        return True
 
     def take_over(self, pool: socket.socket) -> None:
         """Take in what another process has left in *pool*, if there is something."""
@@ -128,7 +136,7 @@ class Lobby:
             return
         now = monotonic()
         for sock, (rest,) in zip(_sockets_in(ancillary), _TIME.iter_unpack(times)):
-            self._take_in(Guest(sock, describe_peer(sock), now + rest))
+            self.take_in(Guest(sock, describe_peer(sock), now + rest))
 
 
 def _sockets_in(ancillary: list[tuple[int, int, bytes]]) -> List[socket.socket]:

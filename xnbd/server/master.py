@@ -10,22 +10,36 @@ import gc
 import os
 import select
 import signal
-import socket
+from contextlib import suppress
 from time import monotonic
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Set
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set
 
-from ..errors import ConfigurationError
+from .. import logs
+from ..errors import CommandError
 from ..logs import log
 from ..system.file_locks import do_nothing
 from ..system.forking import SIGNALS, fork
+from ..system.kept import Kept
 from ..system.polling import poll_patiently, read_pipe
 from ..system.process import set_title
+from .configuration import Configuration, Load, refuse_without_room
+from .crew import Crew
+from .endings import reason_of
+from .premises import Premises, Surroundings
 from .process_loop import GRACE
+from .reloads import Reloads
+from .retries import Pauses
 from .service import Service
-from .worker import REPORT_SIZE, Pipes, Pool, Worker, parse_report
+from .stewards import Stewards
+from .vitals import Vitals
+from .worker import Pool, Worker
 
-_RETRY = 1.0
-_LONGEST_RETRY = 30.0
+if TYPE_CHECKING:
+    from ..control.server import Message
+    from .upgrade.estate import Estate
+    from .upgrade.program import Program
+    from .upgrade.upgrades import Upgrades
+
 _PIPE_SIZE = 64 << 10
 _STOP_TIME = GRACE + 1.5
 _KILL_TIME = 3.0
@@ -33,53 +47,30 @@ ORDERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that must not end the process when they come before there is a `Master`: blocked until then."""
 
 
-class Limits(NamedTuple):
-    """How many processes a server may have for clients, and how many spare workers it keeps."""
-
-    max_clients: int
-    spare_workers: int
-
-    @property
-    def processes(self) -> int:
-        """As many as may be at work at once, those that are just leaving included."""
-        return 2 * self.max_clients + 4 * self.spare_workers
-
-
-class _Pauses:
-    """How many seconds to wait before what has failed is tried again: twice as many after each failure in a row."""
-
-    def __init__(self) -> None:
-        self.failures = 0
-
-    def next(self) -> float:
-        pause = min(_LONGEST_RETRY, _RETRY * (1 << min(self.failures, 10)))
-        self.failures += 1
-        return pause
-
-
 class Master:
     """The first process of a server: it forks workers and the steward, and takes signals, until it is told to stop."""
 
-    def __init__(self, service: Service, listeners: Sequence[socket.socket], limits: Limits) -> None:
-        """*listeners* are non-blocking sockets."""
+    def __init__(
+        self,
+        service: Service,
+        premises: Premises,
+        load: Load,
+        surroundings: Surroundings,
+        estate: Optional[Estate] = None,
+    ) -> None:
+        """*load* reads again what the service's configuration comes from; *estate* is left by the program before."""
+        self._manager = manager = surroundings.manager
+        self._vitals = Vitals(manager, needs_steward=service.needs_steward)
+        self._reloads = Reloads(load, self._adopt, manager)
         self._service = service
-        self._listeners = list(listeners)
-        self._limits = limits
-        self._spares: Set[int] = set()
-        self._clients: Dict[int, str] = {}
+        self._premises = premises
+        self._crew = Crew.new() if estate is None else Crew.unpack(estate.crew)
         self._signals: Set[int] = set()
-        self._unproven: Set[int] = set()  # spares that have not yet said that they can work
         self._retry_at: Optional[float] = None
-        self._pauses, self._steward_pauses = _Pauses(), _Pauses()
+        self._pauses = Pauses()
         self._full = False
         self._killing = self._stopping = False
-        self._retiring = 0
-        self._steward: Optional[int] = None
-        self._steward_at = 0.0
-        self._pipes = Pipes(*os.pipe(), *os.pipe(), *os.pipe())
-        self._pool = Pool(*socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
-        os.set_blocking(self._pipes.reports_master, False)
-        os.set_blocking(self._pipes.retirements, False)
+        self._pool = Pool.new() if estate is None else Pool.unpack(estate.pool)
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         for number in SIGNALS:
@@ -87,12 +78,18 @@ class Master:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
-        self._poll.register(self._pipes.reports_master, select.POLLIN)
+        self._poll.register(self._crew.pipes.reports_master, select.POLLIN)
+        commands = {"reload": self._on_reload, "upgrade": self._on_upgrade}
+        self._stewards = Stewards(premises, self._poll, self._close_in_steward, commands)
+        self._upgrades: Optional[Upgrades] = None
+        if surroundings.program is not None:
+            self._prepare_upgrades(surroundings.program, estate)
 
     def abandon(self) -> None:
         """Instead of `run`: the start has failed. A steward ends by itself."""
         for sock in self._pool:
             sock.close()
+        self._premises.close_control()
 
     def run(self) -> int:
         """The exit status: 0 after an orderly stop, 1 if it had to be cut short, or not all is durable."""
@@ -101,18 +98,24 @@ class Master:
         gc.freeze()
         while True:
             self._balance()
-            if self._steward_at and monotonic() >= self._steward_at:
-                self._start_steward_again()
-            times = [time for time in (self._retry_at, self._steward_at) if time]
-            signals = self._wait(min(times) if times else None)
+            self._stewards.progress(self._service, self._lifeline)
+            if self._upgrades is not None:
+                self._upgrades.progress()
+            self._vitals.progress(self._crew, self._stewards.link, self._reloads.failure)
+            signals = self._wait(min(self._deadlines(), default=None))
             if signals & {signal.SIGTERM, signal.SIGINT}:
                 return self._stop()
             if signal.SIGHUP in signals:
-                log.info("SIGHUP: nothing to do, a log file that was moved away is opened again by itself")
+                self._reloads.on_hangup()
             if signal.SIGUSR1 in signals:
-                self._ask_for_snapshot()
+                self._stewards.ask_for_snapshot(self._service, self._lifeline)
             if signal.SIGUSR2 in signals:
-                self._ask_for_switch()
+                self._stewards.ask_for_switch(self._service)
+
+    def _deadlines(self) -> List[float]:
+        """When something has to be done, whatever happens (monotonic seconds)."""
+        upgrade = None if self._upgrades is None else self._upgrades.deadline()
+        return [time for time in (self._retry_at, self._stewards.deadline(), self._vitals.deadline(), upgrade) if time]
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signals.add(number)
@@ -124,6 +127,7 @@ class Master:
             poll_patiently(self._poll, timeout)
         read_pipe(self._wake, _PIPE_SIZE)
         signals, self._signals = self._signals, set()
+        self._stewards.hear()
         self._read_reports()  # after that: what a worker said before it died is known when it is buried
         if signal.SIGCHLD in signals:
             self._reap()
@@ -132,74 +136,116 @@ class Master:
     # The steward
 
     def start_steward(self, prepare: Callable[[], None] = do_nothing) -> None:
-        """The steward does *prepare* first. Raises `ConfigurationError` if it cannot listen where it should."""
-        from .steward.process import Steward
-
-        steward = Steward(self._service, self._service.control_path, must_listen=True)
-
-        def close_first() -> None:
-            self._close_in_steward()
-            prepare()
-
-        self._steward = steward.spawn(self._pipes.lifeline, close_first)
-
-    def _close_in_steward(self) -> None:
-        for fd in (self._pipes.lifeline_master, self._pipes.reports_master, self._pipes.retirements_master):
-            os.close(fd)
-        for sock in (*self._listeners, *self._pool):
-            sock.close()
+        """The steward does *prepare* first. Raises `ConfigurationError` if it cannot work."""
+        self._stewards.start(self._service, self._lifeline, prepare)
 
     def _start_steward_again(self) -> None:
-        self._steward_at = 0.0
-        try:
-            self.start_steward()
-            self._steward_pauses.failures = 0
-        except ConfigurationError as error:
-            pause = self._steward_pauses.next()
-            log.error("%s; trying again in %g s", error, pause)
-            self._steward_at = monotonic() + pause
+        self._stewards.start_again(self._service, self._lifeline)
 
-    def _ask_for_snapshot(self) -> None:
-        if self._steward is None:
-            self._start_steward_again()
-        if self._steward is not None:
-            os.kill(self._steward, signal.SIGUSR1)
+    @property
+    def _lifeline(self) -> int:
+        return self._crew.pipes.lifeline
 
-    def _ask_for_switch(self) -> None:
-        if self._steward is not None and self._service.source.mode == "proxy":
-            os.kill(self._steward, signal.SIGUSR2)
-        else:
-            log.warning("SIGUSR2 does nothing here: it switches a proxy")
+    def _close_in_steward(self) -> None:
+        self._crew.close_masters_ends()
+        for sock in (*self._premises.sockets, *self._pool):
+            sock.close()
+
+    def _close_in_worker(self) -> None:
+        self._crew.close_masters_ends()
+        self._premises.close_control()
+        self._stewards.close()
+
+    # The configuration
+
+    def _adopt(self, configuration: Configuration) -> List[str]:
+        """Put *configuration* into use, as `Reloads` wants it: workers that know the former one begin nothing more."""
+        service = self._service
+        refuse_without_room(configuration, service.scoreboard_fd)
+        logs.reopen()
+        changes = configuration.changes(service.configuration)
+        if changes:
+            self._crew.dismiss()
+            self._service = service._replace(configuration=configuration)
+            if self._stewards.link is not None:
+                self._stewards.link.tell(
+                    {"configuration": configuration.figures(), "expiries": configuration.expiries()}
+                )
+        return changes
+
+    def _on_reload(self, _request: Message) -> Message:
+        if self._stopping:
+            raise CommandError("the server stops")
+        return {"done": True, "changes": self._reloads.reload(), "clients": len(self._crew.clients)}
+
+    # Upgrades
+
+    def _prepare_upgrades(self, program: Program, estate: Optional[Estate]) -> None:
+        """Imported now: the files of the next program may stand where those of this one were, when it is ordered."""
+        from .upgrade.upgrades import Upgrades
+
+        self._upgrades = Upgrades(program, self._leave, self._is_calm, self._crew, self._poll)
+        if estate is not None:
+            self._signals.add(signal.SIGCHLD)  # whoever has ended meanwhile
+            self._stewards.former.update([*estate.former_stewards, estate.steward["pid"]])
+            self._upgrades.arrive(estate, self._start_steward_again)
+
+    def _on_upgrade(self, request: Message) -> None:
+        if self._upgrades is None or self._stewards.link is None:
+            raise CommandError("this server cannot be upgraded: it has no control socket")
+        if self._stopping:
+            raise CommandError("the server stops")
+        self._upgrades.order(request, self._stewards.link)
+
+    def _is_calm(self) -> bool:
+        """Signals are blocked; whether none has come that is this program's to mind. Workers' reports are booked."""
+        self._read_reports()
+        return not self._signals
+
+    def _leave(self, kept: Kept, disk: Kept) -> Dict[str, Any]:
+        """What the master leaves: *disk* takes the descriptors of the disk, *kept* the other ones."""
+        stewards = self._stewards
+        assert stewards.link is not None
+        return {
+            "mode": self._service.source.mode,
+            "disk": self._service.source.pack(disk),
+            "scoreboard": disk(self._service.scoreboard_fd),
+            "premises": self._premises.pack(kept),
+            "crew": self._crew.pack(kept),
+            "pool": self._pool.pack(kept),
+            "steward": {"pid": stewards.pid, "link": kept(stewards.link.fileno())},
+            "former_stewards": [*stewards.former],
+        }
 
     # Workers
 
     def _balance(self) -> None:
         """Keep spare workers waiting, not too few and not too many, as far as the limit of clients allows."""
-        spares, wanted = len(self._spares), self._limits.spare_workers
-        room = self._limits.max_clients - len(self._clients)
+        crew, (most, wanted, *_) = self._crew, self._service.configuration
+        room = most - len(crew.clients)
+        if self._upgrades is not None and self._upgrades.is_arriving:
+            wanted = self._upgrades.wanted_spares(wanted)
+            room = max(room, wanted)  # clients that move are counted already
+        crew.retire(2 * wanted)
         if room <= 0 and not self._full:
-            log.warning("%d clients are connected, which is the limit; others wait", len(self._clients))
+            what = "which is the limit" if not room else f"more than the limit of {most}"
+            log.warning("%d clients are connected, %s; others wait", len(crew.clients), what)
         self._full = room <= 0
         if self._retry_at is not None and monotonic() >= self._retry_at:
             self._retry_at = None
-        while len(self._spares) < min(room, wanted) and self._retry_at is None:
-            if self._pauses.failures and self._unproven:
+        while len(crew.spares) < min(room, wanted) and self._retry_at is None:
+            if self._pauses.failures and crew.unproven:
                 break  # one at a time, until one of them can work
             self._spawn()
-        excess = spares - self._retiring - 2 * wanted
-        if excess > 0:
-            os.write(self._pipes.retirements_master, bytes(excess))
-            self._retiring += excess
 
     def _spawn(self) -> None:
-        worker = Worker(self._service, self._listeners, self._pipes, self._pool)
+        worker = Worker(self._service, self._premises.sockets, self._crew.pipes, self._pool, self._close_in_worker)
         try:
             pid = fork("worker", worker.run)
         except OSError as error:
             log.error("cannot start a worker, trying again in %g s: %s", self._back_off(), error.strerror)
             return
-        self._spares.add(pid)
-        self._unproven.add(pid)
+        self._crew.join(pid)
 
     def _back_off(self) -> float:
         """No worker is started for so many seconds."""
@@ -208,63 +254,48 @@ class Master:
         return pause
 
     def _read_reports(self) -> None:
-        reports = read_pipe(self._pipes.reports_master, _PIPE_SIZE)
-        for start in range(0, len(reports), REPORT_SIZE):
-            pid, peer = parse_report(reports[start : start + REPORT_SIZE])
-            if peer and pid in self._spares:
-                self._spares.remove(pid)
-                self._clients[pid] = peer
-            elif not peer and pid in self._clients:
-                del self._clients[pid]
-                self._spares.add(pid)
-            elif not peer:
-                self._pauses.failures = 0
-            self._unproven.discard(pid)
+        if self._crew.read_reports():
+            self._pauses.failures = 0
 
     def _reap(self) -> None:
-        while self._children():
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                return
-            if pid == self._steward:
-                self._steward = None
-                if not self._stopping:
-                    self._on_stewards_end(os.waitstatus_to_exitcode(status))
-                continue
-            if pid not in self._spares and pid not in self._clients:
-                continue  # a dead steward's child, of process 1 of a container; or whoever executed this program had it
-            peer = self._clients.pop(pid, None)
-            self._spares.discard(pid)
-            self._unproven.discard(pid)
-            if self._retiring and not status:
-                self._retiring -= 1
-            if status and not self._killing:
-                self._on_failure(pid, peer, os.waitstatus_to_exitcode(status))
+        """Whoever is not known here is a dead steward's child, of process 1 of a container, or of another program's."""
+        with suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                self._bury(pid, os.waitstatus_to_exitcode(status))
 
-    def _on_stewards_end(self, exit_code: int) -> None:
-        """One that was told to end, as by Ctrl-C to all, has not failed."""
-        if exit_code:
-            log.error("the steward died: %s; the next one starts in a second", _reason(exit_code))
-        else:
-            log.info("the steward was told to end; unless the server ends, the next one starts in a second")
-        self._steward_at = monotonic() + _RETRY
+    def _bury(self, pid: int, exit_code: int) -> None:
+        if self._upgrades is not None:
+            self._upgrades.bury(pid, exit_code)
+        self._stewards.bury(pid, exit_code, stopping=self._stopping)
+        if pid in self._crew:
+            self._read_reports()  # what it has said before it died
+            peer = self._crew.bury(pid, failed=bool(exit_code))
+            if exit_code and not self._killing:
+                self._on_failure(pid, peer, exit_code)
 
-    def _on_failure(self, pid: int, peer: Optional[str], exit_code: int) -> None:
-        if peer is not None:
-            log.error("worker %d of client %s died: %s", pid, peer, _reason(exit_code))
+    def _on_failure(self, pid: int, peer: str, exit_code: int) -> None:
+        if peer:
+            log.error("worker %d of client %s died: %s", pid, peer, reason_of(exit_code))
         elif self._retry_at is None:  # of several that fail at once one is told of
             pause = self._back_off()
-            log.error("spare worker %d died: %s; the next one starts in %g s", pid, _reason(exit_code), pause)
+            log.error("spare worker %d died: %s; the next one starts in %g s", pid, reason_of(exit_code), pause)
 
     # The end
 
     def _stop(self) -> int:
         """Let the workers finish what they have in hand; a second signal or `_STOP_TIME` ends that."""
-        log.info("stopping; clients connected: %d", len(self._clients))
+        log.info("stopping; clients connected: %d", len(self._crew.clients))
         self._stopping = True
-        for sock in (*self._listeners, *self._pool):
+        self._manager.stopping()
+        for sock in (*self._premises.sockets, *self._pool):
             sock.close()
-        self._signal_workers(signal.SIGTERM)
+        self._premises.close_control()
+        if self._upgrades is not None:
+            self._upgrades.stop()
+        _signal(self._children(), signal.SIGTERM)
         deadline = monotonic() + _STOP_TIME
         hurry = False
         while self._children():
@@ -275,28 +306,17 @@ class Master:
                 break  # not even SIGKILL ends a process whose disk hangs
             log.warning("ending %d processes that are still busy", len(self._children()))
             self._killing = True
-            self._signal_workers(signal.SIGKILL)
+            _signal(self._children(), signal.SIGKILL)
             deadline = monotonic() + _KILL_TIME
         flushed = self._service.flush(hurry=hurry)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # one more would kill this process while Python finishes
         return int(self._killing or not flushed)
 
-    def _signal_workers(self, number: int) -> None:
-        for pid in self._children():
-            os.kill(pid, number)
-
     def _children(self) -> List[int]:
-        return [*self._spares, *self._clients, *([self._steward] if self._steward else [])]
+        return [*self._crew.pids(), *self._stewards.pids()]
 
 
-def _reason(exit_code: int) -> str:
-    return f"killed by {_signal_name(-exit_code)}" if exit_code < 0 else f"exit status {exit_code}"
-
-
-def _signal_name(number: int) -> str:
-    """The name of a signal; those of real time have none."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+def _signal(pids: List[int], number: int) -> None:
+    for pid in pids:
+        os.kill(pid, number)

@@ -6,6 +6,10 @@ the writing end, so that it breaks however the master ends.
 
 What goes on while a process sleeps is handed to its loop as a `Companion`. The loop
 knows nothing of disks and clients.
+
+The process may be *called*: by the signal `HAND_OVER`, or by what it gave to
+`ProcessLoop.heed`. That ends sleeps between two requests, and in the middle of
+replies, and no other ones.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from abc import ABC, abstractmethod
 from time import monotonic
 from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple
 
+from ..system.forking import HAND_OVER
 from ..system.polling import poll_patiently
 
 GRACE = 2.0
@@ -72,6 +77,12 @@ class ProcessLoop:
         self.farewell: Callable[[], None] = lambda: None
         """What the process has to let go of before it takes leave of its last client."""
         self.companion: Optional[Companion] = None
+        self.called = False
+        """Whether those who sleep with *calls* are to return, until somebody sets it back."""
+        self.ordered = False
+        """Whether the master wants another process to go on with the client."""
+        self._heeded: Optional[int] = None
+        self._call_at: Optional[float] = None
         self._woken = False
         self._key: object = None
         self._side_poll = select.poll()
@@ -88,6 +99,7 @@ class ProcessLoop:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGUSR2, self._on_wake)
+        signal.signal(HAND_OVER, self._on_order)
         for number in (signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -100,6 +112,18 @@ class ProcessLoop:
 
     def _on_wake(self, _number: int, _frame: object) -> None:
         self._woken = True
+
+    def _on_order(self, _number: int, _frame: object) -> None:
+        self.ordered = self.called = True
+
+    def heed(self, fd: Optional[int], until: Optional[float] = None) -> None:
+        """Call the process once, as soon as *fd* is readable, at *until* (monotonic seconds) at the latest.
+
+        What was to be heeded before is not any more.
+        """
+        self._heeded, self._call_at = fd, until
+        self._polls.clear()
+        self._key = None
 
     def check(self, *, mid_message: bool = False) -> None:
         """Raises `Stop` when the process is to leave, like `wait`. Cheap: a busy worker asks all the time."""
@@ -116,20 +140,22 @@ class ProcessLoop:
         *,
         mid_message: bool = False,
         results: bool = False,
+        calls: bool = False,
     ) -> bool:
         """Sleep until one of *fds* shows *events*; False if *timeout* seconds passed before.
 
         With *results* returns False also as soon as the companion has some, or somebody
-        has woken this process. Raises `Stop` when the process is to leave: at once if
-        the master is gone, after `GRACE` if the wait is in the middle of a message.
+        has woken this process, with *calls* as long as it is called. Raises `Stop` when
+        the process is to leave: at once if the master is gone, after `GRACE` if the wait
+        is in the middle of a message.
         """
         until = None if timeout is None else monotonic() + timeout
         companion = self.companion
         if companion is None:
-            return self._sleep(fds, events, until, mid_message, results)
+            return self._sleep(fds, events, until, mid_message, results, calls)
         companion.fall_asleep()
         try:
-            return self._sleep(fds, events, until, mid_message, results)
+            return self._sleep(fds, events, until, mid_message, results, calls)
         finally:
             companion.wake_up()
 
@@ -149,11 +175,15 @@ class ProcessLoop:
         """Sleep; raises `Stop` like `wait`."""
         self.wait((), 0, seconds)
 
-    def _sleep(self, fds: Sequence[int], events: int, until: Optional[float], mid_message: bool, results: bool) -> bool:
+    def _sleep(
+        self, fds: Sequence[int], events: int, until: Optional[float], mid_message: bool, results: bool, calls: bool
+    ) -> bool:
         companion = self.companion
         while True:
             if self.stopping:  # the master's death is seen by the poll
                 self.check(mid_message=mid_message)
+            if calls and self.called:
+                return False
             if companion is not None and companion.progress() and results:
                 return False
             if companion is not None and companion.at_work:
@@ -196,21 +226,30 @@ class ProcessLoop:
             yield self._wake, select.POLLIN
         if self.lifeline >= 0:
             yield self.lifeline, select.POLLIN
+        if self._heeded is not None:
+            yield self._heeded, select.POLLIN
 
     def _attend(self, ready: Sequence[Tuple[int, int]], fds: Sequence[int] = ()) -> bool:
         """Attend to what is *ready*; whether one of *fds* is."""
-        found = False
+        found, heeded = False, self._heeded
+        called = self._call_at is not None and monotonic() >= self._call_at
         for fd, _ in ready:
             if fd == self._wake:
                 os.read(fd, 4096)
             elif fd == self.lifeline:
                 raise Stop("the master is gone")
+            called = called or fd == heeded
             found = found or fd in fds
+        if called:
+            self.heed(None)
+            self.called = True
         return found
 
     def _milliseconds(self, until: Optional[float]) -> Optional[float]:
         if self.stopping:
             until = self._deadline if until is None else min(until, self._deadline)
+        if self._call_at is not None:
+            until = self._call_at if until is None else min(until, self._call_at)
         return None if until is None else max(0.0, (until - monotonic()) * 1000)
 
 

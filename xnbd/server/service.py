@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import NamedTuple, Optional
+from time import monotonic
+from typing import Callable, NamedTuple, Optional
 
+from ..access.identity import NOBODY, Identity
+from ..access.rights import Access
 from ..errors import Disconnected, ProtocolError
 from ..logs import log
-from ..protocol.server_handshake import Agreement, Export, Exports, export_flags
+from ..protocol.server_handshake import Agreement, Denied, Export, Exports, export_flags
 from ..scoreboard.scoreboard import Scoreboard
 from ..storage.image import Source
 from ..storage.target import reopen
+from ..system.process import set_title
+from .configuration import Configuration
 from .disk import Disk
+from .handover.arrival import Arrival
+from .handover.departure import Departure
 from .process_loop import Stop
 from .session.connection import Connection
-from .session.handshake import greet, greet_oldstyle, negotiate
+from .session.handshake import Tls, greet, greet_oldstyle, negotiate
 from .session.loop import Session
-from .session.parking import QueueLimits
+
+
+class Came(NamedTuple):
+    """A client that another process had; *tell* is told how many seconds it had to wait."""
+
+    arrival: Arrival
+    tell: Callable[[float], None]
 
 
 class Service(NamedTuple):
@@ -26,10 +39,17 @@ class Service(NamedTuple):
     scoreboard_fd: int
     export_name: str
     oldstyle: bool = False
-    handshake_timeout: float = 10.0
+    configuration: Configuration = Configuration()
     spin: float = 0.0
-    limits: QueueLimits = QueueLimits()
     control_path: Optional[str] = None
+
+    @property
+    def access(self) -> Access:
+        return self.configuration.access
+
+    @property
+    def tls(self) -> Optional[Tls]:
+        return self.configuration.tls
 
     def open_disk(self) -> Disk:
         """For a worker, after the fork. Raises `OSError`."""
@@ -43,12 +63,12 @@ class Service(NamedTuple):
         source = self.source
         return Export(self.export_name, source.size, export_flags(readonly=source.readonly), source.description)
 
-    def exports(self) -> Exports:
-        """One disk, under its own name and the empty one."""
-        export = self.export()
+    def exports(self, identity: Identity = NOBODY) -> Exports:
+        """One disk, under its own name and the empty one, as far as it is there for a client with *identity*."""
+        export, rights = self.export(), self.access.rights_of(identity)
         return Exports(
-            names=lambda: [export.name],
-            find=lambda name: export if name in ("", export.name) else None,
+            names=lambda: [export.name] if rights.may_open(export.name) else [],
+            find=lambda name: rights.offer(export) if name in ("", export.name) else None,
         )
 
     def flush(self, *, hurry: bool = False) -> bool:
@@ -70,22 +90,40 @@ class Service(NamedTuple):
         disk: Disk,
         agreement: Optional[Agreement] = None,
         deadline: Optional[float] = None,
+        role: str = "worker for",
+        came: Optional[Came] = None,
+        departure: Optional[Departure] = None,
     ) -> None:
         """Serve one client until it leaves or has to go; nothing it does raises.
 
         *agreement* is what somebody else has negotiated with it already. With a
         *deadline* it has been greeted, and that is when the handshake has to be over.
+        *role* is what the process calls itself. One that *came* from another process goes
+        on as it was there. By the *departure* it may go to another one.
         """
         try:
+            departure = departure or Departure(connection.loop)
+            set_title(role, connection.peer, self.source.name)
+            if came is not None:
+                self._go_on(connection, disk, came, departure)
+                return
             disk.place.welcome(connection.peer)
-            self._serve(connection, disk, agreement, deadline)
+            agreement = agreement or self._negotiate(connection, deadline)
+            if agreement is None:
+                log.info("%s: left during the handshake", connection.peer)
+                return
+            known = self._recognise(connection, disk, role)
+            log.info("%s: connected%s", connection.peer, known)
+            log.debug("%s: agreed on %s", connection.peer, agreement)
+            session = Session(connection, disk, agreement, self.configuration.queue_limits, departure)
+            self._run(session, connection, departure)
         except Stop as reason:
             log.info("%s: closed: %s", connection.peer, reason)
             connection.loop.farewell()
             connection.linger()
         except Disconnected as error:
             log.info("%s: connection lost: %s", connection.peer, error)
-        except ProtocolError as error:
+        except (ProtocolError, Denied) as error:
             log.warning("%s: disconnected: %s", connection.peer, error)
         except OSError as error:
             log.info("%s: connection lost: %s", connection.peer, error.strerror)
@@ -93,19 +131,37 @@ class Service(NamedTuple):
             disk.part()
             connection.close()
 
-    def _serve(
-        self, connection: Connection, disk: Disk, agreement: Optional[Agreement], deadline: Optional[float]
-    ) -> None:
-        if agreement is None and self.oldstyle:
-            agreement = greet_oldstyle(connection, self.export(), self.handshake_timeout)
-        elif agreement is None:
-            if deadline is None:
-                deadline = greet(connection, self.handshake_timeout)
-            agreement = negotiate(connection, self.exports(), deadline)
-        if agreement is None:
-            log.info("%s: left during the handshake", connection.peer)
-            return
-        log.info("%s: connected", connection.peer)
-        log.debug("%s: agreed on %s", connection.peer, agreement)
-        Session(connection, disk, agreement, self.limits).run()
-        log.info("%s: left", connection.peer)
+    def _negotiate(self, connection: Connection, deadline: Optional[float]) -> Optional[Agreement]:
+        if self.oldstyle:
+            export = self.access.rights_of(connection.identity).offer(self.export())
+            return greet_oldstyle(connection, export, self.configuration.handshake_timeout)
+        if deadline is None:
+            deadline = greet(connection, self.configuration.handshake_timeout)
+        return negotiate(connection, self.exports, deadline, self.tls)
+
+    def _recognise(self, connection: Connection, disk: Disk, role: str) -> str:
+        """It is known who the client is: have others know, too. What the log says of it."""
+        identity = connection.identity
+        disk.place.tell_identity(str(identity) if identity.names else "", connection.encryption)
+        if identity.at(connection.peer) != connection.peer:
+            set_title(role, identity.at(connection.peer), self.source.name)
+        who = f" as {identity}" if identity.names else ""
+        return who + (f" over {connection.encryption}" if connection.encryption else "")
+
+    def _go_on(self, connection: Connection, disk: Disk, came: Came, departure: Departure) -> None:
+        frozen = came.arrival.session
+        disk.place.welcome(connection.peer, frozen.visit)
+        session = Session(connection, disk, frozen.agreement, self.configuration.queue_limits, departure)
+        session.thaw(frozen)
+        pause = monotonic() - frozen.frozen_at
+        came.tell(pause)
+        log.info("%s: goes on, process %d had it before; pause %.1f ms", connection.peer, came.arrival.pid, pause * 1e3)
+        self._recognise(connection, disk, "worker for")
+        self._run(session, connection, departure)
+
+    def _run(self, session: Session, connection: Connection, departure: Departure) -> None:
+        session.run()
+        if departure.taken_by:
+            log.info("%s: goes over to process %d", connection.peer, departure.taken_by)
+        else:
+            log.info("%s: left", connection.peer)

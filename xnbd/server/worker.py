@@ -5,7 +5,8 @@ its image open and waits for a client; it accepts and negotiates itself, so that
 client waits for a fork or for another client's handshake. A connection is a client
 once it has said something; the others wait in the `Lobby`. When its client has left
 it is a spare again, with the image's pages mapped already, unless the master has
-enough of them.
+enough of them, or spares that know a newer configuration. A worker that is to retire
+begins no handshake any more, and leaves its lobby to the others.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ import socket
 from contextlib import closing
 from logging import ERROR
 from time import monotonic
-from typing import NamedTuple, Optional, Sequence
+from typing import Callable, List, NamedTuple, Optional, Sequence, Union
 
 from ..logs import Seldom, log
 from ..system.forking import let_signals_in
-from ..system.polling import read_pipe
+from ..system.kept import Kept
 from ..system.process import set_title
 from .disk import Disk
+from .handover.arrival import Arrival, Terms, receive_client, take_offer
+from .handover.departure import Departure, Telling
 from .lobby import Guest, Lobby
 from .process_loop import ProcessLoop, Stop
-from .service import Service
-from .session.connection import Connection, describe_peer
+from .reports import Report
+from .service import Came, Service
+from .session.connection import Connection
 
 _RETRY_ACCEPT = 1.0
 _TELL_OF_SHORTAGE = 30.0
@@ -42,7 +46,8 @@ class Pipes(NamedTuple):
     """Pipes between the master and its workers, as descriptors.
 
     ``lifeline`` breaks with the master. Through ``reports`` a worker tells of its
-    client. Each byte in ``retirements`` ends one spare worker.
+    client. Each byte in ``retirements`` ends one worker that has no client, and its end
+    ends all of them.
     """
 
     lifeline: int
@@ -54,17 +59,43 @@ class Pipes(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """A pair of sockets by which workers pass silent connections to each other."""
+    """Two pairs of sockets by which workers pass connections to each other: silent ones, and offers of clients."""
 
     reading: socket.socket
     writing: socket.socket
+    offers: socket.socket
+    offering: socket.socket
+
+    @classmethod
+    def new(cls) -> Pool:
+        """Raises `OSError`."""
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
+        return cls(*pairs[0], *pairs[1])
+
+    def pack(self, kept: Kept) -> List[int]:
+        """For the next program of the master."""
+        return [kept(sock.fileno()) for sock in self]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[int]) -> Pool:
+        """That of the program before."""
+        return cls(*(socket.socket(fileno=fd) for fd in packed))
 
 
 class Worker:
     """A process that serves one client after the other: prepared by the master, run in the child."""
 
-    def __init__(self, service: Service, listeners: Sequence[socket.socket], pipes: Pipes, pool: Pool) -> None:
+    def __init__(
+        self,
+        service: Service,
+        listeners: Sequence[socket.socket],
+        pipes: Pipes,
+        pool: Pool,
+        close_first: Callable[[], None],
+    ) -> None:
+        """In the child *close_first* lets go of what is the master's alone."""
         self._service = service
+        self._close_first = close_first
         self._pool = pool
         self._listeners = listeners
         self._pipes = pipes
@@ -81,9 +112,7 @@ class Worker:
             return 1
 
     def _init_process(self) -> ProcessLoop:
-        os.close(self._pipes.lifeline_master)
-        os.close(self._pipes.reports_master)
-        os.close(self._pipes.retirements_master)
+        self._close_first()
         gc.set_threshold(GARBAGE_THRESHOLD)
         loop = ProcessLoop(self._pipes.lifeline)
         let_signals_in()
@@ -93,8 +122,8 @@ class Worker:
         service = self._service
         disk = loop.companion = service.open_disk()
         loop.farewell = self._close_listeners  # a successor may listen there already
-        with closing(Lobby(service.handshake_timeout)) as lobby:
-            self._report("")  # it can work
+        with closing(Lobby(service.configuration.handshake_timeout, oldstyle=service.oldstyle)) as lobby:
+            self._report(Report(os.getpid()))  # it can work
             return self._serve_clients(loop, disk, lobby)
 
     def _serve_clients(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> int:
@@ -102,43 +131,89 @@ class Worker:
         while True:
             set_title("spare worker", service.source.name)
             guest = self._next_client(loop, disk, lobby)
-            lobby.hand_over(self._pool.writing)
             if guest is None:
+                self._leave_lobby(loop, lobby)
                 disk.close()
                 return 0
-            connection = Connection(guest.sock, loop, service.spin, guest.peer)
-            self._report(connection.peer)
-            set_title("worker for", connection.peer, service.source.name)
-            service.serve(connection, disk, deadline=guest.deadline)
-            del connection, guest
+            lobby.hand_over(self._pool.writing)
+            self._serve(guest, loop, disk)
+            del guest
             gc.collect()
-            self._report("")
+            self._report(Report(os.getpid()))
             loop.check()
 
-    def _next_client(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> Optional[Guest]:
-        """The next client, or None if this worker is one spare too many."""
-        retirements, pool = self._pipes.retirements, self._pool.reading
+    def _serve(self, guest: Union[Guest, Arrival], loop: ProcessLoop, disk: Disk) -> None:
+        """Serve a client that has spoken, or that another worker has served before."""
+        service, pid = self._service, os.getpid()
+        connection = Connection(guest.sock, loop, service.spin, guest.peer)
+        peer = connection.peer
+
+        def stays(reason: str) -> None:
+            log.info("%s: stays with this process: %s", peer, reason)
+            self._report(Report(pid, peer, stays=reason))
+
+        telling = Telling(lambda to: self._report(Report(pid, moved_to=to)), stays)
+        departure = Departure(loop, self._pool.offering, service.source.identity(), telling)
+        if isinstance(guest, Arrival):
+            before = guest.pid
+            came = Came(guest, lambda pause: self._report(Report(pid, peer, moved_from=before, pause=pause)))
+            service.serve(connection, disk, came=came, departure=departure)
+        else:
+            self._report(Report(pid, peer))
+            service.serve(connection, disk, deadline=guest.deadline, departure=departure)
+
+    def _next_client(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> Union[Guest, Arrival, None]:
+        """The next client, or None if this worker is to retire."""
+        retirements, pool, offers = self._pipes.retirements, self._pool.reading, self._pool.offers
         listening = [listener.fileno() for listener in self._listeners]
-        descriptors = (*listening, pool.fileno(), lobby.fileno(), retirements)
+        descriptors = (*listening, pool.fileno(), offers.fileno(), lobby.fileno(), retirements)
         while True:
             deadline = lobby.deadline()
             timeout = None if deadline is None else max(0.0, deadline - monotonic())
             loop.wait(descriptors, select.POLLIN, timeout, results=True)
+            loop.ordered = loop.called = False  # there is no client to hand over
             disk.forget_results()
             disk.catch_up()
             guest = lobby.speaker()
+            if self._is_to_retire():  # not before: who speaks from now on is not served by this worker
+                if guest is not None:
+                    lobby.take_in(guest)
+                return None
             if guest is not None:
                 return guest
             lobby.expire()
             for listener in self._listeners:
                 sock = self._try_accept(listener, loop)
-                if sock is not None and self._service.oldstyle:  # where a client need not say anything
-                    return Guest(sock, describe_peer(sock), monotonic() + self._service.handshake_timeout)
                 if sock is not None:
                     lobby.greet(sock)
             lobby.take_over(pool)
-            if read_pipe(retirements, 1):
-                return None
+            arrival = self._receive_client(loop, disk, lobby)
+            if arrival is not None:
+                return arrival
+
+    def _receive_client(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> Optional[Arrival]:
+        """The client of another worker, if one is offered."""
+        source = self._service.source
+        offered = take_offer(self._pool.offers)
+        if offered is None:
+            return None
+        lobby.hand_over(self._pool.writing)  # whoever speaks meanwhile need not wait
+        return receive_client(offered, loop, Terms(source.identity(), source.size, disk.image.readonly))
+
+    def _is_to_retire(self) -> bool:
+        try:
+            os.read(self._pipes.retirements, 1)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _leave_lobby(self, loop: ProcessLoop, lobby: Lobby) -> None:
+        """The connections there are for others, who may have to make room for them first."""
+        pool = self._pool.writing
+        while not lobby.hand_over(pool, patient=True):
+            deadline = lobby.deadline() or 0.0
+            loop.wait((pool.fileno(),), select.POLLOUT, max(0.0, deadline - monotonic()))
+            lobby.expire()
 
     def _try_accept(self, listener: socket.socket, loop: ProcessLoop) -> Optional[socket.socket]:
         try:
@@ -154,21 +229,8 @@ class Worker:
         for listener in self._listeners:
             listener.close()
 
-    def _report(self, peer: str) -> None:
+    def _report(self, report: Report) -> None:
         try:
-            os.write(self._pipes.reports, pack_report(os.getpid(), peer))
+            os.write(self._pipes.reports, report.pack())
         except BrokenPipeError:
             raise Stop("the master is gone") from None
-
-
-REPORT_SIZE = 128
-
-
-def pack_report(pid: int, peer: str) -> bytes:
-    """What a worker tells the master, in one piece of ``REPORT_SIZE`` bytes: its client, or that it has none."""
-    return f"{pid} {peer}".encode()[:REPORT_SIZE].ljust(REPORT_SIZE)
-
-
-def parse_report(report: bytes) -> tuple[int, str]:
-    pid, _, peer = report.decode().rstrip().partition(" ")
-    return int(pid), peer

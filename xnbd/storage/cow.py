@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
-from ..making import make_file
+from ..making import give, make_file
 from ..system.file_locks import RangeLocks
+from ..system.kept import Kept
 from . import image_use, space
 from .bitmap import Bitmap, bitmap_size
 from .blocks import BLOCK, block_count, block_start, block_stop, bytes_of, covered, steps, touched
 from .extents import file_data_until, file_extents
-from .image import Buffer, Extent, Image, Shared, Source
+from .image import Buffer, Extent, Identity, Image, Shared, Source, file_identity
 from .target import Sync, map_disk, map_trouble, open_disk, reopen
 from .writeback import Record, WriteBack
 
@@ -49,11 +50,7 @@ class CowSource(Source[Shared]):
     def __init__(self, path: str, *, readonly: bool, directory: Optional[str] = None) -> None:
         self._base = open_disk(path, readonly=True)
         image_use.use_as_disk(self._base, path)
-        self.path = path
-        self.name = os.path.basename(path)
-        self.description = f"copy-on-write disk over {self.name}"
-        self.size = space.device_size(self._base)
-        self.readonly = readonly
+        self._describe(path, space.device_size(self._base), readonly=readonly)
         self._overlay = _open_overlay(directory, os.path.dirname(path), self.size)
         try:
             self._abilities = _try_out(self._overlay)
@@ -65,6 +62,26 @@ class CowSource(Source[Shared]):
             self._open(_do_not_hear).close()
         except (OSError, OverflowError) as error:
             raise ConfigurationError(map_trouble(path, self.size, error)) from error
+
+    def _describe(self, path: str, size: int, *, readonly: bool) -> None:
+        self.path = path
+        self.name = os.path.basename(path)
+        self.description = f"copy-on-write disk over {self.name}"
+        self.size = size
+        self.readonly = readonly
+
+    def pack(self, kept: Kept) -> Dict[str, Any]:
+        fds = {"base": kept(self._base), "overlay": kept(self._overlay), "bitmap": kept(self._bitmap)}
+        return {**fds, "size": self.size, "abilities": self._abilities._asdict()}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any], path: str, *, readonly: bool) -> CowSource:
+        """The disk as the master's program before had it, with what clients have written."""
+        source = cls.__new__(cls)
+        source._base, source._overlay, source._bitmap = packed["base"], packed["overlay"], packed["bitmap"]
+        source._abilities = _Abilities(**packed["abilities"])
+        source._describe(path, packed["size"], readonly=readonly)
+        return source
 
     def open(self, shared: Shared) -> CowImage:
         return self._open(self.write_back(shared).hear)
@@ -82,6 +99,9 @@ class CowSource(Source[Shared]):
 
     def write_back(self, shared: Shared) -> WriteBack:
         return WriteBack(Record(shared.fd, shared.failure_at), witness=self._overlay)
+
+    def identity(self) -> Identity:
+        return file_identity(self._overlay)
 
     def allocated(self) -> int:
         return sum(os.fstat(fd).st_blocks * 512 for fd in (self._base, self._overlay))
@@ -314,7 +334,9 @@ def _open_overlay(directory: Optional[str], beside: str, size: int) -> int:
 def _open_nameless(directory: str) -> int:
     """``O_TMPFILE``, or a file whose name is removed at once where the file system has none."""
     try:
-        return os.open(directory, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
+        fd = os.open(directory, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
+        give(fd)
+        return fd
     except OSError as error:
         if error.errno not in _NO_TMPFILE or not os.path.isdir(directory):
             raise

@@ -11,10 +11,12 @@ error to answer, the same fault in Python code would kill the process.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from typing import Callable, Generic, Iterator, List, NamedTuple, Optional, Protocol, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, Generic, Iterator, List, NamedTuple, Optional, Protocol, Tuple, TypeVar, Union
 
 from ..system.file_locks import do_nothing
+from ..system.kept import Kept
 from .writeback import Record, WriteBack
 
 Buffer = Union[bytes, bytearray, memoryview]
@@ -103,6 +105,10 @@ class Background(ABC):
     @abstractmethod
     def progress(self) -> None:
         """Do all that can be done without waiting."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Nobody waits any more: let go of everything but what is on its way already."""
 
 
 class Image(ABC):
@@ -210,6 +216,15 @@ class Shared(Protocol):
 AnyShared = TypeVar("AnyShared", bound=Shared, contravariant=True)
 
 
+Identity = Tuple[int, ...]
+
+
+def file_identity(fd: int) -> Identity:
+    """Device and inode of the file behind *fd*; and its own device number, for one that is a device."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, status.st_rdev
+
+
 class Source(ABC, Generic[AnyShared]):
     """A disk as the master holds it: opened and checked once, opened again by every worker.
 
@@ -239,6 +254,10 @@ class Source(ABC, Generic[AnyShared]):
         """Bytes of storage that the disk's content takes, about."""
         return self.size
 
+    @abstractmethod
+    def identity(self) -> Identity:
+        """The file that holds what clients write, whatever it is called: two sources with the same one are one disk."""
+
     @property
     def scoreboard_fd(self) -> Optional[int]:
         """The file that all processes of the disk share, if servers that are started separately share it too."""
@@ -247,6 +266,10 @@ class Source(ABC, Generic[AnyShared]):
     def write_back(self, shared: AnyShared) -> WriteBack:
         """How a process syncs the disk, and knows whether that has failed."""
         return WriteBack(Record(shared.fd, shared.failure_at))
+
+    @abstractmethod
+    def pack(self, kept: Kept) -> Dict[str, Any]:
+        """What the next program of the master needs, to go on with the disk without opening it: see its ``unpack``."""
 
     @abstractmethod
     def flush(self, shared: AnyShared) -> None:

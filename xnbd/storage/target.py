@@ -10,15 +10,16 @@ import errno
 import mmap
 import os
 from functools import partial
-from typing import Callable, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Mapping
 
 from ..errors import ConfigurationError
 from ..making import make_file
+from ..system.kept import Kept
 from ..text import one_line
 from . import image_use, space
 from .extents import file_data_until, file_extents
 from .failure import drop_cached, vouch_anew
-from .image import Buffer, Extent, Image, Shared, Source
+from .image import Buffer, Extent, Identity, Image, Shared, Source, file_identity
 from .writeback import Record, WriteBack, WriteBackFailed
 
 Sync = Callable[[int], None]
@@ -138,17 +139,31 @@ class TargetSource(Source[Shared]):
     def __init__(self, path: str, *, readonly: bool) -> None:
         self._fd = open_disk(path, readonly=readonly)
         image_use.use_as_disk(self._fd, path)
-        self.path = path
-        self.name = os.path.basename(path)
-        self.description = f"disk image {self.name}"
-        self.size = space.device_size(self._fd)
-        self.readonly = readonly
+        self._describe(path, space.device_size(self._fd), readonly=readonly)
         try:
             vouch_anew(self._fd, path, readonly=readonly)
             self._witness = reopen(self._fd, readonly=readonly)
             self._open(os.fdatasync).close()
         except (OSError, OverflowError) as error:
             raise ConfigurationError(map_trouble(path, self.size, error)) from error
+
+    def _describe(self, path: str, size: int, *, readonly: bool) -> None:
+        self.path = path
+        self.name = os.path.basename(path)
+        self.description = f"disk image {self.name}"
+        self.size = size
+        self.readonly = readonly
+
+    def pack(self, kept: Kept) -> Dict[str, Any]:
+        return {"image": kept(self._fd), "witness": kept(self._witness), "size": self.size}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any], path: str, *, readonly: bool) -> TargetSource:
+        """The disk as the master's program before had it."""
+        source = cls.__new__(cls)
+        source._fd, source._witness = packed["image"], packed["witness"]
+        source._describe(path, packed["size"], readonly=readonly)
+        return source
 
     def open(self, shared: Shared) -> TargetImage:
         return self._open(self.write_back(shared).sync)
@@ -165,6 +180,9 @@ class TargetSource(Source[Shared]):
         except WriteBackFailed:
             drop_cached(self._fd)
             raise
+
+    def identity(self) -> Identity:
+        return file_identity(self._fd)
 
     def allocated(self) -> int:
         return os.fstat(self._fd).st_blocks * 512

@@ -14,7 +14,10 @@ from typing import Callable, NoReturn, Tuple
 from ..logs import log
 from .process import closed_on_error
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
+HAND_OVER = signal.SIGRTMIN + 3
+"""The master's order to a worker: let another process go on with the client (`server.handover`)."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD, HAND_OVER)
 """All for which processes of this program have handlers."""
 
 

@@ -9,9 +9,11 @@ import socket
 import stat
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 from ..errors import ConfigurationError
+from ..making import give_socket
+from .kept import Kept
 
 if TYPE_CHECKING:
     import psutil
@@ -80,6 +82,22 @@ class Listeners:
             os.set_inheritable(fd, False)
             self.add(sock)
 
+    def pack(self, kept: Kept) -> Dict[str, Any]:
+        """For the next program of this process."""
+        named = {listener.socket.fileno(): listener for listener in self._unix_sockets}
+        return {
+            "unix": [listener.pack(kept) for listener in self._unix_sockets],
+            "others": [kept(sock.fileno()) for sock in self.sockets if sock.fileno() not in named],
+        }
+
+    def unpack(self, packed: Mapping[str, Any]) -> None:
+        """Listen where the program before did."""
+        for fd in packed["others"]:
+            self.add(socket.socket(fileno=fd))
+        self._unix_sockets = [UnixSocket.unpack(listener) for listener in packed["unix"]]
+        for listener in self._unix_sockets:
+            self.add(listener.socket)
+
     def close(self) -> None:
         """Listen no more."""
         for sock in self.sockets:
@@ -112,18 +130,43 @@ class UnixSocket:
                 if mode is not None:
                     os.fchmod(self.socket.fileno(), mode)  # Linux: bind makes the file with the socket's own mode
                 self.socket.bind(path)
-                self._made = os.lstat(path)
+                give_socket(path)
+                made = os.lstat(path)
+                self._made = made.st_dev, made.st_ino
                 self.socket.listen(backlog)
             except OSError as error:
                 self.socket.close()
                 raise ConfigurationError(_unix_trouble(path, error)) from error
 
+    def pack(self, kept: Kept) -> Dict[str, Any]:
+        """For the next program of this process."""
+        return {"path": self._path, "fd": kept(self.socket.fileno()), "made": self._made}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any]) -> UnixSocket:
+        """What listens already, under the program before."""
+        listener = cls.__new__(cls)
+        listener._path, listener._owner = packed["path"], os.getpid()
+        device, inode = packed["made"]
+        listener._made = device, inode
+        listener.socket = socket.socket(fileno=packed["fd"])
+        return listener
+
+    def close(self) -> None:
+        """Listen no more, and remove the file; in a forked process only close the descriptor."""
+        self.socket.close()
+        self.remove()
+
     def remove(self) -> None:
-        """Remove the file, in the process that made it, unless a successor's is there by now."""
+        """Remove the file, in the process that made it, unless a successor's is there by now.
+
+        It stays if this process has not the right to: it has given root's rights up.
+        """
         if os.getpid() != self._owner:
             return
-        with _neighbours_waiting(self._path, _LEAVING_TIME), suppress(FileNotFoundError):
-            if os.path.samestat(os.lstat(self._path), self._made):
+        with _neighbours_waiting(self._path, _LEAVING_TIME), suppress(FileNotFoundError, PermissionError):
+            found = os.lstat(self._path)
+            if (found.st_dev, found.st_ino) == self._made:
                 os.unlink(self._path)
 
 

@@ -6,14 +6,14 @@ import errno
 import fcntl
 import os
 import re
-import socket
 import stat
 import sys
 from contextlib import contextmanager, suppress
-from typing import Iterator, Optional
+from typing import Any, Dict, Iterator, Mapping, Optional
 
 from ..errors import ConfigurationError
 from ..making import is_at, open_or_make
+from .kept import Kept
 
 
 def take_client_socket(fd: int) -> Optional[int]:
@@ -75,10 +75,25 @@ def _is_open(fd: int) -> bool:
     return True
 
 
+_directory = [""]
+"""To which paths belong; empty: the working directory."""
+
+
+@contextmanager
+def paths_from(directory: Optional[str]) -> Iterator[None]:
+    """Inside, paths belong to *directory*: a command line's, which was given there. None: to the working directory."""
+    before = _directory[0]
+    _directory[0] = directory or ""
+    try:
+        yield
+    finally:
+        _directory[0] = before
+
+
 def whole_path(path: str, name: str) -> str:
     """*path*, which *name* is given, from the root on. Raises `ConfigurationError` if the working directory is gone."""
     try:
-        return os.path.abspath(path)
+        return os.path.abspath(os.path.join(_directory[0], path))
     except FileNotFoundError:
         raise ConfigurationError(
             f"{name} {path}: the working directory does not exist any more: give the whole path"
@@ -200,6 +215,17 @@ class PidFile:
         except OSError as error:
             raise ConfigurationError(_pid_file_trouble(self._path, error)) from error
 
+    def pack(self, kept: Kept) -> Dict[str, Any]:
+        """For the next program of this process. The lock ends when the process closes any descriptor of the file."""
+        return {"path": self._path, "fd": kept(self._held)}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any]) -> PidFile:
+        """What the program before has written."""
+        file = cls.__new__(cls)
+        file._path, file._fd, file._pid = packed["path"], packed["fd"], os.getpid()
+        return file
+
     @property
     def _held(self) -> int:
         assert self._fd is not None
@@ -218,8 +244,12 @@ class PidFile:
             self._remove()
 
     def _remove(self) -> None:
-        if is_at(self._path, self._held):
-            os.unlink(self._path)
+        """Remove the file, or empty it if this process has not the right to: it has given root's rights up."""
+        try:
+            if is_at(self._path, self._held):
+                os.unlink(self._path)
+        except PermissionError:
+            os.ftruncate(self._held, 0)
         os.close(self._held)
         self._fd = None
 
@@ -241,15 +271,3 @@ def _pid_file_trouble(path: str, error: OSError) -> str:
     if error.errno == errno.ELOOP:
         return f"pid file {path} is a symbolic link, which is not followed: name the file itself"
     return f"cannot write pid file {path}: {error.strerror}"
-
-
-def notify_service_manager(state: str) -> None:
-    """Tell systemd of *state* if it wants to know (``sd_notify(3)``)."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        try:
-            sender.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
-        except OSError:
-            pass  # nobody listens there: not worth failing for

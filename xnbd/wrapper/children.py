@@ -11,6 +11,7 @@ from typing import Callable, Dict, Iterable, List
 
 from ..logs import log
 from ..system import forking
+from ..system.service_manager import without_manager
 
 Body = Callable[[], int]
 OnEnd = Callable[[int], None]
@@ -76,7 +77,7 @@ def execute(words: List[str]) -> int:
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     _reset_signals()
     try:
-        os.execvp(words[0], words)
+        os.execvpe(words[0], words, without_manager(os.environ))
     except OSError as error:
         log.error("cannot run %s: %s", words[0], error.strerror)
     return _CANNOT_EXECUTE

@@ -11,8 +11,10 @@ import json
 import os
 import signal
 import socket
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
+from ..access.identity import Identity
+from ..access.rights import EVERYBODY, Access, Rights
 from ..errors import ConfigurationError, Disconnected, ProtocolError, RequestError
 from ..logs import log
 from ..origin.base import OriginLost
@@ -23,7 +25,7 @@ from ..proxy.state.known import is_switched, known_size
 from ..server.lobby import Guest
 from ..server.process_loop import ProcessLoop
 from ..server.session.connection import Connection
-from ..server.session.handshake import negotiate
+from ..server.session.handshake import Tls, negotiate
 from ..storage.target import usable_size
 from ..system.process import set_title
 from .database import Database
@@ -66,11 +68,12 @@ def _send_report(reports: socket.socket, report: ClientReport) -> None:
 
 
 class Catalogue:
-    """What one client can choose from; what was found out about a disk holds for this handshake."""
+    """What one client with *rights* can choose from; what was found out about a disk holds for this handshake."""
 
-    def __init__(self, database: Database, servers: Servers) -> None:
+    def __init__(self, database: Database, servers: Servers, rights: Rights) -> None:
         self._database = database
         self._servers = servers
+        self._rights = rights
         self._sizes: Dict[StoredExport, int] = {}
         self.offered: Dict[str, StoredExport] = {}
         """What stood behind the names when the client last heard of them."""
@@ -79,13 +82,13 @@ class Catalogue:
 
     def exports(self) -> Exports:
         return Exports(
-            names=lambda: list(self._entries()),
+            names=lambda: list(self._visible()),
             find=self.offer,
             structured=self._servers.extended,
         )
 
     def offer(self, name: str) -> Optional[Offer]:
-        """The disk *name*. Raises `RequestError` if it is there, but cannot be had now."""
+        """The disk *name*. Raises `RequestError` if it is there, but cannot be had now, and `Denied`."""
         found = self._find(name)
         if found is None:
             return None
@@ -94,15 +97,24 @@ class Catalogue:
             export = self.switched[real_name] = TargetExport(export.image_path)
         self.offered[real_name] = export
         size = self._size(real_name, export)
-        return Offer(real_name, size, self._servers.flags(export), self._servers.describe(export))
+        offer = Offer(real_name, size, self._servers.flags(export), self._servers.describe(export))
+        return self._rights.offer(offer)
 
     def _find(self, name: str) -> Optional[Tuple[str, StoredExport]]:
-        """The export *name*; the empty name stands for the only one there is."""
+        """The export *name*; the empty name stands for the only one that the client may open. Raises `Denied`."""
+        if not name:
+            visible = self._visible()
+            if len(visible) == 1:
+                return next(iter(visible.items()))
         entries = self._entries()
-        if not name and len(entries) == 1:
-            return next(iter(entries.items()))
         real_name = self._database.real_name(name)
-        return None if real_name is None else (real_name, entries[real_name])
+        if real_name is None:
+            return None
+        self._rights.check(real_name)  # before anything is looked at: a denied disk must not show by being slow
+        return real_name, entries[real_name]
+
+    def _visible(self) -> Dict[str, StoredExport]:
+        return {name: export for name, export in self._entries().items() if self._rights.may_open(name)}
 
     def _entries(self) -> Dict[str, StoredExport]:
         try:
@@ -134,29 +146,36 @@ class Client(NamedTuple):
     database: Database
     servers: Servers
     reports: socket.socket
+    access: Access = EVERYBODY
+    tls: Optional[Tls] = None
 
     def serve(self) -> int:
         """Life of the process: negotiate, then be the server of the chosen disk. The exit status."""
-        connection = Connection(self.guest.sock, _handshake_loop(), peer=self.guest.peer)
+        connection = Connection(self.guest.sock, handshake_loop(), peer=self.guest.peer)
         set_title("negotiating with", connection.peer, program=PROGRAM)
-        catalogue = Catalogue(self.database, self.servers)
-        agreement = self._negotiate(connection, catalogue)
+        catalogues: List[Catalogue] = []
+
+        def exports(identity: Identity) -> Exports:
+            catalogues.append(Catalogue(self.database, self.servers, self.access.rights_of(identity)))
+            return catalogues[-1].exports()
+
+        agreement = self._negotiate(connection, exports)
         if agreement is None or agreement.export is None:
             connection.close()
             return 0
-        name = agreement.export.name
+        catalogue, name = catalogues[-1], agreement.export.name
         log.info("%s: export %r, served by process %d", connection.peer, name, os.getpid())
         switched = catalogue.switched.get(name)
         report = ClientReport(os.getpid(), connection.peer, name, switched.image_path if switched else "")
         _send_report(self.reports, report)
         self.reports.close()
         self.database.close()
-        return self.servers.become(self.guest.sock, catalogue.offered[name], agreement)
+        return self.servers.become(connection, catalogue.offered[name], agreement)
 
-    def _negotiate(self, connection: Connection, catalogue: Catalogue) -> Optional[Agreement]:
+    def _negotiate(self, connection: Connection, exports: Callable[[Identity], Exports]) -> Optional[Agreement]:
         peer = connection.peer
         try:
-            agreement = negotiate(connection, catalogue.exports(), self.guest.deadline)
+            agreement = negotiate(connection, exports, self.guest.deadline, self.tls)
             if agreement is None:
                 log.info("%s: left during the handshake", peer)
             return agreement
@@ -169,7 +188,7 @@ class Client(NamedTuple):
         return None
 
 
-def _handshake_loop() -> ProcessLoop:
+def handshake_loop() -> ProcessLoop:
     """A loop without handlers: what ends the wrapper ends this process at once, what servers are told by is ignored."""
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -42,7 +42,7 @@ class Clients:
         *on_switched* hears of an export, and its image, that a client's process found to be no proxy any more.
         """
         self._on_switched = on_switched
-        self._limit = limit
+        self.limit = limit
         self._full = False
         self._listeners = listeners
         self._lobby = lobby
@@ -86,9 +86,11 @@ class Clients:
         return self._lobby.deadline()
 
     def _is_full(self) -> bool:
-        full = len(self._reports) >= self._limit
+        count = len(self._reports)
+        full = count >= self.limit
         if full and not self._full:
-            log.warning("%d clients are connected, which is the limit; others wait", len(self._reports))
+            what = "which is the limit" if count == self.limit else f"more than the limit of {self.limit}"
+            log.warning("%d clients are connected, %s; others wait", count, what)
         self._full = full
         return full
 

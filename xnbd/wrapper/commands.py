@@ -35,11 +35,15 @@ Reply = Iterator[Optional[Message]]
 
 
 class WrapperControls(NamedTuple):
-    """What the wrapper lets commands do: *end* it (and leave the servers alive if told so), see that it *has_ended*."""
+    """What the wrapper lets commands do.
+
+    *end* ends it, and leaves the servers alive if told so; it *has_ended* then. *reload* tells what has changed.
+    """
 
     end: Callable[[bool], None]
     has_ended: Callable[[], bool]
     count_clients: Callable[[], Mapping[str, int]]
+    reload: Callable[[], List[str]]
 
 
 class WrapperCommands:
@@ -72,6 +76,7 @@ class WrapperCommands:
             "bgctl-switch": self._switch,
             "bgctl-reconnect": self._reconnect,
             "save": self._save,
+            "reload": self._reload,
             "orphan": self._orphan,
             "shutdown": self._shutdown,
         }
@@ -99,7 +104,7 @@ class WrapperCommands:
     def _check_origin(self, export: StoredExport) -> None:
         """Raises `CommandError` if the servers could not find it."""
         if isinstance(export, ProxyExport) and export.remote_uri and not self._servers.extended:
-            raise CommandError(f"{self._servers.program} knows no URIs: it can only use an origin on TCP")
+            raise CommandError(f"{self._servers.program} knows no URIs: it can only use an origin on TCP, without TLS")
 
     def _check_disk(self, path: str) -> Reply:
         """Look whether *path* is a disk, in a process of its own: the file may hang."""
@@ -155,6 +160,10 @@ class WrapperCommands:
     def _save(self, request: Message) -> Reply:
         self._database.change(self._database.exports)
         yield {"saved": self._database.path}
+
+    def _reload(self, request: Message) -> Reply:
+        changes = self._controls.reload()
+        yield {"done": True, "changes": changes, "clients": sum(self._controls.count_clients().values())}
 
     # Proxies
 

@@ -17,7 +17,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
 from ..logs import log
-from ..making import is_at, make_afresh
+from ..making import give, is_at, make_afresh
 from ..storage import space
 from ..text import is_writable
 from .exports import StoredExport, check_name, export_from_fields, fields_of, find_export, split_fields
@@ -201,7 +201,7 @@ class Database:
         """An empty database, unless somebody else is quicker."""
         directory = os.path.dirname(self.path)
         if not os.path.isdir(directory):
-            os.mkdir(directory)
+            _make_directory(directory)
         temporary = f"{self.path}.{os.getpid()}.new"
         fd = make_afresh(temporary)
         try:
@@ -241,6 +241,15 @@ class Database:
             raise
         _sync_directory(os.path.dirname(self.path))
         return fd
+
+
+def _make_directory(path: str) -> None:
+    os.mkdir(path)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        give(fd)
+    finally:
+        os.close(fd)
 
 
 def _identity(status: os.stat_result) -> Tuple[int, ...]:

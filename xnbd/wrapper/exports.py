@@ -28,8 +28,8 @@ class TargetExport(NamedTuple):
 class ProxyExport(NamedTuple):
     """The disk of another server, cached here; *remote_export_name* is empty for that server's default.
 
-    Where that server listens on a Unix socket there is a *remote_uri*, and the other
-    three are empty.
+    Where that server listens on a Unix socket or speaks TLS there is a *remote_uri*, and the
+    other three are empty.
     """
 
     image_path: str
@@ -93,7 +93,7 @@ def _fields_of_uri(values: Dict[str, str]) -> Dict[str, str]:
     if "://" not in uri:
         raise ConfigurationError(f"{uri}: expected an NBD URI like nbd+unix:///name?socket=PATH")
     address = parse_origin(uri, None, name or None)
-    if not isinstance(address, NbdAddress) or address.unix_path:
+    if not isinstance(address, NbdAddress) or address.unix_path or address.encryption:
         return {**dict.fromkeys(_HOST_AND_NAME, ""), "remote_uri": str(address)}
     remote = (address.host, str(address.port), address.export_name)
     return {**dict(zip(_HOST_AND_NAME, remote)), "remote_uri": ""}

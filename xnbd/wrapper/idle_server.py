@@ -7,7 +7,9 @@ from typing import Optional
 
 from ..errors import CommandError
 from ..protocol.server_handshake import Agreement
+from ..server.session.connection import Connection
 from .children import Children
+from .client import handshake_loop
 from .exports import ProxyExport
 from .servers import Servers
 
@@ -25,7 +27,7 @@ class IdleServer:
 
         def serve() -> int:
             self._ours.close()
-            return servers.become(theirs, export, Agreement())
+            return servers.become(Connection(theirs, handshake_loop()), export, Agreement())
 
         try:
             self.pid = children.start(serve, self._ended)

@@ -29,7 +29,7 @@ class ProxySteering:
 
     def __init__(self, children: Children, servers: Servers, bgctl: Bgctl) -> None:
         self._children = children
-        self._servers = servers
+        self.servers = servers
         self._bgctl = bgctl
         self._idle_servers: List[IdleServer] = []
         self._dismissed: List[IdleServer] = []
@@ -89,7 +89,7 @@ class ProxySteering:
             yield None
         if is_listening(export.control_socket_path):
             return None
-        idle_server = IdleServer(self._children, self._servers, export)
+        idle_server = IdleServer(self._children, self.servers, export)
         self._idle_servers.append(idle_server)
         deadline = monotonic() + _START_TIME
         try:

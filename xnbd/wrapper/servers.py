@@ -8,21 +8,22 @@ knows less.
 from __future__ import annotations
 
 import os
-import socket
 from typing import Callable, List, NamedTuple, Optional
 
 from ..errors import ConfigurationError
 from ..logs import open_log, standard_stream
 from ..protocol import constants as c
 from ..protocol.server_handshake import Agreement, export_flags
+from ..server.session.connection import Connection
+from ..system.service_manager import without_manager
 from .children import execute
 from .exports import ProxyExport, StoredExport
 
 _ASKING_TIME = 20.0
 _OWN_OPTION = "--negotiated"
 
-TakeOver = Callable[[StoredExport, int, Agreement], int]
-"""Serves the client on a descriptor, in this process; the exit status."""
+TakeOver = Callable[[StoredExport, Connection, Agreement], int]
+"""Serves the client of a connection, in this process; the exit status."""
 
 
 class Servers(NamedTuple):
@@ -52,9 +53,9 @@ class Servers(NamedTuple):
             return f"disk cached in {file}"
         return f"copy-on-write disk over {file}" if self.cow else f"disk image {file}"
 
-    def become(self, sock: socket.socket, export: StoredExport, agreement: Agreement) -> int:
-        """Serve the client of *sock*, in this process; the exit status."""
-        return self.take_over(export, sock.detach(), agreement)
+    def become(self, connection: Connection, export: StoredExport, agreement: Agreement) -> int:
+        """Serve the client of *connection*, in this process; the exit status."""
+        return self.take_over(export, connection, agreement)
 
 
 class ForeignServer(NamedTuple):
@@ -74,7 +75,7 @@ class ForeignServer(NamedTuple):
         """The arguments with which the server takes over the client on *fd*."""
         proxy = isinstance(export, ProxyExport)
         words = ["--proxy" if proxy else "--cow-target" if self.cow else "--target"]
-        words += ["--readonly"] if self.readonly else []
+        words += ["--readonly"] if self.readonly or agreement.readonly else []
         words += ["--syslog"] if self.syslog else []
         words += ["--file-mode", self.file_mode] if self.file_mode and self.extended else []
         words += ["--connected-fd", str(fd)]
@@ -91,8 +92,9 @@ class ForeignServer(NamedTuple):
             words += [option, value] if value else []
         return [*words, *export.origin_words, export.image_path, export.bitmap_path, export.control_socket_path]
 
-    def take_over(self, export: StoredExport, fd: int, agreement: Agreement) -> int:
+    def take_over(self, export: StoredExport, connection: Connection, agreement: Agreement) -> int:
         """Execute the command, whose lines go to the wrapper's log; the exit status if that cannot be."""
+        fd = connection.transport.fileno()
         os.set_blocking(fd, True)
         os.set_inheritable(fd, True)
         if self.log_path is not None:
@@ -118,6 +120,7 @@ def is_extended(command: List[str]) -> bool:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=_ASKING_TIME,
+            env=without_manager(os.environ),
         )
     except OSError as error:
         raise ConfigurationError(f"--xnbd-server: cannot run {command[0]}: {error.strerror}") from error

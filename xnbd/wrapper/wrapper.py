@@ -10,16 +10,20 @@ import os
 import select
 import signal
 from time import monotonic
-from typing import List, NamedTuple, Optional, Set
+from typing import Callable, List, NamedTuple, Optional, Set
 
+from .. import logs
 from ..control.server import ControlSocket
 from ..errors import ConfigurationError
 from ..logs import log
+from ..server.configuration import Configuration
 from ..server.lobby import Guest, Lobby
 from ..server.process_loop import GRACE
+from ..server.reloads import Reloads
 from ..system.listen import Listeners
 from ..system.polling import poll_patiently
 from ..system.process import set_title
+from ..system.service_manager import ServiceManager
 from .children import SIGNALS, Body, Children
 from .client import PROGRAM, Client
 from .clients import Clients
@@ -35,12 +39,15 @@ _PIPE_SIZE = 64 << 10
 
 
 class Settings(NamedTuple):
-    """*bgctl* is as for `ProxySteering`; the timeout is in seconds."""
+    """*bgctl* is as for `ProxySteering`."""
 
     servers: Servers
     bgctl: Bgctl
-    handshake_timeout: float
-    max_clients: int
+    configuration: Configuration
+
+
+Load = Callable[[], Settings]
+"""Reads again what can change. Raises `ConfigurationError`."""
 
 
 class _Ending:
@@ -56,24 +63,36 @@ class _Ending:
 class Wrapper:
     """Serves the exports of *database* on *listeners*, and the operator at *control_path*."""
 
-    def __init__(self, listeners: Listeners, database: Database, control_path: str, settings: Settings) -> None:
-        """Raises `ConfigurationError` if the control socket cannot be had."""
+    def __init__(
+        self,
+        listeners: Listeners,
+        database: Database,
+        control_path: str,
+        settings: Settings,
+        load: Load,
+        manager: ServiceManager,
+    ) -> None:
+        """Raises `ConfigurationError` if the control socket cannot be had. *load* reads *settings* again."""
+        self._manager = manager
+        self._reloads = Reloads(load, self._adopt, manager)
         self._listeners = listeners
         self._database = database
         self._settings = settings
+        configuration = settings.configuration
         self._ending: Optional[_Ending] = None
         self._signals: Set[int] = set()
         self._children = Children(self._after_fork)
-        controls = WrapperControls(self._end, self._has_ended, lambda: self._clients.count())
+        controls = WrapperControls(self._end, self._has_ended, lambda: self._clients.count(), self._reloads.reload)
         self._steering = ProxySteering(self._children, settings.servers, settings.bgctl)
         self._commands = WrapperCommands(database, self._children, settings.servers, self._steering, controls)
         self._control = ControlSocket(control_path, self._commands.table())
+        self._lobby = Lobby(configuration.handshake_timeout)
         self._clients = Clients(
             listeners,
-            Lobby(settings.handshake_timeout),
+            self._lobby,
             self._children,
             self._serve,
-            settings.max_clients,
+            configuration.max_clients,
             self._commands.book_switch,
         )
         self._wake, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -96,7 +115,16 @@ class Wrapper:
             self._control.progress()
             if self._ending:
                 self._press(self._ending)
+            self._tell_manager()
         return self._leave()
+
+    def _tell_manager(self) -> None:
+        """While this loop turns the wrapper is alive: what it waits for is nobody's fault, or another process's."""
+        if self._manager.listens:
+            exports = f"exports: {len(self._database.exports)}"
+            parts = (f"clients: {len(self._clients)}", exports, self._reloads.failure)
+            self._manager.show("; ".join(filter(None, parts)))
+            self._manager.progress(lambda: True)
 
     # In the children
 
@@ -109,7 +137,11 @@ class Wrapper:
         os.close(self._wake_writer)
 
     def _serve(self, guest: Guest) -> Body:
-        return Client(guest, self._database, self._settings.servers, self._clients.outbox).serve
+        settings = self._settings
+        configuration = settings.configuration
+        return Client(
+            guest, self._database, settings.servers, self._clients.outbox, configuration.access, configuration.tls
+        ).serve
 
     # The loop
 
@@ -124,7 +156,8 @@ class Wrapper:
         for fd in (self._wake, *self._clients.interests()):
             poll.register(fd, select.POLLIN)
         ending = self._ending.deadline if self._ending else None
-        deadlines = [time for time in (self._control.deadline(), self._clients.deadline(), ending) if time is not None]
+        times = (self._control.deadline(), self._clients.deadline(), ending, self._manager.deadline())
+        deadlines = [time for time in times if time is not None]
         timeout = max(0.0, (min(deadlines) - monotonic()) * 1000) if deadlines else None
         return {fd for fd, _ in poll_patiently(poll, timeout)}
 
@@ -136,12 +169,23 @@ class Wrapper:
         signals, self._signals = self._signals, set()
         if signals & {signal.SIGTERM, signal.SIGINT}:
             self._end(orphan=False)
-        if signal.SIGHUP in signals:
-            log.info("SIGHUP: nothing to do, a log file that was moved away is opened again by itself")
+        if signal.SIGHUP in signals and not self._ending:
+            self._reloads.on_hangup()
         if signal.SIGCHLD in signals:
             self._clients.read_reports()  # what a process said before it died is known when it is buried
             self._children.reap()
             self._control.hurry()
+
+    # The configuration
+
+    def _adopt(self, settings: Settings) -> List[str]:
+        """Put *settings* into use for clients that come from now on, as `Reloads` wants it."""
+        logs.reopen()
+        before, self._settings = self._settings.configuration, settings
+        self._steering.servers = settings.servers
+        self._clients.limit = settings.configuration.max_clients
+        self._lobby.timeout = settings.configuration.handshake_timeout
+        return settings.configuration.changes(before)
 
     # The end
 
@@ -153,6 +197,7 @@ class Wrapper:
         fate = "they keep their servers" if orphan else "their servers stop"
         log.info("stopping; %d clients are connected, %s", len(self._clients), fate)
         self._ending = _Ending(orphan=orphan)
+        self._manager.stopping()
         self._clients.stop_listening()
         self._steering.interrupt()
         if not orphan:

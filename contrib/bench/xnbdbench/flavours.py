@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple
+from typing import Callable, Dict, Iterable, List, NamedTuple
 
 from .errors import ProbeFailed
 
@@ -51,6 +51,11 @@ class Place(NamedTuple):
     origin_port: int = 0
 
     @property
+    def certificates(self) -> Path:
+        """The directory of keys and certificates of the whole run, for servers and clients."""
+        return self.directory.parent / "certificates"
+
+    @property
     def pid_file(self) -> Path:
         """Written by servers that go into the background."""
         return self.directory / "pid"
@@ -70,7 +75,7 @@ class Flavour(NamedTuple):
     stay in the foreground: they write ``Place.pid_file``. ``origin`` is the flavour
     that a proxy or a relay has behind it, and which is kept running. ``version`` is
     empty where another flavour's says it. ``compiled`` is for what the benchmark
-    brings along in C.
+    brings along in C. A server with ``tls`` accepts nobody who does not use it.
     """
 
     command: Callable[[Place], List[str]]
@@ -81,6 +86,7 @@ class Flavour(NamedTuple):
     daemon: bool = False
     origin: str = ""
     compiled: bool = False
+    tls: bool = False
 
 
 def _xnbd(place: Place) -> List[str]:
@@ -103,8 +109,17 @@ def _limit_sleeping(place: Place) -> List[str]:
     return [*_limit(place), "--spin", "0"]
 
 
+def _xnbd_tls(place: Place) -> List[str]:
+    return [*_xnbd(place), "--tls", str(place.certificates)]
+
+
 def _nbdkit(place: Place) -> List[str]:
     return [*_nbdkit_listening(place), "file", str(place.image)]
+
+
+def _nbdkit_tls(place: Place) -> List[str]:
+    tls = ["--tls=require", f"--tls-certificates={place.certificates}", "--tls-verify-peer"]
+    return [*_nbdkit_listening(place), *tls, "file", str(place.image)]
 
 
 def _nbdkit_listening(place: Place) -> List[str]:
@@ -113,6 +128,12 @@ def _nbdkit_listening(place: Place) -> List[str]:
 
 def _qemu_nbd(place: Place) -> List[str]:
     return [*_qemu_nbd_listening(place), "--format=raw", str(place.image)]
+
+
+def _qemu_nbd_tls(place: Place) -> List[str]:
+    credentials = f"tls-creds-x509,id=tls,dir={place.certificates},endpoint=server,verify-peer=on"
+    tls = ["--object", credentials, "--tls-creds=tls"]
+    return [*_qemu_nbd_listening(place), *tls, "--format=raw", str(place.image)]
 
 
 def _qemu_nbd_listening(place: Place) -> List[str]:
@@ -164,10 +185,20 @@ def _xnbd_proxy(place: Place) -> List[str]:
     return [*XNBD_SERVER, "--proxy", "--quiet", *_xnbd_listening(place), *origin, *files]
 
 
-def _nbdkit_cache(place: Place) -> List[str]:
-    origin = ["nbd", "hostname=127.0.0.1", f"port={place.origin_port}"]
+def _xnbd_proxy_tls(place: Place) -> List[str]:
+    files = [str(place.directory / "cache"), str(place.directory / "bitmap"), str(place.control_socket)]
+    origin = f"nbds://127.0.0.1:{place.origin_port}/?tls-certificates={place.certificates}"
+    return [*XNBD_SERVER, "--proxy", "--quiet", *_xnbd_listening(place), origin, *files]
+
+
+def _nbdkit_cache(place: Place, *options: str) -> List[str]:
+    origin = ["nbd", "hostname=127.0.0.1", f"port={place.origin_port}", *options]
     command = [*_nbdkit_listening(place), "--filter=cache", *origin, "cache-on-read=true"]
     return ["env", f"TMPDIR={place.directory}", *command]
+
+
+def _nbdkit_cache_tls(place: Place) -> List[str]:
+    return _nbdkit_cache(place, "tls=require", f"tls-certificates={place.certificates}")
 
 
 def _qemu_nbd_copy_on_read(place: Place) -> List[str]:
@@ -181,8 +212,8 @@ def _qemu_nbd_copy_on_read(place: Place) -> List[str]:
     return [*_qemu_nbd_listening(place), "--image-opts", disk]
 
 
-def _origin(size: int) -> Callable[[Place], List[str]]:
-    """Our plain target on the first *size* bytes of the image."""
+def _origin(size: int, serve: Callable[[Place], List[str]] = _xnbd) -> Callable[[Place], List[str]]:
+    """Our target on the first *size* bytes of the image."""
 
     def command(place: Place) -> List[str]:
         disk = place.directory / "disk.img"
@@ -192,7 +223,7 @@ def _origin(size: int) -> Callable[[Place], List[str]]:
                 if not piece:
                     break
                 copy.write(piece)
-        return _xnbd(place._replace(image=disk))
+        return serve(place._replace(image=disk))
 
     return command
 
@@ -250,7 +281,18 @@ FLAVOURS: Dict[str, Flavour] = {
     "small-origin": Flavour(_origin(SMALL_ORIGIN_SIZE), _XNBD_VERSION),
     "slow-origin": Flavour(_link("--delay", ONE_WAY_DELAY, "--rate", SLOW_RATE), [], origin="small-origin"),
     "xnbd-proxy-slow": _proxy("slow-origin"),
+    "xnbd --tls": Flavour(_xnbd_tls, _XNBD_VERSION, tls=True),
+    "nbdkit --tls": Flavour(_nbdkit_tls, _NBDKIT_VERSION, "nbdkit", tls=True),
+    "qemu-nbd --tls": Flavour(_qemu_nbd_tls, _QEMU_NBD_VERSION, "qemu-utils", tls=True),
+    "tls-origin": Flavour(_origin(ORIGIN_SIZE, _xnbd_tls), _XNBD_VERSION, tls=True),
+    "xnbd-proxy-tls": Flavour(_xnbd_proxy_tls, _XNBD_VERSION, fresh=True, origin="tls-origin"),
+    "nbdkit-cache-tls": Flavour(_nbdkit_cache_tls, _NBDKIT_VERSION, "nbdkit", fresh=True, origin="tls-origin"),
 }
 
 SNAPSHOT_FLAVOURS = frozenset({"xnbd-steered", "qemu-sd"})
 """Those that are told to copy the whole image."""
+
+
+def use_tls(flavours: Iterable[str]) -> bool:
+    """Whether one of them does, or the server behind it."""
+    return any(FLAVOURS[name].tls or (FLAVOURS[name].origin and use_tls([FLAVOURS[name].origin])) for name in flavours)

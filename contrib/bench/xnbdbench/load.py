@@ -141,7 +141,8 @@ class Beside:
 def nbdload(trial: Trial, *options: str) -> List[str]:
     """The command line of nbdload against the trial's server."""
     server = trial.target
-    return [str(trial.settings.nbdload), *options, "--export", server.export, "127.0.0.1", str(server.port)]
+    tls = ["--tls", str(server.certificates)] if server.certificates else []
+    return [str(trial.settings.nbdload), *options, *tls, "--export", server.export, "127.0.0.1", str(server.port)]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from .trial import Probe
 PEERS = ["nbdkit", "qemu-nbd", "nbd-server"]
 COW_PEERS = ["nbdkit-cow", "qemu-nbd -s"]
 PROXY_PEERS = ["nbdkit-cache", "qemu-nbd-cor"]
+TLS_PEERS = ["nbdkit --tls", "qemu-nbd --tls"]
 
 _BARE = "bare origin"
 
@@ -78,9 +79,14 @@ def small(name: str, title: str, goal: Goal, probe: Probe) -> Measurement:
 
 
 def large(name: str, title: str, goal: Goal, op: str, size: int) -> Measurement:
-    """Sequential requests of *size* bytes, 4 in flight, as throughput."""
-    probe = Load(op, bytes=size, depth=4, unit="mb_per_s")
-    return Measurement(name, title, "MB/s", goal, _compare_with_limit(probe), "throughput", references=(LIMIT,))
+    """Sequential requests of *size* bytes, as throughput."""
+    contenders = _compare_with_limit(_large_load(op, size))
+    return Measurement(name, title, "MB/s", goal, contenders, "throughput", references=(LIMIT,))
+
+
+def _large_load(op: str, size: int) -> Load:
+    """4 in flight."""
+    return Load(op, bytes=size, depth=4, unit="mb_per_s")
 
 
 def copied(name: str, title: str, probe: Probe, others: List[str]) -> Measurement:
@@ -142,6 +148,11 @@ def snapshot(name: str, title: str, unit: Unit, goal: Goal, sample: str) -> Meas
     }
     references = ("before", "after", "qemu before", "qemu after")
     return Measurement(name, title, unit, goal, contenders, most_rounds=3, references=references)
+
+
+def encrypted(name: str, title: str, unit: Unit, goal: Goal, probe: Probe, most_rounds: int = 1000) -> Measurement:
+    """*probe* over TLS 1.3 with certificates on both sides."""
+    return Measurement(name, title, unit, goal, compare(probe, "xnbd --tls", TLS_PEERS), most_rounds=most_rounds)
 
 
 def _far_stream(most: int) -> Cold:
@@ -234,6 +245,30 @@ MEASUREMENTS: List[Measurement] = [
     ),
     proxy_alone(
         "proxy-empty", "--cache-all of an empty disk of 1 TiB", "s", at_most(60), _EMPTY_COPY, "xnbd-proxy-empty"
+    ),
+    encrypted("tls-randread-16", "TLS: random read, 16 in flight", "iops", ratio(1.5), Load(depth=16)),
+    encrypted("tls-read-256k", "TLS: read 256 KiB, 4 in flight", "MB/s", ratio(1.0), _large_load("read", 256 * KIB)),
+    encrypted("tls-write-256k", "TLS: write 256 KiB, 4 in flight", "MB/s", ratio(1.0), _large_load("write", 256 * KIB)),
+    encrypted("tls-first-read", "TLS: connect to first read", "ms", ratio(1.0), FirstRead(), most_rounds=5),
+    Measurement(
+        "tls-memory",
+        "1,000 idle TLS clients, unique memory of a worker",
+        "MiB",
+        at_most(4.0),
+        {"xnbd --tls": Contender("xnbd --tls", WorkerMemory(clients=1000))},
+        most_rounds=1,
+    ),
+    Measurement(
+        "proxy-tls-read",
+        "cold read 256 KiB, 8 in flight, from a TLS origin",
+        "MB/s",
+        ratio(1.2),
+        {
+            "xnbd-proxy": Contender("xnbd-proxy-tls", Cold()),
+            "nbdkit-cache": Contender("nbdkit-cache-tls", Cold()),
+            _BARE: Contender("tls-origin", Cold()),
+        },
+        references=(_BARE,),
     ),
 ]
 

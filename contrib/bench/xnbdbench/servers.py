@@ -55,6 +55,11 @@ class Server:
         return self._place.port
 
     @property
+    def certificates(self) -> Optional[Path]:
+        """With what its clients have to use TLS; None if they must not."""
+        return self._place.certificates if self._flavour.tls else None
+
+    @property
     def control_socket(self) -> Path:
         """Where `xnbd-bgctl` finds it, if it is a proxy of ours."""
         return self._place.control_socket

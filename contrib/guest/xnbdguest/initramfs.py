@@ -10,7 +10,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import Dict, Iterable, List
+from typing import Dict, Iterable, List, Sequence
 
 from .archive import Archive, find_program
 from .errors import GuestError
@@ -25,8 +25,12 @@ _UNWANTED = {"test", "tests", "idlelib", "tkinter", "lib2to3", "distutils", "ens
 _UNWANTED |= {"site-packages", "dist-packages", "unittest", "asyncio", "sqlite3", "curses", "dbm", "wsgiref"}
 
 
-def basic_system(packages: Packages) -> Archive:
-    """Enough for shell commands, file systems and NBD's client."""
+KERNEL_TLS = ("tls", "gcm", "ctr", "ghash-generic")
+"""Modules with which the kernel encrypts TLS; the file of one is named with hyphens where it has any."""
+
+
+def basic_system(packages: Packages, modules: Sequence[str] = ()) -> Archive:
+    """Enough for shell commands, file systems and NBD's client; *modules* of the kernel are loaded as well."""
     archive = Archive()
     archive.add_bytes("/init", (Path(__file__).parent / "init").read_bytes(), 0o755)
     archive.add_bytes("/etc/passwd", b"root:x:0:0:root:/:/bin/sh\n")
@@ -36,7 +40,7 @@ def basic_system(packages: Packages) -> Archive:
     archive.add_file(packages.busybox, "/bin/busybox")
     for program in PROGRAMS:
         archive.add_program(find_program(program), f"/usr/sbin/{program}")
-    for number, module in enumerate(_with_dependencies(packages.modules, _DRIVERS)):
+    for number, module in enumerate(_with_dependencies(packages.modules, (*_DRIVERS, *modules))):
         archive.add_file(module, f"/modules/{number:02d}-{module.name}")
     return archive
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import Dict, Mapping, NamedTuple, Optional, Tuple
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from ...system.process import whole_path
 from ...text import is_writable
-from ..base import NO_TLS, Origin, Sink, Terms, wrong
+from ..base import Origin, OriginAddress, Sink, Terms, wrong
+from .encryption import PARAMETERS, Encryption, parse_encryption
 
 URI_PORT = 10809
 """The port that IANA has assigned; it holds for URIs only."""
@@ -24,20 +25,57 @@ _FORBIDDEN = re.compile(r"[\x00-\x20\x7f]")
 
 
 class NbdAddress(NamedTuple):
-    """*host* and *port*, or *unix_path* (of the abstract namespace if it begins with NUL)."""
+    """*host* and *port*, or *unix_path* (of the abstract namespace if it begins with NUL); in the clear or not."""
 
     host: str
     port: int
     unix_path: str
     export_name: str
+    encryption: Optional[Encryption] = None
 
     def __str__(self) -> str:
         """The address as an NBD URI, which `parse_uri` understands."""
-        name = _quote(self.export_name)
+        user, parameters = "", []
+        if self.encryption:
+            user = f"{quote(self.encryption.user, safe='', errors='surrogateescape')}@" if self.encryption.user else ""
+            parameters = [f"{key}={_quote(value)}" for key, value in self.encryption.parameters()]
         if self.unix_path:
-            return f"nbd+unix:///{name}?socket={_quote(self.unix_path)}"
+            parameters.insert(0, f"socket={_quote(self.unix_path)}")
+        query = f"?{'&'.join(parameters)}" if parameters else ""
+        return f"{self._scheme}://{user}{self._server}/{_quote(self.export_name)}{query}"
+
+    @property
+    def _scheme(self) -> str:
+        return f"nbd{'s' if self.encryption else ''}{'+unix' if self.unix_path else ''}"
+
+    @property
+    def _server(self) -> str:
+        if self.unix_path:
+            return ""
         host = quote(self.host, safe=":")
-        return f"nbd://{f'[{host}]' if ':' in host else host}:{self.port}/{name}"
+        return f"{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def place(self) -> str:
+        """See `OriginAddress`: the disk is the same one in the clear and in TLS."""
+        return str(self._replace(encryption=None))
+
+    def overrules(self, noted: OriginAddress) -> bool:
+        """See `OriginAddress`: how to encrypt is said anew, but what was encrypted is not sent in the clear again."""
+        return self.encryption is not None and noted.place == self.place
+
+    @property
+    def tls_name(self) -> str:
+        """The name that the origin's certificate has to be for; empty where there is none to ask for."""
+        if self.encryption and self.encryption.hostname:
+            return self.encryption.hostname
+        return self.host.partition("%")[0]
+
+    @property
+    def local_files(self) -> Dict[str, int]:
+        """See `OriginAddress`."""
+        socket = {self.unix_path: os.W_OK} if self.unix_path.startswith("/") else {}
+        return {**socket, **dict.fromkeys(self.encryption.files() if self.encryption else [], os.R_OK)}
 
     def open(self, sink: Sink, terms: Terms) -> Origin:
         from .connection import OriginConnection
@@ -56,7 +94,7 @@ def parse_host(host: str, port: Optional[str], export_name: Optional[str]) -> Nb
 
 
 def parse_uri(uri: str, port: Optional[str], export_name: Optional[str]) -> NbdAddress:
-    """An NBD URI; a relative socket path is made absolute. Raises `ConfigurationError`."""
+    """An NBD URI; relative paths in it are made absolute. Raises `ConfigurationError`."""
     parts = _split(uri)
     if port is not None:
         raise wrong(uri, f"leave out the port {port}, it belongs in the URI")
@@ -64,11 +102,32 @@ def parse_uri(uri: str, port: Optional[str], export_name: Optional[str]) -> NbdA
     if export_name is not None and name not in ("", export_name):
         raise wrong(uri, f"names another export than {export_name!r}; name it once")
     name = _check_name(uri, export_name or name)
-    if parts.scheme == "nbd+unix":
-        return NbdAddress("", 0, _socket_path(uri, parts), name)
-    host, number = _authority(uri, parts)
-    _query(uri, parts)
-    return NbdAddress(host, number, "", name)
+    is_unix, is_encrypted = parts.scheme.endswith("+unix"), parts.scheme.startswith("nbds")
+    user, at, server = parts.netloc.rpartition("@")
+    if at and not is_encrypted:
+        raise wrong(uri, "leave out the user's name: only TLS (nbds://) has a use for it")
+    known = [*(["socket"] if is_unix else []), *(PARAMETERS if is_encrypted else [])]
+    values = _query(uri, parts, *known)
+    encryption = parse_encryption(uri, _user(uri, user), values) if is_encrypted else None
+    if is_unix:
+        return _check_trust(uri, NbdAddress("", 0, _socket_path(uri, server, values), name, encryption))
+    host, number = _authority(uri, server)
+    return NbdAddress(host, number, "", name, encryption)
+
+
+def _user(uri: str, quoted: str) -> str:
+    user = _unquote(quoted)
+    if _FORBIDDEN.search(user) or ":" in user:
+        raise wrong(uri, "no user has a name with a colon, a space or a control character in it")
+    return user
+
+
+def _check_trust(uri: str, address: NbdAddress) -> NbdAddress:
+    """A socket has no name for a certificate to be compared with, and the system's authorities vouch for everybody."""
+    how = address.encryption
+    if how and how.verify_peer and not (how.certificates or how.psk_file or how.hostname):
+        raise wrong(uri, "add tls-certificates=DIRECTORY, or tls-hostname=NAME of the origin's certificate")
+    return address
 
 
 def _split(uri: str) -> SplitResult:
@@ -78,29 +137,27 @@ def _split(uri: str) -> SplitResult:
         parts = urlsplit(uri)
     except ValueError as error:
         raise wrong(uri, f"is no URI: {error}") from None
-    if "tls-" in parts.query:
-        raise wrong(uri, NO_TLS)
     if parts.fragment or uri.endswith("#"):
         raise wrong(uri, "write # in a name as %23")
     return parts
 
 
-def _authority(uri: str, parts: SplitResult) -> Tuple[str, int]:
-    if "@" in parts.netloc:
-        raise wrong(uri, "leave out the user's name: only TLS has a use for it")
-    match = re.fullmatch(r"(?:\[([^][]+)\]|([^][:]+))(?::(\d*))?", parts.netloc)
+def _authority(uri: str, server: str) -> Tuple[str, int]:
+    match = re.fullmatch(r"(?:\[([^][]+)\]|([^][:]+))(?::(\d*))?", server)
     if not match:
-        raise wrong(uri, "expected nbd://host/name or nbd://host:port/name, an IPv6 address in []")
+        scheme = uri.partition(":")[0].lower()
+        raise wrong(uri, f"expected {scheme}://host/name or {scheme}://host:port/name, an IPv6 address in []")
     host = _unquote(match[1] or match[2])
     if _FORBIDDEN.search(host) or not _is_text(host):
         raise wrong(uri, "the host's name has characters that no host has")
     return host, _parse_port(uri, match[3]) if match[3] else URI_PORT
 
 
-def _socket_path(uri: str, parts: SplitResult) -> str:
-    path = _query(uri, parts, "socket").get("socket")
-    if parts.netloc or not path:
-        raise wrong(uri, "expected nbd+unix:///name?socket=PATH, with three slashes and a socket")
+def _socket_path(uri: str, server: str, values: Mapping[str, str]) -> str:
+    path = values.get("socket")
+    if server or not path:
+        scheme = uri.partition(":")[0].lower()
+        raise wrong(uri, f"expected {scheme}:///name?socket=PATH, with three slashes and a socket")
     if path.startswith("\0"):
         return path
     if "\0" in path:
@@ -116,6 +173,8 @@ def _query(uri: str, parts: SplitResult, *known: str) -> Dict[str, str]:
     found: Dict[str, str] = {}
     for parameter in filter(None, parts.query.split("&")):
         key, _, value = parameter.partition("=")
+        if key in PARAMETERS and key not in known:
+            raise wrong(uri, f"{key} needs TLS: write nbds in place of nbd")
         if key not in known or key in found:
             raise wrong(uri, f"parameter {key!r} is {'given twice' if key in known else 'not known'}")
         found[key] = _unquote(value)

@@ -1,6 +1,6 @@
 """From the address of an origin to a socket on which its disk was agreed on, without waiting.
 
-The host's name is looked up, its addresses are tried one after the other, and hands are shaken.
+The host's name is looked up, its addresses are tried one after the other, and hands are shaken (`handshake`).
 """
 
 from __future__ import annotations
@@ -10,73 +10,70 @@ import os
 import select
 import socket
 from time import monotonic
-from typing import Any, Callable, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, List, Optional
 
-from ...errors import ProtocolError, XnbdError
-from ...protocol.client_handshake import ClientHandshake, RemoteExport
+from ...errors import WrongName
+from ...protocol.client_handshake import RemoteExport
 from ...system.sockets import set_socket_options
 from .address import NbdAddress
+from .handshake import Handshake, NotReached, read_credentials
 from .lookup import Candidate, HostNotFound, Lookup, numeric
+from .stream import Stream
+
+if TYPE_CHECKING:
+    from ...tls.client_credentials import ClientCredentials
 
 _UNACKNOWLEDGED = 90_000
 """Milliseconds after which a host that takes no bytes counts as gone: keepalive is silent while there are some."""
 
-_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-
-
-class NotReached(XnbdError):
-    """There is no way; the message says why. ``refused`` as in `OriginLost`."""
-
-    def __init__(self, message: str, *, refused: bool = False) -> None:
-        super().__init__(message)
-        self.refused = refused
-
-
-def send(sock: socket.socket, unsent: bytearray) -> None:
-    """Send what can be sent of *unsent* at once, and drop that from it. Raises `OSError`."""
-    try:
-        while unsent:
-            del unsent[: sock.send(unsent, _SEND_FLAGS)]
-    except BlockingIOError:
-        pass
-
 
 class Approach:
-    """The way to *address*, for *timeout* seconds at most. Always followed by `close`, or by taking ``sock``.
+    """The way to *address*, for *timeout* seconds at most. Always followed by `close`, or by `take_stream`.
 
-    ``export`` is what was agreed on in the end, None before. ``deadline`` is when to call
-    `on_time`, in monotonic seconds. Methods raise `NotReached`, and `OSError`, where they say so.
+    ``deadline`` is when to call `on_time`, in monotonic seconds. Methods raise `NotReached`, and
+    `OSError`, where they say so.
     """
 
     def __init__(self, address: NbdAddress, timeout: float) -> None:
-        self.sock: Optional[socket.socket] = None
-        self.export: Optional[RemoteExport] = None
         self.deadline = self._give_up_at = monotonic() + timeout
         self._address = address
         self._timeout = timeout
         self._lookup: Optional[Lookup] = None
         self._candidates: List[Candidate] = []
+        self._candidate: Optional[Candidate] = None
+        self._sock: Optional[socket.socket] = None
+        self._handshake: Optional[Handshake] = None
         self._step: Callable[[int], None] = self._connect
-        self._handshake = ClientHandshake(address.export_name)
-        self._greetings = bytearray()
+        self._credentials: Optional[ClientCredentials] = None
+        self._only_names = False
+
+    @property
+    def export(self) -> Optional[RemoteExport]:
+        """What was agreed on in the end, None before."""
+        return self._handshake.export if self._handshake else None
+
+    def take_stream(self) -> Stream:
+        """The way to the export that was agreed on, which is the caller's to close from now on."""
+        handshake, self._handshake, self._sock = self._handshake, None, None
+        assert handshake
+        return handshake.stream
 
     def fileno(self) -> int:
         """The descriptor to poll, another one after every event perhaps; -1 if there is none."""
-        source = self._lookup or self.sock
+        source = self._lookup or (self._handshake.stream if self._handshake else self._sock)
         return source.fileno() if source else -1
 
     def events(self) -> int:
         """The poll mask to wait for."""
         if self._lookup:
             return select.POLLIN
-        if self.sock is None:
-            return 0
-        if self._step == self._connect:
-            return select.POLLOUT
-        return select.POLLIN | select.POLLOUT if self._greetings else select.POLLIN
+        if self._handshake:
+            return self._handshake.events()
+        return select.POLLOUT if self._sock else 0
 
     def start(self) -> None:
         """Begin. Raises `NotReached`, and `OSError`."""
+        self._credentials = read_credentials(self._address.encryption)
         if self._address.unix_path:
             self._candidates = [(socket.AF_UNIX, self._address.unix_path)]
         else:
@@ -130,9 +127,9 @@ class Approach:
         """
         while self._candidates:
             self._close_socket()
-            family, socket_address = self._candidates.pop(0)
+            self._candidate = self._candidates.pop(0)
             try:
-                error = self._begin_to_connect(family, socket_address)
+                error = self._begin_to_connect(*self._candidate)
             except OSError as problem:
                 error = problem.errno or errno.EIO
             if not error:
@@ -147,14 +144,14 @@ class Approach:
         raise NotReached(failure)
 
     def _begin_to_connect(self, family: int, socket_address: Any) -> int:
-        self.sock = sock = socket.socket(family, socket.SOCK_STREAM)
+        self._sock = sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setblocking(False)
         return sock.connect_ex(socket_address)
 
     def _connect(self, mask: int) -> None:
-        if not mask or not self.sock:
+        if not mask or not self._sock:
             return
-        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        error = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             self._try_next(os.strerror(error))
         else:
@@ -163,31 +160,28 @@ class Approach:
     # Handshake
 
     def _begin_handshake(self) -> None:
-        assert self.sock
-        set_socket_options(self.sock)
-        if self.sock.family != socket.AF_UNIX:
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED)
+        sock = self._sock
+        assert sock
+        set_socket_options(sock)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED)
         self.deadline = self._give_up_at
-        self._step = self._negotiate
+        self._handshake = Handshake(sock, self._address, self._credentials, only_names=self._only_names)
+        self._step = self._shake_hands
 
-    def _negotiate(self, _mask: int) -> None:
-        """Receives nothing that comes after the handshake: that is not for here."""
-        assert self.sock
-        handshake = self._handshake
-        send(self.sock, self._greetings)
-        while handshake.export is None:
-            try:
-                received = self.sock.recv(handshake.wanted, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            if not received:
-                raise NotReached(handshake.end_means(), refused=True)
-            try:
-                self._greetings += handshake.receive(received)
-            except ProtocolError as error:
-                raise NotReached(str(error), refused=True) from error
-            send(self.sock, self._greetings)
-        self.export = handshake.export
+    def _shake_hands(self, _mask: int) -> None:
+        assert self._handshake
+        try:
+            self._handshake.go_on()
+        except WrongName as error:
+            self._ask_for_names(error)
+
+    def _ask_for_names(self, error: WrongName) -> None:
+        """The certificate is another host's: connect once more, to tell whose, because OpenSSL has not told us."""
+        assert self._candidate
+        self._only_names = True
+        self._candidates = [self._candidate]
+        self._try_next(str(error))
 
     # Ends
 
@@ -197,6 +191,8 @@ class Approach:
             self._lookup = None
 
     def _close_socket(self) -> None:
-        if self.sock:
-            self.sock.close()
-            self.sock = None
+        if self._handshake:
+            self._handshake.stream.close()
+        if self._sock:
+            self._sock.close()
+        self._handshake = self._sock = None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import mmap
 import select
-import socket
 from functools import partial
 from time import monotonic
 from typing import Any, Callable, List, Optional, Tuple
@@ -21,8 +20,10 @@ from ...protocol.constants import CMD_DISC, MAXIMUM_PAYLOAD
 from ...protocol.transmission import REQUEST, request_word
 from ..base import Origin, OriginLost, Sink, Terms
 from .address import NbdAddress
-from .approach import Approach, NotReached, send
+from .approach import Approach
+from .handshake import NotReached
 from .replies import ReplyParser
+from .stream import RECORD, Stream, send_from
 
 BUFFER_SIZE = 1 << 20
 """Bytes received at once: many small replies, or several large pieces."""
@@ -43,7 +44,7 @@ class OriginConnection(Origin):
         self.bytes_received = 0
         self._terms = terms
         self._approach: Optional[Approach] = None
-        self._sock: Optional[socket.socket] = None
+        self._stream: Optional[Stream] = None
         self._step: Callable[[int], None] = _stay_idle
         self.heard_at = 0.0
         self._requests = bytearray()
@@ -58,14 +59,14 @@ class OriginConnection(Origin):
 
     def fileno(self) -> int:
         """The descriptor to poll, another one after every event perhaps; -1 if there is none."""
-        source = self._approach or self._sock
+        source = self._approach or self._stream
         return source.fileno() if source else -1
 
     def events(self) -> int:
         """The poll mask to wait for."""
         if self._approach:
             return self._approach.events()
-        if self._sock is None:
+        if self._stream is None:
             return 0
         return select.POLLIN | select.POLLOUT if self._requests else select.POLLIN
 
@@ -73,7 +74,7 @@ class OriginConnection(Origin):
     def deadline(self) -> Optional[float]:
         if self._approach:
             return self._approach.deadline
-        if self._sock is None:
+        if self._stream is None:
             return None
         if self._terms.reply_timeout is None or not self._replies.pending:
             return None
@@ -82,7 +83,7 @@ class OriginConnection(Origin):
     @property
     def ready(self) -> bool:
         """Whether the handshake is done. Requests may be queued before."""
-        return self.export is not None and self._sock is not None
+        return self.export is not None and self._stream is not None
 
     @property
     def size(self) -> int:
@@ -152,9 +153,9 @@ class OriginConnection(Origin):
 
     def close(self) -> None:
         """Leave, politely if nothing is half sent."""
-        if self._sock and self.export and not self._requests:
+        if self._stream and self.export and not self._requests:
             try:
-                send(self._sock, bytearray(REQUEST.pack(request_word(CMD_DISC), bytes(8), 0, 0)))
+                send_from(bytearray(REQUEST.pack(request_word(CMD_DISC), bytes(8), 0, 0)), self._stream)
             except OSError:
                 pass  # it has gone first
         self._end_it()
@@ -176,10 +177,11 @@ class OriginConnection(Origin):
         self._go_near(partial(approach.on_events, mask))
         if approach.export is None:
             return
-        self._approach, self._sock = None, approach.sock
-        if self._terms.expected_size not in (None, approach.export.size):
-            raise self._lost(f"its disk has {approach.export.size} bytes, not {self._terms.expected_size} as before")
-        self.export = approach.export
+        export = approach.export
+        self._approach, self._stream = None, approach.take_stream()
+        if self._terms.expected_size not in (None, export.size):
+            raise self._lost(f"its disk has {export.size} bytes, not {self._terms.expected_size} as before")
+        self.export = export
         self._replies.agree(self.export.structured, self.export.allocation_context)
         self.heard_at = monotonic()
         self._step = self._transmit
@@ -188,24 +190,24 @@ class OriginConnection(Origin):
     # Transmission
 
     def _transmit(self, mask: int) -> None:
-        assert self._sock
+        assert self._stream
         if self._requests:
-            send(self._sock, self._requests)
+            send_from(self._requests, self._stream)
         if not mask & ~select.POLLOUT:
             return
         for _ in range(_RECEIVES):
             try:
-                received = self._sock.recv_into(self._view[self._end :], 0, socket.MSG_DONTWAIT)
+                received = self._stream.receive_into(self._view[self._end :])
             except BlockingIOError:
                 return
             self.bytes_received += received
             if not received:
                 raise self._lost(f"it closed the connection with {self.outstanding} requests waiting")
-            more = self._end + received == BUFFER_SIZE
+            more = self._end + received > BUFFER_SIZE - RECORD  # else poll shows what comes next (`Stream`)
             self.heard_at = monotonic()
             self._work(self._end + received)
             if self._requests:
-                send(self._sock, self._requests)
+                send_from(self._requests, self._stream)
             if not more:
                 return
 
@@ -230,9 +232,9 @@ class OriginConnection(Origin):
         """Close, and let go of the buffer without waiting for the garbage collector."""
         if self._approach:
             self._approach.close()
-        if self._sock:
-            self._sock.close()
-        self._approach = self._sock = None
+        if self._stream:
+            self._stream.close()
+        self._approach = self._stream = None
         self._step = _stay_idle
         self._view = memoryview(b"")
 

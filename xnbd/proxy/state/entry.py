@@ -17,11 +17,13 @@ from .known import scoreboard_says_target
 class Entry:
     """The way to the bitmap at *path* of the cache behind *cache_fd*; its header has to become ``header``.
 
-    With *adopt* somebody vouches that the cache image has what the bitmap says.
+    *origin* is the address that this server was started with. With *adopt* somebody vouches
+    that the cache image has what the bitmap says.
     """
 
-    def __init__(self, path: str, cache_fd: int, layout: Layout, header: Header, *, adopt: bool) -> None:
+    def __init__(self, path: str, cache_fd: int, layout: Layout, header: Header, *, origin: str, adopt: bool) -> None:
         self.path = path
+        self.origin = origin
         self.state_path = path + SUFFIX
         self.cache_fd = cache_fd
         self.layout = layout

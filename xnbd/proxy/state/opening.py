@@ -39,6 +39,7 @@ from __future__ import annotations
 import os
 
 from ...errors import ConfigurationError
+from ...origin.address import place_of
 from ...storage import image_use
 from ...system.file_locks import RangeLocks
 from ...system.process import closed_on_error
@@ -70,16 +71,16 @@ def open_state(
     before the durable copy speaks of it. With *clear* no block is cached, whatever
     the files said, if nobody uses them. With *adopt* somebody vouches that the cache
     image has what the bitmap says, whatever speaks against it. *origin* is where the disk
-    was when the bitmap was made, or where it has been moved to since. Raises
+    was when the bitmap was made, or where it has been moved to since, however it is reached. Raises
     `ConfigurationError`, and `image_use.ImageInUse` if another server serves the cache image
     as a disk by itself, or `image_use.OtherBitmap`.
     """
     path = os.path.realpath(bitmap_path)
     try:
-        header = Header(disk_size, identity(origin), read_boot_id(boot_id_path), clean=False)
+        header = Header(disk_size, identity(place_of(origin)), read_boot_id(boot_id_path), clean=False)
         for _ in image_use.attempts():
             try:
-                entry = Entry(path, cache_fd, layout_of(disk_size), header, adopt=adopt)
+                entry = Entry(path, cache_fd, layout_of(disk_size), header, origin=origin, adopt=adopt)
                 return _enter(entry, clear=clear)
             except image_use.ImageInUse as error:
                 in_use = error
@@ -132,5 +133,6 @@ def _share(entry: Entry, state_fd: int) -> SharedState:
         scoreboard_fd = open_scoreboard(entry, state_fd)
         with closed_on_error(scoreboard_fd):
             shared = SharedState(entry.path, (bitmap_fd, state_fd, scoreboard_fd), entry.layout, entry.header)
+            files.become_user(state_fd)
     RangeLocks(state_fd).release(OPENING, 1)
     return shared

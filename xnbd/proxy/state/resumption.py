@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 
 from ...errors import ConfigurationError
 from ...logs import log
+from ...origin.address import place_of
 from ...storage.failure import drop_cached
 from ...storage.target import reopen
 from ...storage.writeback import WriteBackFailed
@@ -79,7 +80,8 @@ def _check_state(entry: Entry, state_fd: int) -> Header:
         )
     if header.block_size != wanted.block_size:
         raise entry.refusal(f"{entry.path} has blocks of {header.block_size} bytes, not {wanted.block_size}")
-    if wanted.origin not in (header.origin, identity(files.read_steering(state_fd).address)):
+    noted = (header.origin.decode("utf-8", "surrogateescape"), files.read_steering(state_fd).address)
+    if wanted.origin not in [identity(place_of(address)) for address in noted]:
         raise entry.refusal(
             f"{entry.path} is of the origin {readable(header.origin)}, not of {readable(wanted.origin)}; "
             "if that disk has moved, start with the former address and use xnbd-bgctl --reconnect"

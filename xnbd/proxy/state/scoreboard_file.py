@@ -8,6 +8,7 @@ from contextlib import closing, suppress
 from ...errors import ConfigurationError
 from ...logs import log
 from ...making import file_mode, is_own_file
+from ...origin.address import overrules
 from ...scoreboard.layout import OtherVersion, check_header, create_scoreboard, scoreboard_size, write_header
 from ...scoreboard.scoreboard import Scoreboard
 from ...storage.space import NO_SPACE
@@ -15,7 +16,7 @@ from ...storage.target import reopen
 from ...system.process import closed_on_error
 from . import files
 from .entry import Entry
-from .format import SCOREBOARD_SUFFIX
+from .format import SCOREBOARD_SUFFIX, Steering
 
 MAXIMUM_PROCESSES = 8192
 """Processes of all servers together that may use a cache."""
@@ -26,15 +27,26 @@ def open_scoreboard(entry: Entry, state_fd: int) -> int:
     path = entry.path + SCOREBOARD_SUFFIX
     if not files.is_alone(state_fd):
         return _join_scoreboard(entry, path, state_fd)
-    steering = files.read_steering(state_fd)
-    if steering.switched:
-        files.write_steering(state_fd, steering._replace(switched=False))
+    steering = _renew_steering(state_fd, entry.origin)
     fd = _clear_scoreboard(entry, path, state_fd)
     with closed_on_error(fd):
         write_header(fd)
         with closing(Scoreboard(reopen(fd, readonly=False))) as scoreboard:
             scoreboard.origin.address = steering.address
     return fd
+
+
+def _renew_steering(state_fd: int, origin: str) -> Steering:
+    """What still holds for a server that was started with *origin*. Raises `ConfigurationError`."""
+    steering = files.read_steering(state_fd)
+    address = origin if overrules(origin, steering.address) else steering.address
+    renewed = Steering(switched=False, address=address)
+    if renewed != steering:
+        try:
+            files.write_steering(state_fd, renewed)
+        except ValueError as error:
+            raise ConfigurationError(f"origin {origin}: {error}") from error
+    return renewed
 
 
 def refuse_other_version(entry: Entry) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from typing import Tuple
+from typing import Any, Dict, Mapping, Tuple
 
+from ...errors import ConfigurationError
 from ...scoreboard.scoreboard import Scoreboard
 from ...storage.target import reopen
 from ...storage.writeback import WriteBack, WriteBackFailed
+from ...system.kept import Kept
 from ...system.process import closed_on_error
 from . import belonging, copies, files
 from .checkpoint import ProcessState
 from .files import LEAVING_TIME
-from .format import Header, Layout, Steering
+from .format import SUFFIX, BadHeader, Header, Layout, Steering, layout_of, pack_header, parse_header
 from .known import was_switched
 
 
@@ -31,7 +33,28 @@ class SharedState:
         self._header = header
         self.failures = files.failure_record(self._state_fd)
         self.write_back = WriteBack(self.failures)
-        files.become_user(self._state_fd)
+
+    def pack(self, kept: Kept) -> Dict[str, Any]:
+        """For the next program of the master."""
+        fds = [kept(fd) for fd in (self._bitmap_fd, self._state_fd, self.scoreboard_fd)]
+        return {"path": self._path, "fds": fds, "header": pack_header(self._header).hex()}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any], disk_size: int) -> SharedState:
+        """The files as the master's program before had them, whose locks go on.
+
+        Raises `ConfigurationError` if this program does not understand them.
+        """
+        bitmap_fd, state_fd, scoreboard_fd = packed["fds"]
+        layout = layout_of(disk_size)
+        try:
+            files.read_header(state_fd)
+            header = parse_header(bytes.fromhex(packed["header"]))
+        except BadHeader as error:
+            raise ConfigurationError(f"{packed['path']}{SUFFIX} {error}") from None
+        if os.fstat(bitmap_fd).st_size != layout.bitmap_size:
+            raise ConfigurationError(f"the bitmap {packed['path']} is of another format")
+        return cls(packed["path"], (bitmap_fd, state_fd, scoreboard_fd), layout, header)
 
     def open_process(self) -> ProcessState:
         """The bitmap for this process. Called after the fork; raises `OSError`."""

@@ -79,12 +79,17 @@ def _described(error: Exception) -> str:
 class Commands:
     """The commands of one client, WRITE and DISC excepted: checks each, does it on the disk, and answers it."""
 
-    def __init__(self, disk: Disk, agreement: Agreement, replies: ReplyFormat, peer: str) -> None:
-        """*peer* is the client's name in the log, *replies* the format of the answers."""
+    def __init__(
+        self, disk: Disk, agreement: Agreement, replies: ReplyFormat, peer: str, *, encrypted: bool = False
+    ) -> None:
+        """*peer* is the client's name in the log, *replies* the format of the answers, *encrypted* its bytes."""
+        self._encrypted = encrypted
         self._disk = disk
         self._counts = disk.place.counts
         self._format = replies
         self._allocation = agreement.allocation
+        self._readonly = agreement.readonly
+        self._told_of_writer = False
         self._peer = peer
         self._export = agreement.export.name if agreement.export is not None else disk.name
         self._failures = Seldom()
@@ -101,7 +106,8 @@ class Commands:
     def renew(self) -> None:
         """Go on with the image that the disk has now."""
         self._image = self._disk.image
-        self.page_prefetch = PagePrefetch(self._image)
+        self.writable = not (self._image.readonly or self._readonly)
+        self.page_prefetch = PagePrefetch(self._image, encrypted=self._encrypted)
         self._holes = Holes(self._image)
 
     def execute(self, command: int, flags: int, cookie: bytes, offset: int, length: int, out: List[Piece]) -> None:
@@ -120,6 +126,9 @@ class Commands:
             raise RequestError(errno.EINVAL, f"unknown command {command}")
         if image.readonly and command in _MODIFYING:
             raise ProtocolError("client writes to a read-only disk")
+        if self._readonly and command in _MODIFYING:
+            self._tell_of_writer(command)
+            raise RequestError(errno.EPERM, "you may only read this disk")
         if flags & ~(_KNOWN_FLAGS[command] | c.CMD_FLAG_FUA):
             raise RequestError(errno.EINVAL, "unknown flags for this command")
         if command == c.CMD_FLUSH:
@@ -131,6 +140,14 @@ class Commands:
             raise RequestError(errno.EINVAL, f"more than {MAXIMUM_REQUEST} bytes at once")
         if offset + length > image.readable():
             raise RequestError(errno.EIO, "the disk image has shrunk")
+
+    def _tell_of_writer(self, command: int) -> None:
+        """The first time: a client that does not mind its flags may try a thousand times."""
+        if not self._told_of_writer:
+            self._told_of_writer = True
+            log.warning(
+                "%s: export %r: %s refused: this client may only read it", self._peer, self._export, _NAMES[command]
+            )
 
     def refuse(self, command: int, cookie: bytes, error: Exception, out: List[Piece], where: Where) -> None:
         """Answer with *error* a request for *where*; what is wrong here, and not with the request, is for the log."""

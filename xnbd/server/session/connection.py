@@ -11,6 +11,7 @@ import socket
 from time import monotonic
 from typing import Callable, Optional
 
+from ...access.identity import Identity, identity_of_peer, peer_credentials
 from ...errors import Disconnected, ProtocolError
 from ...system.sockets import set_socket_options
 from ..process_loop import ProcessLoop, Stop
@@ -27,17 +28,27 @@ LONGEST_SPIN = 0.01
 
 
 class Connection:
-    """One client's connection: sends and receives over a `Transport`, and sleeps in the process's loop."""
+    """One client's connection: sends and receives over a `Transport`, and sleeps in the process's loop.
+
+    ``identity`` is who the client is; what gives it a transport that proves more adds to it.
+    """
 
     def __init__(self, sock: socket.socket, loop: ProcessLoop, spin: float = 0.0, peer: str = "") -> None:
         """*spin* is the longest time in seconds to poll before sleeping."""
         set_socket_options(sock)
         self.peer = peer or describe_peer(sock)
+        self.identity: Identity = identity_of_peer(sock)
+        self.encryption = ""  # how its bytes are encrypted, in words; empty if they are not
         self.loop = loop
         self.waits = 0  # how often the client did not take what was to be sent at once
         self._late = False  # the last message was not there yet when it was looked for
         self._spin = Spin(spin)
         self.use(PlainTransport(sock))
+
+    def move_to(self, loop: ProcessLoop, spin: float) -> None:
+        """From now on sleep in *loop*: this process has become the client's server."""
+        self.loop = loop
+        self._spin = Spin(spin)
 
     def use(self, transport: Transport) -> None:
         """From now on bytes come and go by *transport*, of which none is left unsent or unread in the one before."""
@@ -53,7 +64,7 @@ class Connection:
             self._ready = lambda timeout: pending() or ready.poll(timeout)
 
     def receive(self, view: memoryview) -> Optional[int]:
-        """Receive the next requests into *view*: the number of bytes, 0 at the end, None if the process was woken.
+        """Receive the next requests into *view*: the number of bytes, 0 at the end, None if it was woken or called.
 
         Between messages: raises `Stop` as soon as the worker is to leave.
         """
@@ -69,7 +80,7 @@ class Connection:
             except BlockingIOError:
                 pass  # a part of what the transport needs
         began = monotonic()
-        while self.loop.wait(self._fds, select.POLLIN, results=True):
+        while self.loop.wait(self._fds, select.POLLIN, results=True, calls=True):
             try:
                 received = receive_into(view)
             except BlockingIOError:
@@ -103,13 +114,13 @@ class Connection:
         return True
 
     def wait_beside(self, events: int, timeout: Optional[float]) -> bool:
-        """Sleep until the client shows *events*, or the background has results; tells whether it was the client.
+        """Sleep until the client shows *events*; False if the background has results before, or somebody calls.
 
         Raises `Stop` as soon as the worker is to leave, `Disconnected` if the client
         is gone altogether.
         """
         began = monotonic()
-        if not self.loop.wait(self._fds, events, timeout, results=True):
+        if not self.loop.wait(self._fds, events, timeout, results=True, calls=True):
             return False
         if events & select.POLLIN:
             self._spin.missed(monotonic() - began)
@@ -127,14 +138,20 @@ class Connection:
         once the worker is to leave.
         """
         while True:
-            try:
-                received = self._receive_into(view)
-            except BlockingIOError:
-                self.loop.wait(self._fds, select.POLLIN, mid_message=True)
-                continue
-            if not received:
-                raise Disconnected("client left in the middle of a message")
-            return received
+            received = self.receive_more(view, calls=False)
+            if received is not None:
+                return received
+
+    def receive_more(self, view: memoryview, *, calls: bool = True) -> Optional[int]:
+        """What `receive_rest` does; None if nothing has come yet, but the process slept, or with *calls* was called."""
+        try:
+            received = self._receive_into(view)
+        except BlockingIOError:
+            self.loop.wait(self._fds, select.POLLIN, mid_message=True, calls=calls)
+            return None
+        if not received:
+            raise Disconnected("client left in the middle of a message")
+        return received
 
     def receive_exactly(self, length: int, deadline: float) -> bytes:
         """*length* bytes, for the handshake.
@@ -148,7 +165,7 @@ class Connection:
             try:
                 received = self._receive_into(view)
             except BlockingIOError:
-                self._wait_until(select.POLLIN, deadline)
+                self.wait_until(select.POLLIN, deadline)
                 continue
             if not received:
                 raise Disconnected("client left during the handshake")
@@ -162,9 +179,10 @@ class Connection:
             try:
                 view = view[self._send((view,)) :]
             except BlockingIOError:
-                self._wait_until(select.POLLOUT, deadline)
+                self.wait_until(select.POLLOUT, deadline)
 
-    def _wait_until(self, events: int, deadline: float) -> None:
+    def wait_until(self, events: int, deadline: float) -> None:
+        """Sleep until the client shows *events*, for the handshake; raises like `receive_exactly`."""
         remaining = deadline - monotonic()
         if remaining <= 0 or not self.loop.wait(self._fds, events, remaining):
             raise ProtocolError("handshake took too long")
@@ -173,17 +191,22 @@ class Connection:
         """Send the beginning of *buffers*, at most IOV_MAX of them: the number of bytes.
 
         Raises `OSError` (EFAULT) if the next byte lies in memory that cannot be
-        read, or without *wait* (`BlockingIOError`) if the client takes nothing now,
-        and `Stop` if it does not take it in time once the worker is to leave.
+        read, or `BlockingIOError` if the client takes nothing now, without *wait* or
+        when somebody calls, and `Stop` if it does not take it in time once the worker
+        is to leave.
         """
         while True:
             try:
                 return self._send(buffers)
             except BlockingIOError:
-                if not wait:
+                self.waits += wait
+                if not wait or self.loop.called:
                     raise
-                self.waits += 1
-                self.loop.wait(self._fds, select.POLLOUT, mid_message=True)
+                self.loop.wait(self._fds, select.POLLOUT, mid_message=True, calls=True)
+
+    def wait_for_room(self) -> None:
+        """Sleep until the client takes more, whoever calls. Raises `Stop` like `send_some`."""
+        self.loop.wait(self._fds, select.POLLOUT, mid_message=True)
 
     def linger(self) -> None:
         """Part without loss: a close with unread bytes would take back replies that are on their way."""
@@ -223,7 +246,5 @@ def describe_peer(sock: socket.socket) -> str:
 
 
 def _describe_local_peer(sock: socket.socket) -> str:
-    import struct
-
-    pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    pid, uid, _gid = peer_credentials(sock)
     return f"unix:pid={pid},uid={uid}"

@@ -14,9 +14,11 @@ Mapped data is passed on, never looked at (see `storage.image`).
 
 from __future__ import annotations
 
+import errno
+import os
 from functools import partial
 from time import monotonic
-from typing import Optional
+from typing import Optional, Tuple
 
 from ...errors import Disconnected, ProtocolError
 from ...protocol import constants as c
@@ -25,7 +27,10 @@ from ...protocol.reply_format import reply_format
 from ...protocol.server_handshake import Agreement
 from ...scoreboard.counters import BYTES_READ, BYTES_WRITTEN, REQUESTS
 from ...storage.image import FETCH_STEP, NotLocal
+from ...system.process import closed_on_error
 from ..disk import Disk
+from ..handover import frozen
+from ..handover.departure import Departure
 from .commands import MAXIMUM_REQUEST, Commands
 from .connection import Connection
 from .holes import HOLE_MINIMUM
@@ -60,16 +65,25 @@ class Session:
     """The transmission phase of one client: receives requests, does them on the disk, and sends the replies."""
 
     def __init__(
-        self, connection: Connection, disk: Disk, agreement: Agreement, limits: QueueLimits = _NO_LIMITS
+        self,
+        connection: Connection,
+        disk: Disk,
+        agreement: Agreement,
+        limits: QueueLimits = _NO_LIMITS,
+        departure: Optional[Departure] = None,
     ) -> None:
+        """By the *departure* another process may go on with the client; without one none can."""
         self._connection = connection
         self._disk = disk
+        self._agreement = agreement
+        self._departure = departure or Departure(connection.loop)
         self._counts = disk.place.counts
         self._format = reply_format(structured=agreement.structured)
         self._receive_buffer = ReceiveBuffer(connection)
         self._replies = Replies(connection, self._format)
         self._parking = Parking(self._replies.pieces, limits, ordered=agreement.ordered)
-        self._commands = Commands(disk, agreement, self._format, connection.peer)
+        encrypted = bool(connection.encryption)
+        self._commands = Commands(disk, agreement, self._format, connection.peer, encrypted=encrypted)
         self._parked = Parked(connection, disk, self._replies, self._commands, self._parking)
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
         self._left = False
@@ -87,30 +101,107 @@ class Session:
         except Disconnected:
             raise
         except ProtocolError:
+            self._departure.cancel()
             self._replies.send()  # what came before the fatal request was answered
             raise
         finally:
+            self._departure.cancel()
             self._commands.end()
 
     def _run(self) -> None:
-        connection, disk, receive_buffer, parked = self._connection, self._disk, self._receive_buffer, self._parked
+        loop, departure = self._connection.loop, self._departure
+        more = self._receive_buffer.end > 0 and not self._parking.full  # another process has received it
         while not self._left:
-            connection.loop.check(mid_message=True)  # what has come already is answered; the next sleep ends it
-            if receive_buffer.start > BUFFER_SIZE // 2:
-                receive_buffer.move_to_front()
-            background = disk.image.background
-            received: Optional[int]
-            if background is not None and background.busy:
-                received = parked.receive(receive_buffer.view[receive_buffer.end :])
-            elif not receive_buffer.end:
-                received = connection.receive(receive_buffer.view)
-            else:
-                received = connection.receive_rest(receive_buffer.view[receive_buffer.end :])
-            if received == 0:
-                return
-            receive_buffer.end += received or 0
-            while self._work():
-                pass
+            if loop.called or departure.under_way:
+                if departure.go_on(self):
+                    self._disk.abandon()
+                    return
+                self._send_rest()
+            if not more:
+                loop.check(mid_message=True)  # what has come already is answered; the next sleep ends it
+                received = self._receive()
+                if received == 0:
+                    return
+                if loop.called:
+                    more = received is not None
+                    continue
+            more = self._work()
+
+    def _receive(self) -> Optional[int]:
+        """Receive more, or go on with what waits: the number of bytes, 0 once the client has left, None for none."""
+        connection, receive_buffer = self._connection, self._receive_buffer
+        if receive_buffer.start > BUFFER_SIZE // 2:
+            receive_buffer.move_to_front()
+        background = self._disk.image.background
+        received: Optional[int]
+        if background is not None and background.busy:
+            received = self._parked.receive(receive_buffer.view[receive_buffer.end :])
+        elif not receive_buffer.end:
+            received = connection.receive(receive_buffer.view)
+        else:
+            received = connection.receive_more(receive_buffer.view[receive_buffer.end :])
+        receive_buffer.end += received or 0
+        return received
+
+    # From one process to another
+
+    @property
+    def stays(self) -> str:
+        """Why no other process can go on with the client; empty if one can."""
+        return self._connection.transport.stays
+
+    def fileno(self) -> int:
+        """The client's descriptor."""
+        return self._connection.transport.fileno()
+
+    def let_go(self) -> None:
+        """Another process has the client now."""
+        self._connection.close()
+
+    def freeze(self) -> Tuple[bytes, int]:
+        """The session as it is between two requests: a letter and a file, which the caller closes.
+
+        The session can go on after that all the same. Raises `OSError`, also if there is too much to be moved.
+        """
+        frozen_at, receive_buffer, disk = monotonic(), self._receive_buffer, self._disk
+        disk.place.leave()
+        if self._parking.buffered + self._replies.unsent > frozen.LARGEST:
+            raise OSError(errno.EFBIG, "more waits for it than can be moved in a moment")
+        requests = b"".join(request.freeze().pack() for request in self._parking.requests())
+        received = receive_buffer.view[receive_buffer.start : receive_buffer.end]
+        fd = os.memfd_create("xnbd-session")
+        with closed_on_error(fd):
+            with open(fd, "wb", closefd=False) as file:
+                file.writelines((frozen.MAGIC, requests, received))
+            sections = frozen.Sections(len(requests), len(received), self._replies.copy_to(fd))
+        return frozen.pack_letter(self._connection.peer, self._agreement, disk.place.visit, frozen_at, sections), fd
+
+    def thaw(self, session: frozen.FrozenSession) -> None:
+        """Go on from what another process has frozen; raises like `run`, before which it is to be called."""
+        receive_buffer = self._receive_buffer
+        receive_buffer.end = len(session.received)
+        receive_buffer.view[: receive_buffer.end] = session.received
+        if session.replies:
+            self._replies.pieces.append(memoryview(session.replies))
+        self._disk.enter()
+        for request in session.requests:
+            self._take_over(request)
+        self._send_rest()
+
+    def _take_over(self, request: frozen.FrozenRequest) -> None:
+        command, flags, cookie, offset, length, pieces, answer = request
+        if answer is not None:
+            self._parked.keep_in_line(command, cookie, answer)
+        elif command == c.CMD_WRITE:
+            self._writes.go_on(flags, cookie, list(pieces), (offset, length))
+        else:
+            self._do(command, flags, cookie, offset, length)
+
+    def _send_rest(self) -> None:
+        """Replies that another process has left, or this one when it was called."""
+        if self._replies.pieces:
+            self._disk.place.enter()
+            self._replies.send()
 
     def _on_wait(self) -> None:
         """The image waits for another process: nobody else has to. The gate must not be left meanwhile."""
@@ -148,7 +239,7 @@ class Session:
         batches, plain, complete = 0, True, True
         while True:
             readable, flat = min(readable_now(), size), image.flat
-            writable = -1 if image.readonly else readable
+            writable = readable if commands.writable else -1
             announce = page_prefetch.announce if page_prefetch.active else None
             position, end, read_first = receive_buffer.start, receive_buffer.end, 0
             if end - position >= several and flat is not None and not announce and not parking.blocked:
@@ -213,7 +304,8 @@ class Session:
                         left = [(offset, bytes(view[payload:position]))]
                         again = partial(self._writes.finish, 0, cookie, None, left)
                         parking.enter(
-                            missing.ticket, ParkedRequest(c.CMD_WRITE, cookie, again, (offset, length), length)
+                            missing.ticket,
+                            ParkedRequest(c.CMD_WRITE, cookie, again, (offset, length), length, left=left),
                         )
                         if parking.full:
                             break
@@ -242,6 +334,8 @@ class Session:
                 length = send()
                 if connection.waits == waits:  # else it was the client that took its time
                     commands.page_prefetch.sent(count, length, monotonic() - began)
+                elif pieces:
+                    plain = False  # somebody calls
             batches += 1
             if not plain or position != end or batches == _ROUNDS or (background is not None and background.busy):
                 place.tell()
@@ -264,13 +358,18 @@ class Session:
             return self._writes.begin(flags, cookie, offset, length)
         self._receive_buffer.start += wire.REQUEST.size
         if command == c.CMD_DISC:
+            self._departure.cancel()
             self._parked.finish()
             self._left = True
             return False
+        self._do(command, flags, cookie, offset, length)
+        return True
+
+    def _do(self, command: int, flags: int, cookie: bytes, offset: int, length: int) -> None:
+        """Any request but WRITE and DISC."""
         work = partial(self._commands.execute, command, flags, cookie, offset, length)
         notes = _notes(min(length, _AT_ONCE[command])) if command in _AT_ONCE else 0
-        self._parked.do(command, cookie, work, (offset, length), notes)
-        return True
+        self._parked.do(command, flags, cookie, work, (offset, length), notes)
 
 
 def _notes(length: int) -> int:

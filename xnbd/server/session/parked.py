@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import select
 from time import monotonic
-from typing import List, Optional
+from typing import List, Optional, Sequence, Tuple
 
 from ...errors import Disconnected, RequestError
 from ...logs import log
@@ -21,7 +21,7 @@ from ..disk import Disk
 from .commands import MAY_TAKE_LONG, Commands
 from .connection import Connection
 from .parking import ParkedRequest, Parking, Where, Work
-from .replies import MAXIMUM_PIECES, Replies
+from .replies import MAXIMUM_PIECES, Piece, Replies
 
 _PATIENCE = 30.0
 """Seconds that a client which has closed its end may wait for the replies that are still to come."""
@@ -45,13 +45,23 @@ class Parked:
 
     # Doing requests
 
-    def do(self, command: int, cookie: bytes, work: Work, where: Where, buffered: int = 0) -> None:
+    def do(
+        self,
+        command: int,
+        flags: int,
+        cookie: bytes,
+        work: Work,
+        where: Where,
+        buffered: int = 0,
+        left: Sequence[Tuple[int, bytes]] = (),
+    ) -> None:
         """Do the *work* that answers a request for *where*: now if it can be, and if nobody stands in line before it.
 
-        If it has to wait it holds so many bytes *buffered*. The disk may have changed on return.
+        If it has to wait it holds so many bytes *buffered*, of which *left* are still to be written. The disk may
+        have changed on return.
         """
         if self._parking.blocked:
-            request = ParkedRequest(command, cookie, work, where, buffered)
+            request = ParkedRequest(command, cookie, work, where, buffered, flags, left)
             self._parking.stand_in_line(request)
             self._do_again(request)
             return
@@ -61,7 +71,8 @@ class Parked:
         try:
             work(pieces)
         except NotLocal as missing:
-            self._parking.enter(missing.ticket, ParkedRequest(command, cookie, work, where, buffered))
+            request = ParkedRequest(command, cookie, work, where, buffered, flags, left)
+            self._parking.enter(missing.ticket, request)
         except (OSError, RequestError) as error:
             self._commands.refuse(command, cookie, error, pieces, where)
 
@@ -147,7 +158,7 @@ class Parked:
         """Receive into *view* while the background works: the number of bytes, 0 when the client has left for good.
 
         Returns None when requests that had to wait were gone on with, when there is
-        nothing left to wait for, and when the disk has changed.
+        nothing left to wait for, when the disk has changed, and when somebody calls.
         """
         disk = self._disk
         background = disk.enter().background
@@ -168,7 +179,7 @@ class Parked:
                 return None
             else:
                 self._wait_beside(background, wanted)
-                if disk.catch_up():
+                if disk.catch_up() or self._connection.loop.called:
                     return None
         self._go_on(background)
         return None
@@ -188,6 +199,13 @@ class Parked:
                 raise Disconnected("client left with requests waiting")
         elif self._connection.wait_beside(select.POLLRDHUP, None):
             self._hung_up_at = monotonic()
+
+    def keep_in_line(self, command: int, cookie: bytes, answer: bytes) -> None:
+        """A request has its *answer* already, and its place behind those before it."""
+        request = ParkedRequest(command, cookie, _have_done, (0, 0))
+        request.answer.append(answer)
+        self._parking.stand_in_line(request)
+        self._parking.answered(request)
 
     def finish(self) -> None:
         """The client takes its leave: what it has asked for before is done for `_PATIENCE`, even if it has gone."""
@@ -219,3 +237,7 @@ class Parked:
             if ours:
                 image.take(ticket.parcels)
                 return
+
+
+def _have_done(_answer: List[Piece]) -> None:
+    """Nothing: the request has its answer."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from time import monotonic
-from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from ...protocol.constants import CMD_READ
 from ...storage.image import Ticket
+from ..handover.frozen import FrozenRequest
 from .replies import Piece
 
 Work = Callable[[List[Piece]], None]
@@ -44,19 +46,37 @@ class ParkedRequest:
     """A request from the moment it is put aside until its reply has left the line.
 
     *again* does it once more, and may find that it has to wait for more; *buffered*
-    is what it holds in memory, in bytes.
+    is what it holds in memory, in bytes; *left* is what a WRITE has still to write.
     """
 
-    __slots__ = ("again", "answer", "buffered", "command", "cookie", "in_line", "ready", "where")
+    __slots__ = ("again", "answer", "buffered", "command", "cookie", "flags", "in_line", "left", "ready", "where")
 
-    def __init__(self, command: int, cookie: bytes, again: Work, where: Where, buffered: int = 0) -> None:
+    def __init__(
+        self,
+        command: int,
+        cookie: bytes,
+        again: Work,
+        where: Where,
+        buffered: int = 0,
+        flags: int = 0,
+        left: Sequence[Tuple[int, bytes]] = (),
+    ) -> None:
         self.command = command
+        self.flags = flags
+        self.left = left
         self.cookie = cookie
         self.again = again
         self.where = where
         self.buffered = buffered
         self.ready = self.in_line = False
         self.answer: List[Piece] = []
+
+    def freeze(self) -> FrozenRequest:
+        """As data. A READ whose data is known is done once more, because that lies in the disk's memory."""
+        answer = None
+        if self.ready and not (self.command == CMD_READ and any(isinstance(p, memoryview) for p in self.answer)):
+            answer = b"".join(self.answer)
+        return FrozenRequest(self.command, self.flags, self.cookie, *self.where, self.left, answer)
 
 
 class Allowance:
@@ -125,6 +145,10 @@ class Parking:
             self.buffered -= request.buffered
             self.short = False
         return request
+
+    def requests(self) -> List[ParkedRequest]:
+        """All that are put aside, those of an ordered session in their order."""
+        return list(self._line or self._by_ticket.values())
 
     def tickets(self) -> List[Ticket]:
         return list(self._by_ticket)

@@ -9,8 +9,9 @@ become errors; a reply that has begun to leave cannot, and ends the connection.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
-from typing import Iterator, List, Tuple, Union
+from typing import Iterator, List, Optional, Tuple, Union
 
 from ...errors import Disconnected, ProtocolError
 from ...protocol.reply_format import ReplyFormat
@@ -18,6 +19,9 @@ from .connection import Connection
 
 MAXIMUM_PIECES = 4096
 """Pieces that may pile up before they are sent."""
+
+MOST_DETACHED = 32 << 20
+"""Bytes that may be copied to be sent later; a client that takes its replies soon has less left than that."""
 
 _IOV_MAX = 1024
 _PROBE = 1 << 20
@@ -32,12 +36,15 @@ class Replies:
         self.pieces: List[Piece] = []
         self._format = reply_format
         self._send_some = connection.send_some
+        self._wait_for_room = connection.wait_for_room
+        self._copy: Optional[mmap.mmap] = None
 
     def send(self, *, wait: bool = True) -> int:
         """Send everything, or what leaves without a *wait*: the number of bytes.
 
-        Raises `Disconnected` if the client is gone, `ProtocolError` if a reply that
-        has begun cannot be finished.
+        When somebody calls, a client that takes nothing is not waited for: the rest is
+        left, as a copy that does not depend on the disk. Raises `Disconnected` if the
+        client is gone, `ProtocolError` if a reply that has begun cannot be finished.
         """
         pieces, total = self.pieces, 0
         while pieces:
@@ -45,7 +52,10 @@ class Replies:
             try:
                 sent = self._send_some(group, wait=wait)
             except BlockingIOError:
-                break
+                if not wait or self._detach():
+                    break
+                self._wait_for_room()
+                continue
             except OSError as error:
                 if error.errno != errno.EFAULT:
                     raise Disconnected(error.strerror) from error
@@ -55,19 +65,45 @@ class Replies:
             if sent == sum(map(len, group)) and group is pieces:
                 pieces.clear()
             else:
-                self._drop(sent)
+                _drop(pieces, sent)
         return total
 
-    def _drop(self, sent: int) -> None:
-        """Forget the first *sent* bytes. What is left of a piece, even of a header, is a memoryview."""
-        pieces = self.pieces
-        index = 0
-        while index < len(pieces) and sent >= len(pieces[index]):
-            sent -= len(pieces[index])
-            index += 1
-        del pieces[:index]
-        if sent:
-            pieces[0] = memoryview(pieces[0])[sent:]
+    @property
+    def unsent(self) -> int:
+        """Bytes that are still to be sent."""
+        return sum(map(len, self.pieces))
+
+    def _detach(self) -> bool:
+        """Let go of the memory that the disk is mapped to; False if that would take too large a copy."""
+        length = self.unsent
+        if length > MOST_DETACHED:
+            return False
+        first = self.pieces[0]
+        if len(self.pieces) == 1 and isinstance(first, memoryview) and first.obj is self._copy:
+            return True
+        fd = os.memfd_create("xnbd-replies")
+        try:
+            length = self.copy_to(fd)
+            self._copy = mmap.mmap(fd, length, prot=mmap.PROT_READ)
+        finally:
+            os.close(fd)
+        self.pieces[:] = [memoryview(self._copy)]
+        return True
+
+    def copy_to(self, fd: int) -> int:
+        """Write what is still to be sent to *fd*, a file in memory: the number of bytes. Raises like `send`."""
+        begin = os.lseek(fd, 0, os.SEEK_CUR)
+        while True:
+            rest = list(self.pieces)
+            try:
+                while rest:
+                    _drop(rest, os.writev(fd, rest[:_IOV_MAX]))
+                return os.lseek(fd, 0, os.SEEK_CUR) - begin
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+            os.lseek(fd, begin, os.SEEK_SET)
+            self._replace_unreadable()
 
     def _replace_unreadable(self) -> None:
         """Turn the first reply whose data cannot be read into an error; a later one comes back here."""
@@ -83,6 +119,17 @@ class Replies:
                 return
             position += length
         raise ProtocolError("replies cannot be sent: bad address")
+
+
+def _drop(pieces: List[Piece], sent: int) -> None:
+    """Forget the first *sent* bytes. What is left of a piece, even of a header, is a memoryview."""
+    index = 0
+    while index < len(pieces) and sent >= len(pieces[index]):
+        sent -= len(pieces[index])
+        index += 1
+    del pieces[:index]
+    if sent:
+        pieces[0] = memoryview(pieces[0])[sent:]
 
 
 def _replies(pieces: List[Piece]) -> Iterator[Tuple[bytes, List[memoryview]]]:

@@ -29,6 +29,9 @@ class Transport(ABC):
     No poll shows these. None for a transport that never has any.
     """
 
+    stays: str = "TLS"
+    """Why no other process can go on with the descriptor alone; empty if one can."""
+
     @abstractmethod
     def send(self, buffers: Buffers) -> int:
         """Send the beginning of *buffers*, at most IOV_MAX of them: the number of bytes.
@@ -36,6 +39,10 @@ class Transport(ABC):
         Raises `BlockingIOError`, and `OSError` (EFAULT) if the next byte lies in
         memory that cannot be read.
         """
+
+    def detach(self) -> socket.socket:
+        """The socket, for a transport that goes on with it: this one is at its end."""
+        raise NotImplementedError
 
     @abstractmethod
     def fileno(self) -> int:
@@ -47,7 +54,7 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the descriptor."""
+        """Let go of the descriptor, without a word to the client: another process may serve it on."""
 
 
 class PlainTransport(Transport):
@@ -57,11 +64,16 @@ class PlainTransport(Transport):
     every call asks not to wait.
     """
 
+    stays = ""
+
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._sendmsg = sock.sendmsg
         self.receive_into = partial(sock.recv_into, nbytes=0, flags=socket.MSG_DONTWAIT)
         sock.setblocking(True)
+
+    def detach(self) -> socket.socket:
+        return self._sock
 
     def send(self, buffers: Buffers) -> int:
         return self._sendmsg(buffers, (), _SEND_FLAGS)

@@ -20,6 +20,7 @@ from ...storage.image import NotLocal
 from ..disk import Disk
 from .commands import Commands
 from .parked import Parked
+from .parking import Where
 from .receive_buffer import BUFFER_SIZE, ReceiveBuffer
 from .replies import Piece
 
@@ -62,9 +63,18 @@ class Writes:
         receive_buffer.start = payload
         left: List[Tuple[int, bytes]] = []
         failure = self._write_pieces(offset, length, refusal, left)
-        work = partial(self.finish, flags, cookie, failure, left)
-        self._parked.do(c.CMD_WRITE, cookie, work, (offset, length), sum(len(data) for _, data in left))
+        self._finish_or_park(flags, cookie, failure, left, (offset, length))
         return True
+
+    def go_on(self, flags: int, cookie: bytes, left: List[Tuple[int, bytes]], where: Where) -> None:
+        """Do what is *left* of a WRITE for *where*, of which another process has done the rest."""
+        self._finish_or_park(flags, cookie, None, left, where)
+
+    def _finish_or_park(
+        self, flags: int, cookie: bytes, failure: Optional[Exception], left: List[Tuple[int, bytes]], where: Where
+    ) -> None:
+        work = partial(self.finish, flags, cookie, failure, left)
+        self._parked.do(c.CMD_WRITE, flags, cookie, work, where, sum(len(data) for _, data in left), left)
 
     def _write_pieces(
         self, offset: int, length: int, failure: Optional[Exception], left: List[Tuple[int, bytes]]

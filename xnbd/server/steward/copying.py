@@ -42,6 +42,7 @@ class Copying(Duty):
         self._copy: Optional[Child] = None
         self._rate = Rate()
         self._failure = ToldOnce()
+        self._leaving = False
 
     def commands(self) -> CommandTable:
         return {"cache-all": self._cache_all}
@@ -50,8 +51,14 @@ class Copying(Duty):
         wanted = self._scoreboard.wanted_copy
         if self._copy is not None and self._copy.is_done():
             self._on_copied(self._copy)
-        elif wanted is not None and not self._context.loop.stopping and not self._is_copying():
+        elif wanted is not None and not self._leaving and not self._context.loop.stopping and not self._is_copying():
             self._resume(wanted)
+
+    def leave(self) -> None:
+        """A copy that an operator waits for goes on here, any other one with the other steward."""
+        self._leaving = True
+        if self._scoreboard.wanted_copy is not None:
+            self.stop()
 
     def stop(self) -> None:
         """Stop what this server copies."""

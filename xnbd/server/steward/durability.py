@@ -52,6 +52,11 @@ class Durability(Duty):
             log.info("every block is cached")
         self._begin()
 
+    def leave(self) -> None:
+        """The other steward makes the checkpoints from now on."""
+        self.stop_checkpoint()
+        self._next_checkpoint = math.inf
+
     def _begin(self) -> None:
         if self._state.write_back.failure() is not None:
             self._state.write_back.keep()

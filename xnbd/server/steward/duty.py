@@ -14,6 +14,7 @@ from ...proxy.image import ProxySource
 from ...scoreboard.layout import PROXY
 from ...scoreboard.scoreboard import Scoreboard
 from ...storage.target import reopen
+from ..master_link import MasterLink
 from ..process_loop import ProcessLoop
 from ..service import Service
 from .child import Children
@@ -41,22 +42,33 @@ class Duty:
     def on_child_end(self) -> None:
         """A child of the steward has ended, whoever has started it: `progress` comes next."""
 
+    def leave(self) -> None:
+        """Another steward takes over: begin nothing any more, and stop what that one can go on with."""
+
+    def is_busy(self) -> bool:
+        """Whether something of this duty has to be finished before a steward that has been told to `leave` can end."""
+        return False
+
     def end(self) -> None:
         """The steward ends; its children are stopped next."""
 
 
 class Context:
-    """What all duties of one steward work with. *has_master* is False for the one process of a wrapped client."""
+    """What all duties of one steward work with. There is no *master* for the one process of a wrapped client."""
 
-    def __init__(self, service: Service, loop: ProcessLoop, *, has_master: bool) -> None:
+    def __init__(self, service: Service, loop: ProcessLoop, master: Optional[MasterLink]) -> None:
         """In the steward's own process. Raises `OSError`."""
         self.service = service
         self.source = service.source
+        self.configuration = service.configuration
+        self.expiries = self.configuration.expiries()
         self.loop = loop
-        self.has_master = has_master
+        self.master = master
         self.scoreboard = Scoreboard(reopen(service.scoreboard_fd, readonly=False))
         self.children = Children()
         self.children.let_go.append(self.scoreboard.close)  # its locks have to end with the steward
+        if master is not None:
+            self.children.let_go.append(master.close)
 
 
 class Cache:

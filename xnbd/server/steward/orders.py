@@ -1,16 +1,17 @@
-"""Where operators' commands come in: the control socket, and signals."""
+"""Where operators' commands come in, the control socket and signals, and where those of the master go on to."""
 
 from __future__ import annotations
 
 import signal
 from logging import WARNING
 from time import monotonic
-from typing import List, Optional, Set, Tuple
+from typing import Callable, List, Optional, Set, Tuple, Union
 
-from ...control.server import TICK, CommandTable, ControlSocket, Reply, end_reply
+from ...control.server import TICK, CommandTable, ControlSocket, Message, Reply, end_reply
 from ...errors import CommandError, ConfigurationError, TaskFailed
 from ...logs import ToldOnce, log
 from ...scoreboard.layout import CONTROL
+from ...system.listen import UnixSocket
 from .duty import Context, Duty
 
 _TAKE_OVER_EVERY = 1.0
@@ -18,24 +19,30 @@ _TAKE_OVER_EVERY = 1.0
 _SIGNALS = {signal.SIGUSR1: "snapshot", signal.SIGUSR2: "switch"}
 """The commands that signals to the master stand for."""
 
+_MASTERS = ("reload", "upgrade")
+"""The commands that only the master can do."""
+
 
 class ControlOrders(Duty):
-    """Answers the control socket at *path*; without a master only if no sibling on the same cache does."""
+    """Answers the control socket.
 
-    def __init__(self, context: Context, path: str, commands: CommandTable) -> None:
-        """Raises `ConfigurationError` if it has to listen, and cannot."""
+    The master has opened it, and keeps it open when a steward dies. Where there is only a
+    path there is no master: then it listens there if no sibling on the same cache does.
+    """
+
+    def __init__(self, context: Context, where: Union[str, UnixSocket], commands: CommandTable) -> None:
         self._scoreboard = context.scoreboard
         self._let_go = context.children.let_go
-        self._path = path
+        self._where = where
         self._commands = commands
         self._control: Optional[ControlSocket] = None
         self._next_try = monotonic()
         self._failure = ToldOnce()
-        if context.has_master:
+        if isinstance(where, UnixSocket):
             self._listen()
 
     def _listen(self) -> None:
-        self._control = ControlSocket(self._path, self._commands)
+        self._control = ControlSocket(self._where, self._commands)
         self._let_go.append(self._control.close)
 
     def interests(self) -> List[Tuple[int, int]]:
@@ -63,13 +70,59 @@ class ControlOrders(Duty):
 
     def on_child_end(self) -> None:
         """Commands wait for children."""
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Have all commands that wait look at once."""
         if self._control is not None:
             self._control.hurry()
+
+    def leave(self) -> None:
+        if self._control is not None:
+            self._control.leave()
+
+    def is_busy(self) -> bool:
+        return self._control is not None and self._control.has_connections
 
     def end(self) -> None:
         """Before children are waited for: a successor may want to listen there already."""
         if self._control is not None:
             self._control.close()
+
+
+class MasterOrders(Duty):
+    """Passes on what is the master's to do."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._link = context.master
+        if self._link is not None:
+            self._link.on_news = self._on_news
+
+    def _on_news(self, news: Message) -> None:
+        context = self._context
+        context.configuration = context.configuration._replace(**news["configuration"])
+        context.expiries = [(path, when) for path, when in news["expiries"]]
+
+    def commands(self) -> CommandTable:
+        return dict.fromkeys(_MASTERS, self._ask)
+
+    def on_answer(self, hurry: Callable[[], None]) -> None:
+        """Call *hurry* when the master has answered."""
+        if self._link is not None:
+            self._link.on_answer = hurry
+
+    def _ask(self, request: Message) -> Reply:
+        if self._link is None:
+            raise CommandError("this server has its client from xnbd-wrapper: ask that one, with xnbd-wrapper-ctl")
+        return self._link.ask(request)
+
+    def interests(self) -> List[Tuple[int, int]]:
+        return [] if self._link is None else self._link.interests()
+
+    def progress(self) -> None:
+        if self._link is not None:
+            self._link.receive()
 
 
 class SignalOrders(Duty):
@@ -94,6 +147,9 @@ class SignalOrders(Duty):
             if number in came and name in self._commands:
                 self._replies.append((number.name, self._commands[name]({})))
         self._replies = [(name, reply) for name, reply in self._replies if self._goes_on(name, reply)]
+
+    def is_busy(self) -> bool:
+        return bool(self._replies)
 
     def _goes_on(self, signal_name: str, reply: Reply) -> bool:
         try:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from socket import socket
 from time import monotonic
-from typing import Callable, List, NoReturn, Optional
+from typing import Callable, List, NoReturn, Optional, Union
 
 from ...errors import ConfigurationError
 from ...logs import log
 from ...proxy.image import ProxySource
 from ...system.forking import fork_with_pipe, let_signals_in
+from ...system.listen import UnixSocket
 from ...system.process import set_title
+from ..master_link import MasterLink
 from ..process_loop import ProcessLoop, Stop
 from ..service import Service
 from .command_lock import CommandLock
@@ -25,26 +28,32 @@ from .durability import Durability
 from .duty import Cache, Context, Duty
 from .moving import Moving
 from .news import News
-from .orders import ControlOrders, SignalOrders
+from .orders import ControlOrders, MasterOrders, SignalOrders
 from .query import Query
 from .snapshots import Snapshots
 from .switching import Switching
+from .telling import Telling
 
 _LOOK_EVERY = 1.0
 """Seconds after which every duty looks at what other servers have done, of whose signals this one need not hear."""
 
 
 class Steward:
-    """For the master of *service*, or for the one process of a wrapped client; *must_listen* unless a sibling may."""
+    """For the master of *service*, which listens at *control* already, with *master* as the link to it.
 
-    def __init__(self, service: Service, control_path: Optional[str], *, must_listen: bool) -> None:
+    Without one it is for the one process of a wrapped client, and a sibling may listen in its place.
+    """
+
+    def __init__(
+        self, service: Service, control: Union[str, UnixSocket, None], master: Optional[socket] = None
+    ) -> None:
         self._service = service
-        self._path = control_path
-        self._must_listen = must_listen
+        self._control = control
+        self._master = master
         self._verdict_fd = -1
 
     def spawn(self, lifeline: int, close_first: Callable[[], None]) -> int:
-        """Fork; returns the steward's process id when it listens. Raises `ConfigurationError` if it cannot.
+        """Fork; returns the steward's process id when it is at work. Raises `ConfigurationError` if it cannot.
 
         It ends when *lifeline* breaks; *close_first* lets go of what belongs to the parent.
         """
@@ -71,8 +80,8 @@ class Steward:
             loop = ProcessLoop(lifeline)
             let_signals_in()
             set_title("steward", self._service.source.name)
-            context = Context(self._service, loop, has_master=self._must_listen)
-            work = _Stewardship(context, self._path)
+            context = Context(self._service, loop, MasterLink(self._master) if self._master else None)
+            work = _Stewardship(context, self._control)
             os.close(self._verdict_fd)
             self._verdict_fd = -1
             work.run()
@@ -95,11 +104,14 @@ class Steward:
 class _Stewardship:
     """The steward's own process at work: it sleeps until one of its duties has something to do."""
 
-    def __init__(self, context: Context, control_path: Optional[str]) -> None:
+    def __init__(self, context: Context, control: Union[str, UnixSocket, None]) -> None:
         """Raises `ConfigurationError`, `OSError`."""
         self._loop = context.loop
+        self._master = context.master
+        self._leaving = False
         self._children = context.children
-        self._duties = _duties(context, control_path)
+        self._name = context.source.name
+        self._duties = _duties(context, control)
 
     def run(self) -> NoReturn:
         """Raises `Stop` in the end."""
@@ -119,6 +131,18 @@ class _Stewardship:
                 duty.on_child_end()
         for duty in self._duties:
             duty.progress()
+        if self._master is not None and self._master.take_order("leave"):
+            self._leave(self._master)
+        if self._leaving and not any(duty.is_busy() for duty in self._duties):
+            raise Stop("another steward has taken over")
+
+    def _leave(self, master: MasterLink) -> None:
+        """Another steward takes over as soon as the master knows that it can."""
+        self._leaving = True
+        for duty in self._duties:
+            duty.leave()
+        set_title("steward that gives way", self._name)
+        master.tell("left")
 
     def _end(self) -> None:
         for duty in self._duties:
@@ -126,20 +150,23 @@ class _Stewardship:
         self._children.end()
 
 
-def _duties(context: Context, control_path: Optional[str]) -> List[Duty]:
+def _duties(context: Context, control: Union[str, UnixSocket, None]) -> List[Duty]:
     """In the order in which they get on: orders first, and last what passes on the changes of all."""
     source = context.source
     cache = Cache(context, source) if isinstance(source, ProxySource) else None
+    masters = MasterOrders(context)
     duties: List[Duty] = [
         Query(context, cache),
         Snapshots(context),
         *([] if cache is None else _duties_of_a_proxy(context, cache)),
         News(context),
     ]
-    commands = {name: command for duty in duties for name, command in duty.commands().items()}
+    commands = {name: command for duty in [*duties, masters] for name, command in duty.commands().items()}
     orders: List[Duty] = [SignalOrders(commands)]
-    if control_path is not None:
-        orders.insert(0, ControlOrders(context, control_path, commands))
+    if control is not None:
+        operators = ControlOrders(context, control, commands)
+        orders = [masters, operators, *orders]
+        masters.on_answer(operators.hurry)
     return [*orders, *duties]
 
 
@@ -152,4 +179,5 @@ def _duties_of_a_proxy(context: Context, cache: Cache) -> List[Duty]:
         Moving(context, cache, lock),
         lock,
         durability,
+        Telling(context, cache),
     ]

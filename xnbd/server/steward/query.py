@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime, timezone
 from time import time
 from typing import Any, List, Optional
 
@@ -13,10 +14,8 @@ from ...proxy.state.checkpoint import ProcessState
 from ...scoreboard.counters import MISSES, REQUESTS, Counts
 from ...scoreboard.layout import REACHED, TARGET, UNREACHABLE
 from ...scoreboard.lines import Line, clock
-from ...scoreboard.scoreboard import Scoreboard
 from ...storage.blocks import BLOCK
 from ...system.usage import UsageMeter
-from ..service import Service
 from ..session.memory import share
 from .duty import Cache, Context, Duty
 from .progress import Progress, Rate
@@ -32,7 +31,7 @@ class Query(Duty):
 
     def __init__(self, context: Context, cache: Optional[Cache]) -> None:
         self._cache = cache
-        self._answers = QueryAnswers(context.service, context.scoreboard, cache)
+        self._answers = QueryAnswers(context, cache)
 
     def commands(self) -> CommandTable:
         return {"query": self._query}
@@ -47,10 +46,10 @@ class Query(Duty):
 class QueryAnswers:
     """The answers of one steward."""
 
-    def __init__(self, service: Service, scoreboard: Scoreboard, cache: Optional[Cache]) -> None:
-        self._service = service
-        self._source = service.source
-        self._scoreboard = scoreboard
+    def __init__(self, context: Context, cache: Optional[Cache]) -> None:
+        self._context = context
+        self._source = context.source
+        self._scoreboard = context.scoreboard
         self._cache = cache
         self._began = clock()
         self._meter = UsageMeter()
@@ -74,6 +73,8 @@ class QueryAnswers:
             "version": __version__,
             "uptime_seconds": clock() - self._began,
             "readonly": source.readonly,
+            "configuration": self._context.configuration.figures(),
+            "warnings": self._warnings(),
             "disk_size": source.size,
             "block_size": BLOCK,
             "write_back_failure": self._write_back_failure(),
@@ -95,6 +96,16 @@ class QueryAnswers:
                 answer["map"] = progress.shares(cells)
         return answer
 
+    def _warnings(self) -> List[str]:
+        """What the operator should do something about before it is too late."""
+        if not self._context.expiries:
+            return []
+        from ...tls.expiry import Expiry, warnings
+
+        return warnings(
+            [Expiry(path, datetime.fromtimestamp(when, timezone.utc)) for path, when in self._context.expiries]
+        )
+
     def _description(self) -> str:
         source = self._source
         if not isinstance(source, ProxySource):
@@ -114,7 +125,7 @@ class QueryAnswers:
         }
 
     def _queue(self, lines: List[Line]) -> Message:
-        limits = self._service.limits
+        limits = self._context.configuration.queue_limits
         return {
             "requests": sum(line.queued_requests for line in lines),
             "requests_limit": limits.requests,
@@ -164,6 +175,8 @@ def _worker(line: Line, usage: Any) -> Message:
     about: Message = {
         "pid": line.pid,
         "client": line.peer,
+        "identity": line.identity or None,
+        "encryption": line.encryption or None,
         "connected_seconds": max(0.0, clock() - line.since),
         **_counters(line.counts),
         "queued_requests": line.queued_requests,

@@ -66,7 +66,7 @@ class Snapshots(Duty):
         yield {"done": True, **json.loads(child.message)}
 
     def _refuse_if_impossible(self) -> None:
-        if not self._context.has_master:
+        if self._context.master is None:
             raise CommandError("a server of --inetd or --connected-fd makes no snapshots")
         if not self._source.is_whole(self._scoreboard):
             raise CommandError("a proxy has no snapshots before it is switched: its disk is not whole here")

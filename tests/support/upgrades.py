@@ -1,0 +1,64 @@
+"""Servers that become other programs: builds of this tree with other versions, and how often tests upgrade."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import List, NamedTuple, Optional
+
+from proxies import bgctl
+from server_process import PYTHON, ROOT
+
+UPGRADES = int(os.environ.get("XNBD_UPGRADES", "3"))
+"""In a row, under clients that work."""
+
+IDLE = int(os.environ.get("XNBD_IDLE", "100"))
+"""Clients that do nothing meanwhile."""
+
+
+class Outcome(NamedTuple):
+    """What xnbd-bgctl says of an upgrade; *pause* in milliseconds."""
+
+    old: str
+    new: str
+    moved: int
+    pause: Optional[int]
+    rest: str
+
+
+_LINE = re.compile(r"(\S+) -> (\S+): (\d+) clients? moved(?:, longest pause (\d+) ms)?(.*)\n")
+
+
+def upgrade(control: object, *options: object) -> Outcome:
+    """Have the server at *control* become the next program; it has to work."""
+    line = bgctl("--upgrade", *options, control)
+    found = _LINE.fullmatch(line)
+    assert found is not None, line
+    old, new, moved, pause, rest = found.groups()
+    return Outcome(old, new, int(moved), None if pause is None else int(pause), rest)
+
+
+def build(directory: Path, version: str, *changes: tuple[str, str, str]) -> Path:
+    """The program xnbd-server of a copy of this tree that calls itself *version*.
+
+    Each of *changes* is a file below xnbd/, a text that stands there once, and another one.
+    """
+    for part in ("bin", "xnbd"):
+        shutil.copytree(ROOT / part, directory / part, ignore=shutil.ignore_patterns("__pycache__"))
+    program = directory / "bin" / "xnbd-server"
+    own = re.search(r'__version__ = "[^"]+"', (ROOT / "xnbd/__init__.py").read_text())
+    assert own is not None
+    edits = [("__init__.py", own[0], f'__version__ = "{version}"'), *changes]
+    for name, before, after in edits:
+        file = directory / "xnbd" / name
+        assert file.read_text().count(before) == 1, (name, before)
+        file.write_text(file.read_text().replace(before, after))
+    program.write_text(program.read_text().replace("#!/usr/bin/env python3", f"#!{PYTHON}", 1))
+    return program
+
+
+def pauses(outcomes: List[Outcome]) -> str:
+    """For the report of a long run."""
+    return ", ".join(f"{outcome.moved} in {outcome.pause} ms" for outcome in outcomes)

@@ -1,0 +1,549 @@
+"""What two processes say to each other about a client, one step at a time, and what a session is as data."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import socket
+import threading
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Optional, Tuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xnbd.errors import Disconnected
+from xnbd.protocol import constants as c
+from xnbd.protocol.server_handshake import Agreement, Export
+from xnbd.scoreboard.counters import Counts, new_counts
+from xnbd.scoreboard.place import Visit
+from xnbd.server.handover import frozen
+from xnbd.server.handover.arrival import Arrival, Terms, receive_client, take_offer
+from xnbd.server.handover.departure import Departure, Telling
+from xnbd.server.handover.frozen import FrozenRequest, FrozenSession, Sections, pack_letter, parse_session
+from xnbd.server.handover.letters import (
+    MINE,
+    READY,
+    REFUSED,
+    SESSION,
+    TAKEN,
+    Letter,
+    pack_offer,
+    receive_letter,
+    send_letter,
+)
+from xnbd.server.process_loop import ProcessLoop
+from xnbd.server.reports import SIZE, Report, parse_report
+
+DISK = (1, 2, 3)
+AGREEMENT = Agreement(Export("ärger", 4096, c.FLAG_READ_ONLY, "a disk"), structured=True, ordered=False, readonly=True)
+VISIT = Visit(123.5, Counts(range(len(new_counts()))))
+TERMS = Terms(DISK, 4096, readonly=False)
+
+
+# A session as data
+
+requests = st.builds(
+    FrozenRequest,
+    st.integers(0, 7),
+    st.integers(0, 31),
+    st.binary(min_size=8, max_size=8),
+    st.integers(0, 1 << 63),
+    st.integers(0, (1 << 32) - 1),
+    st.lists(st.tuples(st.integers(0, 1 << 63), st.binary(max_size=20)), max_size=3),
+    st.none() | st.binary(max_size=20),
+)
+
+
+@contextmanager
+def frozen_session(
+    waiting: List[FrozenRequest], received: bytes = b"", replies: bytes = b""
+) -> Iterator[Tuple[bytes, int]]:
+    """Its letter and its file."""
+    data = b"".join(request.pack() for request in waiting)
+    fd = os.memfd_create("test")
+    try:
+        os.write(fd, frozen.MAGIC + data + received + replies)
+        yield pack_letter("peer", AGREEMENT, VISIT, 77.25, Sections(len(data), len(received), len(replies))), fd
+    finally:
+        os.close(fd)
+
+
+@given(st.lists(requests, max_size=5), st.binary(max_size=50), st.binary(max_size=50))
+def test_a_session_is_read_as_it_was_written(waiting: List[FrozenRequest], received: bytes, replies: bytes) -> None:
+    with frozen_session(waiting, received, replies) as (letter, fd):
+        session = parse_session(letter, fd)
+    assert session == FrozenSession("peer", AGREEMENT, VISIT, 77.25, waiting, received, replies)
+
+
+REQUESTS = [
+    FrozenRequest(1, 0, b"12345678", 5, 3, [(5, b"abc")]),
+    FrozenRequest(0, 0, b"12345678", 9, 1, [], b"answer"),
+]
+
+
+def test_what_is_cut_anywhere_is_refused() -> None:
+    with frozen_session(REQUESTS, b"received", b"replies") as (letter, fd):
+        for end in range(len(letter)):
+            with pytest.raises(ValueError):
+                parse_session(letter[:end], fd)
+        for end in range(os.fstat(fd).st_size - 1, -1, -1):
+            os.ftruncate(fd, end)
+            with pytest.raises(ValueError):
+                parse_session(letter, fd)
+
+
+def test_requests_that_are_cut_are_refused_however_long_the_file_is() -> None:
+    data = b"".join(request.pack() for request in REQUESTS)
+    whole = {0, len(REQUESTS[0].pack()), len(data)}
+    for end in range(len(data)):
+        with frozen_session([], data[:end]) as (letter, fd):
+            fields = json.loads(letter)
+            fields["requests"], fields["received"] = end, 0
+            if end in whole:
+                parse_session(json.dumps(fields).encode(), fd)
+                continue
+            with pytest.raises(ValueError, match="session"):
+                parse_session(json.dumps(fields).encode(), fd)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"format": None},
+        {"received": -1},
+        {"received": 1 << 40},
+        {"received": "x"},
+        {"agreement": {"export": None, "compressed": True}},
+        {"agreement": {"structured": 1}},
+        {"agreement": {"export": {"name": "x"}}},
+        {"agreement": []},
+        {"counters": 5},
+        {"counters": {"requests": "many"}},
+        {"since": "yesterday"},
+    ],
+)
+def test_a_letter_that_this_program_does_not_understand_is_refused(change: Dict[str, object]) -> None:
+    with frozen_session([]) as (letter, fd), pytest.raises(ValueError):
+        parse_session(json.dumps({**json.loads(letter), **change}).encode(), fd)
+
+
+def test_noise_is_refused() -> None:
+    rng = random.Random(16)
+    with frozen_session([]) as (_, fd):
+        for _ in range(200):
+            with pytest.raises(ValueError):
+                parse_session(rng.randbytes(rng.randint(0, 60)), fd)
+
+
+def test_counters_that_this_program_does_not_have_are_left_out() -> None:
+    with frozen_session([]) as (letter, fd):
+        fields = json.loads(letter)
+        fields["counters"] = {"requests": 5, "sneezes": 7}
+        session = parse_session(json.dumps(fields).encode(), fd)
+    assert session.visit.counts.by_name()["requests"] == 5
+    assert sum(session.visit.counts) == 5
+
+
+# The old process
+
+
+class Traveller:
+    """A session that is frozen at once; ``client`` is its socket."""
+
+    def __init__(self, client: socket.socket) -> None:
+        self.stays = ""
+        self.client = client
+        self.failure: Optional[OSError] = None
+
+    def fileno(self) -> int:
+        return self.client.fileno()
+
+    def freeze(self) -> Tuple[bytes, int]:
+        if self.failure is not None:
+            raise self.failure
+        fd = os.memfd_create("test")
+        os.write(fd, frozen.MAGIC)
+        return pack_letter("peer", AGREEMENT, VISIT, 77.25, Sections(0, 0, 0)), fd
+
+    def let_go(self) -> None:
+        self.client.close()
+
+
+class Old:
+    """The old process, whose client is asked to go; the test is the other one."""
+
+    def __init__(self) -> None:
+        self.loop = ProcessLoop(handle_signals=False)
+        self.offers, self.offering = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.far, client = socket.socketpair()
+        self.traveller = Traveller(client)
+        self.told: List[object] = []
+        self.departure = Departure(self.loop, self.offering, DISK, Telling(self.told.append, self.told.append))
+        self.loop.ordered = True
+
+    def go_on(self) -> bool:
+        return self.departure.go_on(self.traveller)
+
+    def channel(self) -> socket.socket:
+        """What it has offered."""
+        offer = take_offer(self.offers)
+        assert offer is not None
+        assert offer.data == pack_offer(DISK)
+        return socket.socket(fileno=offer.fds[0])
+
+    def has_client(self) -> bool:
+        return self.traveller.client.fileno() >= 0
+
+    def close(self) -> None:
+        self.departure.cancel()
+        for sock in (self.offers, self.offering, self.far, self.traveller.client):
+            sock.close()
+
+
+@pytest.fixture
+def old() -> Iterator[Old]:
+    process = Old()
+    yield process
+    process.close()
+
+
+def letter_on(channel: socket.socket) -> Letter:
+    letter = receive_letter(channel)
+    assert letter is not None
+    letter.close()
+    return letter
+
+
+def answer_session(channel: socket.socket, *answers: bytes) -> threading.Thread:
+    """Wait for the session, and say these; then close the channel unless the last one is empty."""
+
+    def run() -> None:
+        channel.setblocking(True)
+        data = channel.recv(1 << 16)
+        assert data[:1] == SESSION
+        for answer in answers:
+            if answer:
+                channel.send(answer)
+        if not answers or answers[-1]:
+            channel.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def test_nothing_happens_without_an_order(old: Old) -> None:
+    old.loop.ordered = False
+    assert not old.go_on()
+    assert take_offer(old.offers) is None
+
+
+def test_the_client_goes_when_the_other_process_has_taken_it(old: Old) -> None:
+    assert not old.go_on()
+    with old.channel() as channel:
+        send_letter(channel, READY + b"4711")
+        thread = answer_session(channel, TAKEN, b"")
+        assert old.go_on()
+        thread.join()
+        assert old.told == [4711]
+        assert old.departure.taken_by == 4711
+        assert not old.has_client()
+        assert letter_on(channel).data == b""
+
+
+def test_the_client_is_served_until_somebody_is_ready(old: Old) -> None:
+    for _ in range(5):
+        assert not old.go_on()
+    with old.channel():
+        assert take_offer(old.offers) is None
+        assert old.has_client()
+
+
+def test_a_client_that_cannot_move_stays_and_the_reason_is_told(old: Old) -> None:
+    old.traveller.stays = "TLS"
+    assert not old.go_on()
+    assert old.told == ["TLS"]
+    assert take_offer(old.offers) is None
+
+
+def test_a_refusal_is_told(old: Old) -> None:
+    assert not old.go_on()
+    with old.channel() as channel:
+        send_letter(channel, REFUSED + b"another disk is served here")
+        assert not old.go_on()
+    assert old.told == ["another disk is served here"]
+
+
+def test_a_session_that_is_refused_is_taken_back(old: Old) -> None:
+    assert not old.go_on()
+    with old.channel() as channel:
+        send_letter(channel, READY + b"4711")
+        thread = answer_session(channel, REFUSED + b"no", b"")
+        assert not old.go_on()
+        thread.join()
+        assert letter_on(channel).data == MINE
+    assert old.told == ["no"]
+    assert old.has_client()
+
+
+def test_when_the_other_process_dies_the_client_is_offered_again(old: Old) -> None:
+    assert not old.go_on()
+    old.channel().close()
+    assert not old.go_on()
+    channel = old.channel()
+    send_letter(channel, READY + b"4711")
+    thread = answer_session(channel)
+    assert not old.go_on()
+    thread.join()
+    assert old.has_client()
+    assert old.told == []
+    old.channel().close()
+
+
+def test_one_that_was_ready_and_has_died_gets_no_session(old: Old) -> None:
+    assert not old.go_on()
+    with old.channel() as channel:
+        send_letter(channel, READY + b"4711")
+    assert not old.go_on()
+    assert old.has_client()
+    old.channel().close()
+
+
+def test_a_silent_process_does_not_get_the_client(old: Old, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xnbd.server.handover.departure.PATIENCE", 0.05)
+    assert not old.go_on()
+    with old.channel() as channel:
+        send_letter(channel, READY + b"4711")
+        assert not old.go_on()
+        assert letter_on(channel).data[:1] == SESSION
+        assert letter_on(channel).data == MINE
+        with pytest.raises(BrokenPipeError):
+            send_letter(channel, TAKEN)
+    assert old.has_client()
+    assert old.told == ["the process that was to take it does not answer"]
+
+
+def test_if_nobody_takes_it_the_client_stays(old: Old, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xnbd.server.handover.departure.PATIENCE", 0.05)
+    assert not old.go_on()
+    assert not old.loop.wait((), 0, 5.0, calls=True)
+    assert not old.go_on()
+    assert old.told == ["no other process takes it"]
+
+
+def test_a_session_that_cannot_be_frozen_stays(old: Old) -> None:
+    assert not old.go_on()
+    old.traveller.failure = OSError(errno.EFBIG, "too much")
+    with old.channel() as channel:
+        send_letter(channel, READY + b"4711")
+        assert not old.go_on()
+        assert letter_on(channel).data == b""
+    assert old.told == ["too much"]
+    assert old.has_client()
+
+
+def test_a_doubt_about_who_has_the_client_ends_the_connection(old: Old, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xnbd.server.handover.departure.PATIENCE", 0.05)
+    assert not old.go_on()
+    real = send_letter
+
+    def fail_to_take_back(sock: socket.socket, data: bytes, fds: Tuple[int, ...] = ()) -> None:
+        if data == MINE:
+            raise OSError(errno.ENOMEM, "no memory")
+        real(sock, data, fds)
+
+    monkeypatch.setattr("xnbd.server.handover.departure.send_letter", fail_to_take_back)
+    with old.channel() as channel:
+        send_letter(channel, READY + b"4711")
+        with pytest.raises(Disconnected):
+            old.go_on()
+
+
+def test_too_many_offers_are_made_later(old: Old) -> None:
+    while True:
+        try:
+            send_letter(old.offering, b"x")
+        except BlockingIOError:
+            break
+    assert not old.go_on()
+    assert not old.loop.wait((), 0, 5.0, calls=True)
+    while receive_letter(old.offers) is not None:
+        pass
+    assert not old.go_on()
+    old.channel().close()
+
+
+# The new process
+
+
+class New:
+    """The new process, in a thread; the test is the old one."""
+
+    def __init__(self, terms: Terms = TERMS, offer: bytes = b"") -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel = ours
+        self.arrivals: List[Optional[Arrival]] = []
+        letter = Letter(offer or pack_offer(DISK), [theirs.detach()])
+        loop = ProcessLoop(handle_signals=False)
+        self._thread = threading.Thread(target=lambda: self.arrivals.append(receive_client(letter, loop, terms)))
+        self._thread.start()
+
+    def hear(self) -> bytes:
+        self.channel.settimeout(30)
+        return self.channel.recv(1 << 16)
+
+    def send(self, *, agreement: Agreement = AGREEMENT, data: bytes = frozen.MAGIC) -> socket.socket:
+        """A session with a client, whose other end is returned."""
+        far, client = socket.socketpair()
+        fd = os.memfd_create("test")
+        os.write(fd, data)
+        letter = pack_letter("peer", agreement, VISIT, 77.25, Sections(0, 0, 0))
+        send_letter(self.channel, SESSION + letter, (client.fileno(), fd))
+        client.close()
+        os.close(fd)
+        return far
+
+    def outcome(self) -> Optional[Arrival]:
+        self._thread.join(30)
+        (arrival,) = self.arrivals
+        self.channel.close()
+        return arrival
+
+
+def test_a_client_is_taken_when_the_old_process_has_let_go() -> None:
+    new = New()
+    assert new.hear() == READY + str(os.getpid()).encode()
+    with new.send() as far:
+        assert new.hear() == TAKEN
+        assert not new.arrivals
+        new.channel.close()
+        arrival = new.outcome()
+        assert arrival is not None
+        assert arrival.session.agreement == AGREEMENT
+        assert arrival.pid == os.getpid()
+        arrival.sock.send(b"x")
+        assert far.recv(1) == b"x"
+        arrival.sock.close()
+
+
+def test_a_client_that_is_taken_back_is_left_alone() -> None:
+    new = New()
+    new.hear()
+    with new.send() as far:
+        assert new.hear() == TAKEN
+        send_letter(new.channel, MINE)
+        assert new.outcome() is None
+        assert far.recv(1) == b""  # nobody has it open any more
+
+
+def test_what_was_said_counts_even_if_the_answer_was_not_read() -> None:
+    """The kernel tells of the reset first, and of the letter then."""
+    new = New()
+    new.hear()
+    with new.send():
+        send_letter(new.channel, MINE)
+        new.channel.close()
+        assert new.outcome() is None
+
+
+def test_an_offer_that_is_withdrawn_is_nothing() -> None:
+    new = New()
+    new.channel.close()
+    assert new.outcome() is None
+
+
+@pytest.mark.parametrize(
+    "offer, reason",
+    [
+        (b"noise", b"this is no offer of a client"),
+        (b"XNBDMOVE{}", b"the offer is in the format of another version"),
+        (b'XNBDMOVE{"format": 2}', b"the offer is in the format of another version"),
+        (pack_offer((7, 8, 9)), b"another disk is served here"),
+    ],
+)
+def test_other_offers_are_refused(offer: bytes, reason: bytes) -> None:
+    new = New(offer=offer)
+    assert new.hear() == REFUSED + reason
+    assert new.outcome() is None
+
+
+@pytest.mark.parametrize("offer", [b"XNBDMOVE", b"XNBDMOVE[]", b"XNBDMOVE5", b"XNBDMOVE\xff", b""])
+def test_an_offer_that_makes_no_sense_is_refused(offer: bytes) -> None:
+    new = New(offer=offer or b"?")
+    assert new.hear()[:1] == REFUSED
+    assert new.outcome() is None
+
+
+def test_a_disk_of_another_size_is_refused() -> None:
+    new = New(Terms(DISK, 8192, readonly=False))
+    new.hear()
+    with new.send():
+        assert new.hear() == REFUSED + b"the disk has 8192 bytes here, and 4096 there"
+        assert new.outcome() is None
+
+
+def test_a_client_that_may_write_is_refused_where_it_cannot() -> None:
+    writer = AGREEMENT._replace(export=Export("", 4096, 0, ""), readonly=False)
+    new = New(Terms(DISK, 4096, readonly=True))
+    new.hear()
+    with new.send(agreement=writer):
+        assert new.hear() == REFUSED + b"the disk is read-only here"
+        assert new.outcome() is None
+
+
+@pytest.mark.parametrize("data", [b"", b"XNBDSES", b"XNBDSESSx"])
+def test_a_session_that_cannot_be_read_is_refused(data: bytes) -> None:
+    new = New()
+    new.hear()
+    with new.send(data=data):
+        assert new.hear()[:1] == REFUSED
+        assert new.outcome() is None
+
+
+def test_a_letter_without_descriptors_is_refused() -> None:
+    new = New()
+    new.hear()
+    send_letter(new.channel, SESSION + b"{}")
+    assert new.hear() == REFUSED + b"what has come is no session"
+    assert new.outcome() is None
+
+
+def test_an_offer_without_a_channel_is_left_alone() -> None:
+    offers, offering = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with offers, offering:
+        send_letter(offering, pack_offer(DISK))
+        assert take_offer(offers) is None
+
+
+# What the master is told
+
+
+@given(
+    st.builds(
+        Report,
+        st.integers(1, 1 << 22),
+        st.sampled_from(["", "unix:pid=5,uid=0", "[2001:db8::1]:65535", "a client that has left"]),
+        st.integers(0, 1 << 22),
+        st.integers(0, 1 << 22),
+        st.sampled_from([0.0, 0.000125, 3.5]),
+        st.sampled_from(["", "TLS", "no other process takes it"]),
+    )
+)
+def test_a_report_is_read_as_it_was_written(report: Report) -> None:
+    assert len(report.pack()) == SIZE
+    assert parse_report(report.pack()) == report
+
+
+def test_a_report_of_another_version_is_read_as_far_as_it_is_known() -> None:
+    assert parse_report(b"12\tpeer".ljust(SIZE)) == Report(12, "peer")
+    assert parse_report(b"12\tpeer\t0\t5\t0.5\t\tsomething new".ljust(SIZE)) == Report(12, "peer", 0, 5, 0.5)
+
+
+def test_a_long_reason_is_cut() -> None:
+    report = parse_report(Report(1, "peer", stays="x" * 500).pack())
+    assert report.stays == "x" * 100

@@ -1,0 +1,1 @@
+"""One process of a server hands its client to another one, and the client does not notice."""

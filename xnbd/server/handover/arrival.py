@@ -1,0 +1,159 @@
+"""The way of another process's client into this one: taken from an offer to the moment in which it is this one's."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+from typing import NamedTuple, Optional, Sequence
+
+from ...logs import log
+from ...protocol.constants import FLAG_READ_ONLY
+from ...system.process import closed_on_error
+from ..process_loop import ProcessLoop
+from .frozen import FrozenSession, parse_session
+from .letters import (
+    PATIENCE,
+    READY,
+    REFUSED,
+    SESSION,
+    TAKEN,
+    Letter,
+    parse_offer,
+    receive_letter,
+    send_letter,
+)
+
+_RETRY = 0.01
+
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Arrival(NamedTuple):
+    """A client that has come: its descriptor, its session, and the process *pid* that had it before."""
+
+    sock: socket.socket
+    session: FrozenSession
+    pid: int
+
+    @property
+    def peer(self) -> str:
+        """The client's name in the log."""
+        return self.session.peer
+
+
+class Terms(NamedTuple):
+    """The *disk* that is served here, as `Source.identity` names it; its *size*; whether it is *readonly*."""
+
+    disk: Sequence[int]
+    size: int
+    readonly: bool
+
+    def check(self, session: FrozenSession) -> None:
+        """Raises `ValueError` for a session that cannot go on here."""
+        export = session.agreement.export
+        if export is not None and export.size != self.size:
+            raise ValueError(f"the disk has {self.size} bytes here, and {export.size} there")
+        if export is not None and self.readonly and not export.flags & FLAG_READ_ONLY:
+            raise ValueError("the disk is read-only here")
+
+
+def take_offer(offers: socket.socket) -> Optional[Letter]:
+    """The next offer of a client on *offers*, if there is one."""
+    try:
+        offer = receive_letter(offers)
+    except OSError as error:
+        log.warning("cannot take a client of another process: %s", error.strerror)
+        return None
+    if offer is not None and len(offer.fds) != 1:
+        offer.close()
+        log.warning("an offer of a client makes no sense, and is left alone")
+        return None
+    return offer
+
+
+def receive_client(offer: Letter, loop: ProcessLoop, terms: Terms) -> Optional[Arrival]:
+    """Take the client that is offered; None if nothing comes of it.
+
+    Raises `Stop`. Takes at most some seconds before the session is here.
+    """
+    try:
+        channel = _adopt(offer.fds[0])
+    except OSError:
+        return None  # the other process sees the end of the channel
+    with channel:
+        try:
+            return _take(offer.data, channel, loop, terms)
+        except ValueError as error:
+            _refuse(channel, str(error))
+        except OSError as error:
+            _refuse(channel, error.strerror or str(error))
+    return None
+
+
+def _refuse(channel: socket.socket, reason: str) -> None:
+    log.warning("a client of another process is not taken: %s", reason)
+    try:
+        send_letter(channel, REFUSED + reason.encode("utf-8", "replace")[:1000])
+    except OSError:
+        pass  # it sees the end of the channel
+
+
+def _take(offer: bytes, channel: socket.socket, loop: ProcessLoop, terms: Terms) -> Optional[Arrival]:
+    """Raises `ValueError` and `OSError` as long as the other process may be told that it cannot be."""
+    if parse_offer(offer).get("disk") != list(terms.disk):
+        raise ValueError("another disk is served here")
+    try:
+        send_letter(channel, READY + str(os.getpid()).encode())
+    except OSError:
+        return None  # it was withdrawn meanwhile
+    loop.wait((channel.fileno(),), select.POLLIN, PATIENCE)
+    letter = receive_letter(channel)
+    if letter is None or not letter.data:
+        return None
+    try:
+        if letter.data[:1] != SESSION or len(letter.fds) != 2:
+            raise ValueError("what has come is no session")
+        return _take_session(letter, channel, loop, terms)
+    finally:
+        letter.close()
+
+
+def _take_session(letter: Letter, channel: socket.socket, loop: ProcessLoop, terms: Terms) -> Optional[Arrival]:
+    session, pid = parse_session(letter.data[1:], letter.fds[1]), _process_behind(channel)
+    terms.check(session)
+    arrival = Arrival(_adopt(os.dup(letter.fds[0])), session, pid)
+    try:
+        send_letter(channel, TAKEN)
+        ours = _is_ours(channel, loop)
+    except BaseException:
+        arrival.sock.close()
+        raise
+    if not ours:
+        arrival.sock.close()
+    return arrival if ours else None
+
+
+def _is_ours(channel: socket.socket, loop: ProcessLoop) -> bool:
+    """Wait until the other process has let go of the client, or has died, or takes it back; it decides."""
+    answer: Optional[Letter] = None
+    while answer is None:
+        loop.wait((channel.fileno(),), select.POLLIN)
+        try:
+            answer = receive_letter(channel)
+        except OSError:  # for want of memory: the client may be nobody else's any more
+            loop.pause(_RETRY)
+    answer.close()
+    return not answer.data
+
+
+def _adopt(fd: int) -> socket.socket:
+    """The socket behind *fd*, which is closed if that fails."""
+    with closed_on_error(fd):
+        return socket.socket(fileno=fd)
+
+
+def _process_behind(channel: socket.socket) -> int:
+    pid: int = _CREDENTIALS.unpack(channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
+    return pid

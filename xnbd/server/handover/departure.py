@@ -1,0 +1,203 @@
+"""The way of a client out of its process: offered to others, and handed to the one that takes it.
+
+The client is served all the while. It waits from the moment when somebody is ready to take
+it until that process has it: for as long as the session needs to be frozen, sent and read.
+If nobody takes it, or something goes wrong on the way, its process goes on as if nothing
+had been. `server.handover.letters` says how that is kept safe.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from contextlib import suppress
+from time import monotonic
+from typing import Callable, NamedTuple, Optional, Protocol, Sequence, Tuple
+
+from ...errors import Disconnected
+from ...system.process import closed_on_error
+from ..process_loop import ProcessLoop
+from .letters import MINE, PATIENCE, READY, REFUSED, SESSION, TAKEN, Letter, pack_offer, receive_letter, send_letter
+
+_RETRY = 0.02
+_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
+
+
+class Traveller(Protocol):
+    """A session, between two of its requests."""
+
+    @property
+    def stays(self) -> str:
+        """Why no other process can go on with it; empty if one can."""
+
+    def fileno(self) -> int:
+        """The client's descriptor."""
+
+    def freeze(self) -> Tuple[bytes, int]:
+        """The session as a letter and a file, which the caller closes; afterwards it can go on. Raises `OSError`."""
+
+    def let_go(self) -> None:
+        """Close the client's descriptor, without a word to the client."""
+
+
+class Telling(NamedTuple):
+    """How a process tells of its client: that it has *moved* to the process with that id, or why it *stays*."""
+
+    moved: Callable[[int], None]
+    stays: Callable[[str], None]
+
+
+class Departure:
+    """The departure of the client that this process has; ``under_way`` is whether `go_on` wants to be called often."""
+
+    def __init__(
+        self,
+        loop: ProcessLoop,
+        offers: Optional[socket.socket] = None,
+        disk: Sequence[int] = (),
+        telling: Optional[Telling] = None,
+    ) -> None:
+        """Who might take the client reads from the other end of *offers*, and serves *disk* (`Source.identity`)."""
+        self.under_way = False
+        self.taken_by = 0
+        """The process that has the client now."""
+        self._loop = loop
+        self._offers = offers
+        self._disk = disk
+        self._telling = telling
+        self._channel: Optional[socket.socket] = None
+        self._until = 0.0
+
+    def go_on(self, traveller: Traveller) -> bool:
+        """Do the next step, if it is time for one; True if another process has the client now.
+
+        Raises `Stop`, and `Disconnected` if it is not certain that no other process has it.
+        """
+        loop = self._loop
+        loop.called = False
+        if loop.ordered:
+            loop.ordered = False
+            self._begin(traveller.stays)
+        if not self.under_way:
+            return False
+        try:
+            return self._step(traveller)
+        except OSError as error:
+            self._give_up(error.strerror or str(error))
+        except ValueError as error:
+            self._give_up(str(error))
+        return False
+
+    def cancel(self) -> None:
+        """The client leaves, or has to: nothing is to be handed over any more."""
+        self._withdraw()
+        self.under_way = self._loop.called = False
+
+    def _begin(self, reason: str) -> None:
+        if reason or self._offers is None:
+            self._give_up(reason or "nobody else can take it")
+        elif not self.under_way:
+            self.under_way = True
+            self._until = monotonic() + PATIENCE
+
+    def _step(self, traveller: Traveller) -> bool:
+        if self._channel is not None:
+            answer = receive_letter(self._channel)
+            if answer is not None and self._react(answer, traveller):
+                return True
+        if not self.under_way:
+            return False
+        if monotonic() > self._until:
+            self._give_up("no other process takes it")
+        elif self._channel is None:
+            self._make_offer()
+        else:
+            self._loop.heed(self._channel.fileno(), self._until)
+        return False
+
+    def _react(self, answer: Letter, traveller: Traveller) -> bool:
+        kind, text = answer.data[:1], answer.data[1:]
+        answer.close()
+        if kind == READY:
+            return self._hand_over(traveller, int(text))
+        if kind == REFUSED:
+            self._give_up(text.decode("utf-8", "replace"))
+        elif kind:
+            raise ValueError("the process that was to take it is of another version")
+        else:
+            self._withdraw()  # whoever was ready is gone: somebody else may be
+        return False
+
+    def _make_offer(self) -> None:
+        assert self._offers is not None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            send_letter(self._offers, pack_offer(self._disk), (theirs.fileno(),))
+        except OSError:  # as long as too many wait there
+            ours.close()
+            self._loop.heed(None, monotonic() + _RETRY)
+        else:
+            self._channel = ours
+            self._loop.heed(ours.fileno(), self._until)
+        finally:
+            theirs.close()
+
+    def _hand_over(self, traveller: Traveller, pid: int) -> bool:
+        """Process *pid* waits for the client."""
+        channel = self._channel
+        assert channel is not None
+        letter, fd = traveller.freeze()
+        try:
+            with closed_on_error(fd):
+                send_letter(channel, SESSION + letter, (traveller.fileno(), fd))
+        except ConnectionError:
+            return self._react(Letter(b"", []), traveller)
+        answer = Letter(MINE, [])
+        try:  # from here on the other process may believe that the client is its own
+            os.close(fd)
+            self._loop.wait((channel.fileno(),), select.POLLIN, PATIENCE, mid_message=True)
+            answer = receive_letter(channel) or answer
+        finally:
+            if answer.data[:1] != TAKEN:
+                self._take_back(channel)
+        if answer.data[:1] == TAKEN:
+            self._part(traveller, pid)
+        elif answer.data == MINE:
+            self._give_up("the process that was to take it does not answer")
+        else:
+            self._react(answer, traveller)
+        return answer.data[:1] == TAKEN
+
+    def _take_back(self, channel: socket.socket) -> None:
+        """The client stays with this process. Raises `Disconnected` if the other one may believe it is its own."""
+        try:
+            send_letter(channel, MINE)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise Disconnected(f"it may be served by another process: {error.strerror}") from error
+
+    def _part(self, traveller: Traveller, pid: int) -> None:
+        """The client is another process's as soon as the channel is closed; the master hears of it before that."""
+        with suppress(OSError):
+            traveller.let_go()
+        try:
+            if self._telling is not None:
+                with suppress(OSError):  # the other process tells it too
+                    self._telling.moved(pid)
+        finally:
+            self._withdraw()
+            self.under_way, self.taken_by = False, pid
+
+    def _give_up(self, reason: str) -> None:
+        self._withdraw()
+        self.under_way = False
+        if self._telling is not None:
+            self._telling.stays(reason)
+
+    def _withdraw(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            self._loop.heed(None)
+            channel.close()

@@ -1,0 +1,102 @@
+"""What two processes say to each other about a client that one of them hands over, and how that goes over sockets.
+
+An offer goes, with one end of a channel, over a socket of which all read who might take a client
+(`SOCK_DGRAM`). All the rest goes over that channel (`SOCK_SEQPACKET`), each letter with one byte in front:
+
+======  ========  ===================================================================================
+letter  from      meaning
+======  ========  ===================================================================================
+R       the new   I wait for your client; my process id
+N       the new   no, for this reason
+S       the old   the session, with the client's descriptor and the file of the session
+T       the new   I have understood it, and could go on
+M       the old   it stays mine all the same
+(end)   the old   the client is yours, if you have said T: I do not have it any more, dead or alive
+======  ========  ===================================================================================
+
+So at no time both serve the client. The old process has it until it has received T and closed the client's
+descriptor; whoever dies before takes nothing from the other one. The end of the channel says the same for an old
+process that has let go and for one that has died: it does not serve any more. What it does without a doubt
+before it goes on serving is to say M.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+MAGIC = b"XNBDMOVE"
+VERSION = 1
+
+READY, REFUSED, SESSION, TAKEN, MINE = b"R", b"N", b"S", b"T", b"M"
+
+PATIENCE = 2.0
+"""Seconds until the other process has to have answered."""
+
+_LONGEST = 160 << 10
+_MOST_DESCRIPTORS = 4
+_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+
+
+class Letter(NamedTuple):
+    """What has come; the descriptors are the receiver's, who closes them. No *data*: the other end is closed."""
+
+    data: bytes
+    fds: List[int]
+
+    def close(self) -> None:
+        """Let go of the descriptors."""
+        for fd in self.fds:
+            os.close(fd)
+
+
+def send_letter(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
+    """All of it, or nothing. Raises `OSError`, of which `BlockingIOError` says that too much is under way."""
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([data], ancillary, _SEND_FLAGS)
+
+
+def receive_letter(sock: socket.socket) -> Optional[Letter]:
+    """The next letter, None if there is none yet. Raises `OSError`."""
+    while True:
+        try:
+            data, ancillary, flags, _ = sock.recvmsg(_LONGEST, socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4), _TAKE_FLAGS)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            continue  # the other end was closed with something unread; what it said before that comes all the same
+        letter = Letter(data, _descriptors_in(ancillary))
+        if not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            return letter
+        letter.close()
+        return Letter(b"?", [])
+
+
+def _descriptors_in(ancillary: List[Tuple[int, int, bytes]]) -> List[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return list(fds)
+
+
+def pack_offer(disk: Sequence[int]) -> bytes:
+    """An offer of a client of *disk*, as `Source.identity` names it."""
+    import json
+
+    return MAGIC + json.dumps({"format": VERSION, "disk": list(disk)}).encode()
+
+
+def parse_offer(data: bytes) -> Dict[str, Any]:
+    """Raises `ValueError` unless it is one that this program understands."""
+    import json
+
+    if not data.startswith(MAGIC):
+        raise ValueError("this is no offer of a client")
+    fields = json.loads(data[len(MAGIC) :])
+    if not isinstance(fields, dict) or fields.get("format") != VERSION:
+        raise ValueError("the offer is in the format of another version")
+    return fields

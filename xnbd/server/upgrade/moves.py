@@ -1,0 +1,90 @@
+"""The clients of the old workers move to new ones, a few at a time."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from contextlib import suppress
+from time import monotonic
+from typing import Dict, List, Optional
+
+from ...system.forking import HAND_OVER
+from ..crew import Crew
+from ..reports import Report
+
+WAITING = 4
+"""New workers that wait for clients, so that none has to wait for a fork."""
+
+_UNDER_WAY = 2
+"""Clients that move at once: with more of them the processes take the processors from each other."""
+
+_TRIES = 3
+_PATIENCE = 5.0
+"""Seconds for a worker to answer: one that is stopped, or whose disk hangs, does not."""
+
+_LOOK_AGAIN = 0.05
+
+
+class Moves:
+    """All moves of one upgrade; *crew* has the old workers, which are dismissed, and the new ones."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self._until: Dict[int, float] = {}
+        """The workers that were ordered to hand over, and those that are about to take a client; and until when."""
+        self._tries: Counter[int] = Counter()
+        self.moved = 0
+        self.longest_pause: Optional[float] = None
+        """In seconds."""
+        self.staying: Dict[int, str] = {}
+        """Old workers whose clients stay, and why."""
+        self._patience = monotonic() + _PATIENCE
+
+    @property
+    def remaining(self) -> int:
+        """Clients that are to move yet."""
+        return len(self._waiting()) + len(self._until)
+
+    def _waiting(self) -> List[int]:
+        crew = self._crew
+        return [
+            pid for pid in crew.clients if pid in crew.dismissed and not (pid in self._until or pid in self.staying)
+        ]
+
+    @property
+    def are_over(self) -> bool:
+        """Whether every client has moved, or stays. An old worker without a client may be just about to have one."""
+        idle = any(pid not in self._crew.clients for pid in self._crew.dismissed)
+        return not self.remaining and not (idle and monotonic() < self._patience)
+
+    def deadline(self) -> float:
+        """When `progress` wants to be called (monotonic seconds)."""
+        return monotonic() + _LOOK_AGAIN
+
+    def progress(self) -> None:
+        """Book what has come of the orders, and give the next ones."""
+        crew = self._crew
+        moves, crew.moves = crew.moves, []
+        for report in moves:
+            self._book(report)
+        now = monotonic()
+        for pid in [pid for pid, until in self._until.items() if pid not in crew or now > until]:
+            del self._until[pid]
+            if pid in crew.clients:
+                self.staying[pid] = "busy"
+        free = min(_UNDER_WAY, len(crew.spares - crew.unproven)) - len(self._until)
+        for pid in self._waiting()[: max(0, free)]:
+            self._until[pid] = now + _PATIENCE
+            self._tries[pid] += 1
+            with suppress(ProcessLookupError):
+                os.kill(pid, HAND_OVER)
+
+    def _book(self, report: Report) -> None:
+        was_ordered = self._until.pop(report.pid, None) is not None
+        if report.moved_to:
+            self._until[report.moved_to] = monotonic() + _PATIENCE
+        elif report.moved_from:
+            self.moved += 1
+            self.longest_pause = max(report.pause, self.longest_pause or 0.0)
+        elif not was_ordered or self._tries[report.pid] >= _TRIES:
+            self.staying[report.pid] = report.stays
