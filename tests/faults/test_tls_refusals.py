@@ -238,7 +238,10 @@ def test_who_may_only_read_cannot_write(ruled: Server, image: Path, certificates
     before = image.read_bytes()
     uri = f"nbds://127.0.0.1:{ruled.port}/disk.img?tls-certificates={certificates.bob}"
     run("nbdinfo", "--is", "read-only", uri)
-    with refuses_in_one_line(ruled, "WRITE refused", "may only read"), tls_client(ruled, certificates.bob) as bob:
+    with (
+        refuses_in_one_line(ruled, "as CN=bob", "WRITE refused", "may only read"),
+        tls_client(ruled, certificates.bob) as bob,
+    ):
         assert bob.read(0, 512) == before[:512]
         assert bob.write(0, b"x" * 512) == errno.EPERM
         assert bob.write(0, b"x" * 512) == errno.EPERM

@@ -83,7 +83,8 @@ class Session:
         self._replies = Replies(connection, self._format)
         self._parking = Parking(self._replies.pieces, limits, ordered=agreement.ordered)
         encrypted = bool(connection.encryption)
-        self._commands = Commands(disk, agreement, self._format, connection.peer, encrypted=encrypted)
+        peer = connection.identity.at(connection.peer)
+        self._commands = Commands(disk, agreement, self._format, peer, encrypted=encrypted)
         self._parked = Parked(connection, disk, self._replies, self._commands, self._parking)
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
         self._left = False
