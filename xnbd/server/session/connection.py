@@ -16,7 +16,7 @@ from ...errors import Disconnected, ProtocolError
 from ...system.sockets import set_socket_options
 from ..process_loop import ProcessLoop, Stop
 from .spin import Spin
-from .transport import Buffers, PlainTransport, Transport
+from .transport import PlainTransport, Transport
 
 _LINGER = 1.0
 
@@ -40,7 +40,6 @@ class Connection:
         self.identity: Identity = identity_of_peer(sock)
         self.encryption = ""  # how its bytes are encrypted, in words; empty if they are not
         self.loop = loop
-        self.waits = 0  # how often the client did not take what was to be sent at once
         self._late = False  # the last message was not there yet when it was looked for
         self._spin = Spin(spin)
         self.use(PlainTransport(sock))
@@ -187,26 +186,12 @@ class Connection:
         if remaining <= 0 or not self.loop.wait(self._fds, events, remaining):
             raise ProtocolError("handshake took too long")
 
-    def send_some(self, buffers: Buffers, *, wait: bool = True) -> int:
-        """Send the beginning of *buffers*, at most IOV_MAX of them: the number of bytes.
-
-        Raises `OSError` (EFAULT) if the next byte lies in memory that cannot be
-        read, or `BlockingIOError` if the client takes nothing now, without *wait* or
-        when somebody calls, and `Stop` if it does not take it in time once the worker
-        is to leave.
-        """
-        while True:
-            try:
-                return self._send(buffers)
-            except BlockingIOError:
-                self.waits += wait
-                if not wait or self.loop.called:
-                    raise
-                self.loop.wait(self._fds, select.POLLOUT, mid_message=True, calls=True)
-
     def wait_for_room(self) -> None:
-        """Sleep until the client takes more, whoever calls. Raises `Stop` like `send_some`."""
-        self.loop.wait(self._fds, select.POLLOUT, mid_message=True)
+        """Sleep until the client takes more, or somebody calls who has not yet.
+
+        Raises `Stop` if it does not take it in time once the worker is to leave.
+        """
+        self.loop.wait(self._fds, select.POLLOUT, mid_message=True, calls=not self.loop.called)
 
     def linger(self) -> None:
         """Part without loss: a close with unread bytes would take back replies that are on their way."""
