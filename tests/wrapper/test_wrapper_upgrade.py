@@ -609,7 +609,7 @@ def test_who_writes_and_who_waits_does_not_notice(start_wrapper: StartWrapper, t
     wrapper = start_wrapper("--imgfile", tmp_path / "disk.img", "--unix", tmp_path / "sock")
     uri = f"nbd+unix:///disk.img?socket={tmp_path / 'sock'}"
     with ExitStack() as stack:
-        idle = [stack.enter_context(wrapper.client("disk.img")) for _ in range(IDLE)]
+        idle = [stack.enter_context(wrapper.client("disk.img")) for _ in range(IDLE // 4)]
         with writers(uri, tmp_path) as busy:
             with upgrading(wrapper) as outcomes:
                 pass
@@ -618,7 +618,7 @@ def test_who_writes_and_who_waits_does_not_notice(start_wrapper: StartWrapper, t
         for client in idle:
             assert works(client)
     check_cut(data, busy.histories, 0, 1 << 63)
-    assert all(outcome.moved >= IDLE for outcome in outcomes), outcomes
+    assert all(outcome.moved >= IDLE // 4 for outcome in outcomes), outcomes
 
 
 def connected(wrapper: Wrapper, name: str) -> nbd.NBD:
@@ -690,8 +690,23 @@ def test_an_old_process_that_dies_on_the_way_takes_its_client_with_it_and_nothin
         assert wrapper.listed()["disk.img"]["clients"] == 1
 
 
-@pytest.mark.parametrize("call", ["sendmsg", "recvmsg", "close", "poll", "sendto"])
-@pytest.mark.parametrize("when", [1, 2, 4])
+def test_processes_that_wait_for_clients_may_die(wrapper: Wrapper) -> None:
+    """At worst with the client that they have just taken."""
+    wrapper.expected_errors += ["waited for a client to move, died", "died: killed by SIGKILL", "cannot take"]
+    clients = [wrapper.client("disk.img") for _ in range(12)]
+    killed = 0
+    with asking(wrapper, "--upgrade") as upgrading:
+        while upgrading.poll() is None:
+            for pid in [pid for pid in wrapper.servers() if "waits for a client" in title_of(pid)][: 2 - killed]:
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+    assert upgrading.returncode == 0
+    assert survivors(*clients) >= len(clients) - killed
+    for client in clients:
+        client.sock.close()
+
+
+@pytest.mark.parametrize(("call", "when"), [("sendmsg", 1), ("recvmsg", 1), ("close", 2), ("poll", 2), ("sendto", 1)])
 def test_an_old_process_that_dies_at_a_system_call_costs_its_client_at_most(
     wrapper: Wrapper, call: str, when: int
 ) -> None:
@@ -716,7 +731,7 @@ def test_a_system_call_that_fails_in_the_new_program_harms_no_client(wrapper: Wr
         wait_until(lambda: "upgraded, " in wrapper.log(), "the end of the upgrade")
 
 
-@pytest.mark.parametrize("moment", [0.0, 0.2, 0.3, 0.35, 0.4, 0.5])
+@pytest.mark.parametrize("moment", [0.2, 0.35, 0.5])
 def test_a_wrapper_that_dies_on_the_way_leaves_its_clients_alone(
     start_wrapper: StartWrapper, image: Path, moment: float
 ) -> None:

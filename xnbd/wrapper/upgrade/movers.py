@@ -74,6 +74,7 @@ class Mover(NamedTuple):
             log.warning("an offer of a client makes no sense, and is left alone: %r", error)
             refuse_offer(offer, str(error))
             return 1
+        self.exchange.offers.close()
         channel = Letter(offer.data, offer.fds[:1])
         return receive(export, channel, kit, loop, self.exchange.passage(name, export, self.reports))
 
