@@ -38,6 +38,8 @@ from wrapper_process import Wrapper, fails, program, wait_for_end
 from xnbd import __version__
 from xnbd.scoreboard.layout import VERSION
 
+EPERM = 1
+
 FOREIGN = ROOT / "tests" / "support" / "foreign_server.py"
 
 
@@ -216,6 +218,7 @@ def test_relative_paths_are_those_of_the_start(image: Path, tmp_path: Path) -> N
             subprocess.run([*ctl, "--upgrade"], check=True)
         assert client.pread(512, 0) == image.read_bytes()[:512]
         client.shutdown()
+        assert (where / "log").read_text().count("goes on where") == 2
     finally:
         subprocess.run([*ctl, "--shutdown"], check=True)
 
@@ -255,6 +258,29 @@ def test_at_the_limit_of_clients_all_move_and_others_wait(start_wrapper: StartWr
         assert works(waiting)
     for client in clients[1:]:
         client.sock.close()
+
+
+def test_who_may_only_read_may_still_only_read(start_wrapper: StartWrapper, image: Path, tmp_path: Path) -> None:
+    rules = tmp_path / "rules"
+    rules.write_text("anonymous disk.img ro\n")
+    wrapper = start_wrapper("--imgfile", image, "--tls-authz", rules)
+    with wrapper.client("disk.img") as client:
+        assert client.write(0, b"x") == EPERM
+        assert of(upgrade(wrapper)) == moved(1)
+        assert client.write(0, b"x") == EPERM
+        with wrapper.client("disk.img") as another:
+            assert another.write(0, b"x") == EPERM
+
+
+def test_a_disk_that_was_removed_and_deleted_goes_on(wrapper: Wrapper, image: Path) -> None:
+    content = image.read_bytes()[:512]
+    with wrapper.client("disk.img") as client:
+        assert works(client)
+        wrapper.ctl("--remove-by-exportname", "disk.img")
+        image.unlink()
+        assert of(upgrade(wrapper)) == moved(1)
+        assert client.read(0, 512) == content
+        assert client.write(0, b"x") == 0
 
 
 # Two versions
@@ -577,6 +603,36 @@ def test_a_wrapper_without_roots_rights_is_upgraded(start_wrapper: StartWrapper)
             for pid in (wrapper.process.pid, *wrapper.servers()):
                 assert "Uid:\t65534\t65534\t65534\t65534" in Path(f"/proc/{pid}/status").read_text()
         assert wrapper.stop() == 0
+
+
+def test_clients_for_whom_there_is_no_process_stay(wrapper: Wrapper, tmp_path: Path) -> None:
+    """The new program works, but for that."""
+    faults = [
+        ("wrapper/upgrade/arrival.py", "_PATIENCE = 10.0", "_PATIENCE = 1.5"),
+        ("wrapper/upgrade/movers.py", '"""Life of the process: its exit status."""', "return 1"),
+    ]
+    path = build(tmp_path / "next", "99.0", *faults, name="xnbd-wrapper")
+    wrapper.expected_errors.append("waited for a client to move, died: exit status 1")
+    with wrapper.client("disk.img") as client:
+        rest = f"; 1 stays with {__version__} until it leaves (no process for them)"
+        assert upgrade(wrapper, "--program", path).rest == rest
+        assert works(client)
+        assert of(upgrade(wrapper, "--program", ROOT / "bin" / "xnbd-wrapper"))[2:] == (1, "")
+        assert works(client)
+
+
+def test_clients_whose_disk_cannot_be_opened_stay(wrapper: Wrapper, tmp_path: Path) -> None:
+    fault = (
+        "cli/serving.py",
+        '"""A client that another process has, in this process."""',
+        "raise OSError(28, 'no room')",
+    )
+    path = build(tmp_path / "next", "99.0", fault, name="xnbd-wrapper")
+    wrapper.expected_errors.append("waited for a client to move, died: exit status 1")
+    with wrapper.client("disk.img") as client:
+        rest = upgrade(wrapper, "--program", path).rest
+        assert rest == f"; 1 stays with {__version__} until it leaves (cannot go on: no room)"
+        assert works(client)
 
 
 # Under load

@@ -15,6 +15,7 @@ from typing import Callable, Collection, List, Mapping, NamedTuple, Optional, Se
 
 from ...errors import ConfigurationError
 from ...logs import log
+from ...server.endings import reason_of
 from ...server.handover.arrival import refuse_offer, take_offer
 from ...server.handover.letters import Letter, parse_offer, unfold
 from ...server.process_loop import ProcessLoop, Stop
@@ -152,7 +153,7 @@ class Movers:
             self.unproven.discard(pid)
             if status:
                 self._retry_at = monotonic() + _RETRY
-                log.error("process %d, which waited for a client to move, died: %s", pid, status)
+                log.error("process %d, which waited for a client to move, died: %s", pid, reason_of(status))
         else:
             self._clients.on_end(pid, status)
 
