@@ -806,6 +806,42 @@ def test_a_wrapper_that_dies_on_the_way_leaves_its_clients_alone(
             assert works(another)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "memfd_create:signal=KILL:when=2",
+        "execve:signal=KILL:when=1",
+        "sendto:signal=KILL:when=2",
+        "kill:signal=KILL:when=2",
+    ],
+)
+def test_a_wrapper_that_dies_at_a_system_call_leaves_its_clients_alone(
+    start_wrapper: StartWrapper, image: Path, call: str
+) -> None:
+    wrapper = start_wrapper("--imgfile", image)
+    with wrapper.client("disk.img") as client, wrapper.client("disk.img") as other:
+        assert works(client)
+        assert works(other)
+        with injected(wrapper.process.pid, call):
+            with asking(wrapper, "--upgrade") as upgrading:
+                upgrading.communicate()
+            wrapper.process.wait(20)
+        assert survivors(client, other) == 2
+        with start_wrapper("--imgfile", image).client("disk.img") as another:
+            assert works(another)
+
+
+def test_hangups_on_the_way_are_kept(wrapper: Wrapper) -> None:
+    with wrapper.client("disk.img") as client, asking(wrapper, "--upgrade") as upgrading:
+        while upgrading.poll() is None:
+            wrapper.process.send_signal(signal.SIGHUP)
+            time.sleep(0.01)
+        assert upgrading.returncode == 0
+        assert works(client)
+    assert wrapper.process.poll() is None
+    assert "configuration read again" in wrapper.log().split("goes on where")[1]
+
+
 def test_a_wrapper_that_stops_on_the_way_ends_all(wrapper: Wrapper) -> None:
     clients = [wrapper.client("disk.img") for _ in range(20)]
     with asking(wrapper, "--upgrade") as upgrading:
