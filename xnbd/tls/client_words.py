@@ -7,6 +7,7 @@ import ssl
 from typing import Dict
 
 from ..errors import TlsFailed, WrongName
+from .memory_stream import is_end
 
 # See X509_STORE_CTX_get_error(3).
 _UNKNOWN_ISSUER = (2, 18, 19, 20, 21)
@@ -60,12 +61,6 @@ class Words:
     def _on_alert(self, alert: str) -> str:
         """The meaning of an alert that the other side has sent; empty for those that are not about us."""
         return ""
-
-
-def is_end(error: ssl.SSLError) -> bool:
-    """Whether the other side has gone, with a goodbye or without."""
-    ends = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
-    return isinstance(error, ends) or error.reason == "UNEXPECTED_EOF_WHILE_READING"
 
 
 def _on_failure(reason: str) -> str:

@@ -16,6 +16,7 @@ from ..errors import ConfigurationError
 from . import psk
 from .context import exists, load_authorities, load_certificate, load_revocations, new_context, read_file
 from .expiry import Expiry, expiries, warnings
+from .socket_stream import kernel_knows_tls
 
 AUTHORITY, REVOKED, KEYS = "ca-cert.pem", "ca-crl.pem", "keys.psk"
 SERVER_CERTIFICATE, SERVER_KEY = "server-cert.pem", "server-key.pem"
@@ -28,6 +29,7 @@ class _Loaded(NamedTuple):
     keys: psk.ServerKeys
     valid: List[Expiry]
     digest: bytes
+    kernel_encrypts: bool
 
 
 class ServerCredentials:
@@ -63,6 +65,11 @@ class ServerCredentials:
         return self._loaded.keys
 
     @property
+    def kernel_encrypts(self) -> bool:
+        """Whether the kernel may encrypt what is sent to clients."""
+        return self._loaded.kernel_encrypts
+
+    @property
     def identify_clients(self) -> bool:
         """Whether a client can prove who it is."""
         return self.context.verify_mode != ssl.CERT_NONE or bool(self.keys)
@@ -81,7 +88,7 @@ class ServerCredentials:
         keys = psk.ServerKeys(psk.read_keys(keys_path) if keys_path else {}, alone=not has_certificate)
         if keys_path:
             keys.attach(context)
-        return _Loaded(context, keys, valid, digest)
+        return _Loaded(context, keys, valid, digest, kernel_knows_tls())
 
     def _digest(self) -> bytes:
         """Of all files."""

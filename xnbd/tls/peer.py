@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Tuple, Union
 
 from ..access.identity import Identity
 from .psk import ServerKeys, was_used
@@ -26,7 +26,7 @@ _KINDS = {"DNS": "dns", "URI": "uri", "email": "email"}
 _Name = Tuple[Tuple[Tuple[str, str], ...], ...]
 
 
-def identity_of(tls: ssl.SSLSocket, keys: ServerKeys) -> Identity:
+def identity_of(tls: Union[ssl.SSLObject, ssl.SSLSocket], keys: ServerKeys) -> Identity:
     """The names of the client's certificate, or of the pre-shared key that it has."""
     names = list(_names_in(dict(tls.getpeercert() or {})))
     if not names and keys.user is not None and was_used(tls):

@@ -7,7 +7,7 @@ installs.
 from __future__ import annotations
 
 import ssl
-from typing import Dict, Optional, Type
+from typing import Dict, Optional, Type, Union
 
 from ..errors import ConfigurationError
 from ..text import one_line
@@ -84,14 +84,14 @@ class ServerKeys:
         return key
 
 
-def prepare(tls: ssl.SSLSocket) -> None:
+def prepare(tls: Union[ssl.SSLObject, ssl.SSLSocket]) -> None:
     """Before the first step of a handshake: sslpsk3 would do this at every step, and each time begin anew."""
     set_up = getattr(tls.context, "setup_psk_callbacks", None)
     if set_up is not None:
         set_up(tls)
 
 
-def was_used(tls: ssl.SSLSocket) -> bool:
+def was_used(tls: Union[ssl.SSLObject, ssl.SSLSocket]) -> bool:
     """Whether the client of a finished handshake has proved to have the key, and was not let in some other way.
 
     OpenSSL asks for the key of a client whose cipher does not fit, and then goes on without it. So TLS 1.3 counts

@@ -1,0 +1,138 @@
+"""TLS over a socket by OpenSSL alone, for a kernel that encrypts what is sent (kTLS): OpenSSL tells it the keys.
+
+Then bytes that lie in mapped files can be sent as they are. Nothing here waits: `BlockingIOError` says that the
+descriptor has to be polled for.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import ssl
+from contextlib import suppress
+from typing import Callable, Sequence, Union
+
+from .psk import prepare
+
+_TCP_ULP = 31
+"""``linux/tcp.h``: what works above the protocol."""
+
+_SOL_TLS, _TLS_TX, _INFO_SIZE = 282, 1, 4
+"""``linux/tls.h``: an option of the socket that is there if the kernel encrypts; version and cipher come first."""
+
+_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+
+def kernel_knows_tls() -> bool:
+    """Whether the kernel has TLS. It loads the module for it, if this process may ask for that."""
+    try:
+        with socket.socket(socket.AF_INET) as probe:
+            probe.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, b"tls")
+    except OSError as error:
+        return error.errno == errno.ENOTCONN  # it is known, and wants a connection
+    return True
+
+
+class SocketStream:
+    """TLS of *context* with the client of *sock*, which it takes over; ``tls`` tells what was agreed on.
+
+    What goes wrong after the handshake is raised as *explain* says.
+    """
+
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, explain: Callable[[ssl.SSLError], OSError]
+    ) -> None:
+        sock.setblocking(False)  # OpenSSL has no other way not to wait
+        self.tls = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        prepare(self.tls)
+        self._explain = explain
+        self._unsent: Union[bytes, memoryview] = b""
+        self._ready = select.poll()
+        self._ready.register(self.tls.fileno(), select.POLLIN)
+
+    def fileno(self) -> int:
+        return self.tls.fileno()
+
+    def shake_hands(self) -> int:
+        """Go on with the handshake: 0 when it is done, else the poll events to wait for.
+
+        Raises `ssl.SSLError` and `OSError`.
+        """
+        try:
+            ssl.SSLSocket.do_handshake(self.tls)
+        except ssl.SSLWantReadError:
+            return select.POLLIN
+        except ssl.SSLWantWriteError:
+            return select.POLLOUT
+        return 0
+
+    @property
+    def encrypts_in_kernel(self) -> bool:
+        """Whether `send_plain` may be used: known after the handshake."""
+        try:
+            self.tls.getsockopt(_SOL_TLS, _TLS_TX, _INFO_SIZE)
+        except OSError:
+            return False
+        return True
+
+    def pending(self) -> bool:
+        """Whether OpenSSL has bytes that poll(2) does not show."""
+        return self.tls.pending() > 0
+
+    def receive_into(self, view: memoryview) -> int:
+        """All records that have come: OpenSSL gives one a call, and a batch of requests may be as many."""
+        receive, pending, ready = self.tls.recv_into, self.tls.pending, self._ready.poll
+        received, room = 0, len(view)
+        try:
+            received = count = receive(view, room)
+            while count and received < room and (pending() or ready(0)):
+                count = receive(view[received:], room - received)
+                received += count
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            if not received:
+                raise BlockingIOError from None
+        except ssl.SSLError as error:
+            if not received:
+                raise self._explain(error) from error
+        return received
+
+    def send_plain(self, buffers: Sequence[Union[bytes, memoryview]]) -> int:
+        """Send the beginning of *buffers* past OpenSSL: the kernel encrypts it."""
+        return socket.socket.sendmsg(self.tls, buffers, (), _SEND_FLAGS)
+
+    @property
+    def unsent(self) -> bool:
+        """Whether OpenSSL has begun with what was to be sent: the next `send` goes on with that."""
+        return bool(self._unsent)
+
+    def send(self, data: Union[bytes, memoryview]) -> int:
+        """Send the beginning of *data*: the number of bytes. Raises `BlockingIOError`, and `OSError`.
+
+        After a `BlockingIOError` the next call has to begin with the same bytes, and may leave them out if `unsent`:
+        then they are still where they were.
+        """
+        if not self._unsent:
+            self._unsent = data
+        try:
+            sent = self.tls.send(self._unsent)
+        except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            raise BlockingIOError from None
+        except ssl.SSLError as error:
+            raise self._explain(error) from error
+        self._unsent = self._unsent[sent:]
+        return sent
+
+    def shutdown(self) -> None:
+        """Say that nothing more will be sent, without waiting for an answer. Raises `OSError`.
+
+        What still comes is handed out as it is: it is no use to anybody.
+        """
+        with suppress(OSError):  # in the middle of a handshake or a record; or the answer would have to be waited for
+            self.tls.unwrap()
+        self.tls.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Let go of the descriptor, without a word."""
+        self._unsent = b""
+        self.tls.close()
