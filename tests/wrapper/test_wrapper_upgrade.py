@@ -170,7 +170,7 @@ def test_descriptors_and_processes_do_not_pile_up(wrapper: Wrapper) -> None:
 
 def descriptors(wrapper: Wrapper) -> int:
     """How many the wrapper has, and its clients' processes."""
-    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in (wrapper.process.pid, *wrapper.servers()))
+    return sum(len([*Path(f"/proc/{pid}/fd").iterdir()]) for pid in (wrapper.process.pid, *wrapper.servers()))
 
 
 def test_the_database_stays_locked_and_indexes_stay(wrapper: Wrapper, tmp_path: Path, image: Path) -> None:
