@@ -117,7 +117,8 @@ class MemoryStream:
     def receive_into(self, view: memoryview) -> int:
         """Receive all that has come: the number of bytes, 0 at the end. Raises `BlockingIOError`, and `OSError`.
 
-        A client that is answered piece by piece would wake up for each. Nothing is left to be `pending` if the *view* has more than twice the room of a record.
+        A client that is answered piece by piece would wake up for each. Nothing is left to be `pending` if the *view*
+        has more than twice the room of a record.
         """
         if self._at_end:
             return self._at_end(view)
