@@ -104,24 +104,41 @@ class MemoryStream:
 
     # What comes
 
-    def _take_in(self, most: int) -> None:
-        count = self._sock.recv_into(self._arrived, min(most, _ARRIVING), socket.MSG_DONTWAIT)
+    def _take_in(self, most: int) -> bool:
+        """Receive *most* bytes; whether more have perhaps come. Raises `OSError`."""
+        most = min(most, _ARRIVING)
+        count = self._sock.recv_into(self._arrived, most, socket.MSG_DONTWAIT)
         if count:
             self._incoming.write(self._arrived[:count])
         else:
             self._incoming.write_eof()
+        return count == most
 
     def receive_into(self, view: memoryview) -> int:
-        """Receive what has come: the number of bytes, 0 at the end. Raises `BlockingIOError`, and `OSError`.
+        """Receive all that has come: the number of bytes, 0 at the end. Raises `BlockingIOError`, and `OSError`.
 
-        Nothing is left to be `pending` if the *view* has more than twice the room of a record.
+        A client that is answered piece by piece would wake up for each. Nothing is left to be `pending` if the *view*
+        has more than twice the room of a record.
         """
-        room, received = len(view), 0
-        if not self._holds:
-            self._take_in(max(room - RECORD, RECORD))
-        elif self._at_end:
+        if self._at_end:
             return self._at_end(view)
-        read, incoming = self._read, self._incoming
+        more = not self._holds and self._take_in(max(len(view) - RECORD, RECORD))
+        received = self._decrypt(view)
+        while more and len(view) - received > 2 * RECORD:
+            try:
+                more = self._take_in(len(view) - received - RECORD)
+            except OSError:
+                break  # what is wrong is met again by the next call
+            received += self._decrypt(view[received:])
+        if received:
+            return received
+        if self._at_end:
+            return self._at_end(view)
+        raise BlockingIOError(errno.EAGAIN, "nothing has come")
+
+    def _decrypt(self, view: memoryview) -> int:
+        """What has been taken in, as far as it finds room: the number of bytes."""
+        read, incoming, room, received = self._read, self._incoming, len(view), 0
         try:
             while received < room:
                 count = read(room - received, view[received:])
@@ -137,17 +154,11 @@ class MemoryStream:
             self._end(error)
         if self._outgoing.pending:
             self._answer()
-        if not self._at_end:
-            self._holds = received == room and bool(incoming.pending or self.tls.pending())
-        if received:
-            return received
-        if self._at_end:
-            return self._at_end(view)
-        raise BlockingIOError(errno.EAGAIN, "nothing has come")
+        self._holds = bool(self._at_end or (received == room and (incoming.pending or self.tls.pending())))
+        return received
 
     def _end(self, error: Optional[ssl.SSLError]) -> None:
         """From now on the caller hears of the end, or of the *error*, each time that it wants to receive."""
-        self._holds = True
         self._at_end = partial(_fail, self._explain(error)) if error and not is_end(error) else _nothing
 
     def _answer(self) -> None:
@@ -157,7 +168,7 @@ class MemoryStream:
                 self._flush()
         if self._outgoing.pending > _MOST_UNASKED:
             error = OSError(errno.EPROTO, "TLS has failed: the other side asks and takes no answers")
-            self._holds, self._at_end = True, partial(_fail, error)
+            self._at_end = partial(_fail, error)
 
     # What goes
 
