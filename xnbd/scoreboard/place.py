@@ -8,13 +8,18 @@ from typing import List, NamedTuple, Optional
 from ..system.file_locks import RangeLocks
 from .counters import Counts, wrapped
 from .gate import Door
-from .layout import LINE, NOT_NEEDED
+from .layout import LINE, NOT_NEEDED, REACHED, UNREACHABLE
 from .lines import Lines, clock
+from .tally import Tally
 
 _MODE_AT = LINE.at["mode"]
 _COUNTERS_AT, _COUNTERS = LINE.at["counters"], LINE.form["counters"]
 _BEFORE_AT = LINE.at["counters_before"]
 _QUEUE_AT, _QUEUE = LINE.at["queue"], LINE.form["queue"]
+
+
+COPYING_PEER = "(copying all blocks)"
+"""Stands in a line in place of a client."""
 
 
 class Visit(NamedTuple):
@@ -25,13 +30,19 @@ class Visit(NamedTuple):
 
 
 class Place(Door):
-    """The line that this process has taken of *lines*. Begins outside the gate, without a client."""
+    """The line that this process has taken of *lines*. Begins outside the gate, without a client.
 
-    def __init__(self, memory: mmap.mmap, locks: RangeLocks, lines: Lines) -> None:
+    What it tells, the *tally* is told, too.
+    """
+
+    def __init__(self, memory: mmap.mmap, locks: RangeLocks, lines: Lines, tally: Optional[Tally] = None) -> None:
+        self.tally = tally
         self._at = at = lines.take()
         super().__init__(memory, at, locks)
         self.counts: List[int] = list(_COUNTERS.unpack_from(memory, at + _COUNTERS_AT))
         """What `tell` publishes; goes on from what an earlier process in this line has counted."""
+        if tally is not None:
+            tally.begin(self.counts)
         self.tell_origin(NOT_NEEDED, "")
         self.welcome("")
         lines.tell_name(at)
@@ -46,6 +57,8 @@ class Place(Door):
         self.tell_queue(0, 0)
         self._put("peer", peer.encode()[: LINE.form["peer"].size])
         self.tell_identity("")
+        if self.tally is not None:
+            self.tally.tell("clients", int(peer not in ("", COPYING_PEER)))
 
     def tell_identity(self, identity: str, encryption: str = "") -> None:
         """Who the client has proved to be, and how it is encrypted; empty for nobody, and for not at all."""
@@ -59,6 +72,8 @@ class Place(Door):
 
     def tell(self) -> None:
         """Publish `counts`."""
+        if self.tally is not None:
+            self.tally.follow(self.counts)
         _COUNTERS.pack_into(self._map, self._at + _COUNTERS_AT, *self.counts)
 
     def tell_mode(self, mode: int) -> None:
@@ -68,10 +83,16 @@ class Place(Door):
     def tell_queue(self, requests: int, buffered: int) -> None:
         """So many requests wait for blocks, with so many bytes."""
         _QUEUE.pack_into(self._map, self._at + _QUEUE_AT, requests, buffered)
+        if self.tally is not None:
+            self.tally.tell("waiting", requests)
+            self.tally.tell("waiting_bytes", buffered)
 
     def tell_origin(self, health: int, trouble: str) -> None:
         """*health* is `layout.REACHED` or its like; *trouble* why the origin cannot be reached."""
         self._put("origin", health)
+        if self.tally is not None:
+            self.tally.tell("origin_connected", int(health == REACHED))
+            self.tally.tell("origin_unreachable", int(health == UNREACHABLE))
         self._put("trouble", trouble.encode("utf-8", "backslashreplace")[: LINE.form["trouble"].size])
 
     def _put(self, name: str, value: object) -> None:

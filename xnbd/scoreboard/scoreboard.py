@@ -21,6 +21,7 @@ from .lines import Lines, clock
 from .origin_address import OriginPlace
 from .place import Place
 from .snapshots import Snapshots
+from .tally import Tally
 
 _MODE = HEAD.at["mode"]
 _COPY_WANTED = HEAD.at["copy_wanted"]
@@ -51,9 +52,9 @@ class Scoreboard:
         self.snapshots = Snapshots(self._map, self._locks, self.gate)
         self.origin = OriginPlace(self._map)
 
-    def take_place(self) -> Place:
-        """A line for this process. Raises `OSError` if all are taken."""
-        return Place(self._map, self._locks, self.lines)
+    def take_place(self, tally: Optional[Tally] = None) -> Place:
+        """A line for this process, which tells its *tally* the same. Raises `OSError` if all are taken."""
+        return Place(self._map, self._locks, self.lines, tally)
 
     @property
     def mode(self) -> int:

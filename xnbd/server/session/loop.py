@@ -38,6 +38,7 @@ from .parked import Parked
 from .parking import ParkedRequest, Parking, QueueLimits
 from .receive_buffer import BUFFER_SIZE, ReceiveBuffer
 from .replies import MAXIMUM_PIECES, Replies
+from .timing import Timing
 from .writes import Writes
 
 _BATCH = 4096
@@ -81,11 +82,16 @@ class Session:
         self._format = reply_format(structured=agreement.structured)
         self._receive_buffer = ReceiveBuffer(connection)
         self._replies = Replies(connection, self._format)
+        tally = disk.place.tally
+        self._timing = None if tally is None else Timing(tally)
         self._parking = Parking(self._replies.pieces, limits, ordered=agreement.ordered)
+        if self._timing is not None and tally is not None:
+            self._parking.on_answer = self._timing.hold_parked
+            self._replies.on_unreadable = partial(tally.refused, c.CMD_READ, c.EIO)
         encrypted = bool(connection.encryption)
         peer = connection.identity.at(connection.peer)
         self._commands = Commands(disk, agreement, self._format, peer, encrypted=encrypted)
-        self._parked = Parked(connection, disk, self._replies, self._commands, self._parking)
+        self._parked = Parked(connection, disk, self._replies, self._commands, self._parking, self._timing)
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
         self._left = False
         disk.accompany(self._on_wait, self._on_renewed)
@@ -237,8 +243,11 @@ class Session:
         pieces, counts, send = self._replies.pieces, self._counts, self._replies.send
         append, extend = pieces.append, pieces.extend
         size, read, write, readable_now, changes = image.size, image.read, image.write, image.readable, disk.changes
-        batches, plain, complete = 0, True, True
+        batches, plain, complete, timing = 0, True, True, self._timing
         while True:
+            if timing is not None:
+                timing.arrived = monotonic()
+            noted = wrote = 0  # requests that are in nobody's sum any more, or in another one; WRITEs
             readable, flat = min(readable_now(), size), image.flat
             writable = readable if commands.writable else -1
             announce = page_prefetch.announce if page_prefetch.active else None
@@ -280,6 +289,7 @@ class Session:
                         parking.enter(
                             missing.ticket, ParkedRequest(c.CMD_READ, cookie, again, (offset, length), _notes(length))
                         )
+                        noted += 1
                         if parking.full:
                             break
                         continue
@@ -299,6 +309,7 @@ class Session:
                 ):
                     payload = position + header_size
                     position = payload + length
+                    wrote += 1
                     try:
                         write(offset, view[payload:position])
                     except NotLocal as missing:
@@ -308,6 +319,7 @@ class Session:
                             missing.ticket,
                             ParkedRequest(c.CMD_WRITE, cookie, again, (offset, length), length, left=left),
                         )
+                        noted, wrote = noted + 1, wrote - 1
                         if parking.full:
                             break
                     except OSError as error:
@@ -317,10 +329,13 @@ class Session:
                         counts[BYTES_WRITTEN] += length
                 else:
                     receive_buffer.start, plain = position, False
+                    if timing is not None:
+                        timing.hold(done - 1 - noted - wrote, wrote)
+                    noted, wrote = done, 0
                     complete = self._execute(word, cookie, offset, length)
                     position, end = receive_buffer.start, receive_buffer.end
                     if not complete:
-                        done -= 1
+                        done = noted = done - 1
                         break
                     if parking.full or image is not disk.image or disk.outdated or len(pieces) > MAXIMUM_PIECES:
                         break
@@ -333,8 +348,11 @@ class Session:
             if pieces:
                 began, waits, count = monotonic(), connection.waits, len(pieces)
                 length = send()
+                now = monotonic()
+                if timing is not None:
+                    timing.depart(done - noted - wrote, wrote, now)
                 if connection.waits == waits:  # else it was the client that took its time
-                    commands.page_prefetch.sent(count, length, monotonic() - began)
+                    commands.page_prefetch.sent(count, length, now - began)
                 elif pieces:
                     plain = False  # somebody calls
             batches += 1

@@ -14,14 +14,12 @@ from ...proxy.state.checkpoint import ProcessState
 from ...scoreboard.counters import MISSES, REQUESTS, Counts
 from ...scoreboard.layout import REACHED, TARGET, UNREACHABLE
 from ...scoreboard.lines import Line, clock
+from ...scoreboard.place import COPYING_PEER
 from ...storage.blocks import BLOCK
 from ...system.usage import UsageMeter
 from ..session.memory import share
 from .duty import Cache, Context, Duty
 from .progress import Progress, Rate
-
-COPYING_PEER = "(copying all blocks)"
-"""Stands on the scoreboard in place of a client."""
 
 _MAXIMUM_CELLS = 1 << 16
 
