@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 from functools import partial
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from .. import __version__
 from ..errors import ConfigurationError
 from ..logs import log
-from ..scoreboard.layout import OtherVersion, check_header
+from ..scoreboard.layout import OtherVersion, check_header, count_lines
 from ..scoreboard.scoreboard import Scoreboard
+from ..scoreboard.tally import create_tally, is_same_tally
 from ..server.configuration import Load, refuse_without_room
 from ..server.premises import Premises, Surroundings
 from ..server.service import Service
@@ -76,7 +77,16 @@ def _inherited_service(options: ServerOptions, estate: Estate) -> Service:
         ) from None
     configuration = secured(options.configuration, options)
     refuse_without_room(configuration, estate.scoreboard)
-    return service_of(options, configuration, _inherited_source(options, estate), estate.scoreboard)
+    service = service_of(options, configuration, _inherited_source(options, estate), estate.scoreboard)
+    return service._replace(tally_fds=_inherited_tallies(estate)) if options.metrics is not None else service
+
+
+def _inherited_tallies(estate: Estate) -> Tuple[int, ...]:
+    """What was counted before goes on to be told, also where this program counts in another way."""
+    former = estate.tallies
+    if former and is_same_tally(former[0]):
+        return tuple(former)
+    return create_tally(count_lines(estate.scoreboard)), *former
 
 
 def _inherited_source(options: ServerOptions, estate: Estate) -> Source[Scoreboard]:
@@ -95,6 +105,8 @@ def _inherited_source(options: ServerOptions, estate: Estate) -> Source[Scoreboa
 def _tell_check() -> int:
     """All that the program would need can be imported, too."""
     from ..server import master, worker  # noqa: F401
+    from ..server.observer import process as observer  # noqa: F401
+    from ..server.observer import service  # noqa: F401
     from ..server.steward import process  # noqa: F401
 
     print_answer(json.dumps({"version": __version__}) + "\n")

@@ -39,10 +39,11 @@ class Scoreboard:
     failure_at = HEAD.at["failure"]
     """Where in the file a disk without a state file has its `storage.writeback.Record`."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, readonly: bool = False) -> None:
+        """*readonly* is for who has opened the file for reading, and only looks."""
         with closed_on_error(fd):
             check_header(fd)
-            self._map = mmap.mmap(fd, 0)
+            self._map = mmap.mmap(fd, 0, prot=mmap.PROT_READ if readonly else mmap.PROT_READ | mmap.PROT_WRITE)
         self.fd = fd
         self.namespace = pid_namespace()
         self._locks = RangeLocks(fd)

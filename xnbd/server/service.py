@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import closing
 from time import monotonic
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Tuple
 
 from ..access.identity import NOBODY, Identity
 from ..access.rights import Access
@@ -44,7 +44,8 @@ class Service(NamedTuple):
     configuration: Configuration = Configuration()
     spin: float = 0.0
     control_path: Optional[str] = None
-    tally_fd: Optional[int] = None
+    tally_fds: Tuple[int, ...] = ()
+    """The tally for metrics, if there are any, and those that former programs have left."""
 
     @property
     def access(self) -> Access:
@@ -60,10 +61,10 @@ class Service(NamedTuple):
 
     def open_tally(self) -> Optional[Tally]:
         """A line for this process, after the fork, if there are metrics. Without one its work is not counted there."""
-        if self.tally_fd is None:
+        if not self.tally_fds:
             return None
         try:
-            return Tally(self.tally_fd, self.export_name)
+            return Tally(self.tally_fds[0], self.export_name)
         except OSError as error:
             log.warning("metrics do not count what process %d does: %s", os.getpid(), error)
             return None

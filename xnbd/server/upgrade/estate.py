@@ -47,6 +47,10 @@ class Estate(NamedTuple):
     former_stewards: List[int]
     """Process ids of those that have given way to a steward of a later program, and have not ended yet."""
     descriptors: List[int]
+    tallies: List[int] = []
+    """What former programs of this server have counted, for metrics; the youngest first."""
+    observers: List[int] = []
+    """Process ids of those who answer ``--metrics``, who end when there is another one."""
     """All that outlive the exec, the estate's own but for one."""
 
 
