@@ -61,8 +61,8 @@ def test_a_server_in_the_wrapper_has_the_options_of_one_with_a_command_line(
         foreign = ForeignServer(["x"], True, cow, readonly, syslog, None, "9", "8K")
         words = ["--logpath", "/log", *foreign.arguments(export, 7, agreement)]
         own = OwnServer(cow, readonly, LogOptions("/log", syslog), QueueLimits(9, 8192))
-        alone, inside = parsed(words), own.options(export, nobody, agreement)
         agreed = agreement._replace(export=None, ordered=False)
+        alone, inside = parsed(words), own.options(export, Introduced(nobody, agreed))
         assert (alone.clients, inside.clients) == (OneClient(7, agreed), Introduced(nobody, agreed))
         assert alone._replace(clients=inside.clients) == inside
 
@@ -79,7 +79,7 @@ def test_a_server_in_the_wrapper_refuses_files_with_two_uses(tmp_path: Path, nob
     (tmp_path / "link").symlink_to(cache)
     export = PROXY._replace(image_path=str(cache), bitmap_path=str(tmp_path / "link"))
     with pytest.raises(ConfigurationError, match="CACHE_DISK_IMAGE and CACHE_BITMAP_IMAGE are the same file"):
-        OwnServer().options(export, nobody, Agreement())
+        OwnServer().options(export, Introduced(nobody, Agreement()))
 
 
 @pytest.mark.parametrize("option", ["--max-clients", "--spare-workers", "--lport"])

@@ -33,27 +33,31 @@ _LINE = re.compile(r"(\S+) -> (\S+): (\d+) clients? moved(?:, longest pause (\d+
 
 def upgrade(control: object, *options: object) -> Outcome:
     """Have the server at *control* become the next program; it has to work."""
-    line = bgctl("--upgrade", *options, control)
+    return parse(bgctl("--upgrade", *options, control))
+
+
+def parse(line: str) -> Outcome:
+    """What a steering program prints of an upgrade."""
     found = _LINE.fullmatch(line)
     assert found is not None, line
     old, new, moved, pause, rest = found.groups()
     return Outcome(old, new, int(moved), None if pause is None else int(pause), rest)
 
 
-def build(directory: Path, version: str, *changes: tuple[str, str, str]) -> Path:
-    """The program xnbd-server of a copy of this tree that calls itself *version*.
+def build(directory: Path, version: str, *changes: tuple[str, str, str], name: str = "xnbd-server") -> Path:
+    """The program *name* of a copy of this tree that calls itself *version*.
 
     Each of *changes* is a file below xnbd/, a text that stands there once, and another one.
     """
     for part in ("bin", "xnbd"):
         shutil.copytree(ROOT / part, directory / part, ignore=shutil.ignore_patterns("__pycache__"))
-    program = directory / "bin" / "xnbd-server"
+    program = directory / "bin" / name
     own = re.search(r'__version__ = "[^"]+"', (ROOT / "xnbd/__init__.py").read_text())
     assert own is not None
     edits = [("__init__.py", own[0], f'__version__ = "{version}"'), *changes]
-    for name, before, after in edits:
-        file = directory / "xnbd" / name
-        assert file.read_text().count(before) == 1, (name, before)
+    for path, before, after in edits:
+        file = directory / "xnbd" / path
+        assert file.read_text().count(before) == 1, (path, before)
         file.write_text(file.read_text().replace(before, after))
     program.write_text(program.read_text().replace("#!/usr/bin/env python3", f"#!{PYTHON}", 1))
     return program

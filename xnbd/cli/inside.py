@@ -9,20 +9,34 @@ from __future__ import annotations
 import gc
 import io
 import sys
-from typing import Dict, List, NamedTuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Union
 
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
 from ..server.configuration import Configuration
+from ..server.handover.arrival import refuse_offer
+from ..server.handover.letters import Letter
+from ..server.process_loop import ProcessLoop
 from ..server.session.connection import Connection
 from ..server.session.parking import QueueLimits
+from ..server.single import Passage
 from ..server.worker import GARBAGE_THRESHOLD
 from ..system.process import whole_path
 from ..text import one_line
 from ..wrapper.exports import ProxyExport, StoredExport
 from . import server
-from .options import CowOptions, Introduced, LogOptions, ServerOptions, TargetOptions
+from .options import CowOptions, Expected, Introduced, LogOptions, ServerOptions, TargetOptions
 from .program import begin, trouble
+
+
+def load_ahead(*, cow: bool) -> None:
+    """Do what every process of a client would have to do."""
+    from ..origin.nbd import connection  # noqa: F401
+    from ..server.steward import process  # noqa: F401
+    from . import proxying, server_options, serving  # noqa: F401
+
+    if cow:
+        from ..storage import cow as _cow  # noqa: F401
 
 
 class OwnServer(NamedTuple):
@@ -33,45 +47,48 @@ class OwnServer(NamedTuple):
     log: LogOptions = LogOptions()
     queue_limits: QueueLimits = QueueLimits()
 
-    def load(self) -> None:
-        """Do ahead what every process of a client would have to do."""
-        from ..origin.nbd import connection  # noqa: F401
-        from ..server.steward import process  # noqa: F401
-        from . import proxying, server_options, serving  # noqa: F401
-
-        if self.cow:
-            from ..storage import cow  # noqa: F401
-
-    def take_over(self, export: StoredExport, connection: Connection, agreement: Agreement) -> int:
+    def take_over(
+        self, export: StoredExport, connection: Connection, agreement: Agreement, passage: Optional[Passage]
+    ) -> int:
         """Serve the client of *connection*, in this process; the exit status."""
+        return self._serve(export, Introduced(connection, agreement._replace(export=None, ordered=False), passage))
+
+    def receive(
+        self, export: StoredExport, offer: Letter, kit: Mapping[str, Any], loop: ProcessLoop, passage: Passage
+    ) -> int:
+        """Serve the client that another process offers, in this process; the exit status. Raises `Stop`."""
+        return self._serve(export, Expected(offer, kit, loop, passage))
+
+    def _serve(self, export: StoredExport, client: Union[Introduced, Expected]) -> int:
         from .serving import serve
 
         gc.set_threshold(GARBAGE_THRESHOLD)
         try:
-            options = self.options(export, connection, agreement)
+            options = self.options(export, client)
             begin(server.PROGRAM, options.log, None, None)
             return serve(options, None)
         except (ConfigurationError, OSError, MemoryError) as error:
             from ..logs import complain
 
-            ours = isinstance(error, ConfigurationError)
-            complain(server.PROGRAM, one_line(str(error) if ours else trouble(error)), super_server=False)
+            reason = one_line(str(error) if isinstance(error, ConfigurationError) else trouble(error))
+            complain(server.PROGRAM, reason, super_server=False)
+            if isinstance(client, Expected):
+                refuse_offer(client.offer, reason)
             return error.exit_status if isinstance(error, ConfigurationError) else 1
 
-    def options(self, export: StoredExport, connection: Connection, agreement: Agreement) -> ServerOptions:
-        """For a client with whom *agreement* is made. Raises `ConfigurationError` if one file is to be two things."""
+    def options(self, export: StoredExport, client: Union[Introduced, Expected]) -> ServerOptions:
+        """For that *client*. Raises `ConfigurationError` if one file is to be two things."""
         from .server_options import refuse_shared_files
 
         paths = {name: whole_path(path, name) for name, path in self._files(export).items()}
         refuse_shared_files(paths)
-        client = Introduced(connection, agreement._replace(export=None, ordered=False))
         if isinstance(export, ProxyExport):
             return self._proxy(export, paths, client)
         path = paths[self._image]
         disk = CowOptions(path, self.readonly) if self.cow else TargetOptions(path, self.readonly)
         return ServerOptions(disk, client, self.log)
 
-    def _proxy(self, export: ProxyExport, paths: Dict[str, str], client: Introduced) -> ServerOptions:
+    def _proxy(self, export: ProxyExport, paths: Dict[str, str], client: Union[Introduced, Expected]) -> ServerOptions:
         from .proxy_options import ProxyOptions
 
         limits = self.queue_limits

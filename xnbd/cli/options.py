@@ -7,7 +7,7 @@ together take 5 ms to import. A client of ``--inetd`` waits for that.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
 
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
@@ -16,7 +16,10 @@ from ..system.process import whole_path
 from .values import USAGE_ERROR, CommandLine
 
 if TYPE_CHECKING:
+    from ..server.handover.letters import Letter
+    from ..server.process_loop import ProcessLoop
     from ..server.session.connection import Connection
+    from ..server.single import Passage
     from ..system.user import User
     from .proxy_options import ProxyOptions
 
@@ -89,10 +92,26 @@ class OneClient(NamedTuple):
 
 
 class Introduced(NamedTuple):
-    """A client at the other end of *connection*, which this process has; *agreement* as in `OneClient`."""
+    """A client at the other end of *connection*, which this process has; *agreement* as in `OneClient`.
+
+    By the *passage* it may go to another process.
+    """
 
     connection: Connection
     agreement: Optional[Agreement]
+    passage: Optional[Passage] = None
+
+
+class Expected(NamedTuple):
+    """A client that another process has, and makes an *offer* of to this one, which sleeps in *loop*.
+
+    The *kit* has the disk. By the *passage* the client may go on to a third process.
+    """
+
+    offer: Letter
+    kit: Mapping[str, Any]
+    loop: ProcessLoop
+    passage: Passage
 
 
 class ManyClients(NamedTuple):
@@ -108,7 +127,7 @@ class ServerOptions(NamedTuple):
     """A server of one disk. Paths are whole ones, times in seconds."""
 
     disk: Union[TargetOptions, CowOptions, ProxyOptions]
-    clients: Union[OneClient, Introduced, ManyClients]
+    clients: Union[OneClient, Introduced, Expected, ManyClients]
     log: LogOptions = LogOptions()
     export_name: Optional[str] = None
     oldstyle: bool = False

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Optional, Sequence
 
 from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
@@ -18,6 +17,7 @@ from ..scoreboard.tally import create_tally
 from ..server.process_loop import ProcessLoop
 from ..server.service import Service
 from ..server.session.connection import Connection
+from ..server.single import serve_arrival, serve_one
 from ..storage.image import Source
 from ..storage.target import TargetSource, create_sparse
 from ..system.file_locks import do_nothing
@@ -32,7 +32,7 @@ from ..system.process import (
 from ..system.service_manager import ServiceManager
 from .admission import check_access, open_access, open_listeners, open_metrics
 from .encrypting import open_tls
-from .options import CowOptions, Introduced, ManyClients, OneClient, ServerOptions, TargetOptions
+from .options import CowOptions, Expected, Introduced, ManyClients, OneClient, ServerOptions, TargetOptions
 
 if TYPE_CHECKING:
     from ..server.configuration import Configuration, Load
@@ -49,6 +49,8 @@ def serve(options: ServerOptions, client: Optional[int], words: Sequence[str] = 
     clients = options.clients
     if isinstance(clients, ManyClients):
         return _serve_many(options, clients, words)
+    if isinstance(clients, Expected):
+        return _serve_expected(options, clients)
     if isinstance(clients, OneClient):
         clients = _introduce(clients, client)
     return _serve_one(options, clients)
@@ -58,10 +60,10 @@ def _introduce(connected: OneClient, client: Optional[int]) -> Introduced:
     return Introduced(Connection(_client_socket(connected.fd, client), ProcessLoop()), connected.agreement)
 
 
-def _open_service(options: ServerOptions, processes: int) -> Service:
-    """The disk, for at most so many *processes*, and how it is offered."""
+def _open_service(options: ServerOptions, processes: int, *, alone: bool) -> Service:
+    """The disk, for at most so many *processes*, and how it is offered; *alone* as for `open_proxy`."""
     configuration = secured(options.configuration, options)
-    source = _open_source(options, alone=processes > 1)
+    source = _open_source(options, alone=alone)
     return service_of(options, configuration, source, source.scoreboard_fd or create_scoreboard(processes))
 
 
@@ -96,42 +98,33 @@ def _open_source(options: ServerOptions, *, alone: bool) -> Source[Scoreboard]:
     return CowSource(disk.path, readonly=disk.readonly, directory=disk.directory)
 
 
+def inherited_source(options: ServerOptions, packed: Mapping[str, Any]) -> Source[Scoreboard]:
+    """The disk, which another program or process has *packed*. Raises `ConfigurationError`."""
+    disk = options.disk
+    if isinstance(disk, TargetOptions):
+        return TargetSource.unpack(packed, disk.path, readonly=disk.readonly)
+    if isinstance(disk, CowOptions):
+        from ..storage.cow import CowSource
+
+        return CowSource.unpack(packed, disk.path, readonly=disk.readonly)
+    from .proxying import inherit_proxy
+
+    return inherit_proxy(disk, packed)
+
+
 def _serve_one(options: ServerOptions, client: Introduced) -> int:
     """A client that is connected already, in this process."""
-    connection = client.connection
-    service = _open_service(options, processes=1)
+    service = _open_service(options, processes=_BOTH, alone=False)
     require_descriptors(_DESCRIPTORS[service.source.mode])
     _change_of_user(options, service)()
-    with _steward_for_one(service, connection):
-        loop = ProcessLoop()
-        disk = loop.companion = service.open_disk()
-        connection.move_to(loop, service.spin)
-        service.serve(connection, disk, client.agreement, role="serving")
-        disk.close()
-    return 0 if service.flush() else 1
+    return serve_one(service, client.connection, client.agreement, client.passage)
 
 
-@contextmanager
-def _steward_for_one(service: Service, client: Connection) -> Iterator[None]:
-    """A steward beside the one process that serves, if the disk needs one."""
-    if not service.needs_steward:
-        yield
-        return
-    from ..server.steward.process import Steward
-
-    lifeline, holder = os.pipe()
-
-    def close_first() -> None:
-        os.close(holder)
-        client.close()
-
-    pid = Steward(service, service.control_path).spawn(lifeline, close_first)
-    os.close(lifeline)
-    try:
-        yield
-    finally:
-        os.close(holder)
-        os.waitpid(pid, 0)
+def _serve_expected(options: ServerOptions, client: Expected) -> int:
+    """A client that another process has, in this process."""
+    source = inherited_source(options, client.kit["disk"])
+    service = service_of(options, options.configuration, source, client.kit["scoreboard"])
+    return serve_arrival(service, client.offer, client.loop, client.passage)
 
 
 def _client_socket(fd: Optional[int], client: Optional[int]) -> socket.socket:
@@ -166,7 +159,7 @@ def _serve_many(options: ServerOptions, clients: ManyClients, words: Sequence[st
     premises = Premises(listeners, PidFile(clients.pid_path) if clients.pid_path else None)
     try:
         load = loader(options, clients, listeners)
-        service = _open_service(options, max(options.configuration.processes, _ROOM))
+        service = _open_service(options, max(options.configuration.processes, _ROOM), alone=True)
         open_listeners(clients.listen, listeners)
         premises.metrics = open_metrics(options.metrics)
         if premises.metrics is not None:
@@ -213,6 +206,9 @@ def _listen_for_operators(service: Service) -> Optional[UnixSocket]:
         return None
     return listen_for_operators(service.control_path)
 
+
+_BOTH = 2
+"""Processes for which there is room in the scoreboard of a single client: the one that has it, and the next one."""
 
 _ROOM = 1 << 14
 """Processes for which there is room in the scoreboard at least, so that the limit of clients can be raised later."""

@@ -14,6 +14,7 @@ from ..errors import ConfigurationError
 from .bgctl_options import SteeringOptions
 from .program import INTERRUPTED, print_answer, print_outcome, say
 from .quantities import counted, duration, percentage, reloaded, size
+from .upgrade_report import refusal_by_older, upgraded
 
 if TYPE_CHECKING:
     from .progress_display import Display
@@ -128,20 +129,9 @@ def _snapshot(options: SteeringOptions) -> None:
 
 def _upgrade(options: SteeringOptions) -> None:
     lost = "interrupted; the log of the server tells whether it was upgraded"
-    with _interruptible(lost), _connect(options) as server:
-        try:
-            answer = server.ask(command="upgrade", program=options.program, check=options.check)
-        except ConfigurationError as error:
-            if str(error).startswith("there is no command"):
-                raise ConfigurationError("the server is of a version that cannot be upgraded: restart it") from None
-            raise
-    if options.check:
-        change = shown(f"{answer['from']} -> {answer['to']}")
-        print_outcome(f"{change} is possible, with {counted(answer['clients'], 'client')}; nothing was changed\n")
-        return
-    from ..server.upgrade.outcome import Outcome
-
-    print_outcome(f"{shown(Outcome.parse(answer))}\n")
+    with _interruptible(lost), _connect(options) as server, refusal_by_older("server"):
+        answer = server.ask(command="upgrade", program=options.program, check=options.check)
+    print_outcome(upgraded(answer))
 
 
 def _reload(options: SteeringOptions) -> None:

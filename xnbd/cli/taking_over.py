@@ -9,29 +9,26 @@ from __future__ import annotations
 import json
 import os
 from functools import partial
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 from .. import __version__
 from ..errors import ConfigurationError
 from ..logs import log
 from ..scoreboard.layout import OtherVersion, check_header, count_lines
-from ..scoreboard.scoreboard import Scoreboard
 from ..scoreboard.tally import create_tally, is_same_tally
 from ..server.configuration import Load, refuse_without_room
 from ..server.premises import Premises, Surroundings
 from ..server.service import Service
 from ..server.upgrade.estate import Estate, read_estate
 from ..server.upgrade.program import Program, split_words
-from ..storage.image import Source
-from ..storage.target import TargetSource
 from ..system.kept import Kept
 from ..system.process import paths_from
 from ..system.service_manager import ServiceManager
 from ..system.user import User
-from .options import CowOptions, LogOptions, ManyClients, ServerOptions, TargetOptions
+from .options import LogOptions, ManyClients, ServerOptions
 from .program import begin, print_answer
 from .server_options import server_options
-from .serving import loader, own_program, secured, service_of
+from .serving import inherited_source, loader, own_program, secured, service_of
 from .values import parse_command_line
 
 
@@ -47,7 +44,7 @@ def take_over(program: str, usage: str, argv: List[str]) -> int:
     own = own_program(words)._replace(directory=estate.directory)
     line = parse_command_line(program, usage, words, f"{program} {__version__}")
     with paths_from(estate.directory):
-        options = server_options(line, partial(_begin_check if order.check else begin, program))
+        options = server_options(line, partial(begin_check if order.check else begin, program))
     clients = options.clients
     if not isinstance(clients, ManyClients):
         raise ConfigurationError("a server of one client is not upgraded")
@@ -60,8 +57,8 @@ def take_over(program: str, usage: str, argv: List[str]) -> int:
     return _serve(service, estate, premises, loader(options, clients, premises.listeners), own)
 
 
-def _begin_check(program: str, to: LogOptions, file_mode: Optional[int], user: Optional[User]) -> None:
-    """The log is tried out; what there is to say goes to the program before."""
+def begin_check(program: str, to: LogOptions, file_mode: Optional[int], user: Optional[User]) -> None:
+    """What `begin` is for a check: the log is tried out; what there is to say goes to the program before."""
     begin(program, to, file_mode, user)
     log.handlers.clear()
 
@@ -77,29 +74,18 @@ def _inherited_service(options: ServerOptions, estate: Estate) -> Service:
         ) from None
     configuration = secured(options.configuration, options)
     refuse_without_room(configuration, estate.scoreboard)
-    service = service_of(options, configuration, _inherited_source(options, estate), estate.scoreboard)
-    return service._replace(tally_fds=_inherited_tallies(estate)) if options.metrics is not None else service
+    source = inherited_source(options, estate.disk)
+    service = service_of(options, configuration, source, estate.scoreboard)
+    if options.metrics is None:
+        return service
+    return service._replace(tally_fds=inherited_tallies(estate.tallies, count_lines(estate.scoreboard)))
 
 
-def _inherited_tallies(estate: Estate) -> Tuple[int, ...]:
+def inherited_tallies(former: Sequence[int], processes: int) -> Tuple[int, ...]:
     """What was counted before goes on to be told, also where this program counts in another way."""
-    former = estate.tallies
     if former and is_same_tally(former[0]):
         return tuple(former)
-    return create_tally(count_lines(estate.scoreboard)), *former
-
-
-def _inherited_source(options: ServerOptions, estate: Estate) -> Source[Scoreboard]:
-    disk = options.disk
-    if isinstance(disk, TargetOptions):
-        return TargetSource.unpack(estate.disk, disk.path, readonly=disk.readonly)
-    if isinstance(disk, CowOptions):
-        from ..storage.cow import CowSource
-
-        return CowSource.unpack(estate.disk, disk.path, readonly=disk.readonly)
-    from .proxying import inherit_proxy
-
-    return inherit_proxy(disk, estate.disk)
+    return create_tally(processes), *former
 
 
 def _tell_check() -> int:

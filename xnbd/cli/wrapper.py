@@ -108,13 +108,17 @@ def main(argv: Optional[List[str]] = None) -> NoReturn:
     words = sys.argv[1:] if argv is None else argv
 
     def body() -> int:
+        if words and words[0].startswith("--take-over"):
+            from .wrapper_taking_over import take_over
+
+            return take_over(PROGRAM, __doc__, words)
         line = parse_command_line(PROGRAM, __doc__, words, f"{PROGRAM} {__version__}")
         from ..system.process import keep_standard_streams
         from .wrapper_options import wrapper_options
         from .wrapping import wrap
 
         keep_standard_streams()
-        return wrap(wrapper_options(line, partial(begin, PROGRAM)))
+        return wrap(wrapper_options(line, partial(begin, PROGRAM)), words)
 
     def complain(message: str) -> None:
         from ..logs import complain

@@ -24,6 +24,7 @@ Usage:
                    [--target-exportname NAME] --bgctl-reconnect [--] NAME
                    REMOTE_URI
   xnbd-wrapper-ctl [--socket PATH] (--save | --reload | --orphan | --shutdown)
+  xnbd-wrapper-ctl [--socket PATH] --upgrade [--check] [--program PATH]
   xnbd-wrapper-ctl --help
   xnbd-wrapper-ctl --version
 
@@ -51,12 +52,20 @@ Commands:
                         again. Clients that come from now on get what they say;
                         the connected ones go on. If something is wrong with a
                         file, all stays as it was.
+  --upgrade             Have the wrapper and its clients' servers become the
+                        xnbd-wrapper that is installed now. Clients stay
+                        connected, and so do exports, sockets and process id;
+                        how many clients have moved is printed. If the new
+                        program cannot go on, nothing has changed.
   --orphan              End the wrapper and leave the servers to their clients.
   -d, --shutdown        End the wrapper and all servers.
 
 Options:
   -s, --socket PATH     Control socket of the wrapper
                         [default: /var/run/xnbd-wrapper.ctl].
+  --check               Say whether an upgrade would work; change nothing.
+  --program PATH        Become the xnbd-wrapper at PATH (default: the one that
+                        was started).
   --json                Print the list as JSON, for programs.
   --target-exportname NAME
                         The export to ask the origin for (default: its

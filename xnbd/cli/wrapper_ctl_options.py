@@ -22,6 +22,7 @@ _COMMANDS = (
     "bgctl-reconnect",
     "save",
     "reload",
+    "upgrade",
     "orphan",
     "shutdown",
 )
@@ -37,8 +38,9 @@ _FIELDS = {
     "REMOTE_PORT": "remote_port",
     "NAME": "name",
     "--target-exportname": "remote_export_name",
+    "--program": "program",
 }
-_PATHS = ("FILE", "CACHE_IMAGE", "BITMAP_IMAGE", "CONTROL_SOCKET_PATH")
+_PATHS = ("FILE", "CACHE_IMAGE", "BITMAP_IMAGE", "CONTROL_SOCKET_PATH", "--program")
 
 
 class CtlOptions(NamedTuple):
@@ -68,6 +70,8 @@ def _fields(line: CommandLine) -> Dict[str, Union[str, int]]:
         fields["name"] = line.needed("FILE")
     if line.has("INDEX"):
         fields["index"] = parse_integer(line.needed("INDEX"), "--remove", 1, sys.maxsize)
+    if line.has("--upgrade"):
+        fields["check"] = line.has("--check")
     uri = line.text("REMOTE_URI")
     if uri is not None:
         from ..origin.address import parse_origin

@@ -131,7 +131,8 @@ def _command(line: CommandLine, option: str) -> List[str]:
         words = shlex.split(text)
     except ValueError as error:
         raise ConfigurationError(f"{option} {text}: {error}", USAGE_ERROR) from error
-    found = shutil.which(words[0]) if words else None
+    name = words[0] if words else ""
+    found = shutil.which(whole_path(name, option) if "/" in name else name)
     if found is None:
         raise ConfigurationError(f"{option} {text}: there is no such program")
     return [whole_path(found, option), *words[1:]]

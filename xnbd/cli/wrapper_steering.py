@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from typing import Any, Callable, Dict, List, Tuple
 
 from ..control.client import ControlClient, shown
@@ -11,6 +12,7 @@ from ..errors import ConfigurationError
 from ..system.sockets import is_listening
 from .program import print_answer, print_outcome, say
 from .quantities import reloaded
+from .upgrade_report import refusal_by_older, upgraded
 from .wrapper_ctl_options import CtlOptions
 
 Message = Dict[str, Any]
@@ -31,7 +33,8 @@ def steer(options: CtlOptions) -> int:
 
 
 def _steer(options: CtlOptions) -> int:
-    with ControlClient(options.socket_path, _ANSWER_TIME) as client:
+    older = refusal_by_older("wrapper") if options.command == "upgrade" else nullcontext()
+    with ControlClient(options.socket_path, _ANSWER_TIME) as client, older:
         replies = client.follow(**options.request)
         if options.command == "list":
             return _show_list([reply["export"] for reply in replies if "export" in reply], options.json)
@@ -53,6 +56,8 @@ def _show(reply: Message, show: Callable[[str], None]) -> int:
         say(errors.rstrip("\n"))
     if "removed" in reply:
         show(f"removed {shown(reply['removed'])}\n")
+    if "to" in reply:
+        show(upgraded(reply))
     if "changes" in reply:
         show(reloaded(reply["changes"], reply["clients"]))
     status = int(reply.get("status", 0))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from functools import partial
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Sequence
 
+from .. import __version__
 from ..errors import ConfigurationError
 from ..logs import log
 from ..server.configuration import Configuration
+from ..server.premises import Surroundings
+from ..server.upgrade.program import Program
 from ..system.file_locks import do_nothing
 from ..system.listen import Listeners
 from ..system.process import Daemon, require_descriptors
@@ -19,10 +22,11 @@ from ..wrapper.children import Body
 from ..wrapper.database import Database
 from ..wrapper.exports import TargetExport, check_name, check_room, paths_of
 from ..wrapper.servers import ForeignServer, Servers, is_extended
+from ..wrapper.upgrade.estate import WrapperEstate
 from ..wrapper.wrapper import Load, Settings, Wrapper
 from .admission import check_access, open_access, open_listeners
 from .encrypting import open_tls
-from .inside import OwnServer, run_bgctl
+from .inside import OwnServer, load_ahead, run_bgctl
 from .values import refuse_same_file
 from .wrapper_options import AsGiven, WrapperOptions
 
@@ -30,20 +34,49 @@ _DESCRIPTORS = 48
 """What the wrapper, or a server of one client, opens besides what it has at the start, with some to spare."""
 
 
-def wrap(options: WrapperOptions) -> int:
-    """Serve until the end; the exit status. Raises `ConfigurationError` if that cannot begin."""
+def wrap(options: WrapperOptions, words: Sequence[str]) -> int:
+    """Serve until the end; the exit status. Raises `ConfigurationError` if that cannot begin.
+
+    *words* are the command line, for a program that is to go on with it.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))  # until there is a `Wrapper`
-    manager = ServiceManager()
-    read = partial(_settings, options, _foreign_servers(options) if options.server_command else _own_servers(options))
+    surroundings = Surroundings(ServiceManager(), Program.own(words, "wrapper"))
+    read = reader(options, ask_whether_extended(options))
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if options.daemonize else None
     try:
-        return _run(options, read, listeners, daemon, manager)
+        return _run(options, read, listeners, daemon, surroundings)
     except ConfigurationError as error:
         if daemon:
             daemon.failed(error.exit_status)
         raise
+    finally:
+        listeners.close()
+
+
+def reader(options: WrapperOptions, extended: bool) -> Load:
+    """Reads all that may change again; *extended* is as `ask_whether_extended` has it."""
+    if options.server_command:
+        return partial(_settings, options, partial(_foreign_server, options, extended=extended))
+    load_ahead(cow=options.cow)
+    return partial(_settings, options, partial(_own_servers, options))
+
+
+def go_on(options: WrapperOptions, estate: WrapperEstate, program: Program) -> int:
+    """Serve where the program before has left the *estate*, until the end; the exit status."""
+    manager, listeners = ServiceManager(), Listeners()
+    listeners.unpack(estate.listeners)
+    try:
+        read = reader(options, estate.verdict["extended"])
+        database = Database.unpack(estate.database)
+        database.aliases.update((given, TargetExport(path)) for given, path in options.images.items())
+        reread = partial(_reread, read, listeners)
+        surroundings = Surroundings(manager, program)
+        wrapper = Wrapper(listeners, database, options.control_path, read(), reread, surroundings, estate)
+        log.info("%s goes on where %s was", __version__, estate.version)
+        manager.ready()
+        return wrapper.run()
     finally:
         listeners.close()
 
@@ -61,31 +94,26 @@ def _settings(options: WrapperOptions, make: MakeServers) -> Settings:
 def _reread(read: Load, listeners: Listeners) -> Settings:
     """The same while the wrapper runs."""
     settings = read()
-    _check(settings, listeners)
+    check_settings(settings, listeners)
     return settings
 
 
-def _check(settings: Settings, listeners: Listeners) -> None:
+def check_settings(settings: Settings, listeners: Listeners) -> None:
+    """Raises `ConfigurationError` if nobody could open anything."""
     check_access(settings.configuration.access, listeners, settings.configuration.tls)
 
 
-def _own_servers(options: WrapperOptions) -> MakeServers:
-    own = OwnServer(options.cow, options.readonly, options.log)
-    own.load()
-
-    def make(configuration: Configuration, _: AsGiven) -> Servers:
-        take_over = own._replace(queue_limits=configuration.queue_limits).take_over
-        return Servers(take_over, cow=options.cow, readonly=options.readonly)
-
-    return make
+def ask_whether_extended(options: WrapperOptions) -> bool:
+    """Whether the servers know what ours do. Raises `ConfigurationError`."""
+    return is_extended(options.server_command) if options.server_command else True
 
 
-def _foreign_servers(options: WrapperOptions) -> MakeServers:
-    extended = is_extended(options.server_command)
-    return lambda _, given: _foreign_server(options, given, extended=extended)
+def _own_servers(options: WrapperOptions, configuration: Configuration, _: AsGiven) -> Servers:
+    own = OwnServer(options.cow, options.readonly, options.log, configuration.queue_limits)
+    return Servers(own.take_over, own.receive, cow=options.cow, readonly=options.readonly)
 
 
-def _foreign_server(options: WrapperOptions, given: AsGiven, *, extended: bool) -> Servers:
+def _foreign_server(options: WrapperOptions, _: Configuration, given: AsGiven, *, extended: bool) -> Servers:
     command = options.server_command
     foreign = ForeignServer(
         command=command,
@@ -98,7 +126,7 @@ def _foreign_server(options: WrapperOptions, given: AsGiven, *, extended: bool) 
         max_buf_size=given.max_buf_size,
         file_mode=given.file_mode,
     )
-    return Servers(foreign.take_over, command[0], foreign.extended, options.cow, options.readonly)
+    return Servers(foreign.take_over, None, command[0], foreign.extended, options.cow, options.readonly)
 
 
 def _bgctl(command: List[str], words: List[str]) -> Body:
@@ -107,7 +135,7 @@ def _bgctl(command: List[str], words: List[str]) -> Body:
 
 
 def _run(
-    options: WrapperOptions, read: Load, listeners: Listeners, daemon: Optional[Daemon], manager: ServiceManager
+    options: WrapperOptions, read: Load, listeners: Listeners, daemon: Optional[Daemon], surroundings: Surroundings
 ) -> int:
     settings = read()
     database = Database(options.database_path)
@@ -116,18 +144,18 @@ def _run(
             refuse_same_file({f"a file of the export {name!r}": path, **options.own_files})
     _add_images(database, options.images)
     open_listeners(options.listen, listeners)
-    _check(settings, listeners)
+    check_settings(settings, listeners)
     require_descriptors(_DESCRIPTORS)
     become_user = _change_of_user(options, database)
     reread = partial(_reread, read, listeners)
-    wrapper = Wrapper(listeners, database, options.control_path, settings, reread, manager)
+    wrapper = Wrapper(listeners, database, options.control_path, settings, reread, surroundings)
     become_user()
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
     if not settings.servers.extended:
         log.info("%s does not know --negotiated: clients are offered simple replies", settings.servers.program)
     if daemon:
         daemon.ready()
-    manager.ready()
+    surroundings.manager.ready()
     return wrapper.run()
 
 

@@ -18,6 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from ..errors import CommandError, XnbdError
 from ..logs import Seldom, log
+from ..system.kept import Kept
 from ..system.listen import UnixSocket
 from ..system.polling import poll_patiently
 from ..text import is_writable
@@ -32,6 +33,9 @@ whose text the client gets. The last line need not say that it is the last. A cl
 that is told nothing for long gets a sign of life, so that it can tell a server that
 takes its time from one that hangs.
 """
+
+GoingOn = Mapping[str, Callable[[], Reply]]
+"""Commands that the program before has begun, and how they end."""
 
 MAXIMUM_LINE = 64 << 10
 MAXIMUM_CONNECTIONS = 64
@@ -79,6 +83,24 @@ class ControlSocket:
         self._connections: List[_Connection] = []
         self._accept_at: Optional[float] = None
         self._shortages = Seldom(_TELL_OF_SHORTAGE)
+
+    def pack(self, kept: Kept) -> Message:
+        """For the next program of this process, with the names of the commands that run: what they do ends here."""
+        return {
+            "listener": self._listener.pack(kept),
+            "connections": [connection.pack(kept) for connection in self._connections],
+        }
+
+    @classmethod
+    def unpack(cls, packed: Message, commands: CommandTable, going_on: GoingOn) -> ControlSocket:
+        """That of the program before."""
+        control = cls(UnixSocket.unpack(packed["listener"]), commands)
+        control._connections = [_Connection.unpack(one, commands, going_on) for one in packed["connections"]]
+        return control
+
+    def running(self) -> List[str]:
+        """The commands that have begun and not ended."""
+        return [connection.command for connection in self._connections if connection.command]
 
     def leave(self) -> None:
         """Another process accepts from now on: what was asked for here is answered, and then connections end."""
@@ -173,11 +195,37 @@ class _Connection:
         self._input = bytearray()
         self._output = bytearray()
         self._reply: Optional[Reply] = None
+        self.command = ""
+        """The one that runs."""
         self._step_at = 0.0
         self._told_at = 0.0
         self._unfinished = False
         self._no_more_input = False
         self._speaks_until: Optional[float] = self.active_at + _FIRST_REQUEST_TIME
+
+    def pack(self, kept: Kept) -> Message:
+        """For the next program of this process."""
+        return {
+            "fd": kept(self._sock.fileno()),
+            "input": self._input.decode("latin-1"),
+            "output": self._output.decode("latin-1"),
+            "ended": self._no_more_input,
+            "until": self._speaks_until,
+            "command": self.command,
+        }
+
+    @classmethod
+    def unpack(cls, packed: Message, commands: CommandTable, going_on: GoingOn) -> _Connection:
+        """As for `ControlSocket.unpack`."""
+        connection = cls(socket(fileno=packed["fd"]), commands)
+        connection._input += packed["input"].encode("latin-1")
+        connection._output += packed["output"].encode("latin-1")
+        connection._no_more_input, connection._speaks_until = packed["ended"], packed["until"]
+        connection._unfinished = True
+        if packed["command"]:
+            connection.command = packed["command"]
+            connection._reply = going_on[connection.command]()
+        return connection
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -302,6 +350,7 @@ class _Connection:
                 known = ", ".join(self._commands)
                 raise CommandError(f"there is no command {request['command'][:40]!r} here, only: {known}")
             self._reply = command(request)
+            self.command = request["command"]
             self._step_at = 0.0
             self._told_at = monotonic()
         except Exception as error:
@@ -339,7 +388,7 @@ class _Connection:
         self._output += json.dumps(message, allow_nan=False).encode() + b"\n"
 
     def _end_reply(self) -> None:
-        reply, self._reply = self._reply, None
+        reply, self._reply, self.command = self._reply, None, ""
         if reply is not None:
             end_reply(reply)
 

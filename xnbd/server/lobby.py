@@ -16,10 +16,11 @@ import struct
 from collections import OrderedDict
 from logging import WARNING
 from time import monotonic
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from ..logs import Seldom, log
 from ..protocol.server_handshake import pack_greeting
+from ..system.kept import Kept
 from .session.connection import describe_peer
 
 _MOST = 240
@@ -28,6 +29,9 @@ _MOST = 240
 _DONT_WAIT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _TAKE = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _TIME = struct.Struct("=d")
+
+
+Waiting = Sequence[Tuple[int, float]]
 
 
 class Guest(NamedTuple):
@@ -103,6 +107,18 @@ class Lobby:
         for guest in self._guests.values():
             guest.sock.close()
         self._guests.clear()
+
+    # From one program of a process to the next one
+
+    def pack(self, kept: Kept) -> Waiting:
+        """All of them, each with its deadline."""
+        return [(kept(fd), guest.deadline) for fd, guest in self._guests.items()]
+
+    def unpack(self, packed: Waiting) -> None:
+        """Take in those of the program before."""
+        for fd, deadline in packed:
+            sock = socket.socket(fileno=fd)
+            self.take_in(Guest(sock, describe_peer(sock), deadline))
 
     # From one process to another
 

@@ -119,7 +119,7 @@ class Service(NamedTuple):
             departure = departure or Departure(connection.loop)
             set_title(role, connection.peer, self.source.name)
             if came is not None:
-                self._go_on(connection, disk, came, departure)
+                self._go_on(connection, disk, came, departure, role)
                 return
             disk.place.welcome(connection.peer)
             agreement = agreement or self._negotiate(connection, deadline)
@@ -162,7 +162,7 @@ class Service(NamedTuple):
         who = f" as {identity}" if identity.names else ""
         return who + (f" over {connection.encryption}" if connection.encryption else "")
 
-    def _go_on(self, connection: Connection, disk: Disk, came: Came, departure: Departure) -> None:
+    def _go_on(self, connection: Connection, disk: Disk, came: Came, departure: Departure, role: str) -> None:
         frozen = came.arrival.session
         disk.place.welcome(connection.peer, frozen.visit)
         session = Session(connection, disk, frozen.agreement, self.configuration.queue_limits, departure)
@@ -170,7 +170,7 @@ class Service(NamedTuple):
         pause = monotonic() - frozen.frozen_at
         came.tell(pause)
         log.info("%s: goes on, process %d had it before; pause %.1f ms", connection.peer, came.arrival.pid, pause * 1e3)
-        self._recognise(connection, disk, "worker for")
+        self._recognise(connection, disk, role)
         self._run(session, connection, departure)
 
     def _run(self, session: Session, connection: Connection, departure: Departure) -> None:

@@ -147,12 +147,7 @@ class Worker:
         service, pid = self._service, os.getpid()
         connection = Connection(guest.sock, loop, service.spin, guest.peer)
         peer = connection.peer
-
-        def stays(reason: str) -> None:
-            log.info("%s: stays with this process: %s", peer, reason)
-            self._report(Report(pid, peer, stays=reason))
-
-        telling = Telling(lambda to: self._report(Report(pid, moved_to=to)), stays)
+        telling = Telling.by_reports(self._report, peer)
         departure = Departure(loop, self._pool.offering, service.source.identity(), telling)
         if isinstance(guest, Arrival):
             before = guest.pid

@@ -47,6 +47,10 @@ class Children:
         self._on_end[pid] = on_end
         return pid
 
+    def adopt(self, pid: int, on_end: OnEnd) -> None:
+        """A child that was started otherwise, or by the program before."""
+        self._on_end[pid] = on_end
+
     def reap(self) -> None:
         """Bury all that have ended."""
         while self._on_end:

@@ -7,7 +7,6 @@ the spot; from then on the server has its own ways.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import socket
@@ -27,44 +26,17 @@ from ..server.process_loop import ProcessLoop
 from ..server.session.connection import Connection
 from ..server.session.handshake import Tls, negotiate
 from ..storage.target import usable_size
+from ..system.forking import HAND_OVER
 from ..system.process import set_title
 from .database import Database
+from .exchange import Exchange
 from .exports import ProxyExport, StoredExport, TargetExport
+from .reports import ClientReport, send_report
 from .servers import Servers
 
 PROGRAM = "xnbd-wrapper"
 
 _PROBE_TIME = 5.0
-_REPORT_TIME = 2.0
-_LARGEST_REPORT = 64 << 10
-
-
-class ClientReport(NamedTuple):
-    """What the process of a client tells the wrapper: the client's address, and the export it has chosen.
-
-    If that export is a proxy which was switched past the wrapper, *switched_image* is its cache image.
-    """
-
-    pid: int
-    peer: str
-    export: str
-    switched_image: str = ""
-
-
-def receive_report(reports: socket.socket) -> Optional[ClientReport]:
-    """The next report, if there is one."""
-    try:
-        return ClientReport(*json.loads(reports.recv(_LARGEST_REPORT)))
-    except BlockingIOError:
-        return None
-
-
-def _send_report(reports: socket.socket, report: ClientReport) -> None:
-    reports.settimeout(_REPORT_TIME)
-    try:
-        reports.send(json.dumps(report).encode())
-    except OSError as error:  # the wrapper is gone or hangs: this client has a server all the same
-        log.info("the wrapper does not listen: %s", error)
 
 
 class Catalogue:
@@ -146,6 +118,7 @@ class Client(NamedTuple):
     database: Database
     servers: Servers
     reports: socket.socket
+    exchange: Exchange
     access: Access = EVERYBODY
     tls: Optional[Tls] = None
 
@@ -164,13 +137,13 @@ class Client(NamedTuple):
             connection.close()
             return 0
         catalogue, name = catalogues[-1], agreement.export.name
+        export = catalogue.offered[name]
         log.info("%s: export %r, served by process %d", connection.peer, name, os.getpid())
         switched = catalogue.switched.get(name)
-        report = ClientReport(os.getpid(), connection.peer, name, switched.image_path if switched else "")
-        _send_report(self.reports, report)
-        self.reports.close()
+        image = switched.image_path if switched else ""
+        send_report(self.reports, ClientReport(os.getpid(), connection.peer, name, image, stays=self.servers.stays))
         self.database.close()
-        return self.servers.become(connection, catalogue.offered[name], agreement)
+        return self.servers.become(connection, export, agreement, self.exchange.passage(name, export, self.reports))
 
     def _negotiate(self, connection: Connection, exports: Callable[[Identity], Exports]) -> Optional[Agreement]:
         peer = connection.peer
@@ -189,7 +162,11 @@ class Client(NamedTuple):
 
 
 def handshake_loop() -> ProcessLoop:
-    """A loop without handlers: what ends the wrapper ends this process at once, what servers are told by is ignored."""
+    """A loop without handlers: what ends the wrapper ends this process at once, what servers are told by is ignored.
+
+    The order to hand the client over is kept for the server.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, (HAND_OVER,))
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     return ProcessLoop(handle_signals=False)

@@ -6,14 +6,16 @@ import errno
 import signal
 import socket
 from collections import Counter
+from functools import partial
 from time import monotonic
-from typing import Callable, Dict, List, Mapping, Optional, Set
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set
 
 from ..logs import log
 from ..server.lobby import Guest, Lobby
+from ..system.kept import Kept
 from ..system.listen import Listeners
 from .children import Body, Children
-from .client import ClientReport, receive_report
+from .reports import ClientReport, receive_report
 
 _ACCEPTS = 64
 """Clients accepted at one listener before anything else gets its turn."""
@@ -36,12 +38,16 @@ class Clients:
         serve: Callable[[Guest], Body],
         limit: int,
         on_switched: Callable[[str, str], None],
+        on_report: Callable[[ClientReport], None],
+        packed: Optional[Mapping[str, Any]] = None,
     ) -> None:
         """At most *limit* clients are connected at once; others wait in the kernel's queue.
 
         *on_switched* hears of an export, and its image, that a client's process found to be no proxy any more.
+        *on_report* hears of all reports. *packed* are those that the program before has left.
         """
         self._on_switched = on_switched
+        self._on_report = on_report
         self.limit = limit
         self._full = False
         self._listeners = listeners
@@ -49,17 +55,53 @@ class Clients:
         self._children = children
         self._serve = serve
         self._reports: Dict[int, Optional[ClientReport]] = {}
+        self._parted: Set[int] = set()
+        """Processes whose clients have gone over to others, and that have not ended yet."""
         self._short_of = ""
         self._accept_at: Optional[float] = None
         """When to accept clients again, if there is something short (monotonic seconds)."""
-        self.inbox, self.outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        if packed is None:
+            self.inbox, self.outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        else:
+            self.inbox, self.outbox = (socket.socket(fileno=fd) for fd in packed["sockets"])
+            self._take_over(packed)
         self.inbox.setblocking(False)
+
+    def pack(self, kept: Kept) -> Dict[str, Any]:
+        """For the next program of this process."""
+        return {
+            "sockets": [kept(sock.fileno()) for sock in (self.inbox, self.outbox)],
+            "lobby": self._lobby.pack(kept),
+            "reports": [(pid, None if report is None else report._asdict()) for pid, report in self._reports.items()],
+            "others": [pid for pid in self._children.pids() if pid not in self._reports],
+            "parted": [*self._parted],
+        }
+
+    def _take_over(self, packed: Mapping[str, Any]) -> None:
+        """Clients, and children that are none, of the program before."""
+        self._lobby.unpack(packed["lobby"])
+        self._parted.update(packed["parted"])
+        for pid in packed["others"]:
+            self._children.adopt(pid, partial(self._on_end_of_other, pid))
+        for pid, report in packed["reports"]:
+            self._reports[pid] = None if report is None else ClientReport(**report)
+            self._children.adopt(pid, partial(self.on_end, pid))
 
     def __len__(self) -> int:
         return len(self._reports)
 
     def pids(self) -> List[int]:
+        """Processes that have clients, negotiate with them, or bring something to its end for operators."""
+        return [*self._reports, *self._parted]
+
+    def processes(self) -> List[int]:
+        """Those that have clients or negotiate with them."""
         return list(self._reports)
+
+    @property
+    def served(self) -> Mapping[int, ClientReport]:
+        """Those that have clients."""
+        return {pid: report for pid, report in self._reports.items() if report is not None}
 
     def count(self) -> Mapping[str, int]:
         """How many clients use each export that has any."""
@@ -110,10 +152,15 @@ class Clients:
             report = receive_report(self.inbox)
             if report is None:
                 return
-            if report.pid in self._reports:
+            if report.moved_from:
+                if self._reports.pop(report.moved_from, None) is not None:
+                    self._parted.add(report.moved_from)
+                self._reports[report.pid] = report
+            elif report.pid in self._reports and self._reports[report.pid] is None:
                 self._reports[report.pid] = report
                 if report.switched_image:
                     self._on_switched(report.export, report.switched_image)
+            self._on_report(report)
 
     def _admit_speakers(self) -> None:
         """As far as there is room; the time of those who wait for it goes on only when there is."""
@@ -142,7 +189,7 @@ class Clients:
     def _admit(self, guest: Guest) -> None:
         pids: List[int] = []
         try:
-            pid = self._children.start(self._serve(guest), lambda status: self._on_end(pids[0], status))
+            pid = self._children.start(self._serve(guest), lambda status: self.on_end(pids[0], status))
         except OSError as error:
             self._wait_for_better_times("start a process for a client, who is turned away", error)
             return
@@ -158,7 +205,14 @@ class Clients:
         self._short_of = what
         self._accept_at = monotonic() + _RETRY
 
-    def _on_end(self, pid: int, status: int) -> None:
+    def _on_end_of_other(self, pid: int, _status: int) -> None:
+        self._parted.discard(pid)
+
+    def on_end(self, pid: int, status: int) -> None:
+        """A process that has, or had, a client has ended."""
+        if pid in self._parted:
+            self._parted.discard(pid)
+            return
         report = self._reports.pop(pid, None)
         stopped = status in (-signal.SIGTERM, -signal.SIGINT)  # by Ctrl-C to all processes, or an operator
         if not status or stopped or not self._listeners.sockets:  # without them the wrapper is ending

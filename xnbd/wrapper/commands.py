@@ -38,12 +38,14 @@ class WrapperControls(NamedTuple):
     """What the wrapper lets commands do.
 
     *end* ends it, and leaves the servers alive if told so; it *has_ended* then. *reload* tells what has changed.
+    *upgrade* has it become the next program.
     """
 
     end: Callable[[bool], None]
     has_ended: Callable[[], bool]
     count_clients: Callable[[], Mapping[str, int]]
     reload: Callable[[], List[str]]
+    upgrade: Callable[[Message], Reply]
 
 
 class WrapperCommands:
@@ -77,6 +79,7 @@ class WrapperCommands:
             "bgctl-reconnect": self._reconnect,
             "save": self._save,
             "reload": self._reload,
+            "upgrade": self._controls.upgrade,
             "orphan": self._orphan,
             "shutdown": self._shutdown,
         }

@@ -19,6 +19,7 @@ from ..errors import ConfigurationError
 from ..logs import log
 from ..making import give, is_at, make_afresh
 from ..storage import space
+from ..system.kept import Kept
 from ..text import is_writable
 from .exports import StoredExport, check_name, export_from_fields, fields_of, find_export, split_fields
 
@@ -103,7 +104,9 @@ class Database:
         self.aliases: Dict[str, StoredExport] = {}
         self._indexes: Dict[str, int] = {}
         self._last_index = 0
-        self._generation = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the processes forked later
+        self._generation_fd = os.memfd_create("xnbd-database")  # shared with the processes forked later
+        os.ftruncate(self._generation_fd, mmap.PAGESIZE)
+        self._generation = mmap.mmap(self._generation_fd, mmap.PAGESIZE)
         try:
             self._fd = self._open()
             self.exports, self._unknown = parse_all(_read_all(self._fd))
@@ -113,10 +116,35 @@ class Database:
             raise ConfigurationError(
                 f"database {path} is left alone: {error}; repair it, move it away, or choose another --dbpath"
             ) from error
-        self._known = os.fstat(self._fd)
+        self._known = _identity(os.fstat(self._fd))
         self._seen = self._read_generation()
         self._number()
         self._tell_unknown()
+
+    def pack(self, kept: Kept) -> Dict[str, Any]:
+        """For the next program of this process. The lock ends when the process closes any descriptor of the file."""
+        return {
+            "path": self.path,
+            "fd": kept(self._fd),
+            "known": self._known,
+            "content": pack_database(self.exports, self._unknown).decode(),
+            "indexes": self._indexes,
+            "last_index": self._last_index,
+            "generation": kept(self._generation_fd),
+        }
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any]) -> Database:
+        """That of the program before."""
+        database = cls.__new__(cls)
+        database.path, database.aliases = packed["path"], {}
+        database._indexes, database._last_index = packed["indexes"], packed["last_index"]
+        database._fd, database._known = packed["fd"], tuple(packed["known"])
+        database.exports, database._unknown = parse_all(packed["content"].encode())
+        database._generation_fd = packed["generation"]
+        database._generation = mmap.mmap(database._generation_fd, mmap.PAGESIZE)
+        database._seen = database._read_generation()
+        return database
 
     def change(self, exports: Dict[str, StoredExport]) -> None:
         """Make *exports* the content, on disk first. Raises `ConfigurationError`, then nothing has changed."""
@@ -126,7 +154,7 @@ class Database:
         except OSError as error:
             raise ConfigurationError(f"cannot write database {self.path}: {_reason(error)}") from error
         os.close(self._fd)
-        self._fd, self._known, self.exports = fd, os.fstat(fd), exports
+        self._fd, self._known, self.exports = fd, _identity(os.fstat(fd)), exports
         self._unknown = Unknown(
             self._unknown.beside, {name: rest for name, rest in self._unknown.within.items() if name in exports}
         )
@@ -174,6 +202,7 @@ class Database:
     def close(self) -> None:
         """Let the next wrapper have it."""
         os.close(self._fd)
+        os.close(self._generation_fd)
 
     def _read_generation(self) -> int:
         return int.from_bytes(self._generation[:8], "little")
@@ -220,7 +249,7 @@ class Database:
             found = os.stat(self.path, follow_symlinks=False)
         except FileNotFoundError:
             return
-        if _identity(found) != _identity(self._known):
+        if _identity(found) != self._known:
             raise ConfigurationError(
                 f"database {self.path} was changed by somebody else and is left alone: restart the wrapper to read it"
             )

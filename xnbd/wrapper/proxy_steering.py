@@ -34,6 +34,8 @@ class ProxySteering:
         self._idle_servers: List[IdleServer] = []
         self._dismissed: List[IdleServer] = []
         self._interruptible: List[ChildOutput] = []
+        self.under_way = 0
+        """Runs that have not ended, also if nobody waits for them any more."""
 
     def after_fork(self) -> None:
         """In a child: nothing that a server waits for may be held by another process."""
@@ -68,6 +70,7 @@ class ProxySteering:
         failure: List[Exception] = []
 
         def on_end(status: int) -> None:
+            self.under_way -= 1
             if idle_server:
                 self._dismiss(idle_server)
             try:
@@ -77,7 +80,9 @@ class ProxySteering:
                 log.error("xnbd-bgctl has done its work, but: %s", error)
                 failure.append(error)
 
-        outcome = yield from self._follow(ChildOutput(self._children, self._bgctl(words), on_end), stop_early)
+        child = ChildOutput(self._children, self._bgctl(words), on_end)
+        self.under_way += 1
+        outcome = yield from self._follow(child, stop_early)
         if failure:
             raise failure[0]
         return outcome

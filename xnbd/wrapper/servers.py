@@ -8,13 +8,16 @@ knows less.
 from __future__ import annotations
 
 import os
-from typing import Callable, List, NamedTuple, Optional
+from typing import Any, Callable, List, Mapping, NamedTuple, Optional
 
 from ..errors import ConfigurationError
 from ..logs import open_log, standard_stream
 from ..protocol import constants as c
 from ..protocol.server_handshake import Agreement, export_flags
+from ..server.handover.letters import Letter
+from ..server.process_loop import ProcessLoop
 from ..server.session.connection import Connection
+from ..server.single import Passage
 from ..system.service_manager import without_manager
 from .children import execute
 from .exports import ProxyExport, StoredExport
@@ -22,18 +25,23 @@ from .exports import ProxyExport, StoredExport
 _ASKING_TIME = 20.0
 _OWN_OPTION = "--negotiated"
 
-TakeOver = Callable[[StoredExport, Connection, Agreement], int]
+TakeOver = Callable[[StoredExport, Connection, Agreement, Optional[Passage]], int]
 """Serves the client of a connection, in this process; the exit status."""
+
+Receive = Callable[[StoredExport, Letter, Mapping[str, Any], ProcessLoop, Passage], int]
+"""Serves the client that another process offers, with a kit, in this process; the exit status."""
 
 
 class Servers(NamedTuple):
     """How disks are served: by what *take_over* does.
 
     *program* is what is executed there, or empty for our own server. *extended* servers
-    know ``--negotiated``, all others get clients that expect simple replies.
+    know ``--negotiated``, all others get clients that expect simple replies. Clients may go from one of
+    our own servers to another one, which does *receive*.
     """
 
     take_over: TakeOver
+    receive: Optional[Receive] = None
     program: str = ""
     extended: bool = True
     cow: bool = False
@@ -53,9 +61,16 @@ class Servers(NamedTuple):
             return f"disk cached in {file}"
         return f"copy-on-write disk over {file}" if self.cow else f"disk image {file}"
 
-    def become(self, connection: Connection, export: StoredExport, agreement: Agreement) -> int:
+    @property
+    def stays(self) -> str:
+        """Why no client can go from its server to another one; empty if it may."""
+        return "" if self.receive else "--xnbd-server"
+
+    def become(
+        self, connection: Connection, export: StoredExport, agreement: Agreement, passage: Optional[Passage] = None
+    ) -> int:
         """Serve the client of *connection*, in this process; the exit status."""
-        return self.take_over(export, connection, agreement)
+        return self.take_over(export, connection, agreement, passage)
 
 
 class ForeignServer(NamedTuple):
@@ -92,7 +107,9 @@ class ForeignServer(NamedTuple):
             words += [option, value] if value else []
         return [*words, *export.origin_words, export.image_path, export.bitmap_path, export.control_socket_path]
 
-    def take_over(self, export: StoredExport, connection: Connection, agreement: Agreement) -> int:
+    def take_over(
+        self, export: StoredExport, connection: Connection, agreement: Agreement, _passage: Optional[Passage]
+    ) -> int:
         """Execute the command, whose lines go to the wrapper's log; the exit status if that cannot be."""
         fd = connection.transport.fileno()
         os.set_blocking(fd, True)

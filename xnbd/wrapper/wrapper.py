@@ -10,7 +10,7 @@ import os
 import select
 import signal
 from time import monotonic
-from typing import Callable, List, NamedTuple, Optional, Set
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
 
 from .. import logs
 from ..control.server import ControlSocket
@@ -18,19 +18,26 @@ from ..errors import ConfigurationError
 from ..logs import log
 from ..server.configuration import Configuration
 from ..server.lobby import Guest, Lobby
+from ..server.premises import Surroundings
 from ..server.process_loop import GRACE
 from ..server.reloads import Reloads
+from ..system import forking
+from ..system.kept import Kept
 from ..system.listen import Listeners
 from ..system.polling import poll_patiently
 from ..system.process import set_title
-from ..system.service_manager import ServiceManager
 from .children import SIGNALS, Body, Children
 from .client import PROGRAM, Client
 from .clients import Clients
 from .commands import WrapperCommands, WrapperControls
 from .database import Database
+from .exchange import Exchange
 from .proxy_steering import Bgctl, ProxySteering
 from .servers import Servers
+from .upgrade.arrival import Arrival
+from .upgrade.estate import WrapperEstate
+from .upgrade.movers import Mover, Movers
+from .upgrade.upgrades import Upgrades
 
 _STOP_TIME = GRACE + 1.5
 _KILL_TIME = 3.0
@@ -70,10 +77,14 @@ class Wrapper:
         control_path: str,
         settings: Settings,
         load: Load,
-        manager: ServiceManager,
+        surroundings: Surroundings,
+        estate: Optional[WrapperEstate] = None,
     ) -> None:
-        """Raises `ConfigurationError` if the control socket cannot be had. *load* reads *settings* again."""
-        self._manager = manager
+        """Raises `ConfigurationError` if the control socket cannot be had. *load* reads *settings* again.
+
+        The program before has left the *estate*, and the control socket with it.
+        """
+        self._manager = manager = surroundings.manager
         self._reloads = Reloads(load, self._adopt, manager)
         self._listeners = listeners
         self._database = database
@@ -82,11 +93,21 @@ class Wrapper:
         self._ending: Optional[_Ending] = None
         self._signals: Set[int] = set()
         self._children = Children(self._after_fork)
-        controls = WrapperControls(self._end, self._has_ended, lambda: self._clients.count(), self._reloads.reload)
+        assert surroundings.program is not None
+        upgrades = Upgrades(surroundings.program, self._leave, self._obstacle, self._is_calm, self._children)
+        self._upgrades = upgrades
+        controls = WrapperControls(
+            self._end, self._has_ended, lambda: self._clients.count(), self._reloads.reload, upgrades.order
+        )
         self._steering = ProxySteering(self._children, settings.servers, settings.bgctl)
         self._commands = WrapperCommands(database, self._children, settings.servers, self._steering, controls)
-        self._control = ControlSocket(control_path, self._commands.table())
+        if estate is None:
+            self._control = ControlSocket(control_path, self._commands.table())
+        else:
+            going_on = {"upgrade": upgrades.go_on}
+            self._control = ControlSocket.unpack(estate.control, self._commands.table(), going_on)
         self._lobby = Lobby(configuration.handshake_timeout)
+        self._exchange = Exchange.new() if estate is None else Exchange.unpack(estate.exchange)
         self._clients = Clients(
             listeners,
             self._lobby,
@@ -94,14 +115,20 @@ class Wrapper:
             self._serve,
             configuration.max_clients,
             self._commands.book_switch,
+            lambda report: self._movers.on_report(report),
+            None if estate is None else estate.clients,
         )
+        self._movers = Movers(self._clients, self._children, self._move)
+        if estate is not None:
+            self._signals.add(signal.SIGCHLD)  # whoever has ended meanwhile
+            upgrades.arrive(Arrival(estate.version, self._movers))
         self._wake, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)  # they mean something to servers, and would end this process
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, forking.SIGNALS)
 
     def run(self) -> int:
         """The exit status: 0 after an orderly end, 1 if it had to be cut short."""
@@ -113,10 +140,13 @@ class Wrapper:
             self._on_signals()
             self._clients.progress(ready)
             self._control.progress()
+            self._upgrades.progress()
+            if self._exchange.offers.fileno() in ready:
+                self._exchange.refuse_all()
             if self._ending:
                 self._press(self._ending)
             self._tell_manager()
-        return self._leave()
+        return self._finish()
 
     def _tell_manager(self) -> None:
         """While this loop turns the wrapper is alive: what it waits for is nobody's fault, or another process's."""
@@ -133,6 +163,7 @@ class Wrapper:
         self._control.close()
         self._clients.after_fork()
         self._steering.after_fork()
+        self._movers.after_fork()
         os.close(self._wake)
         os.close(self._wake_writer)
 
@@ -140,8 +171,17 @@ class Wrapper:
         settings = self._settings
         configuration = settings.configuration
         return Client(
-            guest, self._database, settings.servers, self._clients.outbox, configuration.access, configuration.tls
+            guest,
+            self._database,
+            settings.servers,
+            self._clients.outbox,
+            self._exchange,
+            configuration.access,
+            configuration.tls,
         ).serve
+
+    def _move(self, lifeline: int) -> Body:
+        return Mover(self._settings.servers, self._exchange, self._clients.outbox, lifeline).run
 
     # The loop
 
@@ -153,10 +193,14 @@ class Wrapper:
         poll = select.poll()
         for fd, events in self._control.interests():
             poll.register(fd, events)
-        for fd in (self._wake, *self._clients.interests()):
+        offers = () if self._upgrades.is_arriving else (self._exchange.offers.fileno(),)
+        for fd in (self._wake, *self._clients.interests(), *offers):
             poll.register(fd, select.POLLIN)
         ending = self._ending.deadline if self._ending else None
-        times = (self._control.deadline(), self._clients.deadline(), ending, self._manager.deadline())
+        times = (
+            *(self._control.deadline(), self._clients.deadline(), ending, self._manager.deadline()),
+            *(self._upgrades.deadline(), 0.0 if self._signals else None),
+        )
         deadlines = [time for time in times if time is not None]
         timeout = max(0.0, (min(deadlines) - monotonic()) * 1000) if deadlines else None
         return {fd for fd, _ in poll_patiently(poll, timeout)}
@@ -187,6 +231,28 @@ class Wrapper:
         self._lobby.timeout = settings.configuration.handshake_timeout
         return settings.configuration.changes(before)
 
+    # Upgrades
+
+    def _obstacle(self) -> str:
+        """A command that has to end before this program may: what it does, nobody else would go on with."""
+        running = [f"--{name}" for name in self._control.running() if name != "upgrade"]
+        return running[0] if running else "a run of xnbd-bgctl" if self._steering.under_way else ""
+
+    def _is_calm(self) -> bool:
+        """Signals are blocked; whether none has come that is this program's to mind. Reports are booked."""
+        self._clients.read_reports()
+        return not self._signals and not self._ending
+
+    def _leave(self, kept: Kept, listeners: Kept) -> Dict[str, Any]:
+        """What the wrapper leaves to the next program."""
+        return {
+            "listeners": self._listeners.pack(listeners),
+            "database": self._database.pack(kept),
+            "control": self._control.pack(kept),
+            "clients": self._clients.pack(kept),
+            "exchange": self._exchange.pack(kept),
+        }
+
     # The end
 
     def _end(self, orphan: bool) -> None:
@@ -199,6 +265,7 @@ class Wrapper:
         self._ending = _Ending(orphan=orphan)
         self._manager.stopping()
         self._clients.stop_listening()
+        self._upgrades.stop()
         self._steering.interrupt()
         if not orphan:
             self._children.signal(signal.SIGTERM, self._clients.pids())
@@ -232,7 +299,7 @@ class Wrapper:
         answered = self._control.deadline() is None
         return answered or monotonic() > self._ending.deadline + _ANSWER_TIME
 
-    def _leave(self) -> int:
+    def _finish(self) -> int:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # one more would kill this process while Python finishes
         status = int(self._ending is not None and self._ending.killing)

@@ -59,14 +59,14 @@ class Terms(NamedTuple):
             raise ValueError("the disk is read-only here")
 
 
-def take_offer(offers: socket.socket) -> Optional[Letter]:
-    """The next offer of a client on *offers*, if there is one."""
+def take_offer(offers: socket.socket, *, with_kit: bool = False) -> Optional[Letter]:
+    """The next offer of a client on *offers*, if there is one. The first descriptor is the channel."""
     try:
         offer = receive_letter(offers)
     except OSError as error:
         log.warning("cannot take a client of another process: %s", error.strerror)
         return None
-    if offer is not None and len(offer.fds) != 1:
+    if offer is not None and (not offer.fds if with_kit else len(offer.fds) != 1):
         offer.close()
         log.warning("an offer of a client makes no sense, and is left alone")
         return None
@@ -79,7 +79,7 @@ def receive_client(offer: Letter, loop: ProcessLoop, terms: Terms) -> Optional[A
     Raises `Stop`. Takes at most some seconds before the session is here.
     """
     try:
-        channel = _adopt(offer.fds[0])
+        channel = _adopt(offer.fds.pop(0))
     except OSError:
         return None  # the other process sees the end of the channel
     with channel:
@@ -90,6 +90,14 @@ def receive_client(offer: Letter, loop: ProcessLoop, terms: Terms) -> Optional[A
         except OSError as error:
             _refuse(channel, error.strerror or str(error))
     return None
+
+
+def refuse_offer(offer: Letter, reason: str) -> None:
+    """Say to the other process that nobody takes its client, unless `receive_client` has begun; let go of the offer."""
+    if offer.fds:
+        with _adopt(offer.fds.pop(0)) as channel:
+            _refuse(channel, reason)
+    offer.close()
 
 
 def _refuse(channel: socket.socket, reason: str) -> None:

@@ -17,9 +17,24 @@ from time import monotonic
 from typing import Callable, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 from ...errors import Disconnected
+from ...logs import log
 from ...system.process import closed_on_error
 from ..process_loop import ProcessLoop
-from .letters import MINE, PATIENCE, READY, REFUSED, SESSION, TAKEN, Letter, pack_offer, receive_letter, send_letter
+from ..reports import Report
+from .letters import (
+    MINE,
+    NO_KIT,
+    PATIENCE,
+    READY,
+    REFUSED,
+    SESSION,
+    TAKEN,
+    Kit,
+    Letter,
+    pack_offer,
+    receive_letter,
+    send_letter,
+)
 
 _RETRY = 0.02
 _GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
@@ -48,6 +63,17 @@ class Telling(NamedTuple):
     moved: Callable[[int], None]
     stays: Callable[[str], None]
 
+    @classmethod
+    def by_reports(cls, report: Callable[[Report], None], peer: str) -> Telling:
+        """Of the client *peer* of this process; why it stays is for the log, too."""
+        pid = os.getpid()
+
+        def stays(reason: str) -> None:
+            log.info("%s: stays with this process: %s", peer, reason)
+            report(Report(pid, peer, stays=reason))
+
+        return cls(lambda to: report(Report(pid, moved_to=to)), stays)
+
 
 class Departure:
     """The departure of the client that this process has; ``under_way`` is whether `go_on` wants to be called often."""
@@ -58,8 +84,12 @@ class Departure:
         offers: Optional[socket.socket] = None,
         disk: Sequence[int] = (),
         telling: Optional[Telling] = None,
+        kit: Kit = NO_KIT,
     ) -> None:
-        """Who might take the client reads from the other end of *offers*, and serves *disk* (`Source.identity`)."""
+        """Who might take the client reads from the other end of *offers*, and serves *disk* (`Source.identity`).
+
+        Or does not serve it yet, and needs the *kit*.
+        """
         self.under_way = False
         self.taken_by = 0
         """The process that has the client now."""
@@ -67,6 +97,7 @@ class Departure:
         self._offers = offers
         self._disk = disk
         self._telling = telling
+        self._kit = kit
         self._channel: Optional[socket.socket] = None
         self._until = 0.0
 
@@ -134,7 +165,7 @@ class Departure:
         assert self._offers is not None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            send_letter(self._offers, pack_offer(self._disk), (theirs.fileno(),))
+            send_letter(self._offers, pack_offer(self._disk, self._kit.fields), (theirs.fileno(), *self._kit.fds))
         except OSError:  # as long as too many wait there
             ours.close()
             self._loop.heed(None, monotonic() + _RETRY)

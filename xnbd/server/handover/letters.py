@@ -1,7 +1,8 @@
 """What two processes say to each other about a client that one of them hands over, and how that goes over sockets.
 
 An offer goes, with one end of a channel, over a socket of which all read who might take a client
-(`SOCK_DGRAM`). All the rest goes over that channel (`SOCK_SEQPACKET`), each letter with one byte in front:
+(`SOCK_DGRAM`). To those who do not have the disk yet it brings that along: a `Kit`. All the rest goes
+over that channel (`SOCK_SEQPACKET`), each letter with one byte in front:
 
 ======  ========  ===================================================================================
 letter  from      meaning
@@ -25,7 +26,9 @@ from __future__ import annotations
 import array
 import os
 import socket
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from ...system.kept import Kept
 
 MAGIC = b"XNBDMOVE"
 VERSION = 1
@@ -36,7 +39,7 @@ PATIENCE = 2.0
 """Seconds until the other process has to have answered."""
 
 _LONGEST = 160 << 10
-_MOST_DESCRIPTORS = 4
+_MOST_DESCRIPTORS = 8
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
@@ -51,6 +54,33 @@ class Letter(NamedTuple):
         """Let go of the descriptors."""
         for fd in self.fds:
             os.close(fd)
+
+
+class Enclosed(Kept):
+    """Descriptors that go with a letter, in which each has a number below zero."""
+
+    def __call__(self, fd: int) -> int:
+        self.fds.append(fd)
+        return -len(self.fds)
+
+
+def unfold(packed: Any, fds: Sequence[int]) -> Any:
+    """What has come with the descriptors *fds*: these in place of their numbers. Raises `IndexError`."""
+    if isinstance(packed, dict):
+        return {name: unfold(value, fds) for name, value in packed.items()}
+    if isinstance(packed, list):
+        return [unfold(value, fds) for value in packed]
+    return fds[~packed] if isinstance(packed, int) and packed < 0 else packed
+
+
+class Kit(NamedTuple):
+    """What a process needs to serve a disk that it does not have: *fields*, packed with the descriptors *fds*."""
+
+    fields: Mapping[str, Any]
+    fds: Sequence[int]
+
+
+NO_KIT = Kit({}, ())
 
 
 def send_letter(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
@@ -83,11 +113,12 @@ def _descriptors_in(ancillary: List[Tuple[int, int, bytes]]) -> List[int]:
     return list(fds)
 
 
-def pack_offer(disk: Sequence[int]) -> bytes:
-    """An offer of a client of *disk*, as `Source.identity` names it."""
+def pack_offer(disk: Sequence[int], kit: Mapping[str, Any] = NO_KIT.fields) -> bytes:
+    """An offer of a client of *disk*, as `Source.identity` names it, with the fields of a *kit* perhaps."""
     import json
 
-    return MAGIC + json.dumps({"format": VERSION, "disk": list(disk)}).encode()
+    fields = {"format": VERSION, "disk": list(disk), **({"kit": kit} if kit else {})}
+    return MAGIC + json.dumps(fields).encode()
 
 
 def parse_offer(data: bytes) -> Dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from logging import WARNING
 from time import monotonic
@@ -78,8 +79,11 @@ class ControlOrders(Duty):
             self._control.hurry()
 
     def leave(self) -> None:
+        self._next_try = math.inf
         if self._control is not None:
             self._control.leave()
+            if not isinstance(self._where, UnixSocket):
+                self._scoreboard.unlock(CONTROL)
 
     def is_busy(self) -> bool:
         return self._control is not None and self._control.has_connections

@@ -131,18 +131,20 @@ class _Stewardship:
                 duty.on_child_end()
         for duty in self._duties:
             duty.progress()
-        if self._master is not None and self._master.take_order("leave"):
-            self._leave(self._master)
+        if self._loop.ordered or (self._master is not None and self._master.take_order("leave")):
+            self._loop.ordered = False
+            self._leave()
         if self._leaving and not any(duty.is_busy() for duty in self._duties):
             raise Stop("another steward has taken over")
 
-    def _leave(self, master: MasterLink) -> None:
-        """Another steward takes over as soon as the master knows that it can."""
+    def _leave(self) -> None:
+        """Another steward takes over: as soon as the master knows that it can, or it is there beside another client."""
         self._leaving = True
         for duty in self._duties:
             duty.leave()
         set_title("steward that gives way", self._name)
-        master.tell("left")
+        if self._master is not None:
+            self._master.tell("left")
 
     def _end(self) -> None:
         for duty in self._duties:

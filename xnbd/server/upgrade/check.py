@@ -68,7 +68,9 @@ class Check:
         answer = _parse(lines[-1]) if lines and not exit_code else None
         if answer is None:
             reason = self._complaint or (one_line(lines[-1]) if lines else f"exit status {exit_code}")
-            raise CommandError(f"{self._program.path} cannot go on with this server, which stays as it is: {reason}")
+            raise CommandError(
+                f"{self._program.path} cannot go on with this {self._program.kind}, which stays as it is: {reason}"
+            )
         return answer
 
 

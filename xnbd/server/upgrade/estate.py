@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from ...errors import ConfigurationError
 from ...system.kept import Kept
@@ -47,16 +47,20 @@ class Estate(NamedTuple):
     former_stewards: List[int]
     """Process ids of those that have given way to a steward of a later program, and have not ended yet."""
     descriptors: List[int]
-    tallies: List[int] = []
-    """What former programs of this server have counted, for metrics; the youngest first."""
-    observers: List[int] = []
-    """Process ids of those who answer ``--metrics``, who end when there is another one."""
     """All that outlive the exec, the estate's own but for one."""
+    tallies: Sequence[int] = ()
+    """What programs of this server have counted, for metrics; the youngest first."""
+    observers: Sequence[int] = ()
+    """Process ids of those who answer ``--metrics``, and end when there is another one."""
+
+    def write(self) -> int:
+        """A descriptor of the file that holds it. Raises `OSError`."""
+        return write_fields(_MAGIC, FORMAT, self._asdict())
 
 
-def write_estate(estate: Estate) -> int:
-    """A descriptor of the file that holds it. Raises `OSError`."""
-    data = json.dumps({"magic": _MAGIC, "format": FORMAT, **estate._asdict()}).encode()
+def write_fields(magic: str, number: int, fields: Packed) -> int:
+    """A descriptor of the file that holds *fields* in the format *number*. Raises `OSError`."""
+    data = json.dumps({"magic": magic, "format": number, **fields}).encode()
     fd = os.memfd_create("xnbd-upgrade")
     with closed_on_error(fd):
         view = memoryview(data)
@@ -65,20 +69,26 @@ def write_estate(estate: Estate) -> int:
     return fd
 
 
-def read_estate(fd: int) -> Estate:
+def read_fields(magic: str, number: int, fd: int) -> Packed:
     """What the program before has left in *fd*. Raises `ConfigurationError` if this one does not understand it."""
     try:
         data = b"".join(iter(lambda: os.read(fd, _CHUNK), b"")) if os.lseek(fd, 0, os.SEEK_SET) == 0 else b""
         fields = json.loads(data)
     except (OSError, ValueError):
         fields = {}
-    if not isinstance(fields, dict) or fields.pop("magic", None) != _MAGIC:
+    if not isinstance(fields, dict) or fields.pop("magic", None) != magic:
         raise ConfigurationError(f"descriptor {fd} holds nothing that a server has left for its next program")
-    number = fields.pop("format", None)
-    if number != FORMAT:
+    found = fields.pop("format", None)
+    if found != number:
         raise ConfigurationError(
-            f"what version {fields.get('version', 'unknown')} leaves has format {number}, this program knows {FORMAT}"
+            f"what version {fields.get('version', 'unknown')} leaves has format {found}, this program knows {number}"
         )
+    return fields
+
+
+def read_estate(fd: int) -> Estate:
+    """What a server has left. Raises `ConfigurationError`."""
+    fields = read_fields(_MAGIC, FORMAT, fd)
     return Estate(**{name: value for name, value in fields.items() if name in Estate._fields})
 
 

@@ -6,11 +6,11 @@ import os
 from collections import Counter
 from contextlib import suppress
 from time import monotonic
-from typing import Dict, List, Optional
+from typing import Collection, Dict, Generic, List, Optional, Protocol, Set, TypeVar
 
 from ...system.forking import HAND_OVER
-from ..crew import Crew
-from ..reports import Report
+
+AnyNews = TypeVar("AnyNews", bound="News")
 
 WAITING = 4
 """New workers that wait for clients, so that none has to wait for a fork."""
@@ -25,10 +25,47 @@ _PATIENCE = 5.0
 _LOOK_AGAIN = 0.05
 
 
-class Moves:
+class News(Protocol):
+    """What a process tells of a client that moves, or stays; as `Report`."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def moved_to(self) -> int: ...
+
+    @property
+    def moved_from(self) -> int: ...
+
+    @property
+    def pause(self) -> float: ...
+
+    @property
+    def stays(self) -> str: ...
+
+
+class Roster(Protocol[AnyNews]):
+    """Processes by their ids: a server's `Crew`, or what a wrapper has."""
+
+    spares: Set[int]
+    unproven: Set[int]
+    moves: List[AnyNews]
+
+    @property
+    def dismissed(self) -> Collection[int]:
+        """Those of the program before."""
+
+    @property
+    def clients(self) -> Collection[int]:
+        """The processes that have one."""
+
+    def __contains__(self, pid: int) -> bool: ...
+
+
+class Moves(Generic[AnyNews]):
     """All moves of one upgrade; *crew* has the old workers, which are dismissed, and the new ones."""
 
-    def __init__(self, crew: Crew) -> None:
+    def __init__(self, crew: Roster[AnyNews]) -> None:
         self._crew = crew
         self._until: Dict[int, float] = {}
         """The workers that were ordered to hand over, and those that are about to take a client; and until when."""
@@ -79,7 +116,7 @@ class Moves:
             with suppress(ProcessLookupError):
                 os.kill(pid, HAND_OVER)
 
-    def _book(self, report: Report) -> None:
+    def _book(self, report: AnyNews) -> None:
         was_ordered = self._until.pop(report.pid, None) is not None
         if report.moved_to:
             self._until[report.moved_to] = monotonic() + _PATIENCE

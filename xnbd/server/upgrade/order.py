@@ -1,7 +1,7 @@
-"""An operator's order to become another program, in the master that gets it.
+"""An operator's order to become another program, in the master or wrapper that gets it.
 
-First the next program's check runs in a child (`upgrade.check`), and only if that is content the
-master executes it, with signals blocked: what comes meanwhile is the next program's. Whatever
+First the next program's check runs in a child (`upgrade.check`), and only if that is content is it
+executed, with signals blocked: what comes meanwhile is the next program's. Whatever
 fails before or in the exec changes nothing, and the operator gets one line that says why.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional, Protocol
 
 from ... import __version__
 from ...control.server import flag_argument, text_argument
@@ -18,29 +18,46 @@ from ...logs import log
 from ...system.forking import SIGNALS
 from ...system.kept import Kept
 from .check import Check
-from .estate import Estate, write_estate
 from .program import TAKE_OVER, Program
 
 Message = Dict[str, Any]
 
 
+class Leavable(Protocol):
+    """What is left to the next program."""
+
+    @property
+    def descriptors(self) -> List[int]:
+        """All that outlive the exec, that of `write` but for one."""
+
+    def write(self) -> int:
+        """A descriptor of a file that holds it. Raises `OSError`."""
+
+
 class Order:
     """One order: *request* has the path of the ``program``, perhaps, and ``check`` if nothing is to happen.
 
-    *answer* takes the outcome, for the operator.
+    *answer* takes the outcome, for the operator. ``verdict`` is what the check has said.
     """
 
     def __init__(
-        self, request: Message, program: Program, estate: Estate, disk: Kept, answer: Callable[[Message], None]
+        self,
+        request: Message,
+        program: Program,
+        estate: Leavable,
+        clients: int,
+        answer: Callable[[Message], None],
+        disk: Optional[Kept] = None,
     ) -> None:
-        """Begins the check. Raises `CommandError`, `OSError`."""
+        """Begins the check, which gets the descriptors of the *disk*. Raises `CommandError`, `OSError`."""
         self._only_check = flag_argument(request, "check")
         self._program = program.at(text_argument(request, "program"))
         self._answer = answer
-        self._clients = len(estate.crew["clients"])
-        fd = write_estate(estate)
+        self._clients = clients
+        self.verdict: Message = {}
+        fd = estate.write()
         try:
-            self._check: Optional[Check] = Check(self._program, fd, disk)
+            self._check: Optional[Check] = Check(self._program, fd, disk or Kept())
         finally:
             os.close(fd)
         self.is_ready = False
@@ -60,11 +77,11 @@ class Order:
             return
         check, self._check = self._check, None
         try:
-            version = check.verdict(exit_code)["version"]
+            self.verdict = check.verdict(exit_code)
         except CommandError as error:
             self.fail(error)
         else:
-            self._pass(version)
+            self._pass(self.verdict["version"])
 
     def _pass(self, version: str) -> None:
         if self._only_check:
@@ -85,11 +102,16 @@ class Order:
         self.is_ready = False
         self._answer({"done": True, "error": str(error)})
 
-    def execute(self, estate: Estate) -> None:
+    @property
+    def check_pid(self) -> Optional[int]:
+        """The process of the check, as long as that runs."""
+        return None if self._check is None else self._check.pid
+
+    def execute(self, estate: Leavable) -> None:
         """Become the next program; returns if that is not possible. `SIGNALS` are blocked."""
         kept = Kept(estate.descriptors)
         try:
-            with os.fdopen(write_estate(estate)) as file:
+            with os.fdopen(estate.write()) as file:
                 command = self._program.command(TAKE_OVER, kept(file.fileno()))
                 kept.let_through()
                 os.execv(command[0], command)

@@ -1,4 +1,4 @@
-"""Which program a server runs: how it was started, and how the next one is."""
+"""Which program a server or wrapper runs: how it was started, and how the next one is."""
 
 from __future__ import annotations
 
@@ -37,15 +37,17 @@ class Program(NamedTuple):
     words: List[str]
     directory: Optional[str]
     """To which paths in *words* belong; None: it was gone already."""
+    kind: str = "server"
+    """What it is."""
 
     @classmethod
-    def own(cls, words: Sequence[str]) -> Program:
+    def own(cls, words: Sequence[str], kind: str = "server") -> Program:
         """The one that runs here. To be called before the process gets a title or another working directory."""
         try:
             directory: Optional[str] = os.getcwd()
         except FileNotFoundError:
             directory = None
-        return cls(_own_start(directory), list(words), directory)
+        return cls(_own_start(directory), list(words), directory, kind)
 
     def at(self, path: Optional[str]) -> Program:
         """The one at *path*, if that is given, with the same command line. Raises `CommandError`."""

@@ -52,7 +52,8 @@ class Upgrades:
             raise CommandError("an upgrade is under way already")
         self._number, self._link = link.number, link
         estate, disk = self._leave()
-        self._order = Order(request, self._program, estate, disk, partial(link.answer, self._number))
+        answer = partial(link.answer, self._number)
+        self._order = Order(request, self._program, estate, len(self._crew.clients), answer, disk)
 
     def _leave(self) -> Tuple[Estate, Kept]:
         """What this program leaves to the next one, and the descriptors of the disk among it."""

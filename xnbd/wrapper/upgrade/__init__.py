@@ -1,0 +1,1 @@
+"""One program of the wrapper becomes the next one, and clients do not notice."""

@@ -1,0 +1,63 @@
+"""The new program's arrival: from the exec until the operator who has ordered the upgrade has an answer.
+
+Old processes go on under the new program as its children, and report as before. Clients move from
+them to new ones, which are forked ahead, a few at a time (`server.upgrade.moves`). An old
+process ends when its client has moved or left.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from time import monotonic
+from typing import Optional
+
+from ... import __version__
+from ...logs import log
+from ...server.upgrade.moves import WAITING, Moves
+from ...server.upgrade.outcome import Outcome
+from .movers import Movers
+
+_PATIENCE = 10.0
+"""Seconds without a process that could take a client, after which all that have not moved stay."""
+
+_LOOK_AGAIN = 0.05
+
+
+class Arrival:
+    """What has to be done once, where version *version* was; ``outcome`` is there when it is done."""
+
+    def __init__(self, version: str, movers: Movers) -> None:
+        self._version = version
+        self._movers = movers
+        movers.begin()
+        self._moves = Moves(movers)
+        self._until = monotonic() + _PATIENCE
+        self.outcome: Optional[Outcome] = None
+
+    def deadline(self) -> Optional[float]:
+        """When `progress` wants to be called (monotonic seconds)."""
+        return monotonic() + _LOOK_AGAIN
+
+    def progress(self) -> None:
+        """Take the next step."""
+        movers, moves = self._movers, self._moves
+        moves.progress()
+        movers.keep(min(WAITING, moves.remaining))
+        if movers.has_proven_spare or not moves.remaining:
+            self._until = monotonic() + _PATIENCE
+        if moves.are_over or monotonic() > self._until:
+            self._end()
+
+    def _end(self) -> None:
+        moves, clients = self._moves, self._movers.clients
+        reasons = Counter(moves.staying[pid] for pid in moves.staying if pid in clients)
+        if moves.remaining:
+            reasons["no process for them"] += moves.remaining
+        pause = None if moves.longest_pause is None else 1000 * moves.longest_pause
+        self.outcome = Outcome(self._version, __version__, moves.moved, reasons, pause)
+        log.info("upgraded, %s", self.outcome)
+        self._movers.dismiss()
+
+    def stop(self) -> None:
+        """The wrapper ends."""
+        self._movers.dismiss()
