@@ -139,6 +139,7 @@ class ServerOptions(NamedTuple):
     user: Optional[User] = None
     tls: Optional[TlsOptions] = None
     metrics: Optional[MetricsOptions] = None
+    tally_fds: Sequence[int] = ()
 
 
 def whole_paths(line: CommandLine, names: Iterable[str]) -> Dict[str, str]:

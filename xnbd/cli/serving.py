@@ -79,6 +79,7 @@ def service_of(
         configuration=configuration,
         spin=options.spin,
         control_path=options.control_path,
+        tally_fds=tuple(options.tally_fds),
     )
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 from functools import partial
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Optional
 
 from .. import __version__
 from ..errors import ConfigurationError
 from ..logs import log
 from ..scoreboard.layout import OtherVersion, check_header, count_lines
-from ..scoreboard.tally import create_tally, is_same_tally
+from ..scoreboard.tally import inherited_tallies
 from ..server.configuration import Load, refuse_without_room
 from ..server.premises import Premises, Surroundings
 from ..server.service import Service
@@ -79,13 +79,6 @@ def _inherited_service(options: ServerOptions, estate: Estate) -> Service:
     if options.metrics is None:
         return service
     return service._replace(tally_fds=inherited_tallies(estate.tallies, count_lines(estate.scoreboard)))
-
-
-def inherited_tallies(former: Sequence[int], processes: int) -> Tuple[int, ...]:
-    """What was counted before goes on to be told, also where this program counts in another way."""
-    if former and is_same_tally(former[0]):
-        return tuple(former)
-    return create_tally(processes), *former
 
 
 def _tell_check() -> int:

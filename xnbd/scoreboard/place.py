@@ -19,7 +19,7 @@ _QUEUE_AT, _QUEUE = LINE.at["queue"], LINE.form["queue"]
 
 
 COPYING_PEER = "(copying all blocks)"
-"""Stands in a line in place of a client."""
+"""Stands in a line in place of a client. What begins with a parenthesis is none."""
 
 
 class Visit(NamedTuple):
@@ -58,7 +58,7 @@ class Place(Door):
         self._put("peer", peer.encode()[: LINE.form["peer"].size])
         self.tell_identity("")
         if self.tally is not None:
-            self.tally.tell("clients", int(peer not in ("", COPYING_PEER)))
+            self.tally.tell("clients", int(bool(peer) and not peer.startswith("(")))
 
     def tell_identity(self, identity: str, encryption: str = "") -> None:
         """Who the client has proved to be, and how it is encrypted; empty for nobody, and for not at all."""

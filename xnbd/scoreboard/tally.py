@@ -127,6 +127,13 @@ def is_same_tally(fd: int) -> bool:
     return os.pread(fd, len(wanted), 0) == wanted
 
 
+def inherited_tallies(former: Sequence[int], processes: int) -> Tuple[int, ...]:
+    """What former programs have counted goes on to be told, also where this one counts in another way."""
+    if former and is_same_tally(former[0]):
+        return tuple(former)
+    return create_tally(processes), *former
+
+
 def place_of_command(command: int) -> int:
     """Where a row has the number *command* of the protocol."""
     return command if 0 <= command < len(COMMANDS) else OTHER
@@ -214,6 +221,10 @@ class Tally:
     def tell(self, name: str, number: int) -> None:
         """The row *name*, one of `NOW`, is *number*."""
         self.numbers[PLACES[name]] = number
+
+    def outlive_exec(self) -> None:
+        """The line stays this process's, whatever program it becomes."""
+        os.set_inheritable(self._fd, True)
 
     def close(self) -> None:
         """The line is free for the next process."""

@@ -32,6 +32,10 @@ class CacheView:
         marks = self._head[self._layout.dirty : self._layout.durable]
         return len(marks) - marks.count(0)
 
+    def write_back_failed(self) -> bool:
+        """Whether the state file says so."""
+        return files.failure_record(self._fds[1]).read() is not None
+
     def is_at(self, path: str) -> bool:
         """Whether these are still the files of the bitmap at *path*."""
         try:

@@ -29,6 +29,7 @@ class Counting:
         self._is_counting = True
         self.due = 0.0
         """When `work` wants to be called (monotonic seconds)."""
+        self.work()  # which is all for a small disk
 
     def work(self) -> None:
         """One step."""
