@@ -80,14 +80,19 @@ class HttpServer:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a response has not left yet."""
-        return any(connection.unsent for connection in self._connections)
+        """Whether somebody is to be answered yet."""
+        return any(connection.is_waiting for connection in self._connections)
 
     def leave(self) -> None:
-        """Another process accepts from now on; who has a response gets the rest of it."""
+        """Another process accepts from now on; who has come before, or has asked, is answered."""
         self._listeners.clear()
         for connection in self._connections:
             connection.finish()
+
+    def close(self) -> None:
+        """Nobody is waited for any more."""
+        for connection in self._connections:
+            connection.close()
 
     def interests(self) -> List[Tuple[int, int]]:
         """Descriptors and what to poll them for."""
@@ -150,6 +155,7 @@ class _Connection:
         self._input = bytearray()
         self._output = memoryview(b"")
         self._last = self._draining = False
+        self._is_new = True
         self.has_more = False
         """Whether another request has come already."""
         self.moved_at = monotonic()
@@ -159,6 +165,11 @@ class _Connection:
     def unsent(self) -> int:
         return len(self._output)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is to be answered, or to get the rest of an answer."""
+        return not self._draining and bool(self._is_new or self._input or self._output)
+
     def fileno(self) -> int:
         return self._sock.fileno()
 
@@ -166,9 +177,9 @@ class _Connection:
         return select.POLLOUT if self._output else 0 if self.has_more else select.POLLIN
 
     def finish(self) -> None:
-        """Close as soon as the response is sent."""
+        """Close as soon as it has its answer."""
         self._last = True
-        if not self._output:
+        if not self.is_waiting:
             self.deadline = 0.0
 
     def progress(self, events: int, now: float) -> bool:
@@ -227,6 +238,7 @@ class _Connection:
             return _refusal(500, "this page cannot be made; the log says why")
 
     def _respond(self, request: Optional[Request], response: Response, now: float) -> None:
+        self._is_new = False
         self._last = self._last or request is None or not request.keep_alive
         headers = (
             ("Content-Type", response.content_type),

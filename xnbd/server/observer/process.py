@@ -67,7 +67,9 @@ def observe(lifeline: int, listeners: Sequence[socket.socket], observe_what: Cal
                 observed.work()
     except Stop:
         _part(server)
-    return 0
+        return 0
+    finally:
+        server.close()
 
 
 def pages(observed: Observed) -> Mapping[str, Page]:
