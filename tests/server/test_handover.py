@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import signal
 import socket
 import threading
+import time
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import List, Tuple
+from typing import Callable, Iterator, Tuple
 
 import pytest
 from caching import connect
@@ -32,6 +36,9 @@ from relay import Relay
 from server_process import Server, run, wait_until
 from snapshots import snapshots_of
 from stamps import LANES, check_cut, noise_disk, writers
+
+from xnbd.scoreboard.counters import REQUESTS
+from xnbd.scoreboard.scoreboard import Scoreboard
 
 
 def raw(server: Server, *, allocation: bool = False) -> RawClient:
@@ -95,14 +102,49 @@ def test_time_and_figures_of_the_client_go_along(start: Start, image: Path, tmp_
 
 
 def test_totals_never_go_backwards(start: Start, image: Path, tmp_path: Path, seed: int) -> None:
+    """Not while clients move and their workers are killed; read by the steward, and from the scoreboard itself."""
     control = tmp_path / "control"
     server = start("--target", "--control", control, image)
-    totals: List[int] = []
-    with raw(server) as client, restless(server, seed):
-        for _ in range(60):
-            client.read(0, 4096)
-            totals.append(query(control)["counters"]["requests"])
-    assert totals == sorted(totals)
+    server.expected_errors.append("killed by SIGKILL")
+    scoreboard, over, rng = scoreboard_of(server), threading.Event(), random.Random(seed)
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            with suppress(OSError, EOFError, AssertionError), raw(server) as client:
+                while not over.is_set():
+                    client.read(0, 512)
+
+    latest, readings, until = 0, 0, time.monotonic() + 6
+    with closing(scoreboard), at_once(come_and_go, 4, over), restless(server, seed):
+        while time.monotonic() < until:
+            total = query(control)["counters"]["requests"]
+            for _ in range(50):
+                assert total >= latest
+                latest, total, readings = total, scoreboard.lines.totals()[REQUESTS], readings + 1
+            workers = server.busy_workers()
+            if workers and rng.random() < 0.05:
+                os.kill(rng.choice(workers), signal.SIGKILL)
+    assert readings > 2000
+
+
+@contextmanager
+def at_once(work: Callable[[], None], number: int, over: threading.Event) -> Iterator[None]:
+    """So many threads do the *work*, until they are told that it is *over*."""
+    threads = [threading.Thread(target=work) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def scoreboard_of(server: Server) -> Scoreboard:
+    """What the server's processes share."""
+    links = Path(f"/proc/{server.pid}/fd").iterdir()
+    return Scoreboard(os.open(next(link for link in links if "memfd:xnbd-board" in os.readlink(link)), os.O_RDWR))
 
 
 def test_requests_that_were_received_in_part_are_finished_by_the_next_worker(server: Server, image: Path) -> None:
@@ -372,4 +414,4 @@ def test_the_log_says_how_long_a_client_has_waited(server: Server) -> None:
     with raw(server):
         move(server)
         server.wait_for_log("pause ")
-    assert re.search(r"goes on, process \d+ had it before; pause \d+\.\d ms", server.log())
+    assert re.search(r"goes on as uid:\d+, process \d+ had it before; pause \d+\.\d ms", server.log())

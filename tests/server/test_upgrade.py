@@ -5,6 +5,7 @@ The long form is ``XNBD_UPGRADES=100 XNBD_IDLE=1000``, and in ``contrib/soak``.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -49,6 +50,8 @@ from upgrades import IDLE, UPGRADES, Outcome, build, pauses, upgrade
 
 from xnbd import __version__
 from xnbd.scoreboard.layout import VERSION
+
+pytestmark = pytest.mark.timeout(120 + 10 * UPGRADES)
 
 
 @pytest.fixture
@@ -472,6 +475,25 @@ def target_workers_with_clients(server: Server) -> List[int]:
     return [pid for pid in server.workers() if "worker for" in title_of(pid)]
 
 
+def test_who_a_client_is_and_that_it_may_only_read_goes_along(
+    start: Start, image: Path, control: Path, tmp_path: Path
+) -> None:
+    """The next program has other rules; they are for new clients."""
+    rules, uid = tmp_path / "rules", os.getuid()
+    rules.write_text(f"uid:{uid} * ro\n")
+    server = start("--target", "--tls-authz", rules, "--control", control, image)
+    with negotiated(server) as client:
+        rules.write_text(f"uid:{uid} * rw\n")
+        assert upgrade(control).moved == 1
+        assert [worker["identity"] for worker in query(control)["workers"] if worker["identity"]] == [f"uid:{uid}"]
+        (worker,) = target_workers_with_clients(server)
+        assert f"worker for unix:pid={os.getpid()},uid={uid} " in title_of(worker)
+        server.wait_for_log(f"unix:pid={os.getpid()},uid={uid}: goes on as uid:{uid}, process ")
+        assert client.write(0, b"x") == errno.EPERM
+        with negotiated(server) as another:
+            assert another.write(0, b"x") == 0
+
+
 @pytest.mark.root(reason="becomes another user")
 def test_a_server_without_roots_rights_is_upgraded(start: Start, tmp_path: Path) -> None:
     with home_of(65534) as home:
@@ -485,6 +507,32 @@ def test_a_server_without_roots_rights_is_upgraded(start: Start, tmp_path: Path)
             assert client.write(0, b"mine") == 0
         status = Path(f"/proc/{server.pid}/status").read_text()
         assert "Uid:\t65534\t65534\t65534\t65534" in status
+
+
+@pytest.mark.root(reason="becomes another user")
+@pytest.mark.parametrize(
+    ("hidden", "reason"),
+    [
+        (".", "the server cannot look at the program {program}: Permission denied"),
+        ("bin/xnbd-server", "cannot go on with this server, which stays as it is: "),
+        ("xnbd/server/worker.py", "cannot go on: {tree}/xnbd/server/worker.py Permission denied"),
+    ],
+)
+def test_a_program_that_the_user_may_not_read_changes_nothing(
+    start: Start, tmp_path: Path, hidden: str, reason: str
+) -> None:
+    with home_of(65534) as home:
+        program, control = build(home / "tree", "99.0"), home / "ctl"
+        (home / "tree" / hidden).chmod(0o600)
+        (home / "disk.img").write_bytes(bytes(MIB))
+        os.chown(home / "disk.img", 65534, 65534)
+        server = start("--target", "--user", "65534", "--control", control, home / "disk.img")
+        server.expected_errors.append("that user cannot")
+        with negotiated(server) as client:
+            for options in (["--check"], []):
+                line = refused("--upgrade", *options, "--program", program, control)
+                assert reason.format(program=program, tree=home / "tree") in line
+            assert len(client.read(0, 512)) == 512
 
 
 @contextmanager

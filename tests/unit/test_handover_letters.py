@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xnbd.access.identity import Identity
 from xnbd.errors import Disconnected
 from xnbd.protocol import constants as c
 from xnbd.protocol.server_handshake import Agreement, Export
@@ -40,6 +41,7 @@ from xnbd.server.reports import SIZE, Report, parse_report
 
 DISK = (1, 2, 3)
 AGREEMENT = Agreement(Export("ärger", 4096, c.FLAG_READ_ONLY, "a disk"), structured=True, ordered=False, readonly=True)
+ALICE = Identity(("CN=älice,O=\udcff", "dns:alice", "uid:7"))
 VISIT = Visit(123.5, Counts(range(len(new_counts()))))
 TERMS = Terms(DISK, 4096, readonly=False)
 
@@ -67,7 +69,7 @@ def frozen_session(
     fd = os.memfd_create("test")
     try:
         os.write(fd, frozen.MAGIC + data + received + replies)
-        yield pack_letter("peer", AGREEMENT, VISIT, 77.25, Sections(len(data), len(received), len(replies))), fd
+        yield pack_letter("peer", ALICE, AGREEMENT, VISIT, 77.25, Sections(len(data), len(received), len(replies))), fd
     finally:
         os.close(fd)
 
@@ -76,7 +78,7 @@ def frozen_session(
 def test_a_session_is_read_as_it_was_written(waiting: List[FrozenRequest], received: bytes, replies: bytes) -> None:
     with frozen_session(waiting, received, replies) as (letter, fd):
         session = parse_session(letter, fd)
-    assert session == FrozenSession("peer", AGREEMENT, VISIT, 77.25, waiting, received, replies)
+    assert session == FrozenSession("peer", ALICE, AGREEMENT, VISIT, 77.25, waiting, received, replies)
 
 
 REQUESTS = [
@@ -125,6 +127,9 @@ def test_requests_that_are_cut_are_refused_however_long_the_file_is() -> None:
         {"counters": 5},
         {"counters": {"requests": "many"}},
         {"since": "yesterday"},
+        {"identity": None},
+        {"identity": "alice"},
+        {"identity": ["alice", ""]},
     ],
 )
 def test_a_letter_that_this_program_does_not_understand_is_refused(change: Dict[str, object]) -> None:
@@ -168,7 +173,7 @@ class Traveller:
             raise self.failure
         fd = os.memfd_create("test")
         os.write(fd, frozen.MAGIC)
-        return pack_letter("peer", AGREEMENT, VISIT, 77.25, Sections(0, 0, 0)), fd
+        return pack_letter("peer", ALICE, AGREEMENT, VISIT, 77.25, Sections(0, 0, 0)), fd
 
     def let_go(self) -> None:
         self.client.close()
@@ -402,7 +407,7 @@ class New:
         far, client = socket.socketpair()
         fd = os.memfd_create("test")
         os.write(fd, data)
-        letter = pack_letter("peer", agreement, VISIT, 77.25, Sections(0, 0, 0))
+        letter = pack_letter("peer", ALICE, agreement, VISIT, 77.25, Sections(0, 0, 0))
         send_letter(self.channel, SESSION + letter, (client.fileno(), fd))
         client.close()
         os.close(fd)

@@ -11,6 +11,7 @@ import subprocess
 import time
 import traceback
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Callable, ContextManager, Dict, Iterator, List, Optional
 
@@ -31,6 +32,7 @@ from xnbd.scoreboard.layout import (
     create_scoreboard,
 )
 from xnbd.scoreboard.lines import Line, clock
+from xnbd.scoreboard.place import Visit
 from xnbd.scoreboard.scoreboard import Scoreboard
 from xnbd.scoreboard.snapshots import SnapshotPlace
 from xnbd.storage.target import reopen
@@ -388,6 +390,33 @@ def test_successor_in_a_line_goes_on_from_its_totals(tmp_path: Path) -> None:
             assert line.counts == counted({REQUESTS: 7, BYTES_READ: 700})
             assert family.scoreboard.lines.totals() == counted({REQUESTS: 7 * number, BYTES_READ: 700 * number})
     family.close()
+
+
+def test_who_reads_meanwhile_sees_no_count_go_backwards(family: Family, seed: int) -> None:
+    """Processes that count without a rest, with ever other clients, killed at any moment and followed by others."""
+
+    def serve_many(scoreboard: Scoreboard) -> None:
+        place = scoreboard.take_place()
+        for number in count():
+            visit = Visit(float(number), counted({REQUESTS: 40})) if number % 2 else None
+            place.welcome(f"{os.getpid()} {number}", visit)
+            for _ in range(60):
+                place.counts[REQUESTS] += 1
+                place.tell()
+
+    lines, rng, until = family.scoreboard.lines, random.Random(seed), time.monotonic() + 2
+    workers, latest, readings = [family.spawn(serve_many) for _ in range(3)], 0, 0
+    while time.monotonic() < until:
+        for _ in range(rng.randrange(2000)):
+            requests = lines.totals()[REQUESTS]
+            assert requests >= latest
+            latest, readings = requests, readings + 1
+            if readings % 8 == 0:
+                for line in lines.living():
+                    assert not line.peer or line.counts[REQUESTS] <= 100, line
+        family.kill(workers.pop(0))
+        workers.append(family.spawn(serve_many))
+    assert readings > 1000
 
 
 def test_each_process_has_a_line_of_its_own_until_all_are_taken(tmp_path: Path) -> None:

@@ -60,6 +60,10 @@ def _check(options: WrapperOptions, estate: WrapperEstate) -> int:
     extended = ask_whether_extended(options)
     listeners = Listeners()
     listeners.unpack(estate.listeners)
-    check_settings(reader(options, extended)(), listeners)
+    try:
+        check_settings(reader(options, extended)(), listeners)
+    finally:
+        for sock in listeners.sockets:  # and nothing else: their files are the wrapper's
+            sock.close()
     print_answer(json.dumps({"version": __version__, "extended": extended}) + "\n")
     return 0

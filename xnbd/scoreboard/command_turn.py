@@ -9,7 +9,7 @@ import mmap
 import os
 
 from ..system.file_locks import RangeLocks
-from .layout import COMMAND, HEAD
+from .layout import COMMAND, HEAD, put
 from .lines import text_of
 
 _AT, _FORM = HEAD.at["command"], HEAD.form["command"]
@@ -27,13 +27,13 @@ class CommandTurn:
         """Take the turn of the command *name*, unless another process has it; the same process must not ask twice."""
         if not self._locks.try_acquire(COMMAND, 1):
             return False
-        _FORM.pack_into(self._map, _AT, os.getpid(), self._namespace, name.encode())
+        put(self._map, _AT, _FORM, os.getpid(), self._namespace, name.encode())
         return True
 
     def end(self, *, whole: bool) -> None:
         """Unless it is *whole*, scoreboard and files may not agree, and that stays noted."""
         if whole:
-            _FORM.pack_into(self._map, _AT, 0, 0, b"")
+            put(self._map, _AT, _FORM, 0, 0, b"")
         self._locks.release(COMMAND, 1)
 
     @property

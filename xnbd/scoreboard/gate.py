@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import Callable, Iterator
 
 from ..system.file_locks import RangeLocks, do_nothing
-from .layout import GATE, HEAD, LINE
+from .layout import GATE, HEAD, LINE, put
 from .lines import Lines
 
 _FLAG = HEAD.at["flag"]
@@ -121,7 +121,7 @@ class Gate:
 
 def _count_change(memory: mmap.mmap) -> None:
     (number,) = _NUMBER.unpack_from(memory, _CHANGES)
-    _NUMBER.pack_into(memory, _CHANGES, (number + 1) & 0xFFFFFFFF)
+    put(memory, _CHANGES, _NUMBER, (number + 1) & 0xFFFFFFFF)
 
 
 def _nap(until: float, on_wait: Callable[[], None], reason: str) -> None:

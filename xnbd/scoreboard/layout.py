@@ -5,6 +5,7 @@ numbers have the machine's own byte order.
 - **A new counter** is one line in `COUNTERS`: it has its place in every line, its sum in `Lines.totals`, and its name
   in the answer to ``--query``.
 - **A new field** is one line in `HEAD_FIELDS` or `LINE_FIELDS`.
+- Fields are stored with `put`.
 - Servers share a scoreboard only if they mean the same by it. The header has `VERSION` and `TABLE`, a checksum of all
   names and formats here, which a new field changes by itself. `VERSION` is for a field that stays and means something
   else.
@@ -15,6 +16,7 @@ numbers have the machine's own byte order.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import struct
 import zlib
@@ -129,6 +131,15 @@ def _round_up(number: int, unit: int) -> int:
 
 
 HEAD, LINE = Layout(HEAD_FIELDS), Layout(LINE_FIELDS)
+
+
+def put(memory: mmap.mmap, at: int, form: struct.Struct, *values: object) -> None:
+    """Store *values* in a field: another process reads the old number or the new one, nothing in between.
+
+    `Struct.pack_into` zeroes the field first, and for a moment all processes would see that.
+    """
+    memory[at : at + form.size] = form.pack(*values)
+
 
 LINES_AT = _round_up(HEAD.end, 4096)
 LINE_SIZE = _round_up(LINE.end, 64)

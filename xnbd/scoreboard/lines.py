@@ -14,11 +14,11 @@ import os
 import signal
 import time
 from contextlib import suppress
-from typing import Any, Iterator, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 from ..system.file_locks import RangeLocks
 from .counters import Counts, new_counts, wrapped
-from .layout import LINE, LINE_LOCKS, LINE_SIZE, LINES_AT, NAME_LOCKS
+from .layout import LINE, LINE_LOCKS, LINE_SIZE, LINES_AT, NAME_LOCKS, put
 
 _UNUSED = 64
 """Lines without a process in a row after which there are no more: the first free one is always taken."""
@@ -74,12 +74,12 @@ class Lines:
 
     def tell_name(self, at: int) -> None:
         """The line at *at* has this process's id from now on: it can be woken."""
-        _NAMESPACE.pack_into(self._map, at + _NAMESPACE_AT, self._namespace)
-        _PID.pack_into(self._map, at + _PID_AT, os.getpid())
+        put(self._map, at + _NAMESPACE_AT, _NAMESPACE, self._namespace)
+        put(self._map, at + _PID_AT, _PID, os.getpid())
         self._locks.try_acquire(NAME_LOCKS + _number(at), 1)  # a process that is not named is not woken
 
     def living(self) -> List[Line]:
-        """What all living processes tell."""
+        """What all living processes tell; of each what is of one client, or of none."""
         return [self._read(at) for at in self.used() if self.is_alive(at)]
 
     def totals(self) -> Counts:
@@ -129,18 +129,26 @@ class Lines:
         return pid == self.pid(at) and self._locks.held_elsewhere(NAME_LOCKS + _number(at), 1)
 
     def _read(self, at: int) -> Line:
-        (mode,), (since,), (origin,) = (self._get(at, name) for name in ("mode", "since", "origin"))
-        counts, before = (Counts(self._get(at, name)) for name in ("counters", "counters_before"))
-        requests, buffered = self._get(at, "queue")
-        texts = ("peer", "trouble", "identity", "encryption")
-        peer, trouble, identity, encryption = (text_of(self._get(at, name)[0]) for name in texts)
-        (namespace,) = self._get(at, "namespace")
-        counts = wrapped(counts.minus(before))
-        told = (origin, requests, buffered, peer, trouble, namespace, identity, encryption)
-        return Line(self.pid(at), mode, since, counts, *told)
+        while True:
+            visit = self._visit(at)
+            told = {name: self._get(at, name) for name in LINE.at}
+            if self._visit(at) == visit:
+                return _line(told)
+
+    def _visit(self, at: int) -> List[Tuple[Any, ...]]:
+        """What is another one with each client."""
+        return [self._get(at, name) for name in ("peer", "since", "counters_before")]
 
     def _get(self, at: int, name: str) -> Tuple[Any, ...]:
         return LINE.form[name].unpack_from(self._map, at + LINE.at[name])
+
+
+def _line(told: Dict[str, Tuple[Any, ...]]) -> Line:
+    requests, buffered = told["queue"]
+    fields: Dict[str, Any] = {name: told[name][0] for name in ("pid", "mode", "since", "origin", "namespace")}
+    fields.update({name: text_of(told[name][0]) for name in ("peer", "trouble", "identity", "encryption")})
+    counts = wrapped(Counts(told["counters"]).minus(Counts(told["counters_before"])))
+    return Line(counts=counts, queued_requests=requests, queued_bytes=buffered, **fields)
 
 
 def _number(at: int) -> int:

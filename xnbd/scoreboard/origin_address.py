@@ -10,7 +10,7 @@ import mmap
 import zlib
 from typing import Optional
 
-from .layout import HEAD, LONGEST_ADDRESS
+from .layout import HEAD, LONGEST_ADDRESS, put
 
 _AT, _FORM = HEAD.at["address"], HEAD.form["address"]
 _TEXT_AT = HEAD.at["address_text"]
@@ -39,7 +39,7 @@ class OriginPlace:
         if len(text) > LONGEST_ADDRESS:
             raise ValueError("address too long")
         self._map[_AT : _TEXT_AT + len(text)] = _FORM.pack(zlib.crc32(text), len(text)) + text
-        _GENERATION.pack_into(self._map, _GENERATION_AT, (self.generation + 1) & 0xFFFFFFFF)
+        put(self._map, _GENERATION_AT, _GENERATION, (self.generation + 1) & 0xFFFFFFFF)
 
     def whole_address(self) -> Optional[str]:
         """The origin's address, empty if none is noted; None if its writer died before the end."""

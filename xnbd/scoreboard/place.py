@@ -8,14 +8,13 @@ from typing import List, NamedTuple, Optional
 from ..system.file_locks import RangeLocks
 from .counters import Counts, wrapped
 from .gate import Door
-from .layout import LINE, NOT_NEEDED, REACHED, UNREACHABLE
+from .layout import LINE, NOT_NEEDED, REACHED, UNREACHABLE, put
 from .lines import Lines, clock
 from .tally import Tally
 
 _MODE_AT = LINE.at["mode"]
 _COUNTERS_AT, _COUNTERS = LINE.at["counters"], LINE.form["counters"]
-_BEFORE_AT = LINE.at["counters_before"]
-_QUEUE_AT, _QUEUE = LINE.at["queue"], LINE.form["queue"]
+_pack_counters = _COUNTERS.pack
 
 
 COPYING_PEER = "(copying all blocks)"
@@ -39,6 +38,7 @@ class Place(Door):
         self.tally = tally
         self._at = at = lines.take()
         super().__init__(memory, at, locks)
+        self._counters = slice(at + _COUNTERS_AT, at + _COUNTERS_AT + _COUNTERS.size)
         self.counts: List[int] = list(_COUNTERS.unpack_from(memory, at + _COUNTERS_AT))
         """What `tell` publishes; goes on from what an earlier process in this line has counted."""
         if tally is not None:
@@ -48,17 +48,22 @@ class Place(Door):
         lines.tell_name(at)
 
     def welcome(self, peer: str, visit: Optional[Visit] = None) -> None:
-        """The client is *peer* from now on; empty for none. It goes on with a *visit* that began at another process."""
+        """The client is *peer* from now on; empty for none. It goes on with a *visit* that began at another process.
+
+        As long as what is told is partly of the client before, nobody is named: see `Lines.living`.
+        """
+        self._put("peer", b"")
+        self.tell()
         self.visit_began = clock() if visit is None else visit.since
         before = Counts(self.counts) if visit is None else Counts(self.counts).minus(visit.counts)
         self._before = wrapped(before)
         self._put("since", self.visit_began)
-        _COUNTERS.pack_into(self._map, self._at + _BEFORE_AT, *self._before)
+        self._put("counters_before", *self._before)
         self.tell_queue(0, 0)
-        self._put("peer", peer.encode()[: LINE.form["peer"].size])
         self.tell_identity("")
         if self.tally is not None:
             self.tally.tell("clients", int(bool(peer) and not peer.startswith("(")))
+        self._put("peer", peer.encode()[: LINE.form["peer"].size])
 
     def tell_identity(self, identity: str, encryption: str = "") -> None:
         """Who the client has proved to be, and how it is encrypted; empty for nobody, and for not at all."""
@@ -74,7 +79,7 @@ class Place(Door):
         """Publish `counts`."""
         if self.tally is not None:
             self.tally.follow(self.counts)
-        _COUNTERS.pack_into(self._map, self._at + _COUNTERS_AT, *self.counts)
+        self._map[self._counters] = _pack_counters(*self.counts)
 
     def tell_mode(self, mode: int) -> None:
         """This process works in *mode* now."""
@@ -82,7 +87,7 @@ class Place(Door):
 
     def tell_queue(self, requests: int, buffered: int) -> None:
         """So many requests wait for blocks, with so many bytes."""
-        _QUEUE.pack_into(self._map, self._at + _QUEUE_AT, requests, buffered)
+        self._put("queue", requests, buffered)
         if self.tally is not None:
             self.tally.tell("waiting", requests)
             self.tally.tell("waiting_bytes", buffered)
@@ -95,5 +100,5 @@ class Place(Door):
             self.tally.tell("origin_unreachable", int(health == UNREACHABLE))
         self._put("trouble", trouble.encode("utf-8", "backslashreplace")[: LINE.form["trouble"].size])
 
-    def _put(self, name: str, value: object) -> None:
-        LINE.form[name].pack_into(self._map, self._at + LINE.at[name], value)
+    def _put(self, name: str, *values: object) -> None:
+        put(self._map, self._at + LINE.at[name], LINE.form[name], *values)

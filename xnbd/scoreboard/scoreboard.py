@@ -16,7 +16,7 @@ from ..system.file_locks import RangeLocks
 from ..system.process import closed_on_error, pid_namespace
 from .command_turn import CommandTurn
 from .gate import Gate
-from .layout import COMPLETE, GATE, HEAD, PASSAGE, PROXY, check_header
+from .layout import COMPLETE, GATE, HEAD, PASSAGE, PROXY, check_header, put
 from .lines import Lines, clock
 from .origin_address import OriginPlace
 from .place import Place
@@ -88,7 +88,7 @@ class Scoreboard:
     def wanted_copy(self, rate: Optional[int]) -> None:
         self._map[_COPY_WANTED] = 0
         if rate is not None:
-            _COPY_RATE.pack_into(self._map, _COPY_RATE_AT, rate)
+            put(self._map, _COPY_RATE_AT, _COPY_RATE, rate)
             self._map[_COPY_WANTED] = 1
 
     @property
@@ -112,7 +112,7 @@ class Scoreboard:
 
     def note_checkpoint(self) -> None:
         _, count = _CHECKPOINTS.unpack_from(self._map, _CHECKPOINTS_AT)
-        _CHECKPOINTS.pack_into(self._map, _CHECKPOINTS_AT, clock(), count + 1)
+        put(self._map, _CHECKPOINTS_AT, _CHECKPOINTS, clock(), count + 1)
 
     def checkpoints(self) -> tuple[int, Optional[float]]:
         """How many there were, and when the last one was (as of `clock`)."""

@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional, Tuple
 
 from ..system.file_locks import RangeLocks
 from .gate import Gate
-from .layout import HEAD, SNAPSHOT
+from .layout import HEAD, SNAPSHOT, put
 
 _AT, _FORM = HEAD.at["snapshot"], HEAD.form["snapshot"]
 _FILES_AT, _FILES = HEAD.at["snapshot_files"], HEAD.form["snapshot_files"]
@@ -48,13 +48,13 @@ class Snapshots:
 
     def begin(self, place: SnapshotPlace) -> None:
         """From now on old blocks are kept; the gate is closed, and this process has the lock `SNAPSHOT`."""
-        _FILES.pack_into(self._map, _FILES_AT, place.namespace, *place.files)
-        _FORM.pack_into(self._map, _AT, place.pid, place.output, place.bitmap)
+        put(self._map, _FILES_AT, _FILES, place.namespace, *place.files)
+        put(self._map, _AT, _FORM, place.pid, place.output, place.bitmap)
         self._gate.note_change()
 
     def end(self) -> None:
         if self.current:
-            _FORM.pack_into(self._map, _AT, 0, 0, 0)
+            put(self._map, _AT, _FORM, 0, 0, 0)
             self._gate.note_change()
 
     def end_dead(self) -> bool:

@@ -169,8 +169,9 @@ class Service(NamedTuple):
         session.thaw(frozen)
         pause = monotonic() - frozen.frozen_at
         came.tell(pause)
-        log.info("%s: goes on, process %d had it before; pause %.1f ms", connection.peer, came.arrival.pid, pause * 1e3)
-        self._recognise(connection, disk, role)
+        connection.identity = frozen.identity
+        known, before = self._recognise(connection, disk, role), came.arrival.pid
+        log.info("%s: goes on%s, process %d had it before; pause %.1f ms", connection.peer, known, before, pause * 1e3)
         self._run(session, connection, departure)
 
     def _run(self, session: Session, connection: Connection, departure: Departure) -> None:

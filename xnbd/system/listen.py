@@ -160,12 +160,14 @@ class UnixSocket:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the file, in the process that made it, unless a successor's is there by now.
+        """Remove the file, in the process that made it, unless a successor's is there by now, and only once.
 
-        It stays if this process has not the right to: it has given root's rights up.
+        A successor's may have the same inode number. The file stays if this process has not the right to
+        remove it: it has given root's rights up.
         """
         if os.getpid() != self._owner:
             return
+        self._owner = 0
         with _neighbours_waiting(self._path, _LEAVING_TIME), suppress(FileNotFoundError, PermissionError):
             found = os.lstat(self._path)
             if (found.st_dev, found.st_ino) == self._made:

@@ -143,6 +143,7 @@ class Client(NamedTuple):
         image = switched.image_path if switched else ""
         send_report(self.reports, ClientReport(os.getpid(), connection.peer, name, image, stays=self.servers.stays))
         self.database.close()
+        self.exchange.offers.close()
         return self.servers.become(connection, export, agreement, self.exchange.passage(name, export, self.reports))
 
     def _negotiate(self, connection: Connection, exports: Callable[[Identity], Exports]) -> Optional[Agreement]:

@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any, Callable, Dict, List, Mapping, Optional, Set
 
 from ..logs import log
+from ..server.endings import reason_of
 from ..server.lobby import Guest, Lobby
 from ..system.kept import Kept
 from ..system.listen import Listeners
@@ -219,17 +220,9 @@ class Clients:
         stopped = status in (-signal.SIGTERM, -signal.SIGINT)  # by Ctrl-C to all processes, or an operator
         if not status or stopped or not self._listeners.sockets:  # without them the wrapper is ending
             return
-        reason = f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
+        reason = reason_of(status)
         if report is None:
             log.error("process %d died while it negotiated: %s", pid, reason)
         else:
             self.on_death(report.export)
             log.error("server %d of export %r for client %s died: %s", pid, report.export, report.peer, reason)
-
-
-def _signal_name(number: int) -> str:
-    """The name of a signal; those of real time have none."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

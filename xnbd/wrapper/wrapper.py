@@ -287,7 +287,7 @@ class Wrapper:
         self._steering.interrupt()
         self._metrics.stop()
         if not orphan:
-            self._children.signal(signal.SIGTERM, self._clients.pids())
+            self._children.signal(signal.SIGTERM, [*self._clients.pids(), *self._movers.spares])
 
     def _left(self, ending: _Ending) -> List[int]:
         """The children whose end is waited for."""

@@ -12,6 +12,7 @@ import os
 import struct
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from ...access.identity import Identity
 from ...protocol.server_handshake import Agreement, Export
 from ...scoreboard.counters import Counts
 from ...scoreboard.place import Visit
@@ -52,12 +53,13 @@ class FrozenRequest(NamedTuple):
 
 
 class FrozenSession(NamedTuple):
-    """The session of the client *peer*, as it was at *frozen_at* (monotonic seconds).
+    """The session of the client *peer*, who is *identity*, as it was at *frozen_at* (monotonic seconds).
 
     Its *requests* wait, the bytes *received* have come after these, and the *replies* are still to be sent.
     """
 
     peer: str
+    identity: Identity
     agreement: Agreement
     visit: Visit
     frozen_at: float
@@ -74,7 +76,9 @@ class Sections(NamedTuple):
     replies: int
 
 
-def pack_letter(peer: str, agreement: Agreement, visit: Visit, frozen_at: float, sections: Sections) -> bytes:
+def pack_letter(
+    peer: str, identity: Identity, agreement: Agreement, visit: Visit, frozen_at: float, sections: Sections
+) -> bytes:
     """What goes with the file."""
     import json
 
@@ -84,6 +88,7 @@ def pack_letter(peer: str, agreement: Agreement, visit: Visit, frozen_at: float,
     letter = {
         "format": VERSION,
         "peer": peer,
+        "identity": identity.names,
         "agreement": agreed,
         "since": visit.since,
         "counters": visit.counts.by_name(),
@@ -105,6 +110,7 @@ def parse_session(letter: bytes, fd: int) -> FrozenSession:
         requests, received, replies = _read_sections(fd, sections)
         return FrozenSession(
             str(fields["peer"]),
+            _identity(fields["identity"]),
             _agreement(fields["agreement"]),
             Visit(float(fields["since"]), Counts.named(fields["counters"])),
             float(fields["frozen_at"]),
@@ -132,6 +138,12 @@ def _read_whole(fd: int, length: int, at: int) -> bytes:
     if len(data) != length:
         raise ValueError("the session's file is too short")
     return data
+
+
+def _identity(names: Any) -> Identity:
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(names)
+    return Identity(tuple(names))
 
 
 def _agreement(fields: Dict[str, Any]) -> Agreement:

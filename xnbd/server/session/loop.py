@@ -181,7 +181,9 @@ class Session:
             with open(fd, "wb", closefd=False) as file:
                 file.writelines((frozen.MAGIC, requests, received))
             sections = frozen.Sections(len(requests), len(received), self._replies.copy_to(fd))
-        return frozen.pack_letter(self._connection.peer, self._agreement, disk.place.visit, frozen_at, sections), fd
+        client = self._connection
+        visit = disk.place.visit
+        return frozen.pack_letter(client.peer, client.identity, self._agreement, visit, frozen_at, sections), fd
 
     def thaw(self, session: frozen.FrozenSession) -> None:
         """Go on from what another process has frozen; raises like `run`, before which it is to be called."""

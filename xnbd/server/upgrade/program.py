@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
@@ -66,7 +67,14 @@ class Program(NamedTuple):
 
 
 def _refuse_unusable(path: str) -> None:
-    if not os.path.isfile(path):
+    try:
+        is_file = stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_file = False
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CommandError(f"the server cannot look at the program {path}: {why}") from error
+    if not is_file:
         raise CommandError(f"there is no program {path}: install it, or name another one with --program")
 
 

@@ -51,6 +51,9 @@ class Arrival:
     def _end(self) -> None:
         moves, clients = self._moves, self._movers.clients
         reasons = Counter(moves.staying[pid] for pid in moves.staying if pid in clients)
+        negotiating = len([pid for pid in self._movers.dismissed if pid not in clients])
+        if negotiating:
+            reasons["negotiating"] += negotiating
         if moves.remaining:
             reasons["no process for them"] += moves.remaining
         pause = None if moves.longest_pause is None else 1000 * moves.longest_pause

@@ -15,6 +15,7 @@ from typing import Callable, Collection, List, Mapping, NamedTuple, Optional, Se
 
 from ...errors import ConfigurationError
 from ...logs import log
+from ...server.endings import reason_of
 from ...server.handover.arrival import refuse_offer, take_offer
 from ...server.handover.letters import Letter, parse_offer, unfold
 from ...server.process_loop import ProcessLoop, Stop
@@ -74,6 +75,7 @@ class Mover(NamedTuple):
             log.warning("an offer of a client makes no sense, and is left alone: %r", error)
             refuse_offer(offer, str(error))
             return 1
+        self.exchange.offers.close()
         channel = Letter(offer.data, offer.fds[:1])
         return receive(export, channel, kit, loop, self.exchange.passage(name, export, self.reports))
 
@@ -151,7 +153,7 @@ class Movers:
             self.unproven.discard(pid)
             if status:
                 self._retry_at = monotonic() + _RETRY
-                log.error("process %d, which waited for a client to move, died: %s", pid, status)
+                log.error("process %d, which waited for a client to move, died: %s", pid, reason_of(status))
         else:
             self._clients.on_end(pid, status)
 

@@ -65,11 +65,15 @@ class Upgrades:
         order = self._order = Order(request, self._program, estate, number, self._answer.update, listeners)
         pid = order.check_pid
         assert pid is not None
-        self._children.adopt(pid, lambda status: order.bury(pid, status))
+        self._children.adopt(pid, lambda status: self._on_checked(order, pid, status))
         while not self._answer:
             self._check_stop()
             yield None
         yield self._answer
+
+    def _on_checked(self, order: Order, pid: int, status: int) -> None:
+        if self._order is order:
+            order.bury(pid, status)
 
     def go_on(self) -> Reply:
         """The command, which the program before has begun."""
