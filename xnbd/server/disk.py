@@ -29,7 +29,7 @@ from ..logs import log
 from ..scoreboard.layout import SNAPSHOT, TARGET
 from ..scoreboard.scoreboard import Scoreboard
 from ..scoreboard.tally import Tally
-from ..storage.image import Background, Image, Source
+from ..storage.image import Image, Source
 from ..storage.snapshot import Keeper, KeepingImage
 from ..storage.target import reopen
 from ..system.file_locks import do_nothing
@@ -52,7 +52,7 @@ class Disk(Companion):
         self._returns = 0
         self._on_renewed: Callable[[], None] = do_nothing
         self._inside = False
-        self._at_work: Optional[Background] = None
+        self.at_work = False
         self.generation = 0
         self.scoreboard = Scoreboard(reopen(scoreboard_fd, readonly=False))
         self.place = self.scoreboard.take_place(tally)
@@ -161,8 +161,8 @@ class Disk(Companion):
 
     def progress(self) -> bool:
         """Let the image's background work, inside the gate; True if it has results, or the disk is another one."""
-        background, self._at_work = self.image.background, None
-        if self.outdated:
+        background, self.at_work = self.image.background, False
+        if self.place.changes != self.changes:
             if isinstance(self.image, KeepingImage):
                 self.image.let_go()
             return True
@@ -177,14 +177,16 @@ class Disk(Companion):
             self.place.tell()
         finally:
             self.place.leave()
-        self._at_work = background
+        self.at_work = True
         return bool(background.finished)
 
     def interests(self) -> Interests:
-        return () if self._at_work is None else self._at_work.interests()
+        background = self.image.background
+        return () if background is None else background.interests()
 
     def deadline(self) -> Optional[float]:
-        return None if self._at_work is None else self._at_work.deadline()
+        background = self.image.background
+        return None if background is None else background.deadline()
 
     # A client
 

@@ -19,7 +19,7 @@ import select
 import signal
 from abc import ABC, abstractmethod
 from time import monotonic
-from typing import Callable, Container, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 from ..system.forking import HAND_OVER
 from ..system.polling import poll_patiently
@@ -59,6 +59,9 @@ class Companion(ABC):
     @abstractmethod
     def deadline(self) -> Optional[float]:
         """When `progress` wants to be called in any case, in monotonic seconds."""
+
+    at_work = True
+    """Whether `interests` and `deadline` say anything; not to ask them makes a short sleep cheaper."""
 
 
 class ProcessLoop:
@@ -166,7 +169,7 @@ class ProcessLoop:
         for fd, events in (*self._own_interests(), *interests):
             poll.register(fd, events)
         until = None if timeout is None else monotonic() + timeout
-        self._attend({fd for fd, _ in poll_patiently(poll, self._milliseconds(until))})
+        self._attend(poll_patiently(poll, self._milliseconds(until)))
 
     def pause(self, seconds: float) -> None:
         """Sleep; raises `Stop` like `wait`."""
@@ -176,21 +179,22 @@ class ProcessLoop:
         self, fds: Sequence[int], events: int, until: Optional[float], mid_message: bool, results: bool, calls: bool
     ) -> bool:
         companion = self.companion
-        interests: Interests = ()
-        wake_at = until
         while True:
-            self.check(mid_message=mid_message)
+            if self.stopping:  # the master's death is seen by the poll
+                self.check(mid_message=mid_message)
             if calls and self.called:
                 return False
-            if companion is not None:
-                if companion.progress() and results:
-                    return False
-                interests = companion.interests()
+            if companion is not None and companion.progress() and results:
+                return False
+            if companion is not None and companion.at_work:
+                poll = self._poll_beside(fds, events, companion.interests())
                 wake_at = _earlier(until, companion.deadline())
-            poll = self._poll_beside(fds, events, interests) if interests else self._plain_poll(fds, events)
-            ready = {fd for fd, _ in poll_patiently(poll, self._milliseconds(wake_at))}
-            self._attend(ready)
-            if not ready.isdisjoint(fds):
+            else:
+                poll, wake_at = self._polls.get((fds, events)) or self._new_poll(fds, events), until
+            ready = poll_patiently(poll, self._milliseconds(wake_at))
+            if len(ready) == 1 and ready[0][0] in fds:
+                return True
+            if self._attend(ready, fds):
                 return True
             if results and self._woken:
                 self._woken = False
@@ -198,15 +202,13 @@ class ProcessLoop:
             if until is not None and monotonic() >= until:
                 return False
 
-    def _plain_poll(self, fds: Sequence[int], events: int) -> select.poll:
+    def _new_poll(self, fds: Sequence[int], events: int) -> select.poll:
         """Polls for these *events*, and for what every sleep ends by: made once for each of the few there are."""
-        poll = self._polls.get((fds, events))
-        if poll is None:
-            if len(self._polls) >= _POLLS:
-                self._polls.clear()
-            poll = self._polls[fds, events] = select.poll()
-            for fd, wanted in (*self._own_interests(), *((fd, events) for fd in fds)):
-                poll.register(fd, wanted)
+        if len(self._polls) >= _POLLS:
+            self._polls.clear()
+        poll = self._polls[fds, events] = select.poll()
+        for fd, wanted in (*self._own_interests(), *((fd, events) for fd in fds)):
+            poll.register(fd, wanted)
         return poll
 
     def _poll_beside(self, fds: Sequence[int], events: int, interests: Interests) -> select.poll:
@@ -227,14 +229,21 @@ class ProcessLoop:
         if self._heeded is not None:
             yield self._heeded, select.POLLIN
 
-    def _attend(self, ready: Container[int]) -> None:
-        if self._wake in ready:
-            os.read(self._wake, 4096)
-        if self.lifeline in ready:
-            raise Stop("the master is gone")
-        if self._heeded in ready or (self._call_at is not None and monotonic() >= self._call_at):
+    def _attend(self, ready: Sequence[Tuple[int, int]], fds: Sequence[int] = ()) -> bool:
+        """Attend to what is *ready*; whether one of *fds* is."""
+        found, heeded = False, self._heeded
+        called = self._call_at is not None and monotonic() >= self._call_at
+        for fd, _ in ready:
+            if fd == self._wake:
+                os.read(fd, 4096)
+            elif fd == self.lifeline:
+                raise Stop("the master is gone")
+            called = called or fd == heeded
+            found = found or fd in fds
+        if called:
             self.heed(None)
             self.called = True
+        return found
 
     def _milliseconds(self, until: Optional[float]) -> Optional[float]:
         if self.stopping:

@@ -121,12 +121,14 @@ class Image(ABC):
 
     ``flat`` is a view of the whole disk if all of it lies in one mapping: readers
     then slice it themselves, which is the fastest way there is. Else it is None,
-    and `read` finds the pieces.
+    and `read` finds the pieces. ``flat_fd`` is the same for writers: the file that is
+    the disk, byte for byte, or None if `write` has to find the places.
     """
 
     size: int
     readonly: bool
     flat: Optional[memoryview] = None
+    flat_fd: Optional[int] = None
     background: Optional[Background] = None
     """What brings blocks that are not local; without it no method raises `NotLocal`."""
 

@@ -196,7 +196,7 @@ class TargetImage(Image):
     """The disk of *size* bytes behind the descriptor *fd*, which this object owns from now on, and *sync* syncs."""
 
     def __init__(self, fd: int, size: int, *, readonly: bool, sync: Sync = os.fdatasync) -> None:
-        self.fd = fd
+        self.fd = self.flat_fd = fd
         self._sync = sync
         self.size = size
         self.readonly = readonly

@@ -10,7 +10,7 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 from .caching import CacheAll, Cold, ColdLatency, FetchedShare, HitLatency, Warmed
 from .flavours import FLAVOURS, ORIGIN_SIZE
 from .footprint import IdleCpu, WorkerMemory
-from .load import KIB, MIB, Beside, Crowded, Filled, Fio, FirstRead, Load
+from .load import KIB, MIB, Beside, Crowded, Filled, Fio, FirstRead, FirstSecond, Load
 from .results import LIMIT, Goal, Panel, Unit, at_least, at_most, ratio
 from .snapshots import Writes, take_qemu, take_xnbd
 from .startup import InetdTime, VersionTime
@@ -20,6 +20,9 @@ PEERS = ["nbdkit", "qemu-nbd", "nbd-server"]
 COW_PEERS = ["nbdkit-cow", "qemu-nbd -s"]
 PROXY_PEERS = ["nbdkit-cache", "qemu-nbd-cor"]
 TLS_PEERS = ["nbdkit --tls", "qemu-nbd --tls"]
+
+_LARGE = ["xnbd-large", "nbdkit-large", "qemu-nbd-large"]
+_LARGE_LIMIT = f"{LIMIT}-large"
 
 _BARE = "bare origin"
 
@@ -184,6 +187,15 @@ MEASUREMENTS: List[Measurement] = [
     large("read-256k", "read 256 KiB, 4 in flight", ratio(1.2), "read", 256 * KIB),
     large("read-1m", "read 1 MiB, 4 in flight", ratio(1.2), "read", 1 * MIB),
     large("write-256k", "write 256 KiB, 4 in flight", ratio(1.0), "write", 256 * KIB),
+    Measurement(
+        "first-second",
+        "64 GiB, first second of random reads, 16 in flight",
+        "iops",
+        ratio(1.0),
+        {name: Contender(name, FirstSecond(Load(depth=16))) for name in (*_LARGE, _LARGE_LIMIT)},
+        most_rounds=5,
+        references=(_LARGE_LIMIT,),
+    ),
     Measurement("first-read", "connect to first read", "ms", at_most(1.5), compare(FirstRead()), most_rounds=5),
     copied("cow-read", "cow, untouched random read, 16 in flight", Load(depth=16), others=["xnbd-new", *COW_PEERS]),
     copied(

@@ -16,9 +16,12 @@ from ...errors import Disconnected, ProtocolError
 from ...system.sockets import set_socket_options
 from ..process_loop import ProcessLoop, Stop
 from .spin import Spin
-from .transport import Buffers, PlainTransport, Transport
+from .transport import PlainTransport, Transport
 
 _LINGER = 1.0
+
+_AT_ONCE = 1e-5
+"""Seconds of a wait that was none: the next request was there already."""
 
 LONGEST_SPIN = 0.01
 """Seconds: a worker polls inside the gate, and who closes that waits for it."""
@@ -37,8 +40,7 @@ class Connection:
         self.identity: Identity = identity_of_peer(sock)
         self.encryption = ""  # how its bytes are encrypted, in words; empty if they are not
         self.loop = loop
-        self.waits = 0  # how often the client did not take what was to be sent at once
-        self._waited = False
+        self._late = False  # the last message was not there yet when it was looked for
         self._spin = Spin(spin)
         self.use(PlainTransport(sock))
 
@@ -56,7 +58,7 @@ class Connection:
         ready = select.poll()
         ready.register(transport.fileno(), select.POLLIN)
         self._ready: Callable[[int], object] = ready.poll
-        pending = transport.pending
+        pending = self._pending = transport.pending
         if pending is not None:  # a function of its own, so that those that need none do not pay for it
             self._ready = lambda timeout: pending() or ready.poll(timeout)
 
@@ -65,37 +67,28 @@ class Connection:
 
         Between messages: raises `Stop` as soon as the worker is to leave.
         """
-        receive_into, poll, spin = self._receive_into, self._ready, self._spin
-        if (
-            not self._waited
-        ):  # else it comes later than this most likely, and to look costs less than to receive nothing
+        receive_into, spin = self._receive_into, self._spin
+        if not self._late or (self._pending is not None and self._pending()):
+            try:
+                return receive_into(view)
+            except BlockingIOError:  # which costs more than to look first
+                self._late = True
+        while self.soon():
             try:
                 return receive_into(view)
             except BlockingIOError:
-                self._waited = True
-        elif poll(0):
-            self._waited = False
+                pass  # a part of what the transport needs
         began = monotonic()
-        until = began + spin.seconds
-        while True:
-            if poll(0):
-                try:
-                    received = receive_into(view)
-                except BlockingIOError:
-                    continue
-                spin.hit()
-                return received
-            if monotonic() >= until:
-                break
-        while True:
-            if not self.loop.wait(self._fds, select.POLLIN, results=True, calls=True):
-                return None
+        while self.loop.wait(self._fds, select.POLLIN, results=True, calls=True):
             try:
                 received = receive_into(view)
             except BlockingIOError:
                 continue
-            spin.missed(monotonic() - began)
+            waited = monotonic() - began
+            spin.missed(waited)
+            self._late = waited > _AT_ONCE
             return received
+        return None
 
     def receive_now(self, view: memoryview) -> Optional[int]:
         """Receive what is there: the number of bytes, 0 at the end, None if there is nothing yet."""
@@ -106,12 +99,18 @@ class Connection:
 
     def soon(self) -> bool:
         """Poll for more requests as long as that has paid; whether some are there."""
-        until = monotonic() + self._spin.seconds
-        while monotonic() < until:
-            if self._ready(0):
-                self._spin.hit()
-                return True
-        return False
+        if not self._spin.seconds:
+            return False
+        ready, until = self._ready, 0.0
+        while not ready(0):
+            now = monotonic()
+            if not until:
+                until = now + self._spin.seconds
+            if now >= until:
+                return False
+        self._late = until > 0
+        self._spin.hit()
+        return True
 
     def wait_beside(self, events: int, timeout: Optional[float]) -> bool:
         """Sleep until the client shows *events*; False if the background has results before, or somebody calls.
@@ -187,26 +186,12 @@ class Connection:
         if remaining <= 0 or not self.loop.wait(self._fds, events, remaining):
             raise ProtocolError("handshake took too long")
 
-    def send_some(self, buffers: Buffers, *, wait: bool = True) -> int:
-        """Send the beginning of *buffers*, at most IOV_MAX of them: the number of bytes.
-
-        Raises `OSError` (EFAULT) if the next byte lies in memory that cannot be
-        read, or `BlockingIOError` if the client takes nothing now, without *wait* or
-        when somebody calls, and `Stop` if it does not take it in time once the worker
-        is to leave.
-        """
-        while True:
-            try:
-                return self._send(buffers)
-            except BlockingIOError:
-                self.waits += wait
-                if not wait or self.loop.called:
-                    raise
-                self.loop.wait(self._fds, select.POLLOUT, mid_message=True, calls=True)
-
     def wait_for_room(self) -> None:
-        """Sleep until the client takes more, whoever calls. Raises `Stop` like `send_some`."""
-        self.loop.wait(self._fds, select.POLLOUT, mid_message=True)
+        """Sleep until the client takes more, or somebody calls who has not yet.
+
+        Raises `Stop` if it does not take it in time once the worker is to leave.
+        """
+        self.loop.wait(self._fds, select.POLLOUT, mid_message=True, calls=not self.loop.called)
 
     def linger(self) -> None:
         """Part without loss: a close with unread bytes would take back replies that are on their way."""

@@ -33,13 +33,16 @@ from ..handover import frozen
 from ..handover.departure import Departure
 from .commands import MAXIMUM_REQUEST, Commands
 from .connection import Connection
+from .first_touch import FirstTouch, Reader
 from .holes import HOLE_MINIMUM
+from .page_prefetch import QUICK
 from .parked import Parked
 from .parking import ParkedRequest, Parking, QueueLimits
-from .receive_buffer import BUFFER_SIZE, ReceiveBuffer
+from .receive_buffer import ReceiveBuffer
 from .replies import MAXIMUM_PIECES, Replies
 from .timing import Timing
-from .writes import Writes
+from .write_runs import WriteRuns
+from .writes import STREAM_FROM, Writes
 
 _BATCH = 4096
 """Requests answered in one go: many enough to cost little each, few enough to keep their replies in memory."""
@@ -82,6 +85,8 @@ class Session:
         self._format = reply_format(structured=agreement.structured)
         self._receive_buffer = ReceiveBuffer(connection)
         self._replies = Replies(connection, self._format)
+        self._first_touch = FirstTouch(disk.image, self._counts[REQUESTS])
+        self._write_runs = WriteRuns(self._receive_buffer, self._replies)
         tally = disk.place.tally
         self._timing = None if tally is None else Timing(tally)
         self._parking = Parking(self._replies.pieces, limits, ordered=agreement.ordered)
@@ -137,16 +142,14 @@ class Session:
     def _receive(self) -> Optional[int]:
         """Receive more, or go on with what waits: the number of bytes, 0 once the client has left, None for none."""
         connection, receive_buffer = self._connection, self._receive_buffer
-        if receive_buffer.start > BUFFER_SIZE // 2:
-            receive_buffer.move_to_front()
         background = self._disk.image.background
         received: Optional[int]
         if background is not None and background.busy:
-            received = self._parked.receive(receive_buffer.view[receive_buffer.end :])
+            received = self._parked.receive(receive_buffer.room())
         elif not receive_buffer.end:
             received = connection.receive(receive_buffer.view)
         else:
-            received = connection.receive_more(receive_buffer.view[receive_buffer.end :])
+            received = connection.receive_more(receive_buffer.room())
         receive_buffer.end += received or 0
         return received
 
@@ -228,7 +231,7 @@ class Session:
         Goes on with what comes next while it is plain reads and writes, of a disk that
         stays as it is: what is bound here once would cost as much as a request.
         """
-        disk, receive_buffer, connection, parking = self._disk, self._receive_buffer, self._connection, self._parking
+        disk, receive_buffer, parking = self._disk, self._receive_buffer, self._parking
         place = disk.place
         disk.enter()
         commands, image = self._commands, disk.image
@@ -243,33 +246,50 @@ class Session:
         data_header = self._format.data_header if self._format.chunked else None
         longest_read = HOLE_MINIMUM - 1 if data_header else MAXIMUM_REQUEST
         pieces, counts, send = self._replies.pieces, self._counts, self._replies.send
-        append, extend = pieces.append, pieces.extend
+        append, extend, write_run = pieces.append, pieces.extend, self._write_runs.do
+        read: Reader
+        receive, pwrite, flat_fd = self._connection.receive, os.pwrite, image.flat_fd
         size, read, write, readable_now, changes = image.size, image.read, image.write, image.readable, disk.changes
-        batches, plain, complete, timing = 0, True, True, self._timing
+        first_touch = self._first_touch
+        if counts[REQUESTS] >= first_touch.due:
+            first_touch.look(image, counts[REQUESTS])
+        copied = first_touch.active
+        if copied:
+            read = first_touch.reader(image)
+        batches, plain, timing = 0, True, self._timing
         while True:
             if timing is not None:
                 timing.arrived = monotonic()
             noted = wrote = 0  # requests that are in nobody's sum any more, or in another one; WRITEs
-            readable, flat = min(readable_now(), size), image.flat
+            readable, complete = readable_now(), True
+            if readable > size:
+                readable = size
             writable = readable if commands.writable else -1
             announce = page_prefetch.announce if page_prefetch.active else None
-            position, end, read_first = receive_buffer.start, receive_buffer.end, 0
-            if end - position >= several and flat is not None and not announce and not parking.blocked:
-                # Most batches are nothing but reads of what is here, which need not be looked at one by one.
-                total, first = 0, len(pieces)
-                usable = min((end - position) // header_size, _BATCH) * header_size
-                for word, cookie, offset, length in unpack_requests(view[position : position + usable]):
-                    stop = offset + length
-                    if word != _READ or stop > readable or not 0 < length <= longest_read:
-                        break
-                    append(data_header(cookie, offset, length) if data_header else ok_prefix + cookie)
-                    append(flat[offset:stop])
-                    total += length
-                read_first = (len(pieces) - first) >> 1
-                position += read_first * header_size
-                counts[BYTES_READ] += total
-            done = read_first
-            for done in range(read_first + 1, _BATCH + 1):
+            flat = None if copied and not announce else image.flat
+            position, end, run = receive_buffer.start, receive_buffer.end, 0
+            if end - position >= several and not parking.blocked:
+                if flat is not None and not announce:
+                    # Most batches are nothing but reads of what is here, which need not be looked at one by one.
+                    total, first = 0, len(pieces)
+                    usable = min((end - position) // header_size, _BATCH) * header_size
+                    for word, cookie, offset, length in unpack_requests(view[position : position + usable]):
+                        stop = offset + length
+                        if word != _READ or stop > readable or not 0 < length <= longest_read:
+                            break
+                        append(data_header(cookie, offset, length) if data_header else ok_prefix + cookie)
+                        append(flat[offset:stop])
+                        total += length
+                    run = (len(pieces) - first) >> 1
+                    position += run * header_size
+                    counts[BYTES_READ] += total
+                if not run and flat_fd is not None:
+                    run, total = write_run(position, end, flat_fd, writable)
+                    wrote = run
+                    position += run * header_size + total
+                    counts[BYTES_WRITTEN] += total
+            done = run
+            for done in range(run + 1, _BATCH + 1):
                 if end - position < header_size:
                     done -= 1
                     break
@@ -293,6 +313,7 @@ class Session:
                         )
                         noted += 1
                         if parking.full:
+                            plain = False
                             break
                         continue
                     except OSError as error:
@@ -302,18 +323,18 @@ class Session:
                     extend(data)
                     counts[BYTES_READ] += length
                     if len(data) > 1 and len(pieces) > MAXIMUM_PIECES:
+                        plain = False
                         break
-                elif (
-                    word == _WRITE
-                    and stop <= writable
-                    and position + header_size + length <= end
-                    and not parking.blocked
-                ):
+                elif word == _WRITE and stop <= writable and length < STREAM_FROM and not parking.blocked:
                     payload = position + header_size
+                    if payload + length > end:
+                        done, complete = done - 1, False
+                        break
                     position = payload + length
                     wrote += 1
                     try:
-                        write(offset, view[payload:position])
+                        if flat_fd is None or pwrite(flat_fd, view[payload:position], offset) != length:
+                            write(offset, view[payload:position])
                     except NotLocal as missing:
                         left = [(offset, bytes(view[payload:position]))]
                         again = partial(self._writes.finish, 0, cookie, None, left)
@@ -323,6 +344,7 @@ class Session:
                         )
                         noted, wrote = noted + 1, wrote - 1
                         if parking.full:
+                            plain = False
                             break
                     except OSError as error:
                         commands.refuse(c.CMD_WRITE, cookie, error, pieces, (offset, length))
@@ -348,24 +370,30 @@ class Session:
             if position == end:
                 receive_buffer.start = receive_buffer.end = 0
             if pieces:
-                began, waits, count = monotonic(), connection.waits, len(pieces)
+                began, count = monotonic(), len(pieces)
+                length = send()
+                began, count = monotonic(), len(pieces)
                 length = send()
                 now = monotonic()
+                seconds = now - began
                 if timing is not None:
                     timing.depart(done - noted - wrote, wrote, now)
-                if connection.waits == waits:  # else it was the client that took its time
-                    commands.page_prefetch.sent(count, length, now - began)
-                elif pieces:
+                if seconds > QUICK or announce:
+                    commands.page_prefetch.sent(count, length, seconds)
+                if pieces:
                     plain = False  # somebody calls
             batches += 1
-            if not plain or position != end or batches == _ROUNDS or (background is not None and background.busy):
+            if not plain or batches == _ROUNDS or (background is not None and background.busy):
                 place.tell()
                 return complete and end - position >= header_size and not parking.full
-            received = connection.receive(view)
+            if position == end:
+                received = receive(view)
+                receive_buffer.end = received or 0
+            else:
+                received = self._receive()
             if not received:
                 self._left = received == 0
                 return not self._left  # woken: the disk may be another one
-            receive_buffer.end = received
             if place.disturbed(changes):
                 return True
 

@@ -25,6 +25,12 @@ class ReceiveBuffer:
         self.view = memoryview(self.buffer)
         self.start = self.end = 0
 
+    def room(self) -> memoryview:
+        """Where what comes next belongs."""
+        if self.start > BUFFER_SIZE // 2:
+            self.move_to_front()
+        return self.view[self.end :]
+
     def move_to_front(self) -> None:
         """Make room for more behind what is left."""
         rest = self.end - self.start

@@ -36,8 +36,8 @@ class Replies:
     def __init__(self, connection: Connection, reply_format: ReplyFormat) -> None:
         self.pieces: List[Piece] = []
         self._format = reply_format
-        self._send_some = connection.send_some
-        self._wait_for_room = connection.wait_for_room
+        self._connection = connection
+        self._send_now = connection.transport.send
         self._copy: Optional[mmap.mmap] = None
         self.on_unreadable: Callable[[], None] = do_nothing
         """Hears of each reply that has become an error."""
@@ -53,11 +53,11 @@ class Replies:
         while pieces:
             group = pieces if len(pieces) <= _IOV_MAX else pieces[:_IOV_MAX]
             try:
-                sent = self._send_some(group, wait=wait)
+                sent = self._send_now(group)
             except BlockingIOError:
-                if not wait or self._detach():
+                if not wait or (self._connection.loop.called and self._detach()):
                     break
-                self._wait_for_room()
+                self._connection.wait_for_room()
                 continue
             except OSError as error:
                 if error.errno != errno.EFAULT:

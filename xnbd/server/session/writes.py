@@ -24,7 +24,7 @@ from .parking import Where
 from .receive_buffer import BUFFER_SIZE, ReceiveBuffer
 from .replies import Piece
 
-_STREAM_FROM = BUFFER_SIZE // 2 - REQUEST.size
+STREAM_FROM = BUFFER_SIZE // 2 - REQUEST.size
 """Payloads from this size on go to the image as they arrive instead of being collected first."""
 
 _BUFFERED = 8 << 20
@@ -57,7 +57,7 @@ class Writes:
             refusal = error
         payload = receive_buffer.start + REQUEST.size
         if payload + length > receive_buffer.end:
-            if length < _STREAM_FROM:
+            if length < STREAM_FROM:
                 return False
             self._parked.send_first()
         receive_buffer.start = payload
