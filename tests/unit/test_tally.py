@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Iterator
 
 import pytest
+from server_process import ROOT
 
 from xnbd.scoreboard.counters import BYTES_READ, new_counts
 from xnbd.scoreboard.tally import (
     BOUNDS,
     COMMANDS,
     ERRORS,
+    PLACES,
     ROWS,
     Sums,
     Tally,
@@ -160,3 +163,9 @@ def test_what_is_no_tally_is_refused(tmp_path: Path) -> None:
 def test_every_row_says_what_it_means() -> None:
     assert all(row.meaning for row in ROWS)
     assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+def test_the_documents_have_the_rows() -> None:
+    rows = [(str(8 * PLACES[row.name]), row.name, str(row.places), row.meaning) for row in ROWS]
+    text = re.sub(r" +", " ", (ROOT / "contrib/doc/protocols.rst").read_text())
+    assert [row for row in rows if "\n" + " ".join(row) + "\n" not in text] == []
