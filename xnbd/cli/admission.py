@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Optional
 from ..access.rights import EVERYBODY, Access
 from ..errors import ConfigurationError
 from ..logs import log
+from ..making import file_mode
 from ..system.listen import DEFAULT_PORT, Listeners
-from .options import ListenOptions
+from .options import ListenOptions, MetricsOptions
 
 if TYPE_CHECKING:
     from ..server.session.handshake import Tls
@@ -21,6 +22,18 @@ def open_listeners(options: ListenOptions, listeners: Listeners) -> None:
         listeners.listen_tcp(options.addresses, DEFAULT_PORT if options.port is None else options.port)
     if options.unix_path:
         listeners.listen_unix(options.unix_path)
+
+
+def open_metrics(options: Optional[MetricsOptions]) -> Optional[Listeners]:
+    """Listen where metrics are to be asked for, if they are. Raises `ConfigurationError`."""
+    if options is None:
+        return None
+    listeners = Listeners("--metrics", "--metrics")
+    if options.unix_path is not None:
+        listeners.listen_unix(options.unix_path, file_mode())
+    else:
+        listeners.listen_tcp([options.address], options.port)
+    return listeners
 
 
 def open_access(rules_path: Optional[str]) -> Access:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import io
 import sys
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Union
 
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
@@ -46,25 +46,28 @@ class OwnServer(NamedTuple):
     readonly: bool = False
     log: LogOptions = LogOptions()
     queue_limits: QueueLimits = QueueLimits()
+    tally_fds: Sequence[int] = ()
 
     def take_over(
         self, export: StoredExport, connection: Connection, agreement: Agreement, passage: Optional[Passage]
     ) -> int:
         """Serve the client of *connection*, in this process; the exit status."""
-        return self._serve(export, Introduced(connection, agreement._replace(export=None, ordered=False), passage))
+        name = "" if agreement.export is None else agreement.export.name
+        introduced = Introduced(connection, agreement._replace(export=None, ordered=False), passage)
+        return self._serve(export, introduced, name)
 
     def receive(
         self, export: StoredExport, offer: Letter, kit: Mapping[str, Any], loop: ProcessLoop, passage: Passage
     ) -> int:
         """Serve the client that another process offers, in this process; the exit status. Raises `Stop`."""
-        return self._serve(export, Expected(offer, kit, loop, passage))
+        return self._serve(export, Expected(offer, kit, loop, passage), kit["name"])
 
-    def _serve(self, export: StoredExport, client: Union[Introduced, Expected]) -> int:
+    def _serve(self, export: StoredExport, client: Union[Introduced, Expected], name: str) -> int:
         from .serving import serve
 
         gc.set_threshold(GARBAGE_THRESHOLD)
         try:
-            options = self.options(export, client)
+            options = self.options(export, client)._replace(export_name=name, tally_fds=self.tally_fds)
             begin(server.PROGRAM, options.log, None, None)
             return serve(options, None)
         except (ConfigurationError, OSError, MemoryError) as error:

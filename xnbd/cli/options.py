@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .proxy_options import ProxyOptions
 
 
+LOOPBACK = "127.0.0.1"
+
+
 class LogOptions(NamedTuple):
     """Where log lines go, and which of them: those of at least *level*. Without *path* and *syslog*: standard error."""
 
@@ -41,6 +44,14 @@ class ListenOptions(NamedTuple):
 
     port: Optional[int] = None
     addresses: Sequence[str] = ()
+    unix_path: Optional[str] = None
+
+
+class MetricsOptions(NamedTuple):
+    """Where metrics are asked for: a TCP *address* and *port*, or a Unix socket at *unix_path*."""
+
+    address: str = ""
+    port: int = 0
     unix_path: Optional[str] = None
 
 
@@ -127,6 +138,8 @@ class ServerOptions(NamedTuple):
     limits_path: Optional[str] = None
     user: Optional[User] = None
     tls: Optional[TlsOptions] = None
+    metrics: Optional[MetricsOptions] = None
+    tally_fds: Sequence[int] = ()
 
 
 def whole_paths(line: CommandLine, names: Iterable[str]) -> Dict[str, str]:
@@ -154,6 +167,22 @@ def listen_options(line: CommandLine, unix_path: Optional[str] = None) -> Listen
     """Raises `ConfigurationError`."""
     port = line.integer("--lport", 0, 65535) if line.has("--lport") else None
     return ListenOptions(port, line.texts("--laddr"), unix_path)
+
+
+def metrics_options(line: CommandLine) -> Optional[MetricsOptions]:
+    """Raises `ConfigurationError`."""
+    if not line.has("--metrics"):
+        return None
+    text = line.needed("--metrics")
+    if "/" in text:
+        return MetricsOptions(unix_path=whole_path(text, "--metrics"))
+    address, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16) or (not address and ":" in text):
+        raise ConfigurationError(
+            f"--metrics {text}: expected a port, an address and a port as 0.0.0.0:9555, or a path with a slash in it",
+            USAGE_ERROR,
+        )
+    return MetricsOptions(address or LOOPBACK, int(port))
 
 
 def tls_options(line: CommandLine, directory: Optional[str]) -> Optional[TlsOptions]:

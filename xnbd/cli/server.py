@@ -129,6 +129,15 @@ Process options:
                         adapts by itself to a slower client, 0 never polls,
                         10000 at most [default: 150].
 
+Metrics options:
+  --metrics [ADDRESS:]PORT
+                        Answer HTTP there: figures for Prometheus at /metrics,
+                        what xnbd-bgctl --query tells at /status, as JSON.
+                        Without ADDRESS on this computer only; 0 picks a free
+                        port. What has a slash in it is the path of a Unix
+                        socket. Nobody has to prove who he is, and nothing is
+                        encrypted.
+
 Logging options:
   -L, --logpath FILE    Append to FILE. Without it: standard error, or syslog
                         with --daemonize or --inetd.

@@ -23,6 +23,7 @@ from .options import (
     TargetOptions,
     listen_options,
     log_options,
+    metrics_options,
     tls_options,
     user_option,
     whole_paths,
@@ -56,7 +57,9 @@ def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
     """
     _refuse_clashes(line)
     paths = whole_paths(line, _PATHS)
-    refuse_shared_files(paths)
+    metrics = metrics_options(line)
+    unix = {} if metrics is None or metrics.unix_path is None else {"--metrics": metrics.unix_path}
+    refuse_shared_files({**paths, **unix})
     log = _log_options(line, paths.get("--logpath"))
     user = user_option(line)
     begin(log, line.mode("--file-mode") if line.has("--file-mode") else None, user)
@@ -76,12 +79,13 @@ def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
         limits_path=paths.get("--limits"),
         user=user,
         tls=tls_options(line, paths.get("--tls")),
+        metrics=metrics,
     )
 
 
 def _refuse_clashes(line: CommandLine) -> None:
-    line.refuse_together("--inetd", ["--connected-fd", "--daemonize", "--pidfile", *_LISTENING])
-    line.refuse_together("--connected-fd", ["--daemonize", "--pidfile", *_LISTENING])
+    line.refuse_together("--inetd", ["--connected-fd", "--daemonize", "--pidfile", "--metrics", *_LISTENING])
+    line.refuse_together("--connected-fd", ["--daemonize", "--pidfile", "--metrics", *_LISTENING])
     line.refuse_together("--verbose", ["--quiet"])
     line.refuse_together("--clear-bitmap", ["--adopt-cache"])
     line.refuse_together("--control", ["--proxy", "--inetd", "--connected-fd"])

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Optional, 
 from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
 from ..logs import log
-from ..scoreboard.layout import create_scoreboard
+from ..scoreboard.layout import count_lines, create_scoreboard
 from ..scoreboard.scoreboard import Scoreboard
+from ..scoreboard.tally import create_tally
 from ..server.process_loop import ProcessLoop
 from ..server.service import Service
 from ..server.session.connection import Connection
@@ -29,7 +30,7 @@ from ..system.process import (
     take_client_socket,
 )
 from ..system.service_manager import ServiceManager
-from .admission import check_access, open_access, open_listeners
+from .admission import check_access, open_access, open_listeners, open_metrics
 from .encrypting import open_tls
 from .options import CowOptions, Expected, Introduced, ManyClients, OneClient, ServerOptions, TargetOptions
 
@@ -78,6 +79,7 @@ def service_of(
         configuration=configuration,
         spin=options.spin,
         control_path=options.control_path,
+        tally_fds=tuple(options.tally_fds),
     )
 
 
@@ -160,6 +162,9 @@ def _serve_many(options: ServerOptions, clients: ManyClients, words: Sequence[st
         load = loader(options, clients, listeners)
         service = _open_service(options, max(options.configuration.processes, _ROOM), alone=True)
         open_listeners(clients.listen, listeners)
+        premises.metrics = open_metrics(options.metrics)
+        if premises.metrics is not None:
+            service = service._replace(tally_fds=(create_tally(count_lines(service.scoreboard_fd)),))
         check_access(service.access, listeners, service.tls)
         beginning = _Beginning(daemon, _change_of_user(options, service))
         status = _run_master(service, premises, load, Surroundings(manager, program), beginning)
@@ -250,6 +255,8 @@ def _run_master(
         master.abandon()
         raise
     log.info("serving %s, %d bytes, on %s", service.source.description, service.source.size, premises.listeners)
+    if premises.metrics is not None:
+        log.info("metrics on %s", premises.metrics)
     if daemon:
         daemon.ready()
     surroundings.manager.ready()

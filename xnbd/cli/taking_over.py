@@ -14,7 +14,8 @@ from typing import List, Optional
 from .. import __version__
 from ..errors import ConfigurationError
 from ..logs import log
-from ..scoreboard.layout import OtherVersion, check_header
+from ..scoreboard.layout import OtherVersion, check_header, count_lines
+from ..scoreboard.tally import inherited_tallies
 from ..server.configuration import Load, refuse_without_room
 from ..server.premises import Premises, Surroundings
 from ..server.service import Service
@@ -73,12 +74,18 @@ def _inherited_service(options: ServerOptions, estate: Estate) -> Service:
         ) from None
     configuration = secured(options.configuration, options)
     refuse_without_room(configuration, estate.scoreboard)
-    return service_of(options, configuration, inherited_source(options, estate.disk), estate.scoreboard)
+    source = inherited_source(options, estate.disk)
+    service = service_of(options, configuration, source, estate.scoreboard)
+    if options.metrics is None:
+        return service
+    return service._replace(tally_fds=inherited_tallies(estate.tallies, count_lines(estate.scoreboard)))
 
 
 def _tell_check() -> int:
     """All that the program would need can be imported, too."""
     from ..server import master, worker  # noqa: F401
+    from ..server.observer import process as observer  # noqa: F401
+    from ..server.observer import service  # noqa: F401
     from ..server.steward import process  # noqa: F401
 
     print_answer(json.dumps({"version": __version__}) + "\n")

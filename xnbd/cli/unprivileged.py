@@ -50,6 +50,7 @@ def needs_of_server(options: ServerOptions) -> List[Need]:
         *of_reload(options.rules_path, options.limits_path, options.log, options.tls),
         *directory_of(clients.pid_path, "the pid file is emptied at the end, and not removed"),
         *directory_of(clients.listen.unix_path, _SOCKET_STAYS),
+        *directory_of(options.metrics and options.metrics.unix_path, _SOCKET_STAYS),
         *directory_of(options.control_path, _SOCKET_STAYS),
     ]
 
@@ -63,6 +64,7 @@ def needs_of_wrapper(options: WrapperOptions, exports: Mapping[str, StoredExport
         *of_reload(options.rules_path, options.limits_path, options.log, options.tls),
         *directory_of(options.control_path, _SOCKET_STAYS),
         *directory_of(options.listen.unix_path, _SOCKET_STAYS),
+        *directory_of(options.metrics and options.metrics.unix_path, _SOCKET_STAYS),
         *(need for name, export in exports.items() for need in _of_export(name, export, options)),
     ]
 

@@ -63,6 +63,15 @@ Server options:
   -B, --max-buf-size BYTES
                         Likewise.
 
+Metrics options:
+  --metrics [ADDRESS:]PORT
+                        Answer HTTP there: figures of all exports for
+                        Prometheus at /metrics, and as JSON at /status. Without
+                        ADDRESS on this computer only; 0 picks a free port.
+                        What has a slash in it is the path of a Unix socket.
+                        Nobody has to prove who he is, and nothing is
+                        encrypted.
+
 Process options:
   -d, --daemonize       Go into the background once the wrapper listens.
   --user NAME[:GROUP]   Give root's rights up: become NAME, in its groups and in

@@ -16,9 +16,11 @@ from .options import (
     Begin,
     ListenOptions,
     LogOptions,
+    MetricsOptions,
     TlsOptions,
     listen_options,
     log_options,
+    metrics_options,
     tls_options,
     user_option,
     whole_paths,
@@ -62,6 +64,7 @@ class WrapperOptions(NamedTuple):
     rules_path: Optional[str] = None
     limits_path: Optional[str] = None
     user: Optional[User] = None
+    metrics: Optional[MetricsOptions] = None
 
     @property
     def own_files(self) -> Dict[str, str]:
@@ -72,6 +75,7 @@ class WrapperOptions(NamedTuple):
             "--unix": self.listen.unix_path,
             "--logpath": self.log.path,
             "--tls-authz": self.rules_path,
+            "--metrics": self.metrics.unix_path if self.metrics is not None else None,
         }
         return {option: path for option, path in files.items() if path}
 
@@ -81,6 +85,9 @@ def wrapper_options(line: CommandLine, begin: Begin) -> WrapperOptions:
     line.rename(_OLD_NAMES)
     paths = whole_paths(line, _PATHS)
     images = {path: whole_path(path, "--imgfile") for path in line.texts("--imgfile")}
+    metrics = metrics_options(line)
+    if metrics is not None and metrics.unix_path is not None:
+        paths = {**paths, "--metrics": metrics.unix_path}
     refuse_same_file(paths)
     for image in images.values():
         refuse_same_file({f"--imgfile {image}": image, **paths})
@@ -105,6 +112,7 @@ def wrapper_options(line: CommandLine, begin: Begin) -> WrapperOptions:
         limits_path=paths.get("--limits"),
         user=user,
         tls=_tls(line, paths.get("--tls")),
+        metrics=metrics,
     )
 
 

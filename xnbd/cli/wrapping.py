@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from functools import partial
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from .. import __version__
 from ..errors import ConfigurationError
 from ..logs import log
+from ..scoreboard.tally import create_tally, inherited_tallies
 from ..server.configuration import Configuration
 from ..server.premises import Surroundings
 from ..server.upgrade.program import Program
@@ -21,14 +22,18 @@ from ..wrapper.child_output import program
 from ..wrapper.children import Body
 from ..wrapper.database import Database
 from ..wrapper.exports import TargetExport, check_name, check_room, paths_of
+from ..wrapper.metrics import MetricsPlace
 from ..wrapper.servers import ForeignServer, Servers, is_extended
 from ..wrapper.upgrade.estate import WrapperEstate
 from ..wrapper.wrapper import Load, Settings, Wrapper
-from .admission import check_access, open_access, open_listeners
+from .admission import check_access, open_access, open_listeners, open_metrics
 from .encrypting import open_tls
 from .inside import OwnServer, load_ahead, run_bgctl
 from .values import refuse_same_file
 from .wrapper_options import AsGiven, WrapperOptions
+
+_LINES = 1 << 16
+"""Lines of the tally: for the most clients that each export has ever had at once, all exports together."""
 
 _DESCRIPTORS = 48
 """What the wrapper, or a server of one client, opens besides what it has at the start, with some to spare."""
@@ -41,12 +46,13 @@ def wrap(options: WrapperOptions, words: Sequence[str]) -> int:
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))  # until there is a `Wrapper`
     surroundings = Surroundings(ServiceManager(), Program.own(words, "wrapper"))
-    read = reader(options, ask_whether_extended(options))
+    tallies = [] if options.metrics is None else [create_tally(_LINES)]
+    read = reader(options, ask_whether_extended(options), tallies)
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if options.daemonize else None
     try:
-        return _run(options, read, listeners, daemon, surroundings)
+        return _run(options, read, listeners, daemon, surroundings, tallies)
     except ConfigurationError as error:
         if daemon:
             daemon.failed(error.exit_status)
@@ -55,12 +61,19 @@ def wrap(options: WrapperOptions, words: Sequence[str]) -> int:
         listeners.close()
 
 
-def reader(options: WrapperOptions, extended: bool) -> Load:
-    """Reads all that may change again; *extended* is as `ask_whether_extended` has it."""
+def reader(options: WrapperOptions, extended: bool, tallies: Sequence[int] = ()) -> Load:
+    """Reads all that may change again; *extended* is as `ask_whether_extended` has it. Clients count in *tallies*."""
     if options.server_command:
-        return partial(_settings, options, partial(_foreign_server, options, extended=extended))
+        return partial(_settings, options, partial(_foreign_server, options, tallies, extended=extended))
     load_ahead(cow=options.cow)
-    return partial(_settings, options, partial(_own_servers, options))
+    return partial(_settings, options, partial(_own_servers, options, tallies))
+
+
+def _metrics_left(packed: Mapping[str, Any]) -> MetricsPlace:
+    """What the program before has left."""
+    listeners = Listeners()
+    listeners.unpack(packed["listeners"])
+    return MetricsPlace(listeners, inherited_tallies(packed["tallies"], _LINES), packed["observers"])
 
 
 def go_on(options: WrapperOptions, estate: WrapperEstate, program: Program) -> int:
@@ -68,12 +81,13 @@ def go_on(options: WrapperOptions, estate: WrapperEstate, program: Program) -> i
     manager, listeners = ServiceManager(), Listeners()
     listeners.unpack(estate.listeners)
     try:
-        read = reader(options, estate.verdict["extended"])
+        metrics = None if estate.metrics is None else _metrics_left(estate.metrics)
+        read = reader(options, estate.verdict["extended"], () if metrics is None else metrics.tallies)
         database = Database.unpack(estate.database)
         database.aliases.update((given, TargetExport(path)) for given, path in options.images.items())
         reread = partial(_reread, read, listeners)
         surroundings = Surroundings(manager, program)
-        wrapper = Wrapper(listeners, database, options.control_path, read(), reread, surroundings, estate)
+        wrapper = Wrapper(listeners, database, options.control_path, read(), reread, surroundings, estate, metrics)
         log.info("%s goes on where %s was", __version__, estate.version)
         manager.ready()
         return wrapper.run()
@@ -108,12 +122,14 @@ def ask_whether_extended(options: WrapperOptions) -> bool:
     return is_extended(options.server_command) if options.server_command else True
 
 
-def _own_servers(options: WrapperOptions, configuration: Configuration, _: AsGiven) -> Servers:
-    own = OwnServer(options.cow, options.readonly, options.log, configuration.queue_limits)
+def _own_servers(options: WrapperOptions, tallies: Sequence[int], configuration: Configuration, _: AsGiven) -> Servers:
+    own = OwnServer(options.cow, options.readonly, options.log, configuration.queue_limits, tallies)
     return Servers(own.take_over, own.receive, cow=options.cow, readonly=options.readonly)
 
 
-def _foreign_server(options: WrapperOptions, _: Configuration, given: AsGiven, *, extended: bool) -> Servers:
+def _foreign_server(
+    options: WrapperOptions, tallies: Sequence[int], _: Configuration, given: AsGiven, *, extended: bool
+) -> Servers:
     command = options.server_command
     foreign = ForeignServer(
         command=command,
@@ -125,6 +141,7 @@ def _foreign_server(options: WrapperOptions, _: Configuration, given: AsGiven, *
         max_queue_size=given.max_queue_size,
         max_buf_size=given.max_buf_size,
         file_mode=given.file_mode,
+        tally_fd=tallies[0] if tallies else None,
     )
     return Servers(foreign.take_over, None, command[0], foreign.extended, options.cow, options.readonly)
 
@@ -135,7 +152,12 @@ def _bgctl(command: List[str], words: List[str]) -> Body:
 
 
 def _run(
-    options: WrapperOptions, read: Load, listeners: Listeners, daemon: Optional[Daemon], surroundings: Surroundings
+    options: WrapperOptions,
+    read: Load,
+    listeners: Listeners,
+    daemon: Optional[Daemon],
+    surroundings: Surroundings,
+    tallies: Sequence[int],
 ) -> int:
     settings = read()
     database = Database(options.database_path)
@@ -148,9 +170,13 @@ def _run(
     require_descriptors(_DESCRIPTORS)
     become_user = _change_of_user(options, database)
     reread = partial(_reread, read, listeners)
-    wrapper = Wrapper(listeners, database, options.control_path, settings, reread, surroundings)
+    asked = open_metrics(options.metrics)
+    metrics = None if asked is None else MetricsPlace(asked, tallies)
+    wrapper = Wrapper(listeners, database, options.control_path, settings, reread, surroundings, metrics=metrics)
     become_user()
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
+    if asked is not None:
+        log.info("metrics on %s", asked)
     if not settings.servers.extended:
         log.info("%s does not know --negotiated: clients are offered simple replies", settings.servers.program)
     if daemon:

@@ -128,6 +128,10 @@ class Fetcher(Background):
     def health(self) -> int:
         return self._link.health
 
+    @property
+    def returns(self) -> int:
+        return self._link.returns
+
     def interests(self) -> List[Tuple[int, int]]:
         return self._link.interests()
 

@@ -40,6 +40,7 @@ from .readahead import Readahead
 from .state.checkpoint import ProcessState
 from .state.format import Steering
 from .state.shared import SharedState
+from .state.view import CacheView
 
 DEFAULT_READAHEAD = 8 << 20
 
@@ -351,6 +352,10 @@ class ProxySource(Source[Scoreboard]):
     def open_state(self) -> ProcessState:
         """The bitmap for a process that serves nobody. Called after the fork; raises `OSError`."""
         return self._state.open_process()
+
+    def open_view(self) -> CacheView:
+        """The bitmap for a process that only looks. Called after the fork; raises `OSError`."""
+        return self._state.open_view()
 
     def write_back(self, scoreboard: Scoreboard) -> WriteBack:
         return WriteBack(self._state.failures, self._cache_fd, self.witness)

@@ -46,12 +46,13 @@ class OriginLink:
     """The origin at *whereabouts* with a disk of *size* bytes; replies go to *sink*.
 
     ``origin`` is None while nothing is under way to it; ``trouble`` says why it was lost
-    last, until it has answered.
+    last, until it has answered. ``returns`` counts how often it has answered again after that.
     """
 
     def __init__(self, whereabouts: Whereabouts, patience: Patience, size: int, sink: Sink) -> None:
         self.origin: Optional[Origin] = None
         self.trouble = ""
+        self.returns = 0
         self._whereabouts = whereabouts
         self._generation = whereabouts.generation
         self._terms = Terms(expected_size=size, connect_timeout=patience.connect, reply_timeout=patience.origin)
@@ -101,6 +102,7 @@ class OriginLink:
         """The origin has answered a request, and well."""
         if self._delay or self.trouble:
             self._delay, self.trouble = 0.0, ""
+            self.returns += 1
             log.info("origin %s: answers again", self._whereabouts.address)
 
     def lose(self, reason: Union[OriginLost, OSError], waiting: int) -> List[Any]:

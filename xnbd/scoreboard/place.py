@@ -8,12 +8,17 @@ from typing import List, NamedTuple, Optional
 from ..system.file_locks import RangeLocks
 from .counters import Counts, wrapped
 from .gate import Door
-from .layout import LINE, NOT_NEEDED, put
+from .layout import LINE, NOT_NEEDED, REACHED, UNREACHABLE, put
 from .lines import Lines, clock
+from .tally import Tally
 
 _MODE_AT = LINE.at["mode"]
 _COUNTERS_AT, _COUNTERS = LINE.at["counters"], LINE.form["counters"]
 _pack_counters = _COUNTERS.pack
+
+
+COPYING_PEER = "(copying all blocks)"
+"""Stands in a line in place of a client. What begins with a parenthesis is none."""
 
 
 class Visit(NamedTuple):
@@ -24,14 +29,20 @@ class Visit(NamedTuple):
 
 
 class Place(Door):
-    """The line that this process has taken of *lines*. Begins outside the gate, without a client."""
+    """The line that this process has taken of *lines*. Begins outside the gate, without a client.
 
-    def __init__(self, memory: mmap.mmap, locks: RangeLocks, lines: Lines) -> None:
+    What it tells, the *tally* is told, too.
+    """
+
+    def __init__(self, memory: mmap.mmap, locks: RangeLocks, lines: Lines, tally: Optional[Tally] = None) -> None:
+        self.tally = tally
         self._at = at = lines.take()
         super().__init__(memory, at, locks)
         self._counters = slice(at + _COUNTERS_AT, at + _COUNTERS_AT + _COUNTERS.size)
         self.counts: List[int] = list(_COUNTERS.unpack_from(memory, at + _COUNTERS_AT))
         """What `tell` publishes; goes on from what an earlier process in this line has counted."""
+        if tally is not None:
+            tally.begin(self.counts)
         self.tell_origin(NOT_NEEDED, "")
         self.welcome("")
         lines.tell_name(at)
@@ -50,6 +61,8 @@ class Place(Door):
         self._put("counters_before", *self._before)
         self.tell_queue(0, 0)
         self.tell_identity("")
+        if self.tally is not None:
+            self.tally.tell("clients", int(bool(peer) and not peer.startswith("(")))
         self._put("peer", peer.encode()[: LINE.form["peer"].size])
 
     def tell_identity(self, identity: str, encryption: str = "") -> None:
@@ -64,6 +77,8 @@ class Place(Door):
 
     def tell(self) -> None:
         """Publish `counts`."""
+        if self.tally is not None:
+            self.tally.follow(self.counts)
         self._map[self._counters] = _pack_counters(*self.counts)
 
     def tell_mode(self, mode: int) -> None:
@@ -73,10 +88,16 @@ class Place(Door):
     def tell_queue(self, requests: int, buffered: int) -> None:
         """So many requests wait for blocks, with so many bytes."""
         self._put("queue", requests, buffered)
+        if self.tally is not None:
+            self.tally.tell("waiting", requests)
+            self.tally.tell("waiting_bytes", buffered)
 
     def tell_origin(self, health: int, trouble: str) -> None:
         """*health* is `layout.REACHED` or its like; *trouble* why the origin cannot be reached."""
         self._put("origin", health)
+        if self.tally is not None:
+            self.tally.tell("origin_connected", int(health == REACHED))
+            self.tally.tell("origin_unreachable", int(health == UNREACHABLE))
         self._put("trouble", trouble.encode("utf-8", "backslashreplace")[: LINE.form["trouble"].size])
 
     def _put(self, name: str, *values: object) -> None:

@@ -21,6 +21,7 @@ from .lines import Lines, clock
 from .origin_address import OriginPlace
 from .place import Place
 from .snapshots import Snapshots
+from .tally import Tally
 
 _MODE = HEAD.at["mode"]
 _COPY_WANTED = HEAD.at["copy_wanted"]
@@ -38,10 +39,11 @@ class Scoreboard:
     failure_at = HEAD.at["failure"]
     """Where in the file a disk without a state file has its `storage.writeback.Record`."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, readonly: bool = False) -> None:
+        """*readonly* is for who has opened the file for reading, and only looks."""
         with closed_on_error(fd):
             check_header(fd)
-            self._map = mmap.mmap(fd, 0)
+            self._map = mmap.mmap(fd, 0, prot=mmap.PROT_READ if readonly else mmap.PROT_READ | mmap.PROT_WRITE)
         self.fd = fd
         self.namespace = pid_namespace()
         self._locks = RangeLocks(fd)
@@ -51,9 +53,9 @@ class Scoreboard:
         self.snapshots = Snapshots(self._map, self._locks, self.gate)
         self.origin = OriginPlace(self._map)
 
-    def take_place(self) -> Place:
-        """A line for this process. Raises `OSError` if all are taken."""
-        return Place(self._map, self._locks, self.lines)
+    def take_place(self, tally: Optional[Tally] = None) -> Place:
+        """A line for this process, which tells its *tally* the same. Raises `OSError` if all are taken."""
+        return Place(self._map, self._locks, self.lines, tally)
 
     @property
     def mode(self) -> int:

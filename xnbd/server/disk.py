@@ -28,6 +28,7 @@ from typing import Callable, Iterator, Optional
 from ..logs import log
 from ..scoreboard.layout import SNAPSHOT, TARGET
 from ..scoreboard.scoreboard import Scoreboard
+from ..scoreboard.tally import Tally
 from ..storage.image import Image, Source
 from ..storage.snapshot import Keeper, KeepingImage
 from ..storage.target import reopen
@@ -43,17 +44,18 @@ class Disk(Companion):
     the image's background works on.
     """
 
-    def __init__(self, source: Source[Scoreboard], scoreboard_fd: int) -> None:
-        """Opens *source* for this process, after the fork. Raises `OSError`."""
+    def __init__(self, source: Source[Scoreboard], scoreboard_fd: int, tally: Optional[Tally] = None) -> None:
+        """Opens *source* for this process, after the fork; it counts in the *tally*, too. Raises `OSError`."""
         self._source = source
         self.name = source.name
         self._told = (0, "")
+        self._returns = 0
         self._on_renewed: Callable[[], None] = do_nothing
         self._inside = False
         self.at_work = False
         self.generation = 0
         self.scoreboard = Scoreboard(reopen(scoreboard_fd, readonly=False))
-        self.place = self.scoreboard.take_place()
+        self.place = self.scoreboard.take_place(tally)
         self._open()
 
     def _open(self) -> None:
@@ -196,9 +198,15 @@ class Disk(Companion):
     def tell_health(self) -> None:
         """Tell of the origin, if there is news."""
         background = self.image.background
-        if background is not None and (background.health, background.trouble) != self._told:
+        if background is None:
+            return
+        if (background.health, background.trouble) != self._told:
             self._told = background.health, background.trouble
             self.place.tell_origin(*self._told)
+        if background.returns != self._returns:
+            if self.place.tally is not None:
+                self.place.tally.count("returns", background.returns - self._returns)
+            self._returns = background.returns
 
     def abandon(self) -> None:
         """The client goes on at another process: nobody waits here any more for the blocks that it needs."""
@@ -220,4 +228,6 @@ class Disk(Companion):
     def close(self) -> None:
         """Let go of everything, the origin's connection included, which may take a moment."""
         self.image.close()
+        if self.place.tally is not None:
+            self.place.tally.close()
         self.scoreboard.close()

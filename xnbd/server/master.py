@@ -25,6 +25,7 @@ from ..system.process import set_title
 from .configuration import Configuration, Load, refuse_without_room
 from .crew import Crew
 from .endings import reason_of
+from .observers import Observers
 from .premises import Premises, Surroundings
 from .process_loop import GRACE
 from .reloads import Reloads
@@ -36,6 +37,7 @@ from .worker import Pool, Worker
 
 if TYPE_CHECKING:
     from ..control.server import Message
+    from .observer.service import ObservedService
     from .upgrade.estate import Estate
     from .upgrade.program import Program
     from .upgrade.upgrades import Upgrades
@@ -81,6 +83,8 @@ class Master:
         self._poll.register(self._crew.pipes.reports_master, select.POLLIN)
         commands = {"reload": self._on_reload, "upgrade": self._on_upgrade}
         self._stewards = Stewards(premises, self._poll, self._close_in_steward, commands)
+        former = () if estate is None else estate.observers
+        self._observers = Observers(premises.metrics, self._fork_observer, self._observed, service.source.name, former)
         self._upgrades: Optional[Upgrades] = None
         if surroundings.program is not None:
             self._prepare_upgrades(surroundings.program, estate)
@@ -99,6 +103,7 @@ class Master:
         while True:
             self._balance()
             self._stewards.progress(self._service, self._lifeline)
+            self._observers.progress(self._lifeline)
             if self._upgrades is not None:
                 self._upgrades.progress()
             self._vitals.progress(self._crew, self._stewards.link, self._reloads.failure)
@@ -115,7 +120,9 @@ class Master:
     def _deadlines(self) -> List[float]:
         """When something has to be done, whatever happens (monotonic seconds)."""
         upgrade = None if self._upgrades is None else self._upgrades.deadline()
-        return [time for time in (self._retry_at, self._stewards.deadline(), self._vitals.deadline(), upgrade) if time]
+        times = (self._retry_at, self._stewards.deadline(), self._vitals.deadline(), upgrade)
+        observers = self._observers.deadline()
+        return [*(time for time in times if time), *([] if observers is None else [observers])]
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signals.add(number)
@@ -150,11 +157,31 @@ class Master:
         self._crew.close_masters_ends()
         for sock in (*self._premises.sockets, *self._pool):
             sock.close()
+        self._premises.close_metrics()
 
     def _close_in_worker(self) -> None:
         self._crew.close_masters_ends()
         self._premises.close_control()
+        self._premises.close_metrics()
         self._stewards.close()
+
+    # The observer
+
+    def _fork_observer(self, live: Callable[[], int]) -> int:
+        def close_and_live() -> int:
+            self._crew.close_masters_ends()
+            self._premises.close_control()
+            self._stewards.close()
+            for sock in (*self._premises.sockets, *self._pool):
+                sock.close()
+            return live()
+
+        return fork("the process for metrics", close_and_live)
+
+    def _observed(self, began: float) -> ObservedService:
+        from .observer.service import ObservedService
+
+        return ObservedService(self._service, began)
 
     # The configuration
 
@@ -167,6 +194,7 @@ class Master:
         if changes:
             self._crew.dismiss()
             self._service = service._replace(configuration=configuration)
+            self._observers.replace()
             if self._stewards.link is not None:
                 self._stewards.link.tell(
                     {"configuration": configuration.figures(), "expiries": configuration.expiries()}
@@ -210,6 +238,8 @@ class Master:
             "mode": self._service.source.mode,
             "disk": self._service.source.pack(disk),
             "scoreboard": disk(self._service.scoreboard_fd),
+            "tallies": [disk(fd) for fd in self._service.tally_fds],
+            "observers": self._observers.pids(),
             "premises": self._premises.pack(kept),
             "crew": self._crew.pack(kept),
             "pool": self._pool.pack(kept),
@@ -270,6 +300,7 @@ class Master:
         if self._upgrades is not None:
             self._upgrades.bury(pid, exit_code)
         self._stewards.bury(pid, exit_code, stopping=self._stopping)
+        self._observers.bury(pid, exit_code, stopping=self._stopping)
         if pid in self._crew:
             self._read_reports()  # what it has said before it died
             peer = self._crew.bury(pid, failed=bool(exit_code))
@@ -278,10 +309,18 @@ class Master:
 
     def _on_failure(self, pid: int, peer: str, exit_code: int) -> None:
         if peer:
+            self._count_death()
             log.error("worker %d of client %s died: %s", pid, peer, reason_of(exit_code))
         elif self._retry_at is None:  # of several that fail at once one is told of
             pause = self._back_off()
             log.error("spare worker %d died: %s; the next one starts in %g s", pid, reason_of(exit_code), pause)
+
+    def _count_death(self) -> None:
+        """In a line of the tally that is the master's for a moment: what is counted there stays."""
+        tally = self._service.open_tally()
+        if tally is not None:
+            tally.count("deaths")
+            tally.close()
 
     # The end
 
@@ -314,7 +353,7 @@ class Master:
         return int(self._killing or not flushed)
 
     def _children(self) -> List[int]:
-        return [*self._crew.pids(), *self._stewards.pids()]
+        return [*self._crew.pids(), *self._stewards.pids(), *self._observers.pids()]
 
 
 def _signal(pids: List[int], number: int) -> None:

@@ -28,11 +28,18 @@ class Premises:
         self.listeners = listeners
         self.pid_file = pid_file
         self.control: Optional[UnixSocket] = None
+        self.metrics: Optional[Listeners] = None
+        """Where metrics are asked for, of which the observer takes care."""
 
     @property
     def sockets(self) -> List[socket.socket]:
         """Non-blocking ones, on which clients come."""
         return self.listeners.sockets
+
+    def close_metrics(self) -> None:
+        """In a child that does not answer there."""
+        for sock in [] if self.metrics is None else self.metrics.sockets:
+            sock.close()
 
     def close_control(self) -> None:
         """A successor may listen there from now on; in a child only close the descriptor."""
@@ -43,6 +50,8 @@ class Premises:
         """At the end."""
         self.listeners.tidy_up()
         self.close_control()
+        if self.metrics is not None:
+            self.metrics.tidy_up()
         if self.pid_file is not None:
             self.pid_file.remove()
 
@@ -52,6 +61,7 @@ class Premises:
             "listeners": self.listeners.pack(kept),
             "control": None if self.control is None else self.control.pack(kept),
             "pid_file": None if self.pid_file is None else self.pid_file.pack(kept),
+            "metrics": None if self.metrics is None else self.metrics.pack(kept),
         }
 
     @classmethod
@@ -61,4 +71,7 @@ class Premises:
         listeners.unpack(packed["listeners"])
         premises = cls(listeners, None if pid_file is None else PidFile.unpack(pid_file))
         premises.control = None if control is None else UnixSocket.unpack(control)
+        if packed.get("metrics") is not None:
+            premises.metrics = Listeners()
+            premises.metrics.unpack(packed["metrics"])
         return premises

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from time import monotonic
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Tuple
 
 from ..access.identity import NOBODY, Identity
 from ..access.rights import Access
@@ -12,6 +13,7 @@ from ..errors import Disconnected, ProtocolError
 from ..logs import log
 from ..protocol.server_handshake import Agreement, Denied, Export, Exports, export_flags
 from ..scoreboard.scoreboard import Scoreboard
+from ..scoreboard.tally import Tally
 from ..storage.image import Source
 from ..storage.target import reopen
 from ..system.process import set_title
@@ -42,6 +44,8 @@ class Service(NamedTuple):
     configuration: Configuration = Configuration()
     spin: float = 0.0
     control_path: Optional[str] = None
+    tally_fds: Tuple[int, ...] = ()
+    """The tally for metrics, if there are any, and those that former programs have left."""
 
     @property
     def access(self) -> Access:
@@ -53,7 +57,17 @@ class Service(NamedTuple):
 
     def open_disk(self) -> Disk:
         """For a worker, after the fork. Raises `OSError`."""
-        return Disk(self.source, self.scoreboard_fd)
+        return Disk(self.source, self.scoreboard_fd, self.open_tally())
+
+    def open_tally(self) -> Optional[Tally]:
+        """A line for this process, after the fork, if there are metrics. Without one its work is not counted there."""
+        if not self.tally_fds:
+            return None
+        try:
+            return Tally(self.tally_fds[0], self.export_name)
+        except OSError as error:
+            log.warning("metrics do not count what process %d does: %s", os.getpid(), error)
+            return None
 
     @property
     def needs_steward(self) -> bool:

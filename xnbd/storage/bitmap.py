@@ -60,12 +60,14 @@ class Bitmap:
     """The bitmap of *blocks* blocks in the file behind *fd*, which has to have `bitmap_size` bytes.
 
     ``octets`` is the mapping itself, for those to whom a whole byte tells enough.
-    The mapping duplicates *fd*, which stays the caller's; it has *spare* bytes more.
+    The mapping duplicates *fd*, which stays the caller's; it has *spare* bytes more. With
+    *readonly* no bit can be set.
     """
 
-    def __init__(self, fd: int, blocks: int, spare: int = 0) -> None:
+    def __init__(self, fd: int, blocks: int, spare: int = 0, *, readonly: bool = False) -> None:
         self.blocks = blocks
-        self.octets = mmap.mmap(fd, bitmap_size(blocks) + spare)
+        rights = mmap.PROT_READ if readonly else mmap.PROT_READ | mmap.PROT_WRITE
+        self.octets = mmap.mmap(fd, bitmap_size(blocks) + spare, prot=rights)
 
     def __contains__(self, block: int) -> bool:
         return bool(self.octets[block >> 3] >> (block & 7) & 1)

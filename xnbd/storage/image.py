@@ -94,6 +94,11 @@ class Background(ABC):
     def health(self) -> int:
         """What is told of the origin: `layout.REACHED` of the scoreboard, and its like."""
 
+    @property
+    @abstractmethod
+    def returns(self) -> int:
+        """How often the origin has answered again after it was lost, or could not be reached."""
+
     @abstractmethod
     def interests(self) -> List[Tuple[int, int]]:
         """Descriptors to wait for, each with its poll events."""

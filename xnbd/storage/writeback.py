@@ -150,6 +150,10 @@ class WriteBack:
         self.witness = witness
         self._own: Optional[Failure] = None
 
+    def noted(self) -> Optional[Failure]:
+        """What is known to have failed. Nothing is looked for, and nothing changed."""
+        return self._own if self._own is not None else self._record.read()
+
     def failure(self) -> Optional[Failure]:
         """What has failed, in whatever process."""
         if self._own is not None:

@@ -29,7 +29,9 @@ _LEAVING_TIME = 1.0
 class Listeners:
     """The non-blocking sockets that a server listens on, and the files that have to be removed with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, port_option: str = "--lport", address_option: str = "--laddr") -> None:
+        """The options are those by which the operator can choose other places."""
+        self._advice = (port_option, address_option)
         self.sockets: List[socket.socket] = []
         self._unix_sockets: List[UnixSocket] = []
 
@@ -45,20 +47,20 @@ class Listeners:
 
         Raises `ConfigurationError`.
         """
-        for sock in _bind_all(addresses or [""], port):
+        for sock in _bind_all(addresses or [""], port, self._advice):
             host, number = sock.getsockname()[:2]
             try:
                 sock.listen(_BACKLOG)
             except OSError as error:
-                raise ConfigurationError(_bind_trouble(host, number, error)) from error
+                raise ConfigurationError(_bind_trouble(host, number, error, self._advice)) from error
             self.add(sock)
 
-    def listen_unix(self, path: str) -> None:
-        """Listen on a Unix socket at *path*; one that a dead server has left is replaced.
+    def listen_unix(self, path: str, mode: Optional[int] = None) -> None:
+        """Listen on a Unix socket at *path*, with *mode*; one that a dead server has left is replaced.
 
         Raises `ConfigurationError` if something else is there, or a live server.
         """
-        listener = UnixSocket(path, _BACKLOG)
+        listener = UnixSocket(path, _BACKLOG, mode)
         self._unix_sockets.append(listener)
         self.add(listener.socket)
 
@@ -190,7 +192,11 @@ class _NotHere(ConfigurationError):
     """An address to listen on is not one of this computer's."""
 
 
-def _bind_all(addresses: Sequence[str], port: int) -> List[socket.socket]:
+Advice = Tuple[str, str]
+"""The options that name a port and an address."""
+
+
+def _bind_all(addresses: Sequence[str], port: int, advice: Advice) -> List[socket.socket]:
     """Bind to every address, once; a port picked for the first one may be taken at the next: then once more."""
     resolved = [_places(address) for address in dict.fromkeys(addresses)]
     everywhere = {family for places in resolved for family, host, _ in places if _EVERYWHERE[family] == host}
@@ -199,7 +205,7 @@ def _bind_all(addresses: Sequence[str], port: int) -> List[socket.socket]:
         try:
             chosen = port
             for places in resolved:
-                chosen = _bind_some(_widened(places, everywhere), chosen, bound)
+                chosen = _bind_some(_widened(places, everywhere), chosen, bound, advice)
             return list(bound.values())
         except ConfigurationError:
             for sock in bound.values():
@@ -214,7 +220,7 @@ def _widened(places: List[Place], families: Set[int]) -> List[Place]:
     return [(place[0], _EVERYWHERE[place[0]], 0) if place[0] in families else place for place in places]
 
 
-def _bind_some(places: List[Place], port: int, bound: Dict[Place, socket.socket]) -> int:
+def _bind_some(places: List[Place], port: int, bound: Dict[Place, socket.socket], advice: Advice) -> int:
     """Add to *bound* what this computer has of *places*, which one address or name stands for; the port.
 
     /etc/hosts may have ``::1`` for localhost where IPv6 is off. Raises `ConfigurationError` if nothing is here.
@@ -223,7 +229,7 @@ def _bind_some(places: List[Place], port: int, bound: Dict[Place, socket.socket]
     for place in places:
         try:
             if place not in bound:
-                bound[place] = _bind(place, port)
+                bound[place] = _bind(place, port, advice)
                 port = port or bound[place].getsockname()[1]
         except _NotHere as error:
             missing = error
@@ -244,14 +250,14 @@ def _places(address: str) -> List[Place]:
     return sorted(set(places), key=lambda place: place[0] == socket.AF_INET6)
 
 
-def _bind(place: Place, port: int) -> socket.socket:
+def _bind(place: Place, port: int, advice: Advice) -> socket.socket:
     """A socket bound to *port* at *place*. Raises `ConfigurationError`."""
     family, host, zone = place
     try:
         sock = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
         if error.errno == errno.EAFNOSUPPORT:
-            raise _NotHere(_bind_trouble(host, port, error)) from error
+            raise _NotHere(_bind_trouble(host, port, error, advice)) from error
         raise ConfigurationError(f"cannot listen on {host}: {error.strerror}") from error
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
@@ -261,17 +267,18 @@ def _bind(place: Place, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         kind = _NotHere if error.errno == errno.EADDRNOTAVAIL else ConfigurationError
-        raise kind(_bind_trouble(host, port, error)) from error
+        raise kind(_bind_trouble(host, port, error, advice)) from error
     return sock
 
 
-def _bind_trouble(host: str, port: int, error: OSError) -> str:
+def _bind_trouble(host: str, port: int, error: OSError, advice: Advice) -> str:
+    port_option, address_option = advice
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} is in use{_holder_of(port)}: stop that program, or choose another --lport"
+        return f"port {port} is in use{_holder_of(port)}: stop that program, or choose another {port_option}"
     if error.errno == errno.EACCES:
-        return f"port {port} is reserved for root: choose an --lport of 1024 or more"
+        return f"port {port} is reserved for root: choose {port_option} of 1024 or more"
     if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-        return f"{host} is no address of this computer: choose another --laddr"
+        return f"{host} is no address of this computer: choose another {address_option}"
     return f"cannot listen on {host} port {port}: {error.strerror}"
 
 

@@ -49,6 +49,8 @@ class Clients:
         """
         self._on_switched = on_switched
         self._on_report = on_report
+        self.on_death: Callable[[str], None] = lambda export: None
+        """Hears of the export of a client whose process has died."""
         self.limit = limit
         self._full = False
         self._listeners = listeners
@@ -222,4 +224,5 @@ class Clients:
         if report is None:
             log.error("process %d died while it negotiated: %s", pid, reason)
         else:
+            self.on_death(report.export)
             log.error("server %d of export %r for client %s died: %s", pid, report.export, report.peer, reason)

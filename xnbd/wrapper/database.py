@@ -181,6 +181,10 @@ class Database:
         """The number of the export *name*, which it has from its coming on and nobody gets after it."""
         return self._indexes[name]
 
+    def name_of(self, export: StoredExport) -> str:
+        """The first name of *export*; empty if it was removed."""
+        return next((name for name, other in self.exports.items() if other == export), "")
+
     def real_name(self, name: str) -> Optional[str]:
         """The name in ``exports`` of what an operator or a client calls *name*."""
         return find_export(self.exports, self.aliases, name)

@@ -7,6 +7,7 @@ from typing import Optional
 
 from ..errors import CommandError
 from ..protocol.server_handshake import Agreement
+from ..protocol.server_handshake import Export as Offer
 from ..server.session.connection import Connection
 from .children import Children
 from .client import handshake_loop
@@ -20,14 +21,16 @@ class IdleServer:
     Raises `CommandError` if it cannot be started.
     """
 
-    def __init__(self, children: Children, servers: Servers, export: ProxyExport) -> None:
+    def __init__(self, children: Children, servers: Servers, export: ProxyExport, name: str) -> None:
+        """The *export* is called *name*."""
         self.export = export
         self.status: Optional[int] = None
         self._ours, theirs = socket.socketpair()
 
         def serve() -> int:
             self._ours.close()
-            return servers.become(Connection(theirs, handshake_loop()), export, Agreement())
+            connection = Connection(theirs, handshake_loop(), peer="(the wrapper)")
+            return servers.become(connection, export, Agreement(Offer(name, 0, 0, "")))
 
         try:
             self.pid = children.start(serve, self._ended)

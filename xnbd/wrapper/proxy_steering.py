@@ -24,10 +24,13 @@ _START_TIME = 10.0
 class ProxySteering:
     """Runs of ``xnbd-bgctl``; *bgctl* makes of its arguments the body of a process that runs it.
 
-    A proxy that nobody serves gets an idle server for as long as a run takes.
+    A proxy that nobody serves gets an idle server for as long as a run takes. *name_of* tells the name of an export.
     """
 
-    def __init__(self, children: Children, servers: Servers, bgctl: Bgctl) -> None:
+    def __init__(
+        self, children: Children, servers: Servers, bgctl: Bgctl, name_of: Callable[[ProxyExport], str]
+    ) -> None:
+        self._name_of = name_of
         self._children = children
         self.servers = servers
         self._bgctl = bgctl
@@ -94,7 +97,7 @@ class ProxySteering:
             yield None
         if is_listening(export.control_socket_path):
             return None
-        idle_server = IdleServer(self._children, self.servers, export)
+        idle_server = IdleServer(self._children, self.servers, export, self._name_of(export))
         self._idle_servers.append(idle_server)
         deadline = monotonic() + _START_TIME
         try:

@@ -8,12 +8,14 @@ knows less.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any, Callable, List, Mapping, NamedTuple, Optional
 
 from ..errors import ConfigurationError
 from ..logs import open_log, standard_stream
 from ..protocol import constants as c
 from ..protocol.server_handshake import Agreement, export_flags
+from ..scoreboard.tally import Tally
 from ..server.handover.letters import Letter
 from ..server.process_loop import ProcessLoop
 from ..server.session.connection import Connection
@@ -85,6 +87,7 @@ class ForeignServer(NamedTuple):
     max_queue_size: Optional[str] = None
     max_buf_size: Optional[str] = None
     file_mode: Optional[str] = None
+    tally_fd: Optional[int] = None
 
     def arguments(self, export: StoredExport, fd: int, agreement: Agreement) -> List[str]:
         """The arguments with which the server takes over the client on *fd*."""
@@ -114,11 +117,20 @@ class ForeignServer(NamedTuple):
         fd = connection.transport.fileno()
         os.set_blocking(fd, True)
         os.set_inheritable(fd, True)
+        self._count_client(agreement)
         if self.log_path is not None:
             stream = standard_stream(self.log_path)
             log_fd = open_log(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if stream is None else stream
             os.dup2(log_fd, 2)
         return execute([*self.command, *self.arguments(export, fd, agreement)])
+
+    def _count_client(self, agreement: Agreement) -> None:
+        """For metrics. Of what the other program does nothing is known."""
+        if self.tally_fd is not None and agreement.export is not None:
+            with suppress(OSError):
+                tally = Tally(self.tally_fd, agreement.export.name)
+                tally.tell("clients", 1)
+                tally.outlive_exec()
 
 
 def _features(agreement: Agreement) -> str:

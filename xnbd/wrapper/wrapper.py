@@ -9,8 +9,9 @@ import gc
 import os
 import select
 import signal
+from functools import partial
 from time import monotonic
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set
 
 from .. import logs
 from ..control.server import ControlSocket
@@ -32,12 +33,16 @@ from .clients import Clients
 from .commands import WrapperCommands, WrapperControls
 from .database import Database
 from .exchange import Exchange
+from .metrics import Metrics, MetricsPlace
 from .proxy_steering import Bgctl, ProxySteering
 from .servers import Servers
 from .upgrade.arrival import Arrival
 from .upgrade.estate import WrapperEstate
 from .upgrade.movers import Mover, Movers
 from .upgrade.upgrades import Upgrades
+
+if TYPE_CHECKING:
+    from .observed import ObservedWrapper
 
 _STOP_TIME = GRACE + 1.5
 _KILL_TIME = 3.0
@@ -79,6 +84,7 @@ class Wrapper:
         load: Load,
         surroundings: Surroundings,
         estate: Optional[WrapperEstate] = None,
+        metrics: Optional[MetricsPlace] = None,
     ) -> None:
         """Raises `ConfigurationError` if the control socket cannot be had. *load* reads *settings* again.
 
@@ -99,7 +105,7 @@ class Wrapper:
         controls = WrapperControls(
             self._end, self._has_ended, lambda: self._clients.count(), self._reloads.reload, upgrades.order
         )
-        self._steering = ProxySteering(self._children, settings.servers, settings.bgctl)
+        self._steering = ProxySteering(self._children, settings.servers, settings.bgctl, database.name_of)
         self._commands = WrapperCommands(database, self._children, settings.servers, self._steering, controls)
         if estate is None:
             self._control = ControlSocket(control_path, self._commands.table())
@@ -119,6 +125,9 @@ class Wrapper:
             None if estate is None else estate.clients,
         )
         self._movers = Movers(self._clients, self._children, self._move)
+        tallies = () if metrics is None else metrics.tallies
+        self._metrics = Metrics(metrics, self._children, partial(self._observed, tallies))
+        self._clients.on_death = self._metrics.count_death
         if estate is not None:
             self._signals.add(signal.SIGCHLD)  # whoever has ended meanwhile
             upgrades.arrive(Arrival(estate.version, self._movers))
@@ -141,6 +150,7 @@ class Wrapper:
             self._clients.progress(ready)
             self._control.progress()
             self._upgrades.progress()
+            self._metrics.progress()
             if self._exchange.offers.fileno() in ready:
                 self._exchange.refuse_all()
             if self._ending:
@@ -164,6 +174,7 @@ class Wrapper:
         self._clients.after_fork()
         self._steering.after_fork()
         self._movers.after_fork()
+        self._metrics.after_fork()
         os.close(self._wake)
         os.close(self._wake_writer)
 
@@ -183,6 +194,11 @@ class Wrapper:
     def _move(self, lifeline: int) -> Body:
         return Mover(self._settings.servers, self._exchange, self._clients.outbox, lifeline).run
 
+    def _observed(self, tallies: Sequence[int], began: float) -> ObservedWrapper:
+        from .observed import ObservedWrapper
+
+        return ObservedWrapper(self._database, tallies, self._settings.configuration, began)
+
     # The loop
 
     def _on_signal(self, number: int, _frame: object) -> None:
@@ -199,7 +215,7 @@ class Wrapper:
         ending = self._ending.deadline if self._ending else None
         times = (
             *(self._control.deadline(), self._clients.deadline(), ending, self._manager.deadline()),
-            *(self._upgrades.deadline(), 0.0 if self._signals else None),
+            *(self._upgrades.deadline(), 0.0 if self._signals else None, self._metrics.deadline()),
         )
         deadlines = [time for time in times if time is not None]
         timeout = max(0.0, (min(deadlines) - monotonic()) * 1000) if deadlines else None
@@ -229,6 +245,7 @@ class Wrapper:
         self._steering.servers = settings.servers
         self._clients.limit = settings.configuration.max_clients
         self._lobby.timeout = settings.configuration.handshake_timeout
+        self._metrics.replace()
         return settings.configuration.changes(before)
 
     # Upgrades
@@ -251,6 +268,7 @@ class Wrapper:
             "control": self._control.pack(kept),
             "clients": self._clients.pack(kept),
             "exchange": self._exchange.pack(kept),
+            "metrics": self._metrics.pack(kept),
         }
 
     # The end
@@ -267,6 +285,7 @@ class Wrapper:
         self._clients.stop_listening()
         self._upgrades.stop()
         self._steering.interrupt()
+        self._metrics.stop()
         if not orphan:
             self._children.signal(signal.SIGTERM, [*self._clients.pids(), *self._movers.spares])
 
@@ -310,5 +329,6 @@ class Wrapper:
             status = 1
         self._database.close()
         self._control.close()
+        self._metrics.close()
         log.info("stopped")
         return status

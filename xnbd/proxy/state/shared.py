@@ -17,6 +17,7 @@ from .checkpoint import ProcessState
 from .files import LEAVING_TIME
 from .format import SUFFIX, BadHeader, Header, Layout, Steering, layout_of, pack_header, parse_header
 from .known import was_switched
+from .view import CacheView
 
 
 class SharedState:
@@ -68,6 +69,12 @@ class SharedState:
             process.close()
             raise
         return process
+
+    def open_view(self) -> CacheView:
+        """The bitmap for a process that only looks. Called after the fork; raises `OSError`."""
+        bitmap_fd = reopen(self._bitmap_fd, readonly=True)
+        with closed_on_error(bitmap_fd):
+            return CacheView(bitmap_fd, reopen(self._state_fd, readonly=True), self._layout)
 
     def open_scoreboard(self) -> Scoreboard:
         """The scoreboard for this process. Called after the fork; raises `OSError`."""

@@ -86,6 +86,7 @@ class Commands:
         self._encrypted = encrypted
         self._disk = disk
         self._counts = disk.place.counts
+        self._tally = disk.place.tally
         self._format = replies
         self._allocation = agreement.allocation
         self._readonly = agreement.readonly
@@ -168,6 +169,8 @@ class Commands:
             log.debug("%s: %s of %d bytes at %d refused: %s", self._peer, name, length, offset, reason)
         number = nbd_error(getattr(error, "errno", None) or errno.EIO)
         out.append(self._format.error(command, cookie, number, str(error)))
+        if self._tally is not None:
+            self._tally.refused(command, number)
 
     def end(self) -> None:
         """The client has left: of what was left out in the log the number is told."""

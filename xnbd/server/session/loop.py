@@ -40,6 +40,7 @@ from .parked import Parked
 from .parking import ParkedRequest, Parking, QueueLimits
 from .receive_buffer import ReceiveBuffer
 from .replies import MAXIMUM_PIECES, Replies
+from .timing import Timing
 from .write_runs import WriteRuns
 from .writes import STREAM_FROM, Writes
 
@@ -86,11 +87,16 @@ class Session:
         self._replies = Replies(connection, self._format)
         self._first_touch = FirstTouch(disk.image, self._counts[REQUESTS])
         self._write_runs = WriteRuns(self._receive_buffer, self._replies)
+        tally = disk.place.tally
+        self._timing = None if tally is None else Timing(tally)
         self._parking = Parking(self._replies.pieces, limits, ordered=agreement.ordered)
+        if self._timing is not None and tally is not None:
+            self._parking.on_answer = self._timing.hold_parked
+            self._replies.on_unreadable = partial(tally.refused, c.CMD_READ, c.EIO)
         encrypted = bool(connection.encryption)
         peer = connection.identity.at(connection.peer)
         self._commands = Commands(disk, agreement, self._format, peer, encrypted=encrypted)
-        self._parked = Parked(connection, disk, self._replies, self._commands, self._parking)
+        self._parked = Parked(connection, disk, self._replies, self._commands, self._parking, self._timing)
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
         self._left = False
         disk.accompany(self._on_wait, self._on_renewed)
@@ -250,8 +256,11 @@ class Session:
         copied = first_touch.active
         if copied:
             read = first_touch.reader(image)
-        batches, plain = 0, True
+        batches, plain, timing = 0, True, self._timing
         while True:
+            if timing is not None:
+                timing.arrived = monotonic()
+            noted = wrote = 0  # requests that are in nobody's sum any more, or in another one; WRITEs
             readable, complete = readable_now(), True
             if readable > size:
                 readable = size
@@ -276,6 +285,7 @@ class Session:
                     counts[BYTES_READ] += total
                 if not run and flat_fd is not None:
                     run, total = write_run(position, end, flat_fd, writable)
+                    wrote = run
                     position += run * header_size + total
                     counts[BYTES_WRITTEN] += total
             done = run
@@ -301,6 +311,7 @@ class Session:
                         parking.enter(
                             missing.ticket, ParkedRequest(c.CMD_READ, cookie, again, (offset, length), _notes(length))
                         )
+                        noted += 1
                         if parking.full:
                             plain = False
                             break
@@ -320,6 +331,7 @@ class Session:
                         done, complete = done - 1, False
                         break
                     position = payload + length
+                    wrote += 1
                     try:
                         if flat_fd is None or pwrite(flat_fd, view[payload:position], offset) != length:
                             write(offset, view[payload:position])
@@ -330,6 +342,7 @@ class Session:
                             missing.ticket,
                             ParkedRequest(c.CMD_WRITE, cookie, again, (offset, length), length, left=left),
                         )
+                        noted, wrote = noted + 1, wrote - 1
                         if parking.full:
                             plain = False
                             break
@@ -340,10 +353,13 @@ class Session:
                         counts[BYTES_WRITTEN] += length
                 else:
                     receive_buffer.start, plain = position, False
+                    if timing is not None:
+                        timing.hold(done - 1 - noted - wrote, wrote)
+                    noted, wrote = done, 0
                     complete = self._execute(word, cookie, offset, length)
                     position, end = receive_buffer.start, receive_buffer.end
                     if not complete:
-                        done -= 1
+                        done = noted = done - 1
                         break
                     if parking.full or image is not disk.image or disk.outdated or len(pieces) > MAXIMUM_PIECES:
                         break
@@ -356,7 +372,12 @@ class Session:
             if pieces:
                 began, count = monotonic(), len(pieces)
                 length = send()
-                seconds = monotonic() - began
+                began, count = monotonic(), len(pieces)
+                length = send()
+                now = monotonic()
+                seconds = now - began
+                if timing is not None:
+                    timing.depart(done - noted - wrote, wrote, now)
                 if seconds > QUICK or announce:
                     commands.page_prefetch.sent(count, length, seconds)
                 if pieces:

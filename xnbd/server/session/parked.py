@@ -22,6 +22,7 @@ from .commands import MAY_TAKE_LONG, Commands
 from .connection import Connection
 from .parking import ParkedRequest, Parking, Where, Work
 from .replies import MAXIMUM_PIECES, Piece, Replies
+from .timing import Timing
 
 _PATIENCE = 30.0
 """Seconds that a client which has closed its end may wait for the replies that are still to come."""
@@ -31,8 +32,15 @@ class Parked:
     """Does one client's requests, parks those whose blocks are missing, and does them again when these have come."""
 
     def __init__(
-        self, connection: Connection, disk: Disk, replies: Replies, commands: Commands, parking: Parking
+        self,
+        connection: Connection,
+        disk: Disk,
+        replies: Replies,
+        commands: Commands,
+        parking: Parking,
+        timing: Optional[Timing] = None,
     ) -> None:
+        self._timing = timing
         self._connection = connection
         self._disk = disk
         self._replies = replies
@@ -73,8 +81,11 @@ class Parked:
         except NotLocal as missing:
             request = ParkedRequest(command, cookie, work, where, buffered, flags, left)
             self._parking.enter(missing.ticket, request)
+            return
         except (OSError, RequestError) as error:
             self._commands.refuse(command, cookie, error, pieces, where)
+        if self._timing is not None:
+            self._timing.hold_one(command)
 
     def _do_again(self, request: ParkedRequest, parcels: Optional[List[Parcel]] = None) -> None:
         """Do *request*, for which *parcels* have come; then it is answered, or waits for another ticket."""
@@ -141,6 +152,8 @@ class Parked:
             self.send_now()
         else:
             self._replies.send()
+        if self._timing is not None:
+            self._timing.depart_held(monotonic())
         self._disk.catch_up()
 
     def send_now(self) -> None:

@@ -49,7 +49,19 @@ class ParkedRequest:
     is what it holds in memory, in bytes; *left* is what a WRITE has still to write.
     """
 
-    __slots__ = ("again", "answer", "buffered", "command", "cookie", "flags", "in_line", "left", "ready", "where")
+    __slots__ = (
+        "again",
+        "answer",
+        "arrived",
+        "buffered",
+        "command",
+        "cookie",
+        "flags",
+        "in_line",
+        "left",
+        "ready",
+        "where",
+    )
 
     def __init__(
         self,
@@ -69,6 +81,7 @@ class ParkedRequest:
         self.where = where
         self.buffered = buffered
         self.ready = self.in_line = False
+        self.arrived = monotonic()
         self.answer: List[Piece] = []
 
     def freeze(self) -> FrozenRequest:
@@ -107,6 +120,8 @@ class Parking:
     """
 
     def __init__(self, replies: List[Piece], limits: QueueLimits, *, ordered: bool) -> None:
+        self.on_answer: Callable[[ParkedRequest], None] = lambda request: None
+        """Hears of each request whose answer leaves."""
         self.blocked = False
         self.buffered = 0
         self._replies = replies
@@ -163,8 +178,12 @@ class Parking:
         request.ready = True
         self.short = False
         if not self._ordered:
-            self._replies += request.answer
+            self._leave(request)
             return
         while self._line and self._line[0].ready:
-            self._replies += self._line.popleft().answer
+            self._leave(self._line.popleft())
         self.blocked = bool(self._line)
+
+    def _leave(self, request: ParkedRequest) -> None:
+        self._replies += request.answer
+        self.on_answer(request)

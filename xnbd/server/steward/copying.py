@@ -14,6 +14,7 @@ from ...proxy.fetch_queue import PIECE
 from ...proxy.image import ProxyImage
 from ...scoreboard.counters import BYTES_FETCHED
 from ...scoreboard.layout import COPYING, TARGET
+from ...scoreboard.place import COPYING_PEER
 from ...system.process import set_title
 from ..process_loop import ProcessLoop
 from .child import Child
@@ -21,7 +22,6 @@ from .command_lock import CommandLock
 from .copier import Copier, CopyOptions
 from .duty import Cache, Context, Duty
 from .progress import Rate
-from .query import COPYING_PEER
 
 _PROGRESS_EVERY = 0.2
 

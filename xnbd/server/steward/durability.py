@@ -27,6 +27,7 @@ class Durability(Duty):
     """
 
     def __init__(self, context: Context, cache: Cache) -> None:
+        self._context = context
         self._scoreboard = context.scoreboard
         self._children = context.children
         self._source = cache.source
@@ -34,6 +35,7 @@ class Durability(Duty):
         self._progress = cache.progress
         self._checkpoint: Optional[Child] = None
         self._next_checkpoint = monotonic()
+        self._began = 0.0
         self._failure = ToldOnce()
 
     def deadline(self) -> Optional[float]:
@@ -55,12 +57,14 @@ class Durability(Duty):
     def leave(self) -> None:
         """The other steward makes the checkpoints from now on."""
         self.stop_checkpoint()
+        self._context.tell("checkpoint_nanoseconds", 0)
         self._next_checkpoint = math.inf
 
     def _begin(self) -> None:
         if self._state.write_back.failure() is not None:
             self._state.write_back.keep()
         elif self._state.changed:
+            self._began = monotonic()
             try:
                 self._checkpoint = self._children.start(self.make_durable)
             except TaskFailed as failure:
@@ -69,6 +73,7 @@ class Durability(Duty):
     def _on_checkpoint(self, child: Child) -> None:
         if child.status == 0:
             self._scoreboard.note_checkpoint()
+            self._context.tell("checkpoint_nanoseconds", int((monotonic() - self._began) * 1e9))
             self._failure.passed()
             return
         if not child.was_stopped and self._state.write_back.failure() is None:  # else the log has it

@@ -65,10 +65,23 @@ class Context:
         self.loop = loop
         self.master = master
         self.scoreboard = Scoreboard(reopen(service.scoreboard_fd, readonly=False))
+        self._tally = service.open_tally()
         self.children = Children()
         self.children.let_go.append(self.scoreboard.close)  # its locks have to end with the steward
+        if self._tally is not None:
+            self.children.let_go.append(self._tally.close)
         if master is not None:
             self.children.let_go.append(master.close)
+
+    def count(self, row: str) -> None:
+        """One more of what `tally.ROWS` has as *row*, for metrics."""
+        if self._tally is not None:
+            self._tally.count(row)
+
+    def tell(self, row: str, number: int) -> None:
+        """What `tally.ROWS` has as *row* is so now."""
+        if self._tally is not None:
+            self._tally.tell(row, number)
 
 
 class Cache:

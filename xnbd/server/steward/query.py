@@ -5,23 +5,23 @@ from __future__ import annotations
 import os
 from datetime import datetime, timezone
 from time import time
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Protocol, Sequence, Tuple
 
 from ... import __version__
 from ...control.server import CommandTable, Message, Reply, integer_argument
 from ...proxy.image import ProxySource
-from ...proxy.state.checkpoint import ProcessState
 from ...scoreboard.counters import MISSES, REQUESTS, Counts
 from ...scoreboard.layout import REACHED, TARGET, UNREACHABLE
 from ...scoreboard.lines import Line, clock
+from ...scoreboard.place import COPYING_PEER
+from ...scoreboard.scoreboard import Scoreboard
 from ...storage.blocks import BLOCK
+from ...storage.image import Source
 from ...system.usage import UsageMeter
+from ..configuration import Configuration
 from ..session.memory import share
 from .duty import Cache, Context, Duty
-from .progress import Progress, Rate
-
-COPYING_PEER = "(copying all blocks)"
-"""Stands on the scoreboard in place of a client."""
+from .progress import Rate
 
 _MAXIMUM_CELLS = 1 << 16
 
@@ -43,10 +43,69 @@ class Query(Duty):
         yield {"done": True, **self._answers.answer(cells)}
 
 
-class QueryAnswers:
-    """The answers of one steward."""
+class HowMuch(Protocol):
+    """How much of a disk is local, as `steward.progress.Progress` tells."""
 
-    def __init__(self, context: Context, cache: Optional[Cache]) -> None:
+    blocks: int
+    size: int
+
+    def missing(self) -> int:
+        """Blocks that are not."""
+
+    def cached_bytes(self) -> int:
+        """Bytes that are."""
+
+    def shares(self, cells: int) -> List[float]:
+        """Of each of at most *cells* parts."""
+
+
+class Marks(Protocol):
+    """What is not durable yet."""
+
+    def dirty_pages(self) -> int:
+        """Pages of the bitmap that the next checkpoint has to save."""
+
+
+class AskedCache(Protocol):
+    """What there is to ask about a proxy's cache."""
+
+    @property
+    def source(self) -> ProxySource:
+        """The disk."""
+
+    @property
+    def state(self) -> Marks:
+        """Its bitmap."""
+
+    @property
+    def progress(self) -> HowMuch:
+        """How much of it is local."""
+
+
+class Asked(Protocol):
+    """What there is to ask about any disk."""
+
+    @property
+    def source(self) -> Source[Scoreboard]:
+        """The disk."""
+
+    @property
+    def scoreboard(self) -> Scoreboard:
+        """What its processes tell."""
+
+    @property
+    def configuration(self) -> Configuration:
+        """By which it is served now."""
+
+    @property
+    def expiries(self) -> Sequence[Tuple[str, float]]:
+        """As of `Configuration.expiries`."""
+
+
+class QueryAnswers:
+    """The answers of one process, which the master has forked."""
+
+    def __init__(self, context: Asked, cache: Optional[AskedCache]) -> None:
         self._context = context
         self._source = context.source
         self._scoreboard = context.scoreboard
@@ -90,7 +149,7 @@ class QueryAnswers:
             answer["queue"] = self._queue(lines)
             answer["blocks"] = {"total": progress.blocks, "cached": progress.blocks - progress.missing()}
             answer["origin"] = self._origin(self._cache.source, lines)
-            answer["checkpoint"] = self._checkpoint(self._cache.state)
+            answer["checkpoint"] = self._checkpoint(self._cache.state.dirty_pages())
             answer["cache_all"] = self._copy(lines, progress)
             if cells is not None:
                 answer["map"] = progress.shares(cells)
@@ -115,7 +174,7 @@ class QueryAnswers:
         return source.describe(self._scoreboard.origin.address or str(source.address))
 
     def _write_back_failure(self) -> Optional[Message]:
-        failure = self._source.write_back(self._scoreboard).failure()
+        failure = self._source.write_back(self._scoreboard).noted()
         if failure is None:
             return None
         return {
@@ -144,15 +203,15 @@ class QueryAnswers:
             "connections": connected,
         }
 
-    def _checkpoint(self, state: ProcessState) -> Message:
+    def _checkpoint(self, dirty_pages: int) -> Message:
         count, last = self._scoreboard.checkpoints()
         return {
-            "dirty_pages": state.dirty_pages(),
+            "dirty_pages": dirty_pages,
             "completed": count,
             "seconds_since_last": None if last is None else max(0.0, clock() - last),
         }
 
-    def _copy(self, lines: List[Line], progress: Progress) -> Optional[Message]:
+    def _copy(self, lines: List[Line], progress: HowMuch) -> Optional[Message]:
         pid = next((line.pid for line in lines if line.peer == COPYING_PEER), None)
         if pid != self._copier:
             self._copier, self._copy_rate = pid, Rate()

@@ -54,15 +54,24 @@ class Snapshots(Duty):
         self._refuse_if_impossible()
         while self._making is not None:
             yield None
-        making = self._making = self._begin()
-        child = making.child
+        yield from self._make()
+
+    def _make(self) -> Reply:
+        """Whatever comes in between, it is counted."""
+        outcome = "snapshots_failed"
         try:
-            yield from self._watch(making)
+            making = self._making = self._begin()
+            child = making.child
+            try:
+                yield from self._watch(making)
+            finally:
+                self._making = None
+                self._end(making)
+            if child.status or not child.message:
+                raise _no_snapshot(child.message or "its process was stopped")
+            outcome = "snapshots"
         finally:
-            self._making = None
-            self._end(making)
-        if child.status or not child.message:
-            raise _no_snapshot(child.message or "its process was stopped")
+            self._context.count(outcome)
         yield {"done": True, **json.loads(child.message)}
 
     def _refuse_if_impossible(self) -> None:
@@ -88,10 +97,13 @@ class Snapshots(Duty):
     def _watch(self, making: _Making) -> Iterator[Optional[Message]]:
         """Progress, until it is made; a client that leaves stops it."""
         progress = making.progress
+        self._context.tell("snapshotting", 1)
         try:
             while not making.child.is_done():
                 progress.keep_up(self._children.start)
-                yield {"progress": {"copied_bytes": progress.cached_bytes(), "total_bytes": progress.size}}
+                copied = progress.cached_bytes()
+                self._context.tell("snapshot_bytes", copied)
+                yield {"progress": {"copied_bytes": copied, "total_bytes": progress.size}}
                 yield None
         except GeneratorExit:
             stopping = self._context.loop.stopping
@@ -99,6 +111,8 @@ class Snapshots(Duty):
             raise
 
     def _end(self, making: _Making) -> None:
+        self._context.tell("snapshotting", 0)
+        self._context.tell("snapshot_bytes", 0)
         for child in (making.child, making.progress.counter):
             if child is not None:
                 child.stop()

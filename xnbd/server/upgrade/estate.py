@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from ...errors import ConfigurationError
 from ...system.kept import Kept
@@ -48,6 +48,10 @@ class Estate(NamedTuple):
     """Process ids of those that have given way to a steward of a later program, and have not ended yet."""
     descriptors: List[int]
     """All that outlive the exec, the estate's own but for one."""
+    tallies: Sequence[int] = ()
+    """What programs of this server have counted, for metrics; the youngest first."""
+    observers: Sequence[int] = ()
+    """Process ids of those who answer ``--metrics``, and end when there is another one."""
 
     def write(self) -> int:
         """A descriptor of the file that holds it. Raises `OSError`."""

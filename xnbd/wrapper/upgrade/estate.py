@@ -34,6 +34,7 @@ class WrapperEstate(NamedTuple):
     """What the check of the next program has said; empty for the check itself."""
     descriptors: List[int]
     """All that outlive the exec, the estate's own but for one."""
+    metrics: Optional[Packed] = None
 
     def write(self) -> int:
         """A descriptor of the file that holds it. Raises `OSError`."""

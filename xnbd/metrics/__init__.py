@@ -1,0 +1,1 @@
+"""Numbers for monitoring: how they are written, and served over HTTP."""

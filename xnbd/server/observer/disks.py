@@ -1,0 +1,81 @@
+"""What there is to see of one disk, from a process that serves nobody."""
+
+from __future__ import annotations
+
+import os
+from time import monotonic
+from typing import Optional
+
+from ...proxy.state.view import CacheView
+from ...scoreboard.counters import BYTES_FETCHED
+from ...scoreboard.layout import TARGET
+from ...scoreboard.lines import clock
+from ...scoreboard.place import COPYING_PEER
+from ...scoreboard.scoreboard import Scoreboard
+from .figures import CacheNow
+
+_SHORTEST_ROUND = 1.0
+_IDLE = 20
+"""Times as long as a step of counting took, nothing is counted: that costs a twentieth of a processor at most."""
+
+
+class Counting:
+    """Keeps the figure of what is local in a cache up to date, step by step, as long as something changes there."""
+
+    def __init__(self, view: CacheView, scoreboard: Optional[Scoreboard]) -> None:
+        self._view = view
+        self._scoreboard = scoreboard
+        self._seen: object = None
+        self._is_counting = True
+        self.due = 0.0
+        """When `work` wants to be called (monotonic seconds)."""
+        self.work()  # which is all for a small disk
+
+    def work(self) -> None:
+        """One step."""
+        began = monotonic()
+        if not self._is_counting:
+            seen = self._look()
+            self._is_counting, self._seen = seen != self._seen, seen
+        is_over = self._is_counting and self._view.progress.work()
+        self._is_counting = self._is_counting and not is_over
+        now = monotonic()
+        pause = 0.0 if self._is_counting else _SHORTEST_ROUND
+        self.due = now + max(pause, _IDLE * (now - began))
+
+    def _look(self) -> object:
+        """Another one when something may have become local."""
+        return None if self._scoreboard is None else self._scoreboard.lines.totals()
+
+    @property
+    def cached_bytes(self) -> Optional[int]:
+        """None before the first count is over."""
+        return self._view.progress.cached_bytes() if self._view.progress.rounds else None
+
+
+def cache_now(scoreboard: Optional[Scoreboard], view: Optional[CacheView], counting: Optional[Counting]) -> CacheNow:
+    """What is known of a cache. Nobody serves it where there is no scoreboard of it, or only a dead one."""
+    lines = [] if scoreboard is None else scoreboard.lines.living()
+    cached = None if counting is None else counting.cached_bytes
+    if scoreboard is None or not lines:
+        return CacheNow(cached, None, None, copying=False, copied_bytes=0, reads_through=False)
+    switched = scoreboard.mode == TARGET
+    _, last = scoreboard.checkpoints()
+    copier = next((line for line in lines if line.peer == COPYING_PEER), None)
+    return CacheNow(
+        cached_bytes=view.progress.size if switched and view is not None else cached,
+        dirty_pages=None if switched or view is None else view.dirty_pages(),
+        checkpoint_age=None if switched or last is None else max(0.0, clock() - last),
+        copying=copier is not None,
+        copied_bytes=0 if copier is None else copier.counts[BYTES_FETCHED],
+        reads_through=scoreboard.reads_through and not switched,
+    )
+
+
+def available_bytes(path: str) -> Optional[int]:
+    """Space that is left on the file system of the file *path*; None for a device, which is no file on one."""
+    try:
+        status, found = os.stat(path), os.statvfs(path)
+    except OSError:
+        return None
+    return None if status.st_rdev else found.f_bavail * found.f_frsize

@@ -1,0 +1,101 @@
+"""The observer's life: a loop over connections, and over what has to be counted when there is time."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from abc import ABC, abstractmethod
+from time import monotonic
+from typing import Callable, List, Mapping, Optional, Sequence
+
+from ...logs import log
+from ...metrics.exposition import OPENMETRICS, PLAIN, Family, openmetrics, plain
+from ...metrics.http import HttpServer, Page, Request, Response
+from ...system.forking import let_signals_in
+from ...system.polling import poll_patiently
+from ..process_loop import ProcessLoop, Stop
+
+_NICE = 5  # clients go before those who watch
+_PARTING_TIME = 1.0
+
+
+class Observed(ABC):
+    """What is observed, as the observer's process has it open."""
+
+    @abstractmethod
+    def families(self) -> List[Family]:
+        """For ``/metrics``."""
+
+    @abstractmethod
+    def status(self) -> str:
+        """For ``/status``: JSON."""
+
+    @abstractmethod
+    def work(self) -> None:
+        """Do a little of what takes long. Called when `deadline` says so."""
+
+    @abstractmethod
+    def deadline(self) -> Optional[float]:
+        """When `work` wants to be called (monotonic seconds)."""
+
+
+def observe(lifeline: int, listeners: Sequence[socket.socket], observe_what: Callable[[], Observed], title: str) -> int:
+    """Life of the process, which ends with *lifeline* or by SIGTERM: its exit status.
+
+    Signals are blocked when it begins. Who has asked already gets the answer in any case.
+    """
+    from ...system.process import set_title
+
+    loop = ProcessLoop(lifeline)
+    let_signals_in()
+    set_title("metrics of", title) if title else set_title("metrics")
+    os.nice(_NICE)
+    try:
+        observed = observe_what()
+    except OSError as error:
+        log.error("metrics cannot be served: %s", error)
+        return 1
+    server = HttpServer(listeners, pages(observed))
+    try:
+        while True:
+            times = [time for time in (server.deadline(), observed.deadline()) if time is not None]
+            loop.wait_for(server.interests(), max(0.0, min(times) - monotonic()) if times else None)
+            server.progress()
+            work_at = observed.deadline()
+            if work_at is not None and monotonic() >= work_at:
+                observed.work()
+    except Stop:
+        _part(server)
+        return 0
+    finally:
+        server.close()
+
+
+def pages(observed: Observed) -> Mapping[str, Page]:
+    """By their paths. The page for people belongs at ``/``."""
+
+    def metrics(request: Request) -> Response:
+        families = observed.families()
+        if OPENMETRICS.partition(";")[0] in request.headers.get("accept", ""):
+            return Response(openmetrics(families), OPENMETRICS)
+        return Response(plain(families), PLAIN)
+
+    def status(_request: Request) -> Response:
+        return Response(observed.status().encode(), "application/json")
+
+    def index(_request: Request) -> Response:
+        return Response(b"/metrics  numbers for Prometheus\n/status   the same as xnbd-bgctl --query --json, as JSON\n")
+
+    return {"/": index, "/metrics": metrics, "/status": status}
+
+
+def _part(server: HttpServer) -> None:
+    server.leave()
+    until = monotonic() + _PARTING_TIME
+    while server.is_busy and monotonic() < until:
+        poll = select.poll()
+        for fd, events in server.interests():
+            poll.register(fd, events)
+        poll_patiently(poll, max(0.0, until - monotonic()) * 1000)
+        server.progress()

@@ -1,0 +1,86 @@
+"""What is observed of a server: its one disk."""
+
+from __future__ import annotations
+
+import json
+from time import time
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+from ...metrics.exposition import Family
+from ...proxy.image import ProxySource
+from ...proxy.state.view import CacheView, LocalBlocks
+from ...scoreboard.layout import TARGET
+from ...scoreboard.scoreboard import Scoreboard
+from ...scoreboard.tally import Sums, TallyReader
+from ...storage.image import Source
+from ...storage.target import reopen
+from ..configuration import Configuration
+from ..service import Service
+from ..steward.query import QueryAnswers
+from .disks import Counting, available_bytes, cache_now
+from .figures import About, Exposed, families
+from .process import Observed
+
+
+class _Asked(NamedTuple):
+    """What `QueryAnswers` wants to know."""
+
+    source: Source[Scoreboard]
+    scoreboard: Scoreboard
+    configuration: Configuration
+    expiries: Sequence[Tuple[str, float]]
+
+
+class _Cache(NamedTuple):
+    source: ProxySource
+    state: CacheView
+
+    @property
+    def progress(self) -> LocalBlocks:
+        return self.state.progress
+
+
+class ObservedService(Observed):
+    """The disk of *service*; made in the observer's process. Raises `OSError`."""
+
+    def __init__(self, service: Service, started: float) -> None:
+        self._service = service
+        self._source = source = service.source
+        self._tally = TallyReader(service.tally_fds)
+        self._scoreboard = Scoreboard(reopen(service.scoreboard_fd, readonly=True), readonly=True)
+        self._view: Optional[CacheView] = None
+        self._counting: Optional[Counting] = None
+        configuration = service.configuration
+        expiries = configuration.expiries()
+        cache = None
+        if isinstance(source, ProxySource):
+            self._view = source.open_view()
+            self._counting = Counting(self._view, self._scoreboard)
+            cache = _Cache(source, self._view)
+        self._about = About("xnbd-server", started, configuration.max_clients, expiries)
+        self._answers = QueryAnswers(_Asked(source, self._scoreboard, configuration, expiries), cache)
+
+    def families(self) -> List[Family]:
+        sums = self._tally.read().get(self._service.export_name, Sums())
+        exposed = Exposed(
+            export=self._service.export_name,
+            sums=sums,
+            disk_bytes=self._source.size,
+            available_bytes=available_bytes(self._source.path),
+            write_back_failed=self._source.write_back(self._scoreboard).noted() is not None,
+            cache=None if self._view is None else cache_now(self._scoreboard, self._view, self._counting),
+        )
+        return families([exposed], self._about)
+
+    def status(self) -> str:
+        uptime = time() - self._about.started
+        return json.dumps({"done": True, **self._answers.answer(None), "uptime_seconds": uptime}) + "\n"
+
+    def work(self) -> None:
+        if self._counting is not None:
+            self._counting.work()
+
+    def deadline(self) -> Optional[float]:
+        if self._counting is None or self._scoreboard.mode == TARGET:
+            return None
+        return self._counting.due
