@@ -64,4 +64,6 @@ class RequestError(XnbdError):
 
 
 class TaskFailed(XnbdError):
-    """What a process was forked for cannot be done; the message says why."""
+    """What a process was forked for cannot be done; the message says why, ``status`` is its exit status."""
+
+    status = 1

@@ -34,6 +34,7 @@ from server_process import STOP_TIME, Server, children_of, command, is_alive, ti
 
 from xnbd.proxy.state.format import BEGUN, CHECKPOINT, SCOREBOARD_SUFFIX, SUCCEEDED
 from xnbd.proxy.state.opening import open_state
+from xnbd.scoreboard.layout import COPYING
 from xnbd.scoreboard.scoreboard import Scoreboard
 from xnbd.system.file_locks import RangeLocks
 
@@ -832,6 +833,32 @@ def test_copy_of_a_server_that_has_ended_waits_until_a_process_can_be_started(pr
             proxy.server.wait_for_log(proxy.server.expected_errors[0])
         proxy.wait_for_cached(BLOCKS)
     assert proxy.steward() == steward
+
+
+def test_copy_that_another_server_was_quicker_with_stays_wanted(proxy: Proxy) -> None:
+    """The one that was quicker may have ended, and left the rest, before the other looks."""
+    steward = proxy.steward()
+    with closing(Scoreboard(os.open(f"{proxy.bitmap}{SCOREBOARD_SUFFIX}", os.O_RDWR))) as other:
+
+        def was_first() -> bool:
+            other.wanted_copy = SLOW
+            copier = None
+            while copier is None:
+                copier = proxy.copier()
+            was_first = other.try_lock(COPYING)
+            os.kill(steward, signal.SIGSTOP)
+            if not was_first:
+                os.kill(copier, signal.SIGTERM)
+            wait_until(lambda: not is_alive(copier), "the end of the copier")
+            if was_first:
+                other.unlock(COPYING)
+            os.kill(steward, signal.SIGCONT)
+            return was_first
+
+        wait_until(was_first, "a copier that is not the first")
+        proxy.server.wait_for_log("the copy has ended: another server on this cache is copying already")
+        assert other.wanted_copy == SLOW
+        wait_until(lambda: proxy.copier() is not None, "its next try")
 
 
 def test_copy_ends_with_its_steward_and_goes_on_with_the_next_one(proxy: Proxy) -> None:

@@ -50,6 +50,8 @@ from upgrades import IDLE, UPGRADES, Outcome, build, pauses, upgrade
 from xnbd import __version__
 from xnbd.scoreboard.layout import VERSION
 
+pytestmark = pytest.mark.timeout(120 + 10 * UPGRADES)
+
 
 @pytest.fixture
 def control(tmp_path: Path) -> Path:

@@ -81,6 +81,9 @@ class Proxy:
     def steward(self) -> int:
         return next(pid for pid in children_of(self.server.pid) if "steward" in title_of(pid))
 
+    def copier(self) -> Optional[int]:
+        return next((pid for pid in children_of(self.steward()) if "copying" in title_of(pid)), None)
+
 
 def program(*arguments: object) -> List[str]:
     """The command line of xnbd-bgctl."""

@@ -114,7 +114,7 @@ def _do(close_first: Callable[[], None], work: Callable[[], Optional[str]], writ
     except Stop:
         status = 0
     except TaskFailed as failure:
-        message = str(failure)
+        status, message = failure.status, str(failure)
     except OSError as error:
         message = error.strerror or str(error)
     with suppress(BrokenPipeError):  # the steward has ended first

@@ -26,6 +26,12 @@ from .query import COPYING_PEER
 _PROGRESS_EVERY = 0.2
 
 
+class _CopiedElsewhere(TaskFailed):
+    """A server that began at the same moment has come first. What is wanted is its affair."""
+
+    status = 2
+
+
 class Copying(Duty):
     """One copy of all blocks of *cache*, in a child.
 
@@ -141,6 +147,9 @@ class Copying(Duty):
         if child is not self._copy:
             return
         self._copy = None
+        if child.status == _CopiedElsewhere.status:
+            log.info("the copy has ended: %s", child.message)
+            return
         if not self._is_copying():  # or another server's operator wants one by now
             self._scoreboard.wanted_copy = None
         if child.status:
@@ -156,7 +165,7 @@ def _copy(context: Context, options: CopyOptions) -> None:
     loop = ProcessLoop(context.loop.lifeline)
     disk = loop.companion = context.service.open_disk()
     if not disk.scoreboard.try_lock(COPYING):
-        raise TaskFailed("another server on this cache is copying already")
+        raise _CopiedElsewhere("another server on this cache is copying already")
     if isinstance(disk.image, ProxyImage):
         disk.place.welcome(COPYING_PEER)
         try:
