@@ -186,6 +186,19 @@ def test_trouble_with_certificates_is_told_at_reconnection_and_new_files_count_a
         origin.stop()
 
 
+def test_a_certificate_of_ours_that_expires_soon_is_a_warning_until_it_is_renewed(
+    start: Start, own_server: Server, tmp_path: Path, files: CacheFiles, certificates: Certificates
+) -> None:
+    mine = certificates.authority.client(tmp_path / "soon", "alice", days=9)
+    proxy = start(*files.arguments(uri_of(own_server.port, mine)))
+    assert f"WARNING: {mine}/client-cert.pem expires on " in proxy.log()
+    (warning,) = query(files.control)["warnings"]
+    assert warning.startswith(f"{mine}/client-cert.pem expires on ")
+    for name in ("client-cert.pem", "client-key.pem"):
+        shutil.copy(certificates.alice / name, mine)
+    assert query(files.control)["warnings"] == []
+
+
 # Moving, and starting again
 
 

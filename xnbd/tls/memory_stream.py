@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Callable, Optional, Union
 
-from .psk import prepare
+from .psk import prepare, shake_hands
 
 RECORD = 16 << 10
 """The most bytes that one record brings."""
@@ -93,7 +93,7 @@ class MemoryStream:
 
     def _shake(self) -> bool:
         try:
-            ssl.SSLObject.do_handshake(self.tls)
+            shake_hands(self.tls)
         except ssl.SSLWantReadError:
             return False
         except ssl.SSLError:

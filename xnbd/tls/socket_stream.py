@@ -13,7 +13,7 @@ import ssl
 from contextlib import suppress
 from typing import Callable, Sequence, Union
 
-from .psk import prepare
+from .psk import prepare, shake_hands
 
 _TCP_ULP = 31
 """``linux/tcp.h``: what works above the protocol."""
@@ -60,7 +60,7 @@ class SocketStream:
         Raises `ssl.SSLError` and `OSError`.
         """
         try:
-            ssl.SSLSocket.do_handshake(self.tls)
+            shake_hands(self.tls)
         except ssl.SSLWantReadError:
             return select.POLLIN
         except ssl.SSLWantWriteError:
