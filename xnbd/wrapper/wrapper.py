@@ -112,6 +112,34 @@ class Wrapper:
         self._wake, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._handle_signals()
 
+    def run(self) -> int:
+        """The exit status: 0 after an orderly end, 1 if it had to be cut short."""
+        set_title(f"listening on {self._listeners}", program=PROGRAM)
+        gc.collect()
+        gc.freeze()
+        while not self._is_over():
+            ready = self._wait()
+            self._on_signals()
+            self._clients.progress(ready)
+            self._control.progress()
+            self._upgrades.progress()
+            if self._exchange.offers.fileno() in ready:
+                self._exchange.refuse_all()
+            if self._ending:
+                self._press(self._ending)
+            self._tell_manager()
+        return self._finish()
+
+    def _tell_manager(self) -> None:
+        """While this loop turns the wrapper is alive: what it waits for is nobody's fault, or another process's."""
+        if self._manager.listens:
+            exports = f"exports: {len(self._database.exports)}"
+            parts = (f"clients: {len(self._clients)}", exports, self._reloads.failure)
+            self._manager.show("; ".join(filter(None, parts)))
+            self._manager.progress(lambda: True)
+
+    # At the start
+
     def _open_control(self, path: str, estate: Optional[WrapperEstate]) -> ControlSocket:
         """Raises `ConfigurationError`."""
         table = self._commands.table()
@@ -138,32 +166,6 @@ class Wrapper:
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)  # they mean something to servers, and would end this process
         signal.pthread_sigmask(signal.SIG_UNBLOCK, forking.SIGNALS)
-
-    def run(self) -> int:
-        """The exit status: 0 after an orderly end, 1 if it had to be cut short."""
-        set_title(f"listening on {self._listeners}", program=PROGRAM)
-        gc.collect()
-        gc.freeze()
-        while not self._is_over():
-            ready = self._wait()
-            self._on_signals()
-            self._clients.progress(ready)
-            self._control.progress()
-            self._upgrades.progress()
-            if self._exchange.offers.fileno() in ready:
-                self._exchange.refuse_all()
-            if self._ending:
-                self._press(self._ending)
-            self._tell_manager()
-        return self._finish()
-
-    def _tell_manager(self) -> None:
-        """While this loop turns the wrapper is alive: what it waits for is nobody's fault, or another process's."""
-        if self._manager.listens:
-            exports = f"exports: {len(self._database.exports)}"
-            parts = (f"clients: {len(self._clients)}", exports, self._reloads.failure)
-            self._manager.show("; ".join(filter(None, parts)))
-            self._manager.progress(lambda: True)
 
     # In the children
 
