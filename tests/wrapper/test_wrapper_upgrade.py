@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -388,6 +389,23 @@ def test_a_program_that_hangs_does_not_keep_the_wrapper_from_its_end(wrapper: Wr
         assert wrapper.stop() == 0
         assert "the wrapper stops" in upgrading.communicate()[0]
     wait_for_end(everybody)
+
+
+def test_connections_of_operators_stay(wrapper: Wrapper) -> None:
+    """One that has said nothing, one in the middle of a request, and one that says goodbye."""
+    with ExitStack() as stack:
+        silent, halfway, leaving = (stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(3))
+        for sock in (silent, halfway, leaving):
+            sock.connect(str(wrapper.control))
+            sock.settimeout(60)
+        halfway.sendall(b'{"command": ')
+        leaving.sendall(b'{"command": "save"}\n')
+        leaving.shutdown(socket.SHUT_WR)
+        upgrade(wrapper)
+        silent.sendall(b'{"command": "save"}\n')
+        halfway.sendall(b'"save"}\n')
+        for sock in (silent, halfway, leaving):
+            assert b"saved" in sock.makefile("rb").readline()
 
 
 def test_an_operator_who_does_not_wait_changes_nothing(wrapper: Wrapper) -> None:
