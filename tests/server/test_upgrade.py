@@ -169,9 +169,37 @@ def test_systemd_hears_that_the_next_program_is_ready(image: Path, tmp_path: Pat
     with listening(str(tmp_path / "notify")) as manager:
         server = start("--target", "--control", tmp_path / "ctl", image, env=manager.environment)
         manager.wait_for("READY=1")
+        began = time.monotonic()
         upgrade(tmp_path / "ctl")
         manager.wait_for("READY=1", 2)
-        assert server.process.poll() is None
+        manager.wait_for("STATUS=clients: 0", 2)
+        told = [message.split("\n") for message in manager.heard if not message.startswith("STATUS")]
+        assert [words[0] for words in told] == ["READY=1", "RELOADING=1", "READY=1"]
+        assert began <= int(told[1][1].partition("MONOTONIC_USEC=")[2]) / 1e6 <= time.monotonic()
+        with injected(server.pid, "execve:error=ENOMEM"):
+            refused("--upgrade", tmp_path / "ctl")
+        manager.wait_for("READY=1", 3)
+        assert manager.senders == {server.pid}
+
+
+@pytest.mark.parametrize("daemon", [False, True])
+def test_the_watchdog_is_told_on_and_on(image: Path, tmp_path: Path, daemon: bool) -> None:
+    """A daemon is watched, too: its manager knows it from ``MAINPID``."""
+    control, pid_file = tmp_path / "ctl", tmp_path / "pid"
+    words = ["--target", "--control", control, "--unix", tmp_path / "sock", "--pidfile", pid_file, image]
+    with listening(str(tmp_path / "notify")) as manager:
+        env = {**os.environ, **manager.environment, "WATCHDOG_USEC": "200000"}
+        shell = 'export WATCHDOG_PID=$$; exec "$@"'
+        line = ["sh", "-c", shell, "sh", *command(*(["--daemonize"] if daemon else []), *words)]
+        with subprocess.Popen(line, env=env, stderr=subprocess.DEVNULL):
+            wait_until(pid_file.exists, "the pid file")
+            try:
+                manager.wait_for("WATCHDOG=1")
+                upgrade(control)
+                told = manager.listen().count("WATCHDOG=1")
+                manager.wait_for("WATCHDOG=1", told + 3)
+            finally:
+                stop_daemon(pid_file)
 
 
 # Which program
