@@ -13,7 +13,6 @@ import re
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -172,9 +171,37 @@ def test_systemd_hears_that_the_next_program_is_ready(image: Path, tmp_path: Pat
     with listening(str(tmp_path / "notify")) as manager:
         server = start("--target", "--control", tmp_path / "ctl", image, env=manager.environment)
         manager.wait_for("READY=1")
+        began = time.monotonic()
         upgrade(tmp_path / "ctl")
         manager.wait_for("READY=1", 2)
-        assert server.process.poll() is None
+        manager.wait_for("STATUS=clients: 0", 2)
+        told = [message.split("\n") for message in manager.heard if not message.startswith("STATUS")]
+        assert [words[0] for words in told] == ["READY=1", "RELOADING=1", "READY=1"]
+        assert began <= int(told[1][1].partition("MONOTONIC_USEC=")[2]) / 1e6 <= time.monotonic()
+        with injected(server.pid, "execve:error=ENOMEM"):
+            refused("--upgrade", tmp_path / "ctl")
+        manager.wait_for("READY=1", 3)
+        assert manager.senders == {server.pid}
+
+
+@pytest.mark.parametrize("daemon", [False, True])
+def test_the_watchdog_is_told_on_and_on(image: Path, tmp_path: Path, daemon: bool) -> None:
+    """A daemon is watched, too: its manager knows it from ``MAINPID``."""
+    control, pid_file = tmp_path / "ctl", tmp_path / "pid"
+    words = ["--target", "--control", control, "--unix", tmp_path / "sock", "--pidfile", pid_file, image]
+    with listening(str(tmp_path / "notify")) as manager:
+        env = {**os.environ, **manager.environment, "WATCHDOG_USEC": "200000"}
+        shell = 'export WATCHDOG_PID=$$; exec "$@"'
+        line = ["sh", "-c", shell, "sh", *command(*(["--daemonize"] if daemon else []), *words)]
+        with subprocess.Popen(line, env=env, stderr=subprocess.DEVNULL):
+            wait_until(pid_file.exists, "the pid file")
+            try:
+                manager.wait_for("WATCHDOG=1")
+                upgrade(control)
+                told = manager.listen().count("WATCHDOG=1")
+                manager.wait_for("WATCHDOG=1", told + 3)
+            finally:
+                stop_daemon(pid_file)
 
 
 # Which program
@@ -492,55 +519,6 @@ def test_who_a_client_is_and_that_it_may_only_read_goes_along(
         assert client.write(0, b"x") == errno.EPERM
         with negotiated(server) as another:
             assert another.write(0, b"x") == 0
-
-
-@pytest.mark.root(reason="becomes another user")
-def test_a_server_without_roots_rights_is_upgraded(start: Start, tmp_path: Path) -> None:
-    with home_of(65534) as home:
-        image, control = home / "disk.img", home / "ctl"
-        image.write_bytes(bytes(MIB))
-        os.chown(image, 65534, 65534)
-        server = start("--target", "--user", "65534", "--control", control, image)
-        server.expected_errors.append("that user cannot")
-        with negotiated(server) as client:
-            assert upgrade(control).moved == 1
-            assert client.write(0, b"mine") == 0
-        status = Path(f"/proc/{server.pid}/status").read_text()
-        assert "Uid:\t65534\t65534\t65534\t65534" in status
-
-
-@pytest.mark.root(reason="becomes another user")
-@pytest.mark.parametrize(
-    ("hidden", "reason"),
-    [
-        (".", "the server cannot look at the program {program}: Permission denied"),
-        ("bin/xnbd-server", "cannot go on with this server, which stays as it is: "),
-        ("xnbd/server/worker.py", "cannot go on: {tree}/xnbd/server/worker.py Permission denied"),
-    ],
-)
-def test_a_program_that_the_user_may_not_read_changes_nothing(
-    start: Start, tmp_path: Path, hidden: str, reason: str
-) -> None:
-    with home_of(65534) as home:
-        program, control = build(home / "tree", "99.0"), home / "ctl"
-        (home / "tree" / hidden).chmod(0o600)
-        (home / "disk.img").write_bytes(bytes(MIB))
-        os.chown(home / "disk.img", 65534, 65534)
-        server = start("--target", "--user", "65534", "--control", control, home / "disk.img")
-        server.expected_errors.append("that user cannot")
-        with negotiated(server) as client:
-            for options in (["--check"], []):
-                line = refused("--upgrade", *options, "--program", program, control)
-                assert reason.format(program=program, tree=home / "tree") in line
-            assert len(client.read(0, 512)) == 512
-
-
-@contextmanager
-def home_of(uid: int) -> Iterator[Path]:
-    """A directory that this user can reach."""
-    with tempfile.TemporaryDirectory(prefix="xnbd-upgrade") as name:
-        os.chown(name, uid, uid)
-        yield Path(name)
 
 
 def test_the_limits_of_a_file_are_read_again(start: Start, image: Path, control: Path, tmp_path: Path) -> None:
