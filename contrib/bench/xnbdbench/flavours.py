@@ -29,6 +29,9 @@ SMALL_ORIGIN_SIZE = 64 << 20
 
 EMPTY_ORIGIN_SIZE = 1 << 40
 
+LARGE_SIZE = 64 << 30
+"""Bytes of a sparse image that is larger than what a server has mapped in its first second."""
+
 ONE_WAY_DELAY = 10
 """Milliseconds; a round trip takes twice this."""
 
@@ -228,11 +231,16 @@ def _origin(size: int, serve: Callable[[Place], List[str]] = _xnbd) -> Callable[
     return command
 
 
-def _empty_origin(place: Place) -> List[str]:
-    disk = place.directory / "disk.img"
-    with disk.open("wb") as file:
-        file.truncate(EMPTY_ORIGIN_SIZE)
-    return _xnbd(place._replace(image=disk))
+def _sparse(size: int, serve: Callable[[Place], List[str]]) -> Callable[[Place], List[str]]:
+    """A server of *size* bytes that nobody has written."""
+
+    def command(place: Place) -> List[str]:
+        disk = place.directory / "disk.img"
+        with disk.open("wb") as file:
+            file.truncate(size)
+        return serve(place._replace(image=disk))
+
+    return command
 
 
 def _link(*options: object) -> Callable[[Place], List[str]]:
@@ -259,6 +267,10 @@ FLAVOURS: Dict[str, Flavour] = {
     "limit": Flavour(_limit, [], compiled=True),
     "limit --spin 0": Flavour(_limit_sleeping, [], compiled=True),
     "xnbd-new": Flavour(_xnbd, _XNBD_VERSION, fresh=True),
+    "xnbd-large": Flavour(_sparse(LARGE_SIZE, _xnbd), _XNBD_VERSION, fresh=True),
+    "nbdkit-large": Flavour(_sparse(LARGE_SIZE, _nbdkit), _NBDKIT_VERSION, "nbdkit", fresh=True),
+    "qemu-nbd-large": Flavour(_sparse(LARGE_SIZE, _qemu_nbd), _QEMU_NBD_VERSION, "qemu-utils", fresh=True),
+    "limit-large": Flavour(_sparse(LARGE_SIZE, _limit), [], compiled=True, fresh=True),
     "nbdkit": Flavour(_nbdkit, _NBDKIT_VERSION, "nbdkit"),
     "qemu-nbd": Flavour(_qemu_nbd, _QEMU_NBD_VERSION, "qemu-utils"),
     "xnbd-cow": Flavour(_xnbd_cow, _XNBD_VERSION, fresh=True),
@@ -274,7 +286,7 @@ FLAVOURS: Dict[str, Flavour] = {
     "xnbd-proxy-kept": _proxy("origin", fresh=False),
     "nbdkit-cache": Flavour(_nbdkit_cache, _NBDKIT_VERSION, "nbdkit", fresh=True, origin="origin"),
     "qemu-nbd-cor": Flavour(_qemu_nbd_copy_on_read, _QEMU_NBD_VERSION, "qemu-utils", fresh=True, origin="origin"),
-    "empty-origin": Flavour(_empty_origin, _XNBD_VERSION),
+    "empty-origin": Flavour(_sparse(EMPTY_ORIGIN_SIZE, _xnbd), _XNBD_VERSION),
     "xnbd-proxy-empty": _proxy("empty-origin"),
     "far-origin": Flavour(_link("--delay", ONE_WAY_DELAY), [], origin="origin"),
     "xnbd-proxy-far": _proxy("far-origin"),

@@ -47,6 +47,16 @@ class Load:
 
 
 @dataclass(frozen=True)
+class FirstSecond:
+    """What *load* measures in the first second of a new server, beginning with its first request."""
+
+    load: Load
+
+    def __call__(self, trial: Trial) -> Sample:
+        return self.load(trial._replace(settings=trial.settings._replace(seconds=1.0, warmup=0.0)))
+
+
+@dataclass(frozen=True)
 class Filled:
     """What *load* measures after the whole disk was written once."""
 

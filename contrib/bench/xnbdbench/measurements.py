@@ -10,7 +10,7 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 from .caching import CacheAll, Cold, ColdLatency, FetchedShare, HitLatency, Warmed
 from .flavours import FLAVOURS, ORIGIN_SIZE
 from .footprint import IdleCpu, WorkerMemory
-from .load import KIB, MIB, Beside, Crowded, Filled, Fio, FirstRead, Load
+from .load import KIB, MIB, Beside, Crowded, Filled, Fio, FirstRead, FirstSecond, Load
 from .results import LIMIT, Goal, Panel, Unit, at_least, at_most, ratio
 from .snapshots import Writes, take_qemu, take_xnbd
 from .startup import InetdTime, VersionTime
@@ -20,6 +20,9 @@ PEERS = ["nbdkit", "qemu-nbd", "nbd-server"]
 COW_PEERS = ["nbdkit-cow", "qemu-nbd -s"]
 PROXY_PEERS = ["nbdkit-cache", "qemu-nbd-cor"]
 TLS_PEERS = ["nbdkit --tls", "qemu-nbd --tls"]
+
+_LARGE = ["xnbd-large", "nbdkit-large", "qemu-nbd-large"]
+_LARGE_LIMIT = f"{LIMIT}-large"
 
 _BARE = "bare origin"
 
@@ -168,22 +171,34 @@ _SNAPSHOT_TIMES = {
     "qemu": Contender("qemu-sd", Writes(take_qemu, "takes")),
 }
 
+_ONE_IN_FLIGHT = ratio(1.0, of_limit=0.85)
+_MANY_IN_FLIGHT = ratio(1.0, of_limit=0.75)
+
 _BUSY = Load(depth=16, connections=8)
 _WRITE = Load("randwrite", depth=32)
 
 MEASUREMENTS: List[Measurement] = [
-    small("randread-1", "random read, 1 in flight", ratio(1.5), Load(depth=1)),
-    small("randread-1-busy", "random read, 1 in flight, busy neighbours", ratio(1.0), Beside(Load(depth=1))),
+    small("randread-1", "random read, 1 in flight", _ONE_IN_FLIGHT, Load(depth=1)),
+    small("randread-1-busy", "random read, 1 in flight, busy neighbours", _ONE_IN_FLIGHT, Beside(Load(depth=1))),
     asleep("randread-1-asleep", "random read, 1 in flight, without polling", ratio(0.95), Load(depth=1)),
     small("randread-16", "random read, 16 in flight", ratio(2.3), Load(depth=16)),
-    small("randread-64", "random read, 64 in flight", ratio(4.0), Load(depth=64)),
-    small("randwrite-32", "random write, 32 in flight", ratio(3.3), Load("randwrite", depth=32)),
+    small("randread-64", "random read, 64 in flight", _MANY_IN_FLIGHT, Load(depth=64)),
+    small("randwrite-32", "random write, 32 in flight", _MANY_IN_FLIGHT, Load("randwrite", depth=32)),
     small("randread-4x16", "random read, 4 clients, 16 each", ratio(3.3), Load(depth=16, connections=4)),
     small("fio-1", "fio random read, 1 in flight", ratio(2.0), Fio(1)),
     small("fio-32", "fio random read, 32 in flight", ratio(1.3), Fio(32)),
     large("read-256k", "read 256 KiB, 4 in flight", ratio(1.2), "read", 256 * KIB),
     large("read-1m", "read 1 MiB, 4 in flight", ratio(1.2), "read", 1 * MIB),
     large("write-256k", "write 256 KiB, 4 in flight", ratio(1.0), "write", 256 * KIB),
+    Measurement(
+        "first-second",
+        "64 GiB, first second of random reads, 16 in flight",
+        "iops",
+        ratio(1.0),
+        {name: Contender(name, FirstSecond(Load(depth=16))) for name in (*_LARGE, _LARGE_LIMIT)},
+        most_rounds=5,
+        references=(_LARGE_LIMIT,),
+    ),
     Measurement("first-read", "connect to first read", "ms", at_most(1.5), compare(FirstRead()), most_rounds=5),
     copied("cow-read", "cow, untouched random read, 16 in flight", Load(depth=16), others=["xnbd-new", *COW_PEERS]),
     copied(

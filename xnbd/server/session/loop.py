@@ -33,6 +33,7 @@ from ..handover import frozen
 from ..handover.departure import Departure
 from .commands import MAXIMUM_REQUEST, Commands
 from .connection import Connection
+from .first_touch import FirstTouch, Reader
 from .holes import HOLE_MINIMUM
 from .page_prefetch import QUICK
 from .parked import Parked
@@ -83,6 +84,7 @@ class Session:
         self._format = reply_format(structured=agreement.structured)
         self._receive_buffer = ReceiveBuffer(connection)
         self._replies = Replies(connection, self._format)
+        self._first_touch = FirstTouch(disk.image, self._counts[REQUESTS])
         self._write_runs = WriteRuns(self._receive_buffer, self._replies)
         self._parking = Parking(self._replies.pieces, limits, ordered=agreement.ordered)
         encrypted = bool(connection.encryption)
@@ -239,15 +241,23 @@ class Session:
         longest_read = HOLE_MINIMUM - 1 if data_header else MAXIMUM_REQUEST
         pieces, counts, send = self._replies.pieces, self._counts, self._replies.send
         append, extend, write_run = pieces.append, pieces.extend, self._write_runs.do
+        read: Reader
         receive, pwrite, flat_fd = self._connection.receive, os.pwrite, image.flat_fd
         size, read, write, readable_now, changes = image.size, image.read, image.write, image.readable, disk.changes
+        first_touch = self._first_touch
+        if counts[REQUESTS] >= first_touch.due:
+            first_touch.look(image, counts[REQUESTS])
+        copied = first_touch.active
+        if copied:
+            read = first_touch.reader(image)
         batches, plain = 0, True
         while True:
-            readable, flat, complete = readable_now(), image.flat, True
+            readable, complete = readable_now(), True
             if readable > size:
                 readable = size
             writable = readable if commands.writable else -1
             announce = page_prefetch.announce if page_prefetch.active else None
+            flat = None if copied and not announce else image.flat
             position, end, run = receive_buffer.start, receive_buffer.end, 0
             if end - position >= several and not parking.blocked:
                 if flat is not None and not announce:
