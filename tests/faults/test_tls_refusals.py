@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import errno
 import re
+import select
+import socket
 import ssl
+import subprocess
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator, List, Union
 
 import pytest
 from caching import CacheFiles
@@ -22,6 +25,7 @@ from rawclient import ABORT, ACK, EXPORT_NAME, GO, INFO, LIST, SET_META_CONTEXT,
 from server_process import PATIENCE, Server, run, wait_until
 from tls_client import (
     TLS_REQUIRED,
+    ask_for_tls,
     context_of,
     refusal_of,
     start_tls,
@@ -192,6 +196,42 @@ def test_a_wrong_pre_shared_key_is_refused(
     assert (status, err.count("\n")) == (1, 1), err
     right = certificates.server_psk / "keys.psk"
     run("nbdinfo", f"nbds://alice@127.0.0.1:{server.port}/?tls-psk-file={right}")
+
+
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+@pytest.mark.parametrize("name", [b"\xff\xfe\n", b"x" * 200, b"a\nb"])
+def test_a_hostile_name_of_a_pre_shared_key_is_refused(
+    start: Start, image: Path, certificates: Certificates, version: str, name: bytes
+) -> None:
+    server = start("--target", image, "--tls", certificates.server_psk, tcp=True)
+    with refuses_in_one_line(server, "pre-shared key"), RawClient(server.connect()) as client:
+        ask_for_tls(client)
+        with openssl_client(version, "-psk", "00" * 32, "-psk_identity", name) as theirs:
+            pass_on(theirs, client.sock)
+    right = certificates.server_psk / "keys.psk"
+    run("nbdinfo", f"nbds://alice@127.0.0.1:{server.port}/?tls-psk-file={right}")
+
+
+@contextmanager
+def openssl_client(*options: Union[str, bytes]) -> Iterator[socket.socket]:
+    """The other end of the connection that ``openssl s_client`` makes, with the ciphers for keys in TLS 1.3."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        where = f"127.0.0.1:{listener.getsockname()[1]}"
+        words = ["openssl", "s_client", "-connect", where, "-ciphersuites", "TLS_AES_128_GCM_SHA256", *options]
+        program = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with program, listener.accept()[0] as theirs:
+            yield theirs
+            program.kill()
+
+
+def pass_on(one: socket.socket, other: socket.socket) -> None:
+    """Bytes between both, until one of them closes."""
+    while True:
+        for source in select.select([one, other], [], [], PATIENCE)[0]:
+            data = source.recv(1 << 16)
+            if not data:
+                return
+            (other if source is one else one).sendall(data)
 
 
 # Rules

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import struct
 from pathlib import Path
 from typing import List
 
@@ -16,8 +17,9 @@ from lying_origin import LyingOrigin, Visitor, simple
 from model import Model, read_all
 from mounts import small_tmpfs
 from origin_programs import OriginProgram
+from rawclient import DISC
 from relay import Relay
-from server_process import Server, children_of, run
+from server_process import Server, children_of, run, wait_until
 from tls_visitor import TlsVisitor, grant_tls, server_context
 
 SIZE = 6 * MIB + 512
@@ -184,6 +186,48 @@ def test_trouble_with_certificates_is_told_at_reconnection_and_new_files_count_a
         proxy.stop()
     finally:
         origin.stop()
+
+
+def test_a_certificate_of_ours_that_expires_soon_is_a_warning_until_it_is_renewed(
+    start: Start, own_server: Server, tmp_path: Path, files: CacheFiles, certificates: Certificates
+) -> None:
+    mine = certificates.authority.client(tmp_path / "soon", "alice", days=9)
+    proxy = start(*files.arguments(uri_of(own_server.port, mine)))
+    assert f"WARNING: {mine}/client-cert.pem expires on " in proxy.log()
+    (warning,) = query(files.control)["warnings"]
+    assert warning.startswith(f"{mine}/client-cert.pem expires on ")
+    for name in ("client-cert.pem", "client-key.pem"):
+        shutil.copy(certificates.alice / name, mine)
+    assert query(files.control)["warnings"] == []
+
+
+def test_a_worker_that_is_stopped_takes_leave_of_its_origin(
+    start: Start, tmp_path: Path, files: CacheFiles, certificates: Certificates, disk: bytes
+) -> None:
+    """With NBD_CMD_DISC and in TLS; its client is still there."""
+    farewells: List[bool] = []
+
+    def behave(visitor: Visitor) -> None:
+        grant_tls(visitor)
+        secure = TlsVisitor(visitor, server_context(certificates.server)).shake_hands()
+        secure.haggle(SIZE, structured=False)
+        answered = 0
+        while True:
+            _, _, command, cookie, offset, length = struct.unpack(">IHHQQI", secure.receive(28))
+            if command == DISC:
+                break
+            secure.send(simple(cookie, disk[offset : offset + length]))
+            answered += 1
+        if secure.ends_politely() and answered:
+            farewells.append(True)
+
+    with LyingOrigin(tmp_path / "s", behave) as origin:
+        uri = f"nbds+unix:///?socket={origin.path}&tls-certificates={certificates.alice}"
+        proxy = start(*files.arguments(uri, "--readahead", "0"))
+        client = connect(proxy.uri)
+        assert client.pread(BLOCK, 0) == disk[:BLOCK]
+        proxy.stop()
+        wait_until(lambda: farewells, "the worker's farewell")
 
 
 # Moving, and starting again

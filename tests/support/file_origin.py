@@ -49,6 +49,9 @@ class FileAddress(NamedTuple):
     def overrules(self, noted: OriginAddress) -> bool:
         return False
 
+    def warnings(self) -> List[str]:
+        return []
+
     def open(self, sink: Sink, terms: Terms) -> Origin:
         return FileOrigin(self, sink, terms)
 

@@ -102,3 +102,15 @@ class TlsVisitor(Visitor):
                 raise EOFError
             data += part
         return bytes(data)
+
+    def ends_politely(self) -> bool:
+        """Wait until the client leaves; whether TLS says so, too."""
+        while True:
+            try:
+                if not self._tls.read(1 << 14):
+                    return True
+            except ssl.SSLWantReadError:
+                try:
+                    self._hear()
+                except EOFError:
+                    return False

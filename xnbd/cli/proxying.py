@@ -83,6 +83,8 @@ def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *
     if known is not None and not ask:
         return known.size
     here = _whereabouts(address, known)
+    for warning in here.warnings():
+        log.warning("%s", warning)
     try:
         size = probe(here, timeout=timeout)
     except OriginLost as lost:

@@ -193,6 +193,9 @@ class OriginAddress(Protocol):
         Only one that says anew how the same `place` is reached does.
         """
 
+    def warnings(self) -> List[str]:
+        """What will soon keep this computer from getting there, in lines for the operator."""
+
     def open(self, sink: Sink, terms: Terms) -> Origin:
         """The origin at this address, yet to be started. Imports what it needs; may raise `OSError`."""
 

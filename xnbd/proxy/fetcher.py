@@ -205,6 +205,9 @@ class Fetcher(Background):
                 self._finish(fetch, errno.EIO)
         self.finished += self.locking.give_up(time)
 
+    def take_leave(self) -> None:
+        self._link.leave(0.0)
+
     def close(self) -> None:
         """Take leave of the origin, as soon as what it was asked for has come; none of that is kept.
 

@@ -217,6 +217,11 @@ class Disk(Companion):
         self.place.welcome("")
         self.accompany(do_nothing, do_nothing)
 
+    def take_leave(self) -> None:
+        """The process is about to end, and its origin hears of that. Does not wait."""
+        if self.image.background is not None:
+            self.image.background.take_leave()
+
     def close(self) -> None:
         """Let go of everything, the origin's connection included, which may take a moment."""
         self.image.close()

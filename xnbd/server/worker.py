@@ -124,7 +124,11 @@ class Worker:
         loop.farewell = self._close_listeners  # a successor may listen there already
         with closing(Lobby(service.configuration.handshake_timeout, oldstyle=service.oldstyle)) as lobby:
             self._report(Report(os.getpid()))  # it can work
-            return self._serve_clients(loop, disk, lobby)
+            try:
+                return self._serve_clients(loop, disk, lobby)
+            except Stop:
+                disk.take_leave()
+                raise
 
     def _serve_clients(self, loop: ProcessLoop, disk: Disk, lobby: Lobby) -> int:
         service = self._service

@@ -110,6 +110,10 @@ class Background(ABC):
     def abandon(self) -> None:
         """Nobody waits any more: let go of everything but what is on its way already."""
 
+    @abstractmethod
+    def take_leave(self) -> None:
+        """The process is about to end: say so to whom it works with, without waiting."""
+
 
 class Image(ABC):
     """A disk of ``size`` bytes.

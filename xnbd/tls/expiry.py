@@ -32,18 +32,22 @@ class Expiry(NamedTuple):
         return (self.when - now).days
 
 
-def warnings(valid: Sequence[Expiry]) -> List[str]:
-    """A line for each file in which something has expired, or does so within `SOON` days."""
+OURS_AS_SERVER = "clients are refused, or refuse the server"
+OURS_AS_CLIENT = "the origin is refused, or refuses this proxy"
+
+
+def warnings(valid: Sequence[Expiry], meaning: str = OURS_AS_SERVER) -> List[str]:
+    """A line for each file in which something has expired, of which *meaning* tells what it means, or soon will."""
     now = datetime.now(timezone.utc)
     first = {expiry.path: expiry for expiry in sorted(valid, key=lambda e: e.when, reverse=True)}
-    return [_warning(expiry, now) for expiry in first.values() if expiry.days_left(now) < SOON]
+    return [_warning(expiry, now, meaning) for expiry in first.values() if expiry.days_left(now) < SOON]
 
 
-def _warning(expiry: Expiry, now: datetime) -> str:
+def _warning(expiry: Expiry, now: datetime, meaning: str) -> str:
     days = expiry.days_left(now)
     day = expiry.when.strftime("%Y-%m-%d")
     if days < 0:
-        return f"{expiry.path} has expired on {day}: clients are refused, or refuse the server"
+        return f"{expiry.path} has expired on {day}: {meaning}"
     return f"{expiry.path} expires on {day}, in {days} days"
 
 

@@ -16,6 +16,9 @@ from .context import read_file
 LONGEST_KEY = 256
 """Bytes of a key that every OpenSSL takes (``PSK_MAX_PSK_LEN``)."""
 
+NO_TEXT = "PSK_IDENTITY_IS_NO_TEXT"
+"""The reason of an error that OpenSSL does not have."""
+
 
 def read_keys(path: str) -> Dict[str, bytes]:
     """The keys in the file *path* by their users: lines ``USER:HEX``. Raises `ConfigurationError`."""
@@ -89,6 +92,17 @@ def prepare(tls: Union[ssl.SSLObject, ssl.SSLSocket]) -> None:
     set_up = getattr(tls.context, "setup_psk_callbacks", None)
     if set_up is not None:
         set_up(tls)
+
+
+def shake_hands(tls: Union[ssl.SSLObject, ssl.SSLSocket]) -> None:
+    """Go on with a handshake, as *tls* of ``ssl`` would. Raises `ssl.SSLError`."""
+    kind = ssl.SSLObject if isinstance(tls, ssl.SSLObject) else ssl.SSLSocket
+    try:
+        kind.do_handshake(tls)  # type: ignore[arg-type]
+    except SystemError as error:  # sslpsk3 could not decode the name, and OpenSSL has gone on without a key
+        failure = ssl.SSLError(ssl.SSL_ERROR_SSL, str(error.__cause__))
+        failure.reason = NO_TEXT
+        raise failure from error
 
 
 def was_used(tls: Union[ssl.SSLObject, ssl.SSLSocket]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from typing import Dict
 
-from .psk import ServerKeys
+from .psk import NO_TEXT, ServerKeys
 
 _REASONS: Dict[str, str] = {
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the client shows no certificate (--tls-anonymous lets such clients in)",
@@ -16,6 +16,8 @@ _REASONS: Dict[str, str] = {
     "WRONG_VERSION_NUMBER": "what the client says is no TLS",
     "HTTP_REQUEST": "what the client says is no TLS",
     "HTTPS_PROXY_REQUEST": "what the client says is no TLS",
+    NO_TEXT: "the name of the client's pre-shared key is no UTF-8",
+    "PSK_IDENTITY_NOT_FOUND": "there is no pre-shared key of the name that the client gives",
     "BINDER_DOES_NOT_VERIFY": "the client has another key",
     "DIGEST_CHECK_FAILED": "the client has another key",
     "DECRYPTION_FAILED_OR_BAD_RECORD_MAC": "what the client sends cannot be decrypted",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Dict, Mapping, NamedTuple, Optional, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from ...system.process import whole_path
@@ -76,6 +76,10 @@ class NbdAddress(NamedTuple):
         """See `OriginAddress`."""
         socket = {self.unix_path: os.W_OK} if self.unix_path.startswith("/") else {}
         return {**socket, **dict.fromkeys(self.encryption.files() if self.encryption else [], os.R_OK)}
+
+    def warnings(self) -> List[str]:
+        """See `OriginAddress`."""
+        return self.encryption.warnings() if self.encryption else []
 
     def open(self, sink: Sink, terms: Terms) -> Origin:
         from .connection import OriginConnection

@@ -7,6 +7,7 @@ Nothing here imports ``ssl``: that is done when such an origin is first connecte
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Iterator, List, Mapping, NamedTuple, Tuple
 
 from ...system.process import whole_path
@@ -48,6 +49,16 @@ class Encryption(NamedTuple):
         """What every process reads that connects: those files that are there."""
         named = [os.path.join(self.certificates, name) for name in _CERTIFICATES] if self.certificates else []
         return [path for path in (*named, self.psk_file) if os.path.exists(path)]
+
+    def warnings(self) -> List[str]:
+        """A line for each file of certificates that expires soon, or has expired."""
+        from ...tls.expiry import OURS_AS_CLIENT, expiries, warnings
+
+        valid = []
+        for path in self.files():
+            with suppress(OSError), open(path, encoding="utf-8", errors="surrogateescape") as file:
+                valid += expiries(path, file.read())
+        return warnings(valid, OURS_AS_CLIENT)
 
 
 def parse_encryption(uri: str, user: str, values: Mapping[str, str]) -> Encryption:

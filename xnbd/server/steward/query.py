@@ -9,6 +9,7 @@ from typing import Any, List, Optional
 
 from ... import __version__
 from ...control.server import CommandTable, Message, Reply, integer_argument
+from ...origin.address import parse_origin
 from ...proxy.image import ProxySource
 from ...proxy.state.checkpoint import ProcessState
 from ...scoreboard.counters import MISSES, REQUESTS, Counts
@@ -74,7 +75,7 @@ class QueryAnswers:
             "uptime_seconds": clock() - self._began,
             "readonly": source.readonly,
             "configuration": self._context.configuration.figures(),
-            "warnings": self._warnings(),
+            "warnings": self._warnings(switched=switched),
             "disk_size": source.size,
             "block_size": BLOCK,
             "write_back_failure": self._write_back_failure(),
@@ -96,8 +97,14 @@ class QueryAnswers:
                 answer["map"] = progress.shares(cells)
         return answer
 
-    def _warnings(self) -> List[str]:
+    def _warnings(self, *, switched: bool) -> List[str]:
         """What the operator should do something about before it is too late."""
+        found = self._server_warnings()
+        if isinstance(self._source, ProxySource) and not switched:
+            found += parse_origin(self._origin_address(self._source)).warnings()
+        return found
+
+    def _server_warnings(self) -> List[str]:
         if not self._context.expiries:
             return []
         from ...tls.expiry import Expiry, warnings
@@ -112,7 +119,10 @@ class QueryAnswers:
             return source.description
         if self._scoreboard.mode == TARGET:
             return f"disk image {source.name}, a proxy's cache until the switch"
-        return source.describe(self._scoreboard.origin.address or str(source.address))
+        return source.describe(self._origin_address(source))
+
+    def _origin_address(self, source: ProxySource) -> str:
+        return self._scoreboard.origin.address or str(source.address)
 
     def _write_back_failure(self) -> Optional[Message]:
         failure = self._source.write_back(self._scoreboard).failure()
@@ -138,7 +148,7 @@ class QueryAnswers:
         connected = sum(line.origin == REACHED for line in lines)
         unreachable = any(line.origin == UNREACHABLE for line in lines)
         return {
-            "address": self._scoreboard.origin.address or str(proxy.address),
+            "address": self._origin_address(proxy),
             "state": "unreachable" if unreachable else "connected" if connected else "idle",
             "error": next((line.trouble for line in lines if line.trouble), None),
             "connections": connected,
