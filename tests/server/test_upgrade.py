@@ -354,18 +354,58 @@ def test_a_server_of_one_client_is_not_upgraded(start: Start, tmp_path: Path) ->
         assert process.wait() == 0
 
 
+def is_checked(server: Server) -> bool:
+    """Whether the next program's check runs."""
+    return any("--take-over-check" in title_of(pid) for pid in server.workers())
+
+
+@contextmanager
+def slow_upgrade(server: Server, control: Path, directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """To version 99.0, whose check takes a second: it is under way."""
+    words = bgctl_command("--upgrade", "--program", build(directory / "slow", "99.0", SLOW), control)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as asking:
+        wait_until(lambda: is_checked(server), "the check")
+        yield asking
+
+
 def test_one_upgrade_at_a_time(target: Server, control: Path, tmp_path: Path) -> None:
-    slow = build(tmp_path / "slow", "99.0", SLOW)
-
-    def is_checked() -> bool:
-        return any("--take-over-check" in title_of(pid) for pid in target.workers())
-
-    with subprocess.Popen(bgctl_command("--upgrade", "--program", slow, control), stdout=subprocess.PIPE) as first:
-        wait_until(is_checked, "the check")
+    with slow_upgrade(target, control, tmp_path) as first:
         assert ask(control, "upgrade")["error"] == "an upgrade is under way already"
-        out, _ = first.communicate()
-    assert b"-> 99.0" in out
+        assert "-> 99.0" in first.communicate()[0]
     assert target.process.poll() is None
+
+
+def test_a_reload_meanwhile_counts(start: Start, image: Path, control: Path, tmp_path: Path) -> None:
+    limits = tmp_path / "limits"
+    limits.write_text("max-clients 2\n")
+    server = start("--target", "--limits", limits, "--control", control, image)
+    with negotiated(server) as client, slow_upgrade(server, control, tmp_path) as asking:
+        limits.write_text("max-clients 7\n")
+        assert "max-clients 2 -> 7" in bgctl("--reload", control)
+        assert "-> 99.0: 1 client moved" in asking.communicate()[0]
+        assert len(client.read(0, 512)) == 512
+    assert query(control)["configuration"]["max_clients"] == 7
+
+
+def test_a_stop_meanwhile_is_a_stop(target: Server, control: Path, tmp_path: Path) -> None:
+    with slow_upgrade(target, control, tmp_path) as asking:
+        assert target.stop() == 0
+        said = asking.communicate()[0]
+    assert said.startswith("xnbd-bgctl: ")
+    assert said.count("\n") == 1
+    assert not control.exists()
+
+
+def test_a_stop_at_any_moment_is_minded(start: Start, image: Path, tmp_path: Path, seed: int) -> None:
+    """Before the exec, in it, or by the next program."""
+    for number in range(4):
+        control = tmp_path / f"ctl{number}"
+        server = start("--target", "--control", control, image)
+        with negotiated(server), subprocess.Popen(bgctl_command("--upgrade", control), stderr=subprocess.DEVNULL):
+            wait_until(lambda: is_checked(server) or "goes on where" in server.log(), "the check")  # noqa: B023
+            time.sleep(random.Random(seed + number).uniform(0, 0.6))
+            assert server.stop() == 0
+        assert not control.exists()
 
 
 # Everything that may be under way
@@ -462,6 +502,29 @@ def test_a_switched_proxy_stays_a_target(slow_proxy: Proxy) -> None:
     upgrade(slow_proxy.control)
     assert slow_proxy.query()["mode"] == "target"
     assert Path(slow_proxy.bgctl("--snapshot").strip()).stat().st_size == 16 * MIB
+
+
+@pytest.mark.parametrize("first", ["--switch", "--upgrade"])
+def test_a_switch_and_an_upgrade_at_once(slow_proxy: Proxy, first: str) -> None:
+    """Both happen, or the switch is refused and nothing of it has happened."""
+    slow_proxy.bgctl("--cache-all")
+    orders = sorted(["--switch", "--upgrade"], key=lambda order: order != first)
+    with slow_proxy.raw() as client:
+        asking = {
+            order: subprocess.Popen(
+                bgctl_command(order, slow_proxy.control), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            for order in orders
+        }
+        said = {order: process.communicate()[0] for order, process in asking.items()}
+        assert asking["--upgrade"].returncode == 0, said
+        assert said["--switch"].count("\n") <= 1, said
+        if asking["--switch"].returncode:
+            assert slow_proxy.query()["mode"] == "proxy", said
+            slow_proxy.bgctl("--switch")
+        assert slow_proxy.query()["mode"] == "target"
+        assert client.write(0, b"mine") == 0
+    assert slow_proxy.cache.read_bytes()[:4] == b"mine"
 
 
 def test_what_clients_of_a_cow_target_have_written_is_there(start: Start, image: Path, control: Path) -> None:
