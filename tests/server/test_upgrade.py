@@ -13,7 +13,6 @@ import re
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -172,9 +171,37 @@ def test_systemd_hears_that_the_next_program_is_ready(image: Path, tmp_path: Pat
     with listening(str(tmp_path / "notify")) as manager:
         server = start("--target", "--control", tmp_path / "ctl", image, env=manager.environment)
         manager.wait_for("READY=1")
+        began = time.monotonic()
         upgrade(tmp_path / "ctl")
         manager.wait_for("READY=1", 2)
-        assert server.process.poll() is None
+        manager.wait_for("STATUS=clients: 0", 2)
+        told = [message.split("\n") for message in manager.heard if not message.startswith("STATUS")]
+        assert [words[0] for words in told] == ["READY=1", "RELOADING=1", "READY=1"]
+        assert began <= int(told[1][1].partition("MONOTONIC_USEC=")[2]) / 1e6 <= time.monotonic()
+        with injected(server.pid, "execve:error=ENOMEM"):
+            refused("--upgrade", tmp_path / "ctl")
+        manager.wait_for("READY=1", 3)
+        assert manager.senders == {server.pid}
+
+
+@pytest.mark.parametrize("daemon", [False, True])
+def test_the_watchdog_is_told_on_and_on(image: Path, tmp_path: Path, daemon: bool) -> None:
+    """A daemon is watched, too: its manager knows it from ``MAINPID``."""
+    control, pid_file = tmp_path / "ctl", tmp_path / "pid"
+    words = ["--target", "--control", control, "--unix", tmp_path / "sock", "--pidfile", pid_file, image]
+    with listening(str(tmp_path / "notify")) as manager:
+        env = {**os.environ, **manager.environment, "WATCHDOG_USEC": "200000"}
+        shell = 'export WATCHDOG_PID=$$; exec "$@"'
+        line = ["sh", "-c", shell, "sh", *command(*(["--daemonize"] if daemon else []), *words)]
+        with subprocess.Popen(line, env=env, stderr=subprocess.DEVNULL):
+            wait_until(pid_file.exists, "the pid file")
+            try:
+                manager.wait_for("WATCHDOG=1")
+                upgrade(control)
+                told = manager.listen().count("WATCHDOG=1")
+                manager.wait_for("WATCHDOG=1", told + 3)
+            finally:
+                stop_daemon(pid_file)
 
 
 # Which program
@@ -329,18 +356,58 @@ def test_a_server_of_one_client_is_not_upgraded(start: Start, tmp_path: Path) ->
         assert process.wait() == 0
 
 
+def is_checked(server: Server) -> bool:
+    """Whether the next program's check runs."""
+    return any("--take-over-check" in title_of(pid) for pid in server.workers())
+
+
+@contextmanager
+def slow_upgrade(server: Server, control: Path, directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """To version 99.0, whose check takes a second: it is under way."""
+    words = bgctl_command("--upgrade", "--program", build(directory / "slow", "99.0", SLOW), control)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as asking:
+        wait_until(lambda: is_checked(server), "the check")
+        yield asking
+
+
 def test_one_upgrade_at_a_time(target: Server, control: Path, tmp_path: Path) -> None:
-    slow = build(tmp_path / "slow", "99.0", SLOW)
-
-    def is_checked() -> bool:
-        return any("--take-over-check" in title_of(pid) for pid in target.workers())
-
-    with subprocess.Popen(bgctl_command("--upgrade", "--program", slow, control), stdout=subprocess.PIPE) as first:
-        wait_until(is_checked, "the check")
+    with slow_upgrade(target, control, tmp_path) as first:
         assert ask(control, "upgrade")["error"] == "an upgrade is under way already"
-        out, _ = first.communicate()
-    assert b"-> 99.0" in out
+        assert "-> 99.0" in first.communicate()[0]
     assert target.process.poll() is None
+
+
+def test_a_reload_meanwhile_counts(start: Start, image: Path, control: Path, tmp_path: Path) -> None:
+    limits = tmp_path / "limits"
+    limits.write_text("max-clients 2\n")
+    server = start("--target", "--limits", limits, "--control", control, image)
+    with negotiated(server) as client, slow_upgrade(server, control, tmp_path) as asking:
+        limits.write_text("max-clients 7\n")
+        assert "max-clients 2 -> 7" in bgctl("--reload", control)
+        assert "-> 99.0: 1 client moved" in asking.communicate()[0]
+        assert len(client.read(0, 512)) == 512
+    assert query(control)["configuration"]["max_clients"] == 7
+
+
+def test_a_stop_meanwhile_is_a_stop(target: Server, control: Path, tmp_path: Path) -> None:
+    with slow_upgrade(target, control, tmp_path) as asking:
+        assert target.stop() == 0
+        said = asking.communicate()[0]
+    assert said.startswith("xnbd-bgctl: ")
+    assert said.count("\n") == 1
+    assert not control.exists()
+
+
+def test_a_stop_at_any_moment_is_minded(start: Start, image: Path, tmp_path: Path, seed: int) -> None:
+    """Before the exec, in it, or by the next program."""
+    for number in range(4):
+        control = tmp_path / f"ctl{number}"
+        server = start("--target", "--control", control, image)
+        with negotiated(server), subprocess.Popen(bgctl_command("--upgrade", control), stderr=subprocess.DEVNULL):
+            wait_until(lambda: is_checked(server) or "goes on where" in server.log(), "the check")  # noqa: B023
+            time.sleep(random.Random(seed + number).uniform(0, 0.6))
+            assert server.stop() == 0
+        assert not control.exists()
 
 
 # Everything that may be under way
@@ -439,6 +506,29 @@ def test_a_switched_proxy_stays_a_target(slow_proxy: Proxy) -> None:
     assert Path(slow_proxy.bgctl("--snapshot").strip()).stat().st_size == 16 * MIB
 
 
+@pytest.mark.parametrize("first", ["--switch", "--upgrade"])
+def test_a_switch_and_an_upgrade_at_once(slow_proxy: Proxy, first: str) -> None:
+    """Both happen, or the switch is refused and nothing of it has happened."""
+    slow_proxy.bgctl("--cache-all")
+    orders = sorted(["--switch", "--upgrade"], key=lambda order: order != first)
+    with slow_proxy.raw() as client:
+        asking = {
+            order: subprocess.Popen(
+                bgctl_command(order, slow_proxy.control), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            for order in orders
+        }
+        said = {order: process.communicate()[0] for order, process in asking.items()}
+        assert asking["--upgrade"].returncode == 0, said
+        assert said["--switch"].count("\n") <= 1, said
+        if asking["--switch"].returncode:
+            assert slow_proxy.query()["mode"] == "proxy", said
+            slow_proxy.bgctl("--switch")
+        assert slow_proxy.query()["mode"] == "target"
+        assert client.write(0, b"mine") == 0
+    assert slow_proxy.cache.read_bytes()[:4] == b"mine"
+
+
 def test_what_clients_of_a_cow_target_have_written_is_there(start: Start, image: Path, control: Path) -> None:
     server = start("--cow-target", "--control", control, image)
     with negotiated(server) as client:
@@ -492,55 +582,6 @@ def test_who_a_client_is_and_that_it_may_only_read_goes_along(
         assert client.write(0, b"x") == errno.EPERM
         with negotiated(server) as another:
             assert another.write(0, b"x") == 0
-
-
-@pytest.mark.root(reason="becomes another user")
-def test_a_server_without_roots_rights_is_upgraded(start: Start, tmp_path: Path) -> None:
-    with home_of(65534) as home:
-        image, control = home / "disk.img", home / "ctl"
-        image.write_bytes(bytes(MIB))
-        os.chown(image, 65534, 65534)
-        server = start("--target", "--user", "65534", "--control", control, image)
-        server.expected_errors.append("that user cannot")
-        with negotiated(server) as client:
-            assert upgrade(control).moved == 1
-            assert client.write(0, b"mine") == 0
-        status = Path(f"/proc/{server.pid}/status").read_text()
-        assert "Uid:\t65534\t65534\t65534\t65534" in status
-
-
-@pytest.mark.root(reason="becomes another user")
-@pytest.mark.parametrize(
-    ("hidden", "reason"),
-    [
-        (".", "the server cannot look at the program {program}: Permission denied"),
-        ("bin/xnbd-server", "cannot go on with this server, which stays as it is: "),
-        ("xnbd/server/worker.py", "cannot go on: {tree}/xnbd/server/worker.py Permission denied"),
-    ],
-)
-def test_a_program_that_the_user_may_not_read_changes_nothing(
-    start: Start, tmp_path: Path, hidden: str, reason: str
-) -> None:
-    with home_of(65534) as home:
-        program, control = build(home / "tree", "99.0"), home / "ctl"
-        (home / "tree" / hidden).chmod(0o600)
-        (home / "disk.img").write_bytes(bytes(MIB))
-        os.chown(home / "disk.img", 65534, 65534)
-        server = start("--target", "--user", "65534", "--control", control, home / "disk.img")
-        server.expected_errors.append("that user cannot")
-        with negotiated(server) as client:
-            for options in (["--check"], []):
-                line = refused("--upgrade", *options, "--program", program, control)
-                assert reason.format(program=program, tree=home / "tree") in line
-            assert len(client.read(0, 512)) == 512
-
-
-@contextmanager
-def home_of(uid: int) -> Iterator[Path]:
-    """A directory that this user can reach."""
-    with tempfile.TemporaryDirectory(prefix="xnbd-upgrade") as name:
-        os.chown(name, uid, uid)
-        yield Path(name)
 
 
 def test_the_limits_of_a_file_are_read_again(start: Start, image: Path, control: Path, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_what_would_fail_later_is_told_at_the_start(start: Start, place: Path) -
             f"make or remove files in {place}: there are no snapshots; "
             "no new log file is made when this one is moved away; "
             "the pid file is emptied at the end, and not removed; the socket stays there at the end",
-            f"read {rules}: a reload is refused",
+            f"read {rules}: a reload and an upgrade are refused",
         ]
         os.rename(place / "log", place / "old")
         assert run("nbdinfo", "--size", f"nbd+unix:///?socket={place}/s")[1] == f"{MIB}\n"

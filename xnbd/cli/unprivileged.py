@@ -89,8 +89,8 @@ def _of_disk(disk: Union[TargetOptions, CowOptions, ProxyOptions]) -> List[Need]
 def of_reload(
     rules_path: Optional[str], limits_path: Optional[str], log_options: LogOptions, tls: Optional[TlsOptions]
 ) -> List[Need]:
-    """What a reload opens again. The log's file is made anew, besides, whenever it was moved away."""
-    consequence = "a reload is refused"
+    """What a reload or an upgrade opens again. The log's file is made anew, besides, whenever it was moved away."""
+    consequence = "a reload and an upgrade are refused"
     log_path = None if (log_options.path or "").startswith("/dev/") else log_options.path
     return [
         *(Need(path, READ, consequence) for path in (rules_path, limits_path) if path),

@@ -184,7 +184,7 @@ class Master:
         """Imported now: the files of the next program may stand where those of this one were, when it is ordered."""
         from .upgrade.upgrades import Upgrades
 
-        self._upgrades = Upgrades(program, self._leave, self._is_calm, self._crew, self._poll)
+        self._upgrades = Upgrades(program, self._leave, self._is_calm, self._crew, self._poll, self._manager)
         if estate is not None:
             self._signals.add(signal.SIGCHLD)  # whoever has ended meanwhile
             self._stewards.former.update([*estate.former_stewards, estate.steward["pid"]])

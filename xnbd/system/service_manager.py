@@ -53,6 +53,15 @@ class ServiceManager:
         """A reload begins; `ready` ends it."""
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}", _PATIENCE)
 
+    def handing_over(self) -> None:
+        """Another program is executed in this process: it says `ready`, or this one does if that fails.
+
+        It is the one to be watched, even if this process was a daemon that its manager did not start.
+        """
+        if self.watchdog is not None:
+            os.environ["WATCHDOG_PID"] = str(os.getpid())
+        self.reloading()
+
     def stopping(self) -> None:
         self._send("STOPPING=1", _PATIENCE)
 

@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 from ... import __version__
 from ...errors import CommandError
 from ...system.kept import Kept
+from ...system.service_manager import ServiceManager
 from ..crew import Crew
 from ..master_link import StewardLink
 from .arrival import Arrival
@@ -25,7 +26,13 @@ class Upgrades:
     """What a master running *program* does for upgrades; one at a time is under way."""
 
     def __init__(
-        self, program: Program, leave: Leave, is_calm: Callable[[], bool], crew: Crew, poll: select.poll
+        self,
+        program: Program,
+        leave: Leave,
+        is_calm: Callable[[], bool],
+        crew: Crew,
+        poll: select.poll,
+        manager: ServiceManager,
     ) -> None:
         """*is_calm* says, with signals blocked, whether this program may come to its end."""
         self._program = program
@@ -33,6 +40,7 @@ class Upgrades:
         self._is_calm = is_calm
         self._crew = crew
         self._poll = poll
+        self._manager = manager
         self._order: Optional[Order] = None
         self._number = 0
         self._link: Optional[StewardLink] = None
@@ -103,7 +111,11 @@ class Upgrades:
         block_signals()
         try:
             if self._is_calm():
-                order.execute(self._leave()[0])
+                self._manager.handing_over()
+                try:
+                    order.execute(self._leave()[0])
+                finally:
+                    self._manager.ready()
         finally:
             unblock_signals()
 
