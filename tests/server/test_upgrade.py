@@ -29,7 +29,7 @@ from launch import serving, stop_daemon
 from model import Model, read_all
 from notify_socket import listening
 from proxies import Proxy, bgctl, refused
-from rawclient import RawClient
+from rawclient import FLUSH, READ, RawClient, pack_request
 from server_process import (
     PYTHON,
     ROOT,
@@ -792,6 +792,31 @@ def test_a_master_that_dies_at_a_system_call_leaves_nothing_behind(
     wait_until(lambda: not _serving(image), "the end of all processes")
     with negotiated(start("--target", "--control", control, image)) as client:
         assert client.read(0, 7) == b"written"
+
+
+@pytest.mark.parametrize("call", ["execve", "clone,clone3"])
+def test_a_proxys_master_that_dies_leaves_its_files_free_and_what_was_flushed_in_them(
+    slow_proxy: Proxy, start: Start, tmp_path: Path, call: str
+) -> None:
+    """Requests wait for the origin then, and processes of both programs have blocks locked."""
+    content = (tmp_path / "origin.img").read_bytes()
+    with slow_proxy.raw() as client:
+        client.write(4096, b"flushed")
+        client.request(FLUSH, cookie=1)
+        assert client.simple_reply() == (0, 1, b"")
+        client.send(b"".join(pack_request(READ, n * 64 * 4096, 1, cookie=n) for n in range(50)))
+        with injected(slow_proxy.server.pid, f"{call}:signal=KILL:when=1"):
+            asking = subprocess.Popen(
+                bgctl_command("--upgrade", slow_proxy.control), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            slow_proxy.server.process.wait(60)
+        asking.communicate()
+    wait_until(lambda: not _serving(slow_proxy.cache), "the end of all processes")
+    (origin,) = tmp_path.glob("server0.sock")
+    again = Proxy(start, tmp_path, f"nbd+unix:///?socket={origin}")
+    with again.raw() as client:
+        assert client.read(0, 64 * 4096) == content[:4096] + b"flushed" + content[4103 : 64 * 4096]
+        assert client.write(64 * 4096, bytes(4096)) == 0
 
 
 def _serving(image: Path) -> List[int]:
