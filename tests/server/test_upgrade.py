@@ -30,6 +30,7 @@ from model import Model, read_all
 from notify_socket import listening
 from proxies import Proxy, bgctl, refused
 from rawclient import FLUSH, READ, RawClient, pack_request
+from relay import Relay
 from server_process import (
     PYTHON,
     ROOT,
@@ -443,28 +444,39 @@ def _descendants(pid: int) -> List[int]:
 
 
 @pytest.fixture
-def slow_proxy(start: Start, tmp_path: Path) -> Proxy:
-    """Whose copy takes some seconds."""
+def line(start: Start, tmp_path: Path) -> Iterator[Relay]:
+    """To an origin of 4,096 blocks."""
     origin = tmp_path / "origin.img"
     origin.write_bytes(random.Random(2).randbytes(16 * MIB))
-    return Proxy(start, tmp_path, start("--target", "--readonly", origin).uri)
+    with Relay(start("--target", "--readonly", origin, tcp=True).port) as relay:
+        yield relay
 
 
-def test_a_copy_in_the_background_goes_on_with_the_new_steward(slow_proxy: Proxy) -> None:
+@pytest.fixture
+def slow_proxy(start: Start, tmp_path: Path, line: Relay) -> Proxy:
+    """Whose copy takes some seconds."""
+    return Proxy(start, tmp_path, line.uri)
+
+
+def test_a_copy_in_the_background_goes_on_with_the_new_steward(slow_proxy: Proxy, line: Relay) -> None:
     slow_proxy.bgctl("--cache-all2", "--limit-rate", "8M")
     wait_until(lambda: slow_proxy.cached() > 0, "the first blocks")
+    line.stall()
     upgrade(slow_proxy.control)
     assert slow_proxy.cached() < 4096
+    line.resume()
     wait_until(lambda: slow_proxy.cached() == 4096, "the end of the copy")
 
 
-def test_a_copy_that_somebody_waits_for_is_finished_by_the_old_steward(slow_proxy: Proxy) -> None:
+def test_a_copy_that_somebody_waits_for_is_finished_by_the_old_steward(slow_proxy: Proxy, line: Relay) -> None:
     words = bgctl_command("--cache-all", "--limit-rate", "8M", slow_proxy.control)
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as copying:
         wait_until(lambda: slow_proxy.cached() > 0, "the first blocks")
+        line.stall()
         upgrade(slow_proxy.control)
         assert copying.poll() is None
         upgrade(slow_proxy.control)
+        line.resume()
         out, _ = copying.communicate()
     assert (copying.returncode, out[:13]) == (0, "100 % cached,") or out.startswith("100% cached"), out
     wait_until(lambda: len(workers_of(slow_proxy.server)["steward"]) == 1, "the old steward's end")
@@ -796,7 +808,7 @@ def test_a_master_that_dies_at_a_system_call_leaves_nothing_behind(
 
 @pytest.mark.parametrize("call", ["execve", "clone,clone3"])
 def test_a_proxys_master_that_dies_leaves_its_files_free_and_what_was_flushed_in_them(
-    slow_proxy: Proxy, start: Start, tmp_path: Path, call: str
+    slow_proxy: Proxy, line: Relay, start: Start, tmp_path: Path, call: str
 ) -> None:
     """Requests wait for the origin then, and processes of both programs have blocks locked."""
     content = (tmp_path / "origin.img").read_bytes()
@@ -812,8 +824,7 @@ def test_a_proxys_master_that_dies_leaves_its_files_free_and_what_was_flushed_in
             slow_proxy.server.process.wait(60)
         asking.communicate()
     wait_until(lambda: not _serving(slow_proxy.cache), "the end of all processes")
-    (origin,) = tmp_path.glob("server0.sock")
-    again = Proxy(start, tmp_path, f"nbd+unix:///?socket={origin}")
+    again = Proxy(start, tmp_path, line.uri)
     with again.raw() as client:
         assert client.read(0, 64 * 4096) == content[:4096] + b"flushed" + content[4103 : 64 * 4096]
         assert client.write(64 * 4096, bytes(4096)) == 0
