@@ -13,6 +13,7 @@ from exported import MODES, Exported, check_ext4
 from mounts import mounted
 from server_process import ROOT, kill_all, run, wait_until
 from snapshots import take_by_signal
+from upgrades import UPGRADES, upgrade
 from xnbdguest.initramfs import add_python, basic_system
 from xnbdguest.machine import HOST, Guest
 from xnbdguest.packages import Packages, fetch_packages
@@ -164,6 +165,52 @@ def test_process_that_swaps(start: Start, tmp_path: Path, small_guest: Guest, mo
         said = small_guest.output(f"awk '{SWAPPING_PROCESS}'", timeout=300).split()
     assert said[-2:] == ["all", "right"]
     assert int(said[said.index("VmSwap:") + 1]) > 12 << 10
+
+
+# Upgrades
+
+
+def complaints(guest: Guest) -> str:
+    """What the guest's kernel says of the disk, but for its size and its mounts."""
+    return guest.output("dmesg | grep -E 'nbd0|I/O error' | grep -vE 'capacity change|mount' || true")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mounted_file_system_goes_through_upgrades(
+    start: Start, tmp_path: Path, guest: Guest, noise: str, mode: str
+) -> None:
+    disk = Exported(start, tmp_path, mode, 256 * MIB)
+    connect(guest, disk.port, 4)
+    guest.run("mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt && cp /data/noise /mnt/data && sync; dmesg -c >/dev/null")
+    guest.run(f"rm -f /run/stop; echo 0 >/run/turns; ({CHURN}) >/run/churn 2>&1 &")
+    outcomes = []
+    for _ in range(UPGRADES):
+        turns = int(guest.output("cat /run/turns"))
+        outcomes.append(upgrade(disk.control))
+        guest.run(f"until [ $(cat /run/turns) -gt {turns + 1} ]; do sleep 0.1; done", timeout=180)
+    guest.run("touch /run/stop; until umount /mnt; do sleep 0.1; done; [ ! -s /run/churn ] || cat /run/churn")
+    drop_caches(guest)
+    guest.run("e2fsck -fn /dev/nbd0")
+    assert complaints(guest) == ""
+    disconnect(guest)
+    assert [(outcome.moved, outcome.rest) for outcome in outcomes] == [(4, "")] * UPGRADES
+    assert check_ext4(disk.content_in(tmp_path / "content"), "data", tmp_path) == noise
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_process_that_swaps_goes_through_upgrades(
+    start: Start, tmp_path: Path, small_guest: Guest, mode: str
+) -> None:
+    disk = Exported(start, tmp_path, mode, 256 * MIB)
+    with swap_space(small_guest, disk.port):
+        small_guest.run("dmesg -c >/dev/null")
+        small_guest.run(f"rm -f /run/swapped; (awk '{SWAPPING_PROCESS}' >/run/said 2>&1; touch /run/swapped) &")
+        upgrades = 0
+        while upgrades < UPGRADES or small_guest.run("test -e /run/swapped", check=False).status:
+            assert upgrade(disk.control).rest == ""
+            upgrades += 1
+        assert complaints(small_guest) == ""
+        assert small_guest.output("cat /run/said").split()[-2:] == ["all", "right"]
 
 
 def start_again(start: Start, disk: Exported) -> None:

@@ -189,6 +189,19 @@ def test_replies_that_a_slow_client_has_not_taken_are_not_lost(server: Server, i
         assert client.works()
 
 
+def test_a_client_that_takes_no_replies_has_moved_all_the_same(server: Server, image: Path) -> None:
+    """What it does not take for a while is no pause of the server's."""
+    count = 6
+    with raw(server) as client:
+        client.send(b"".join(pack_request(READ, 0, MIB, cookie=n) for n in range(count)))
+        move(server)
+        server.wait_for_log("pause ")
+        move(server)
+        wait_until(lambda: len(pauses(server.log())) == 2, "the word of the second move")
+        for n in range(count):
+            assert client.simple_reply(MIB) == (0, n, image.read_bytes()[:MIB])
+
+
 def test_a_client_with_too_many_untaken_replies_goes_when_it_has_taken_them(start: Start, tmp_path: Path) -> None:
     image = tmp_path / "large.img"
     image.write_bytes(b"x" * (48 * MIB))

@@ -112,13 +112,13 @@ class Busy:
         self._directory = directory
         self._seed = seed
         self._over = threading.Event()
+        self.latencies: List[float] = []
+        """Seconds that small reads took, one at a time."""
+        self.rounds = 0
         self._executor = ThreadPoolExecutor(8)
         work = [self._copy, self._model, self._probe, *([self._miss] if field.relay else [])]
         self._jobs: List[Future[None]] = [self._executor.submit(one) for one in work]
         self._jobs += [self._executor.submit(self._check, number) for number in range(2)]
-        self.latencies: List[float] = []
-        """Seconds that small reads took, one at a time."""
-        self.rounds = 0
 
     def stop(self) -> None:
         self._over.set()

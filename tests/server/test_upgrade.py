@@ -29,7 +29,8 @@ from launch import serving, stop_daemon
 from model import Model, read_all
 from notify_socket import listening
 from proxies import Proxy, bgctl, refused
-from rawclient import RawClient
+from rawclient import FLUSH, READ, RawClient, pack_request
+from relay import Relay
 from server_process import (
     PYTHON,
     ROOT,
@@ -356,18 +357,58 @@ def test_a_server_of_one_client_is_not_upgraded(start: Start, tmp_path: Path) ->
         assert process.wait() == 0
 
 
+def is_checked(server: Server) -> bool:
+    """Whether the next program's check runs."""
+    return any("--take-over-check" in title_of(pid) for pid in server.workers())
+
+
+@contextmanager
+def slow_upgrade(server: Server, control: Path, directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """To version 99.0, whose check takes a second: it is under way."""
+    words = bgctl_command("--upgrade", "--program", build(directory / "slow", "99.0", SLOW), control)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as asking:
+        wait_until(lambda: is_checked(server), "the check")
+        yield asking
+
+
 def test_one_upgrade_at_a_time(target: Server, control: Path, tmp_path: Path) -> None:
-    slow = build(tmp_path / "slow", "99.0", SLOW)
-
-    def is_checked() -> bool:
-        return any("--take-over-check" in title_of(pid) for pid in target.workers())
-
-    with subprocess.Popen(bgctl_command("--upgrade", "--program", slow, control), stdout=subprocess.PIPE) as first:
-        wait_until(is_checked, "the check")
+    with slow_upgrade(target, control, tmp_path) as first:
         assert ask(control, "upgrade")["error"] == "an upgrade is under way already"
-        out, _ = first.communicate()
-    assert b"-> 99.0" in out
+        assert "-> 99.0" in first.communicate()[0]
     assert target.process.poll() is None
+
+
+def test_a_reload_meanwhile_counts(start: Start, image: Path, control: Path, tmp_path: Path) -> None:
+    limits = tmp_path / "limits"
+    limits.write_text("max-clients 2\n")
+    server = start("--target", "--limits", limits, "--control", control, image)
+    with negotiated(server) as client, slow_upgrade(server, control, tmp_path) as asking:
+        limits.write_text("max-clients 7\n")
+        assert "max-clients 2 -> 7" in bgctl("--reload", control)
+        assert "-> 99.0: 1 client moved" in asking.communicate()[0]
+        assert len(client.read(0, 512)) == 512
+    assert query(control)["configuration"]["max_clients"] == 7
+
+
+def test_a_stop_meanwhile_is_a_stop(target: Server, control: Path, tmp_path: Path) -> None:
+    with slow_upgrade(target, control, tmp_path) as asking:
+        assert target.stop() == 0
+        said = asking.communicate()[0]
+    assert said.startswith("xnbd-bgctl: ")
+    assert said.count("\n") == 1
+    assert not control.exists()
+
+
+def test_a_stop_at_any_moment_is_minded(start: Start, image: Path, tmp_path: Path, seed: int) -> None:
+    """Before the exec, in it, or by the next program."""
+    for number in range(4):
+        control = tmp_path / f"ctl{number}"
+        server = start("--target", "--control", control, image)
+        with negotiated(server), subprocess.Popen(bgctl_command("--upgrade", control), stderr=subprocess.DEVNULL):
+            wait_until(lambda: is_checked(server) or "goes on where" in server.log(), "the check")  # noqa: B023
+            time.sleep(random.Random(seed + number).uniform(0, 0.6))
+            assert server.stop() == 0
+        assert not control.exists()
 
 
 # Everything that may be under way
@@ -403,28 +444,39 @@ def _descendants(pid: int) -> List[int]:
 
 
 @pytest.fixture
-def slow_proxy(start: Start, tmp_path: Path) -> Proxy:
-    """Whose copy takes some seconds."""
+def line(start: Start, tmp_path: Path) -> Iterator[Relay]:
+    """To an origin of 4,096 blocks."""
     origin = tmp_path / "origin.img"
     origin.write_bytes(random.Random(2).randbytes(16 * MIB))
-    return Proxy(start, tmp_path, start("--target", "--readonly", origin).uri)
+    with Relay(start("--target", "--readonly", origin, tcp=True).port) as relay:
+        yield relay
 
 
-def test_a_copy_in_the_background_goes_on_with_the_new_steward(slow_proxy: Proxy) -> None:
+@pytest.fixture
+def slow_proxy(start: Start, tmp_path: Path, line: Relay) -> Proxy:
+    """Whose copy takes some seconds."""
+    return Proxy(start, tmp_path, line.uri)
+
+
+def test_a_copy_in_the_background_goes_on_with_the_new_steward(slow_proxy: Proxy, line: Relay) -> None:
     slow_proxy.bgctl("--cache-all2", "--limit-rate", "8M")
     wait_until(lambda: slow_proxy.cached() > 0, "the first blocks")
+    line.stall()
     upgrade(slow_proxy.control)
     assert slow_proxy.cached() < 4096
+    line.resume()
     wait_until(lambda: slow_proxy.cached() == 4096, "the end of the copy")
 
 
-def test_a_copy_that_somebody_waits_for_is_finished_by_the_old_steward(slow_proxy: Proxy) -> None:
+def test_a_copy_that_somebody_waits_for_is_finished_by_the_old_steward(slow_proxy: Proxy, line: Relay) -> None:
     words = bgctl_command("--cache-all", "--limit-rate", "8M", slow_proxy.control)
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as copying:
         wait_until(lambda: slow_proxy.cached() > 0, "the first blocks")
+        line.stall()
         upgrade(slow_proxy.control)
         assert copying.poll() is None
         upgrade(slow_proxy.control)
+        line.resume()
         out, _ = copying.communicate()
     assert (copying.returncode, out[:13]) == (0, "100 % cached,") or out.startswith("100% cached"), out
     wait_until(lambda: len(workers_of(slow_proxy.server)["steward"]) == 1, "the old steward's end")
@@ -464,6 +516,29 @@ def test_a_switched_proxy_stays_a_target(slow_proxy: Proxy) -> None:
     upgrade(slow_proxy.control)
     assert slow_proxy.query()["mode"] == "target"
     assert Path(slow_proxy.bgctl("--snapshot").strip()).stat().st_size == 16 * MIB
+
+
+@pytest.mark.parametrize("first", ["--switch", "--upgrade"])
+def test_a_switch_and_an_upgrade_at_once(slow_proxy: Proxy, first: str) -> None:
+    """Both happen, or the switch is refused and nothing of it has happened."""
+    slow_proxy.bgctl("--cache-all")
+    orders = sorted(["--switch", "--upgrade"], key=lambda order: order != first)
+    with slow_proxy.raw() as client:
+        asking = {
+            order: subprocess.Popen(
+                bgctl_command(order, slow_proxy.control), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            for order in orders
+        }
+        said = {order: process.communicate()[0] for order, process in asking.items()}
+        assert asking["--upgrade"].returncode == 0, said
+        assert said["--switch"].count("\n") <= 1, said
+        if asking["--switch"].returncode:
+            assert slow_proxy.query()["mode"] == "proxy", said
+            slow_proxy.bgctl("--switch")
+        assert slow_proxy.query()["mode"] == "target"
+        assert client.write(0, b"mine") == 0
+    assert slow_proxy.cache.read_bytes()[:4] == b"mine"
 
 
 def test_what_clients_of_a_cow_target_have_written_is_there(start: Start, image: Path, control: Path) -> None:
@@ -729,6 +804,30 @@ def test_a_master_that_dies_at_a_system_call_leaves_nothing_behind(
     wait_until(lambda: not _serving(image), "the end of all processes")
     with negotiated(start("--target", "--control", control, image)) as client:
         assert client.read(0, 7) == b"written"
+
+
+@pytest.mark.parametrize("call", ["execve", "clone,clone3"])
+def test_a_proxys_master_that_dies_leaves_its_files_free_and_what_was_flushed_in_them(
+    slow_proxy: Proxy, line: Relay, start: Start, tmp_path: Path, call: str
+) -> None:
+    """Requests wait for the origin then, and processes of both programs have blocks locked."""
+    content = (tmp_path / "origin.img").read_bytes()
+    with slow_proxy.raw() as client:
+        client.write(4096, b"flushed")
+        client.request(FLUSH, cookie=1)
+        assert client.simple_reply() == (0, 1, b"")
+        client.send(b"".join(pack_request(READ, n * 64 * 4096, 1, cookie=n) for n in range(50)))
+        with injected(slow_proxy.server.pid, f"{call}:signal=KILL:when=1"):
+            asking = subprocess.Popen(
+                bgctl_command("--upgrade", slow_proxy.control), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            slow_proxy.server.process.wait(60)
+        asking.communicate()
+    wait_until(lambda: not _serving(slow_proxy.cache), "the end of all processes")
+    again = Proxy(start, tmp_path, line.uri)
+    with again.raw() as client:
+        assert client.read(0, 64 * 4096) == content[:4096] + b"flushed" + content[4103 : 64 * 4096]
+        assert client.write(64 * 4096, bytes(4096)) == 0
 
 
 def _serving(image: Path) -> List[int]:

@@ -18,7 +18,7 @@ class Exported:
     """A disk of *size* bytes whose first MiB is noise.
 
     ``image`` is the file behind it: the image, the golden image of a copy-on-write
-    target, or the origin's. ``server`` is the one that clients use.
+    target, or the origin's. ``server`` is the one that clients use, with a socket for operators at ``control``.
     """
 
     def __init__(self, start: Start, directory: Path, mode: str, size: int) -> None:
@@ -28,13 +28,15 @@ class Exported:
             file.write(random.Random(size).randbytes(MIB))
             file.truncate(size)
         self._digest = digest_of(self.image)
+        self.control = directory / f"{mode}.ctl"
         if mode == "proxy":
             origin = start("--target", self.image, tcp=True)
             self.cache = directory / "cache.img"
-            state = [directory / "cache.bitmap", directory / "proxy.ctl"]
+            state = [directory / "cache.bitmap", self.control]
             self.server: Server = start("--proxy", "127.0.0.1", origin.port, self.cache, *state, tcp=True)
         else:
-            self.server = start(f"--{mode}-target" if mode == "cow" else "--target", self.image, tcp=True)
+            kind = f"--{mode}-target" if mode == "cow" else "--target"
+            self.server = start(kind, "--control", self.control, self.image, tcp=True)
 
     @property
     def port(self) -> int:

@@ -17,7 +17,8 @@ from ..errors import TlsFailed
 from ..text import one_line
 from .client_credentials import ClientCredentials
 from .client_words import Words
-from .memory_stream import MemoryStream, is_end
+from .memory_stream import is_end
+from .socket_stream import SocketStream
 
 
 class ClientStream:
@@ -36,7 +37,7 @@ class ClientStream:
         context.check_hostname = credentials.compares_names and bool(name) and not only_names
         _refuse_if_no_name(name)
         try:
-            self._stream = MemoryStream(sock, context, partial(_explain, self._words, name), name=name or None)
+            self._stream = SocketStream(sock, context, partial(_explain, self._words, name), name=name or None)
         except ValueError as error:
             raise _no_name(name) from error
         self.receive_into = self._stream.receive_into

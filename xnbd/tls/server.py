@@ -38,9 +38,9 @@ class ServerChannel:
         self._keys.begin()
         self._stream: Union[MemoryStream, SocketStream]
         if credentials.kernel_encrypts and sock.family != socket.AF_UNIX:
-            self._stream = SocketStream(sock, credentials.context, _broken)
+            self._stream = SocketStream(sock, credentials.context, _broken, server_side=True)
         else:
-            self._stream = MemoryStream(sock, credentials.context, _broken, server_side=True)
+            self._stream = MemoryStream(sock, credentials.context, _broken)
         self._scratch = Scratch()
         self._send_plain: Optional[Callable[[Buffers], int]] = None  # where the kernel encrypts
         self.receive_into = self._stream.receive_into

@@ -1,7 +1,9 @@
-"""TLS over a socket by OpenSSL alone, for a kernel that encrypts what is sent (kTLS): OpenSSL tells it the keys.
+"""TLS over a socket by OpenSSL alone.
 
-Then bytes that lie in mapped files can be sent as they are. Nothing here waits: `BlockingIOError` says that the
-descriptor has to be polled for.
+- Nothing here waits: `BlockingIOError` says that the descriptor has to be polled for.
+- For origins, from which much comes at once: no byte is copied more often than OpenSSL does.
+- For clients, if the kernel encrypts what is sent (kTLS): OpenSSL tells it the keys, and bytes that lie in mapped files
+  can be sent as they are.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import select
 import socket
 import ssl
 from contextlib import suppress
-from typing import Callable, Sequence, Union
+from typing import Any, Callable, Optional, Sequence, Union
 
+from .memory_stream import RECORD
 from .psk import prepare, shake_hands
 
 _TCP_ULP = 31
@@ -35,21 +38,28 @@ def kernel_knows_tls() -> bool:
 
 
 class SocketStream:
-    """TLS of *context* with the client of *sock*, which it takes over; ``tls`` tells what was agreed on.
+    """TLS of *context* over the connected *sock*, which it takes over; ``tls`` tells what was agreed on.
 
-    What goes wrong after the handshake is raised as *explain* says.
+    What goes wrong after the handshake is raised as *explain* says. As a client it asks for *name*.
     """
 
     def __init__(
-        self, sock: socket.socket, context: ssl.SSLContext, explain: Callable[[ssl.SSLError], OSError]
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        explain: Callable[[ssl.SSLError], OSError],
+        *,
+        server_side: bool = False,
+        name: Optional[str] = None,
     ) -> None:
         sock.setblocking(False)  # OpenSSL has no other way not to wait
-        self.tls = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        self.tls = context.wrap_socket(
+            sock, server_side=server_side, do_handshake_on_connect=False, server_hostname=name
+        )
         prepare(self.tls)
         self._explain = explain
-        self._unsent: Union[bytes, memoryview] = b""
-        self._ready = select.poll()
-        self._ready.register(self.tls.fileno(), select.POLLIN)
+        self._read: Callable[[int, Any], int] = self.tls.read  # type: ignore[assignment]
+        self._unsent: Union[bytes, bytearray, memoryview] = b""
 
     def fileno(self) -> int:
         return self.tls.fileno()
@@ -81,19 +91,23 @@ class SocketStream:
         return self.tls.pending() > 0
 
     def receive_into(self, view: memoryview) -> int:
-        """All records that have come: OpenSSL gives one a call, and a batch of requests may be as many."""
-        receive, pending, ready = self.tls.recv_into, self.tls.pending, self._ready.poll
-        received, room = 0, len(view)
+        """All records that have come and find room: the number of bytes, 0 at the end.
+
+        Nothing is left to be `pending` if the *view* has the room of a record and a byte. Raises `BlockingIOError`, and
+        `OSError`.
+        """
+        read, received, room = self._read, 0, len(view)
         try:
-            received = count = receive(view, room)
-            while count and received < room and (pending() or ready(0)):
-                count = receive(view[received:], room - received)
+            while received <= max(room - RECORD, 0):
+                count = read(room - received, view[received:])
+                if not count:
+                    break
                 received += count
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             if not received:
                 raise BlockingIOError from None
         except ssl.SSLError as error:
-            if not received:
+            if not received:  # else it is met again by the next call
                 raise self._explain(error) from error
         return received
 
@@ -106,7 +120,7 @@ class SocketStream:
         """Whether OpenSSL has begun with what was to be sent: the next `send` goes on with that."""
         return bool(self._unsent)
 
-    def send(self, data: Union[bytes, memoryview]) -> int:
+    def send(self, data: Union[bytes, bytearray, memoryview]) -> int:
         """Send the beginning of *data*: the number of bytes. Raises `BlockingIOError`, and `OSError`.
 
         After a `BlockingIOError` the next call has to begin with the same bytes, and may leave them out if `unsent`:

@@ -122,6 +122,7 @@ class Session:
 
     def _run(self) -> None:
         loop, departure = self._connection.loop, self._departure
+        self._send_rest()
         more = self._receive_buffer.end > 0 and not self._parking.full  # another process has received it
         while not self._left:
             if loop.called or departure.under_way:
@@ -198,7 +199,6 @@ class Session:
         self._disk.enter()
         for request in session.requests:
             self._take_over(request)
-        self._send_rest()
 
     def _take_over(self, request: frozen.FrozenRequest) -> None:
         command, flags, cookie, offset, length, pieces, answer = request
