@@ -336,6 +336,7 @@ def test_a_proxy_tells_of_hits_misses_origin_and_cache(start: Start, far: Server
         wait_for(port, "xnbd_request_duration_seconds_count", 3, command="read")
         wait_for(port, "xnbd_cached_bytes", DISK % 4096)  # as if the short block was the one that is there
         wait_for(port, "xnbd_checkpoint_pending_pages", 0)
+        wait_until(lambda: scrape(port).find("xnbd_checkpoint_duration_seconds"), "a checkpoint")
         seen = scrape(port)
         assert 0 <= seen("xnbd_checkpoint_age_seconds") < 2 * PATIENCE
         assert 0 < seen("xnbd_checkpoint_duration_seconds") < PATIENCE
@@ -459,7 +460,7 @@ def test_counters_never_go_backwards(start: Start, image: Path, tmp_path: Path, 
 
 def test_a_program_that_counts_in_another_way_goes_on(start: Start, image: Path, tmp_path: Path) -> None:
     control = tmp_path / "control"
-    change = ("scoreboard/tally.py", 'Row("hits", ', 'Row("another", "nothing"),\n    Row("hits", ')
+    change = ("scoreboard/tally.py", 'Row("misses", ', 'Row("another", "nothing"),\n    Row("misses", ')
     server = measured(start, "--target", "--control", control, image)
     with raw(server) as client:
         client.read(0, 4096)
