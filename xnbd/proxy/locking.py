@@ -11,7 +11,7 @@ import os
 from time import monotonic, thread_time
 from typing import List, Optional, Union
 
-from ..logs import log
+from ..logs import about, log
 from ..storage.bitmap import Bitmap
 from ..storage.image import Ticket
 from ..storage.target import TargetImage
@@ -85,7 +85,7 @@ class Locking:
         try:
             held = self._locks.hold(first, end)
         except OSError as error:
-            log.warning("cannot lock blocks in the bitmap: %s", error.strerror)
+            log.warning("cannot lock blocks in the bitmap: %s", error.strerror, extra=about(error=error))
             return error.errno or errno.EIO
         if not held:
             return self._locked_out(fetch)
@@ -101,7 +101,7 @@ class Locking:
             return 0
         stranger = self._locks.held_by_stranger(first, end)
         if stranger is not None:
-            log.error("%s", stranger.strerror)
+            log.error("%s", stranger.strerror, extra=about(error=stranger))
             return errno.EIO
         self._retry.lock_out(fetch, lock_of(first, end))
         return LATER
@@ -111,7 +111,7 @@ class Locking:
         try:
             self._locks.release(fetch.first, fetch.end)
         except OSError as error:
-            log.error("cannot unlock blocks in the bitmap: %s", error.strerror)
+            log.error("cannot unlock blocks in the bitmap: %s", error.strerror, extra=about(error=error))
             return error.errno or errno.EIO
         return 0
 

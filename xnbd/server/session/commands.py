@@ -92,7 +92,7 @@ class Commands:
         self._readonly = agreement.readonly
         self._told_of_writer = False
         self._peer = peer
-        self._export = agreement.export.name if agreement.export is not None else disk.name
+        self._export = disk.name
         self._failures = Seldom()
         self.renew()
         self._commands = {
