@@ -42,7 +42,7 @@ def about(*, error: Optional[BaseException] = None, **fields: object) -> Dict[st
     number = getattr(error, "errno", None)
     if number:
         fields["errno"] = errno.errorcode.get(number, number)
-    return {"about": fields}
+    return {"about": {name: value for name, value in fields.items() if value is not None}}
 
 
 def set_up(program: str, *, path: Optional[str], syslog: bool, stderr: bool, level: int, as_json: bool = False) -> None:

@@ -90,12 +90,13 @@ class Session:
         tally = disk.place.tally
         self._timing = None if tally is None else Timing(tally)
         self._parking = Parking(self._replies.pieces, limits, ordered=agreement.ordered)
-        if self._timing is not None and tally is not None:
+        if self._timing is not None:
             self._parking.on_answer = self._timing.hold_parked
-            self._replies.on_unreadable = partial(tally.refused, c.CMD_READ, c.EIO)
+        self._replies.on_unreadable = self._on_unreadable
         encrypted = bool(connection.encryption)
         peer = connection.identity.at(connection.peer)
-        self._commands = Commands(disk, agreement, self._format, peer, encrypted=encrypted)
+        remind = connection.loop.remind
+        self._commands = Commands(disk, agreement, self._format, peer, remind, encrypted=encrypted)
         self._parked = Parked(connection, disk, self._replies, self._commands, self._parking, self._timing)
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
         self._left = False
@@ -219,6 +220,14 @@ class Session:
         """The image waits for another process: nobody else has to. The gate must not be left meanwhile."""
         self._parked.send_now()
         self._connection.loop.check(mid_message=True)
+
+    def _on_unreadable(self, header: bytes, length: int) -> None:
+        """A READ is answered with an error, because its data could not be read when it was sent."""
+        offset = self._format.offset_of(header)
+        if offset is None:
+            offset = self._receive_buffer.offset_of_read(header[wire.COOKIE_IN_REPLY], length)
+        error = OSError(errno.EIO, "the data cannot be read")
+        self._commands.note_refusal(c.CMD_READ, error, (offset, length))
 
     def _on_renewed(self) -> None:
         """The disk is another one: what had waited for blocks of the old one is done there."""

@@ -121,7 +121,7 @@ class Parked:
             if request is None:
                 continue
             if ticket.error:
-                self._refuse(request, RequestError(ticket.error, "a block could not be fetched"))
+                self._refuse(request, OSError(ticket.error, "a block could not be fetched"))
             else:
                 self._do_again(request, ticket.parcels)
         self._tell()
