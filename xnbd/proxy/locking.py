@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from math import inf
 from time import monotonic, thread_time
 from typing import List, Optional, Union
 
@@ -69,7 +70,7 @@ class Locking:
     def next_turn(self, first: int, end: int) -> Ticket:
         """A ticket that is done when it is time to try again, for who could not borrow these blocks."""
         ticket = Ticket()
-        ticket.pending = 1
+        ticket.pending, ticket.locked = 1, inf
         self._retry.lock_out(ticket, lock_of(first, end))
         return ticket
 
@@ -89,6 +90,7 @@ class Locking:
             return error.errno or errno.EIO
         if not held:
             return self._locked_out(fetch)
+        fetch.note_lock()
         if self._bitmap.any_set(first, end):
             fetch.mixed = True
             if self._bitmap.all_set(first, end):
@@ -103,6 +105,7 @@ class Locking:
         if stranger is not None:
             log.error("%s", stranger.strerror, extra=about(error=stranger))
             return errno.EIO
+        fetch.locked_at = fetch.locked_at or monotonic()
         self._retry.lock_out(fetch, lock_of(first, end))
         return LATER
 

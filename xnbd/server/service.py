@@ -132,7 +132,7 @@ class Service(NamedTuple):
             known = self._recognise(connection, disk, role)
             log.info("%s: connected%s", connection.peer, known)
             log.debug("%s: agreed on %s", connection.peer, agreement)
-            session = Session(connection, disk, agreement, self.configuration.queue_limits, departure)
+            session = Session(connection, disk, agreement, self.configuration.queue_limits, departure, self.slow)
             self._run(session, connection, departure)
         except Stop as reason:
             log.info("%s: closed: %s", connection.peer, reason)
@@ -170,7 +170,7 @@ class Service(NamedTuple):
     def _go_on(self, connection: Connection, disk: Disk, came: Came, departure: Departure, role: str) -> None:
         frozen = came.arrival.session
         disk.place.welcome(connection.peer, frozen.visit)
-        session = Session(connection, disk, frozen.agreement, self.configuration.queue_limits, departure)
+        session = Session(connection, disk, frozen.agreement, self.configuration.queue_limits, departure, self.slow)
         session.thaw(frozen)
         pause = monotonic() - frozen.frozen_at
         came.tell(pause)

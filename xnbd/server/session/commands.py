@@ -63,9 +63,10 @@ _NAMES = {
 
 
 def request_text(command: int, where: Where) -> str:
-    """``READ of 4096 bytes at 0``; an offset that is negative is not known."""
+    """``READ of 4096 bytes at 0``, or ``FLUSH``; an offset that is negative is not known."""
     offset, length = where
-    return f"{_name_of(command)} of {length} bytes" + (f" at {offset}" if offset >= 0 else "")
+    of = f" of {length} bytes" if length else ""
+    return f"{_name_of(command)}{of}" + (f" at {offset}" if offset >= 0 and length else "")
 
 
 def request_fields(command: int, where: Where, error: Optional[Exception] = None) -> Dict[str, Fields]:

@@ -12,7 +12,7 @@ from typing import List, Tuple
 
 from ...protocol.constants import CMD_READ, CMD_WRITE
 from ...scoreboard.tally import Tally
-from .parking import ParkedRequest
+from .parking import ParkedRequest, Where
 
 
 class Timing:
@@ -35,8 +35,8 @@ class Timing:
             if count:
                 self._held.append((command, count, self.arrived, True))
 
-    def hold_one(self, command: int) -> None:
-        """A request of this batch is answered."""
+    def hold_one(self, command: int, where: Where) -> None:
+        """A request of this batch, for *where*, is answered."""
         self._held.append((command, 1, self.arrived, True))
 
     def hold_parked(self, request: ParkedRequest) -> None:
