@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import mmap
 from logging import WARNING
-from time import monotonic, thread_time
+from resource import RUSAGE_SELF, getrusage, struct_rusage
+from time import monotonic
 from typing import Container, Dict, List, NamedTuple, Optional
 
 from ...log_turns import SLOW, Line, RationedLines
@@ -25,7 +26,6 @@ from ...scoreboard.tally import Tally
 from ...storage.image import Ticket
 from .commands import request_fields, request_text
 from .connection import Connection
-from .page_prefetch import pages_read
 from .parking import ParkedRequest, Parking, Where
 from .receive_buffer import ReceiveBuffer
 from .timing import Timing
@@ -34,12 +34,21 @@ _UNKNOWN = (-1, 0)
 
 
 class _Moment(NamedTuple):
-    """Readings of the clocks; *waited* is that of the connection."""
+    """Readings of the clocks; *waited* is that of the connection, *usage* that of this process."""
 
     time: float
-    used: float
-    pages: int
     waited: float
+    usage: struct_rusage
+
+    @property
+    def used(self) -> float:
+        """Seconds of the processor."""
+        return self.usage.ru_utime + self.usage.ru_stime
+
+    @property
+    def pages(self) -> int:
+        """As `page_prefetch.pages_read`."""
+        return self.usage.ru_majflt + self.usage.ru_inblock
 
 
 class _Wait(NamedTuple):
@@ -76,7 +85,7 @@ class _Uncounted(Tally):
     def answered(self, reads: int, writes: int, seconds: float) -> None:
         pass
 
-    def answered_some(self, command: int, count: int, seconds: float, *, hit: bool) -> None:
+    def answered_some(self, command: int, count: int, seconds: float, *, waited: bool) -> None:
         pass
 
 
@@ -102,27 +111,33 @@ class SlowLog(Timing):
         self._waits: Dict[ParkedRequest, _Wait] = {}
         self._woken = self._now()
         super().__init__(tally or _Uncounted())
+        self.answered = self._book
 
     def _now(self) -> _Moment:
-        return _Moment(monotonic(), thread_time(), pages_read(), self._connection.waited)
+        return _Moment(monotonic(), self._connection.waited, getrusage(RUSAGE_SELF))
 
     # The session tells
 
     @property
     def arrived(self) -> float:
         """When the batch has come; to set it begins the next one."""
-        return self._began.time
+        return self._time
 
     @arrived.setter
     def arrived(self, time: float) -> None:
-        self._began = self._now()._replace(time=time)
+        self._time = time
+        self._waited, self._usage = self._connection.waited, getrusage(RUSAGE_SELF)
         self._first = self._received.start
-        self._wait = _Wait(time)
+        self._wait: Optional[_Wait] = None
 
-    def depart(self, reads: int, writes: int, now: float) -> None:
-        if now - self._began.time > self._limit and reads + writes:
-            self._tell(self._group(reads, writes), now)
-        super().depart(reads, writes, now)
+    def _of_batch(self, command: int, where: Where, number: int) -> _Answered:
+        began, wait = _Moment(self._time, self._waited, self._usage), self._wait or _Wait(self._time)
+        return _Answered(command, where, number, self._time, began, wait)
+
+    def _book(self, reads: int, writes: int, seconds: float) -> None:
+        self._tally.answered(reads, writes, seconds)
+        if seconds > self._limit and reads + writes:
+            self._tell(self._group(reads, writes), self._time + seconds)
 
     def hold(self, reads: int, writes: int) -> None:
         super().hold(reads, writes)
@@ -131,7 +146,7 @@ class SlowLog(Timing):
 
     def hold_one(self, command: int, where: Where) -> None:
         super().hold_one(command, where)
-        self._answered.append(_Answered(command, where, 1, self._began.time, self._began, self._wait))
+        self._answered.append(self._of_batch(command, where, 1))
         self._first = self._received.start
 
     def hold_parked(self, request: ParkedRequest) -> None:
@@ -160,7 +175,7 @@ class SlowLog(Timing):
 
     def waited_for(self, ticket: Ticket, since: float) -> None:
         """A WRITE of this batch has waited in the middle of its payload, from *since* on."""
-        self._wait = self._wait._replace(until=since).longer(ticket, monotonic())
+        self._wait = (self._wait or _Wait(since))._replace(until=since).longer(ticket, monotonic())
 
     def end(self) -> None:
         """The client has left."""
@@ -172,7 +187,7 @@ class SlowLog(Timing):
         command = c.CMD_WRITE if writes else c.CMD_READ
         parked = {request.cookie for request in self._parking.requests()}
         where = _find(self._received.buffer, self._first, command, parked)
-        return _Answered(command, where, reads + writes, self._began.time, self._began, self._wait)
+        return self._of_batch(command, where, reads + writes)
 
     def _tell(self, answered: _Answered, now: float) -> None:
         took, parts = now - answered.arrived, self._divide(answered, now)

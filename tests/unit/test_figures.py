@@ -1,0 +1,56 @@
+"""The families of metrics: names by Prometheus' rules, and each of them explained."""
+
+from __future__ import annotations
+
+import re
+
+from scraping import check_by_promtool
+from server_process import ROOT
+
+from xnbd.metrics.exposition import plain
+from xnbd.scoreboard.tally import PLACES, ROWS, Sums
+from xnbd.server.observer.figures import About, CacheNow, Exposed, families
+
+GUIDE = (ROOT / "contrib/doc/operations.rst").read_text()
+
+
+def everything() -> Exposed:
+    sums = Sums()
+    sums.include({row.name: [1] * row.places for row in ROWS})
+    cache = CacheNow(1, 1, 1.0, copying=True, copied_bytes=1, reads_through=True)
+    return Exposed("disk", sums, 1, 1, True, cache)
+
+
+FAMILIES = families([everything()], About("xnbd-server", 1.0, 1, [("file", 1.0)]))
+
+
+def test_promtool_finds_nothing_wrong() -> None:
+    assert check_by_promtool(plain(FAMILIES)) == ""
+
+
+def test_every_metric_is_explained_to_operators() -> None:
+    suffixes = {"counter": "_total", "info": "_info"}
+    names = {family.name + suffixes.get(family.kind, "") for family in FAMILIES}
+    assert len(names) == len(FAMILIES) > 25
+    assert [name for name in sorted(names) if f"``{name}``" not in GUIDE] == []
+    told = set(re.findall(r"``(xnbd_\w+)``", GUIDE)) - {"xnbd_bytes_total"}
+    assert told <= names
+
+
+def test_names_end_with_their_units() -> None:
+    for family in FAMILIES:
+        assert family.name.startswith("xnbd_")
+        assert not family.unit or family.name.endswith(f"_{family.unit}")
+        assert family.help.endswith(".")
+
+
+def test_all_that_is_counted_is_told() -> None:
+    told = "".join(str(family.samples) for family in FAMILIES)
+    assert told
+    for row in set(PLACES) - {"export_length", "nanoseconds"}:
+        sums = Sums()
+        sums.include({row: [7] * next(r.places for r in ROWS if r.name == row)})
+        exposed = everything()._replace(sums=sums)
+        without = everything()._replace(sums=Sums())
+        about = About("xnbd-server", 1.0, 1, [])
+        assert families([exposed], about) != families([without], about), row

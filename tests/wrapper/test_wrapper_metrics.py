@@ -1,0 +1,220 @@
+"""xnbd-wrapper --metrics: one place for all exports, with clients and without."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Dict, List
+
+import pytest
+from conftest import MIB, Start, StartWrapper
+from rawclient import READ
+from scraping import (
+    Sample,
+    Scrape,
+    ask,
+    check_by_promtool,
+    connect,
+    get,
+    kill_observer,
+    metrics_port,
+    observer_of,
+    scrape,
+    status,
+)
+from server_process import PYTHON, ROOT, children_of, title_of, wait_until
+from wrapper_process import Wrapper, fails
+
+FOREIGN = f"{PYTHON} {ROOT / 'tests' / 'support' / 'foreign_server.py'}"
+
+
+def port_of(wrapper: Wrapper) -> int:
+    return metrics_port(wrapper.log())
+
+
+def measured(start_wrapper: StartWrapper, *arguments: object) -> Wrapper:
+    wrapper = start_wrapper("--metrics", 0, *arguments)
+    wrapper.wait_for_log("INFO: metrics on 127.0.0.1:")
+    return wrapper
+
+
+def wait_for(wrapper: Wrapper, name: str, value: float, **labels: str) -> Scrape:
+    found: List[Scrape] = []
+
+    def is_so() -> bool:
+        found[:] = [scrape(port_of(wrapper))]
+        return found[0].find(name, **labels) == [value]
+
+    wait_until(is_so, f"{name}{labels} = {value}")
+    return found[0]
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> List[Path]:
+    paths = [tmp_path / "one.img", tmp_path / "two.img"]
+    for number, path in enumerate(paths, 1):
+        path.write_bytes(bytes(number * MIB))
+    return paths
+
+
+@pytest.fixture
+def wrapper(start_wrapper: StartWrapper, disks: List[Path]) -> Wrapper:
+    return measured(start_wrapper, *(word for path in disks for word in ("--imgfile", path)))
+
+
+def test_clients_of_one_export_are_summed_and_those_without_have_their_disk(wrapper: Wrapper) -> None:
+    with wrapper.client("one.img") as one, wrapper.client("one.img") as other:
+        for client, reads in ((one, 3), (other, 4)):
+            for _ in range(reads):
+                client.read(0, 4096)
+        seen = wait_for(wrapper, "xnbd_requests_total", 7, export="one.img", command="read")
+        assert seen("xnbd_clients", export="one.img") == 2
+        assert seen("xnbd_request_duration_seconds_count", export="one.img", command="read") == 7
+        assert seen("xnbd_disk_bytes", export="one.img") == MIB
+        assert seen("xnbd_disk_bytes", export="two.img") == 2 * MIB
+        assert seen("xnbd_clients", export="two.img") == 0
+        assert seen("xnbd_requests_total", export="two.img", command="read") == 0
+    wait_for(wrapper, "xnbd_clients", 0, export="one.img")
+    assert scrape(port_of(wrapper))("xnbd_bytes_total", export="one.img", direction="read") == 7 * 4096
+    assert check_by_promtool(get(port_of(wrapper)).body) == ""
+    told = status(port_of(wrapper))
+    assert told["mode"] == "wrapper"
+    assert told["exports"]["one.img"]["counters"]["requests"] == 7
+    assert told["exports"]["two.img"]["disk_size"] == 2 * MIB
+
+
+def test_exports_come_and_go(wrapper: Wrapper, disks: List[Path]) -> None:
+    wrapper.ctl("--add-target", 'odd "name"', disks[1])
+    with wrapper.client('odd "name"') as client:
+        client.read(0, 512)
+        wait_for(wrapper, "xnbd_requests_total", 1, export='odd "name"', command="read")
+        wrapper.ctl("--remove-by-exportname", 'odd "name"')
+        assert scrape(port_of(wrapper))("xnbd_clients", export='odd "name"') == 1
+    wait_until(lambda: not scrape(port_of(wrapper)).find("xnbd_clients", export='odd "name"'), "its end")
+
+
+def test_deaths_are_counted_for_their_export(wrapper: Wrapper) -> None:
+    wrapper.expected_errors.append("died: killed by SIGKILL")
+    with wrapper.client("one.img") as client:
+        client.read(0, 512)
+        wait_for(wrapper, "xnbd_requests_total", 1, export="one.img", command="read")
+        served = [pid for pid in children_of(wrapper.process.pid) if "serving" in title_of(pid)]
+        os.kill(served[0], signal.SIGKILL)
+        seen = wait_for(wrapper, "xnbd_worker_deaths_total", 1, export="one.img")
+        assert seen("xnbd_worker_deaths_total", export="two.img") == 0
+        assert seen("xnbd_clients", export="one.img") == 0
+        assert seen("xnbd_requests_total", export="one.img", command="read") == 1
+
+
+def test_a_proxy_keeps_its_figures_when_the_last_client_has_left(
+    start_wrapper: StartWrapper, start: Start, tmp_path: Path
+) -> None:
+    disk = tmp_path / "origin.img"
+    disk.write_bytes(random.Random(4).randbytes(MIB))
+    origin = start("--target", "--readonly", disk, tcp=True)
+    wrapper = measured(start_wrapper)
+    files = [tmp_path / name for name in ("cache", "bitmap", "control")]
+    wrapper.ctl("--add-proxy", "far", "127.0.0.1", origin.port, *files)
+    assert scrape(port_of(wrapper)).find("xnbd_disk_bytes", export="far") == []  # nobody has asked its origin yet
+    for turn in (1, 2):
+        with wrapper.client("far") as client:
+            client.read(0, MIB)
+            seen = wait_for(wrapper, "xnbd_requests_total", turn, export="far", command="read")
+            assert seen("xnbd_clients", export="far") == 1
+        seen = wait_for(wrapper, "xnbd_clients", 0, export="far")
+        assert seen("xnbd_origin_bytes_total", export="far") == MIB
+        assert seen("xnbd_disk_bytes", export="far") == MIB
+        wait_for(wrapper, "xnbd_cached_bytes", MIB, export="far")
+    wrapper.ctl("--bgctl-query", "far")
+    assert scrape(port_of(wrapper))("xnbd_clients", export="far") == 0, "an idle server is none"
+    assert set(scrape(port_of(wrapper)).find("xnbd_clients")) == {0}
+
+
+def test_clients_of_another_server_are_counted_too(
+    start_wrapper: StartWrapper, disks: List[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOREIGN_LOG", str(tmp_path / "foreign.log"))
+    wrapper = measured(start_wrapper, "--imgfile", disks[0], "--xnbd-server", FOREIGN)
+    with wrapper.client("one.img") as client:
+        assert len(client.read(0, 512)) == 512
+        wait_for(wrapper, "xnbd_clients", 1, export="one.img")
+    wait_for(wrapper, "xnbd_clients", 0, export="one.img")
+
+
+def test_the_observer_is_alone_with_its_sockets_and_ends_with_the_wrapper(wrapper: Wrapper) -> None:
+    port = port_of(wrapper)
+    with wrapper.client("one.img") as client:
+        client.read(0, 512)
+        wait_until(lambda: observer_of(wrapper.process.pid), "the observer")
+        wrapper.ctl("--orphan")
+        client.read(0, 512)
+        with pytest.raises(ConnectionRefusedError):
+            connect(port)
+
+
+def test_a_dead_observer_is_started_again(wrapper: Wrapper) -> None:
+    wrapper.expected_errors.append("the process for metrics died: killed by SIGKILL")
+    wait_until(lambda: observer_of(wrapper.process.pid), "the observer")
+    kill_observer(wrapper.process.pid)
+    assert scrape(port_of(wrapper))("xnbd_clients", export="one.img") == 0
+
+
+def test_it_ends_when_the_wrapper_is_killed(wrapper: Wrapper) -> None:
+    wait_until(lambda: observer_of(wrapper.process.pid), "the observer")
+    observer = observer_of(wrapper.process.pid)
+    wrapper.stop(signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{observer}").exists(), "the observer's end")
+
+
+def test_a_place_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    assert fails(tmp_path, "--metrics", "x") == (
+        2,
+        "xnbd-wrapper: --metrics x: expected a port, an address and a port as 0.0.0.0:9555, "
+        "or a path with a slash in it\n",
+    )
+
+
+def test_counters_never_go_backwards(wrapper: Wrapper, seed: int) -> None:
+    """While clients come, go and are killed, and the wrapper becomes another program."""
+    wrapper.expected_errors.append("killed by SIGKILL")
+    port, rng, over = port_of(wrapper), random.Random(seed), threading.Event()
+    history: List[Dict[Sample, float]] = []
+
+    def come_and_go(name: str) -> None:
+        while not over.is_set():
+            with suppress(OSError, EOFError, AssertionError), wrapper.client(name) as client:
+                for _ in range(200):
+                    client.request(READ, 0, 512)
+                    client.simple_reply(512)
+
+    def look() -> None:
+        while not over.is_set():
+            with suppress(OSError, EOFError), connect(port) as sock:
+                while not over.is_set():
+                    history.append(Scrape(ask(sock, Accept="application/openmetrics-text").body.decode()).counters)
+
+    works = [lambda: come_and_go("one.img"), lambda: come_and_go("two.img"), look]
+    threads = [threading.Thread(target=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for turn in range(9):
+        served = [pid for pid in children_of(wrapper.process.pid) if "serving" in title_of(pid)]
+        if served:
+            with suppress(ProcessLookupError):
+                os.kill(rng.choice(served), signal.SIGKILL)
+        if turn % 3 == 2:
+            wrapper.ctl("--upgrade")
+        seen = len(history)
+        wait_until(lambda: len(history) > seen + 3, "a look at the counters")  # noqa: B023
+    over.set()
+    for thread in threads:
+        thread.join()
+    latest: Dict[Sample, float] = {}
+    for counters in history:
+        assert not {sample: value for sample, value in latest.items() if counters.get(sample, -1) < value}
+        latest = counters
+    assert sum(value for (name, _), value in latest.items() if name == "xnbd_requests_total") > 200
