@@ -161,7 +161,7 @@ def open_log(path: str, flags: int) -> int:
 
 
 class Seldom:
-    """Lines of one kind, at most one in *interval* seconds; how many were left out the next one says, or `rest`."""
+    """Lines of one kind, at most one in *interval* seconds; how many were left out the next one says."""
 
     def __init__(self, interval: float = 1.0) -> None:
         self._interval = interval
@@ -177,12 +177,6 @@ class Seldom:
         left_out, self._left_out = self._left_out, 0
         more = f" (and {left_out} more like this since the last line)" if left_out else ""
         log.log(level, f"{message}%s", *arguments, more, extra=extra)
-
-    def rest(self, level: int, what: str) -> None:
-        """At the end: how many there were besides."""
-        left_out, self._left_out = self._left_out, 0
-        if left_out:
-            log.log(level, "%s: %d more like the last line", what, left_out)
 
 
 class ToldOnce:
