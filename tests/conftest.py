@@ -31,7 +31,7 @@ def unexpected_lines(log: str, expected_errors: List[str]) -> List[str]:
     return [
         line
         for line in log.splitlines()
-        if re.search(r" ERROR: |Traceback|^\w*Error\b|Warning:", line)
+        if re.search(r" ERROR: |\"level\": \"ERROR\"|Traceback|^\w*Error\b|Warning:", line)
         and not any(re.search(pattern, line) for pattern in expected_errors)
     ]
 

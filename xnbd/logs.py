@@ -2,6 +2,9 @@
 
 A log file may be moved away at any time; every process opens it again by itself.
 Whatever a message quotes, it stays one line.
+
+Where lines are JSON (``json_lines.py``) they have fields, too. A process has a *subject*: what all of its lines
+are about from some moment on, such as its client. A single line says more with ``extra=about(...)``.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import stat
 import sys
 import time
 from contextlib import contextmanager, suppress
-from typing import IO, Iterator, List, Optional
+from typing import IO, Dict, Iterator, List, Optional
 
 from .errors import ConfigurationError
 from .making import open_or_make
@@ -21,16 +24,33 @@ from .text import one_line
 
 log = logging.getLogger("xnbd")
 
+Fields = Dict[str, object]
+"""What a line is about, by name: ``export``, ``peer``, ``identity``, ``command``, ``offset``, ``length``, ``errno``."""
 
-def set_up(program: str, *, path: Optional[str], syslog: bool, stderr: bool, level: int) -> None:
+_subject: Fields = {}
+
+
+def set_subject(**fields: object) -> None:
+    """What all lines of this process are about from now on, besides what it was before; None takes a field away."""
+    _subject.update(fields)
+    for name in [name for name, value in _subject.items() if value is None]:
+        del _subject[name]
+
+
+def about(*, error: Optional[BaseException] = None, **fields: object) -> Dict[str, Fields]:
+    """For ``extra`` of one line: what it is about, besides the subject of its process; of an *error* the number."""
+    number = getattr(error, "errno", None)
+    if number:
+        fields["errno"] = errno.errorcode.get(number, number)
+    return {"about": {name: value for name, value in fields.items() if value is not None}}
+
+
+def set_up(program: str, *, path: Optional[str], syslog: bool, stderr: bool, level: int, as_json: bool = False) -> None:
     """Send the lines of all of this program's modules to the chosen places.
 
     Raises `ConfigurationError` if the file at *path* cannot be opened.
     """
-    formatter = _Formatter(f"%(asctime)s {program}[%(process)d] %(levelname)s: %(message)s")
-    formatter.converter = time.gmtime
-    formatter.default_time_format = "%Y-%m-%dT%H:%M:%S"
-    formatter.default_msec_format = "%s.%03dZ"
+    formatter = _json_formatter(program) if as_json else _text_formatter(program)
     handlers: List[logging.Handler] = []
     if path is not None:
         stream = standard_stream(path)
@@ -40,12 +60,26 @@ def set_up(program: str, *, path: Optional[str], syslog: bool, stderr: bool, lev
     for handler in handlers:
         handler.setFormatter(formatter)
     if syslog:
-        handlers.append(_SyslogHandler(program))
+        handlers.append(_SyslogHandler(program, formatter if as_json else _Formatter()))
     log.handlers[:] = handlers
     log.setLevel(level)
     log.propagate = False
     logging.raiseExceptions = False
     logging.logThreads = logging.logMultiprocessing = False
+
+
+def _text_formatter(program: str) -> logging.Formatter:
+    formatter = _Formatter(f"%(asctime)s {program}[%(process)d] %(levelname)s: %(message)s")
+    formatter.converter = time.gmtime
+    formatter.default_time_format = "%Y-%m-%dT%H:%M:%S"
+    formatter.default_msec_format = "%s.%03dZ"
+    return formatter
+
+
+def _json_formatter(program: str) -> logging.Formatter:
+    from .json_lines import JsonFormatter
+
+    return JsonFormatter(program, _subject)
 
 
 class _Formatter(logging.Formatter):
@@ -127,14 +161,14 @@ def open_log(path: str, flags: int) -> int:
 
 
 class Seldom:
-    """Lines of one kind, at most one in *interval* seconds; how many were left out the next one says, or `rest`."""
+    """Lines of one kind, at most one in *interval* seconds; how many were left out the next one says."""
 
     def __init__(self, interval: float = 1.0) -> None:
         self._interval = interval
         self._next = 0.0
         self._left_out = 0
 
-    def log(self, level: int, message: str, *arguments: object) -> None:
+    def log(self, level: int, message: str, *arguments: object, extra: Optional[Dict[str, Fields]] = None) -> None:
         now = time.monotonic()
         if now < self._next:
             self._left_out += 1
@@ -142,13 +176,7 @@ class Seldom:
         self._next = now + self._interval
         left_out, self._left_out = self._left_out, 0
         more = f" (and {left_out} more like this since the last line)" if left_out else ""
-        log.log(level, f"{message}%s", *arguments, more)
-
-    def rest(self, level: int, what: str) -> None:
-        """At the end: how many there were besides."""
-        left_out, self._left_out = self._left_out, 0
-        if left_out:
-            log.log(level, "%s: %d more like the last line", what, left_out)
+        log.log(level, f"{message}%s", *arguments, more, extra=extra)
 
 
 class ToldOnce:
@@ -157,9 +185,9 @@ class ToldOnce:
     def __init__(self) -> None:
         self._last = ""
 
-    def log(self, level: int, failure: str) -> None:
+    def log(self, level: int, failure: str, extra: Optional[Dict[str, Fields]] = None) -> None:
         if failure != self._last:
-            log.log(level, "%s", failure)
+            log.log(level, "%s", failure, extra=extra)
         self._last = failure
 
     def passed(self) -> None:
@@ -170,12 +198,11 @@ class ToldOnce:
 class _SyslogHandler(logging.Handler):
     """The C library's ``syslog(3)``: it needs no connection and survives forks and restarts of the daemon."""
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, formatter: logging.Formatter) -> None:
         super().__init__()
         import syslog
 
-        self.setFormatter(_Formatter())
-
+        self.setFormatter(formatter)
         self._syslog = syslog
         syslog.openlog(program, syslog.LOG_PID, syslog.LOG_DAEMON)
 
@@ -190,15 +217,23 @@ class _SyslogHandler(logging.Handler):
 def complain(program: str, message: str, *, super_server: bool) -> None:
     """Say why the program ends: on standard error, and wherever else the log goes.
 
-    Under a *super_server* standard error may lead nowhere, and syslog has to do.
+    Under a *super_server* standard error may lead nowhere, and syslog has to do. Where
+    lines of JSON go to standard error, this is one of them.
     """
     try:
-        if sys.stderr is not None:
+        if sys.stderr is not None and not any(map(_is_json_on_stderr, log.handlers)):
             print(f"{program}: {message}", file=sys.stderr, flush=True)
     except OSError:
         pass  # full, or nobody reads it
     if super_server and not log.handlers:
-        log.addHandler(_SyslogHandler(program))
+        log.addHandler(_SyslogHandler(program, _Formatter()))
     for handler in log.handlers:
-        if getattr(handler, "stream", None) is not sys.stderr:
+        if getattr(handler, "stream", None) is not sys.stderr or _is_json_on_stderr(handler):
             handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "%s", (message,), None))
+
+
+def _is_json_on_stderr(handler: logging.Handler) -> bool:
+    stream = handler.stream if isinstance(handler, logging.StreamHandler) else None
+    if stream is None or not getattr(handler.formatter, "is_json", False):
+        return False
+    return bool(stream is sys.stderr or stream.fileno() == 2)

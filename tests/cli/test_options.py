@@ -25,7 +25,7 @@ from xnbd.server.session.connection import Connection
 from xnbd.server.session.parking import QueueLimits
 from xnbd.system.user import User
 from xnbd.wrapper.exports import ProxyExport, StoredExport, TargetExport
-from xnbd.wrapper.servers import ForeignServer
+from xnbd.wrapper.servers import OWN_OPTIONS, ForeignServer
 
 PROXY = ProxyExport("/cache", "/bitmap", "/p.ctl", "origin", "8520", "there")
 
@@ -58,7 +58,7 @@ def test_a_server_in_the_wrapper_has_the_options_of_one_with_a_command_line(
     agreements = [Agreement(), Agreement(Export("e", 1, 1, "d"), True), Agreement(None, True, True)]
     choices = itertools.product((False, True), (False, True), (False, True), agreements)
     for cow, readonly, syslog, agreement in choices:
-        foreign = ForeignServer(["x"], True, cow, readonly, syslog, None, "9", "8K")
+        foreign = ForeignServer(["x"], OWN_OPTIONS, cow, readonly, syslog, None, "9", "8K")
         words = ["--logpath", "/log", *foreign.arguments(export, 7, agreement)]
         own = OwnServer(cow, readonly, LogOptions("/log", syslog), QueueLimits(9, 8192))
         agreed = agreement._replace(export=None, ordered=False)

@@ -227,6 +227,7 @@ def test_data_that_the_device_cannot_read_is_an_error(
             client.request(READ, 2 * MIB, length)
             error = error_chunk(client) if structured else client.simple_reply(length)[0]
             assert error == EIO
+            server.wait_for_log(f"READ of {length} bytes at 2097152 failed: the data cannot be read (EIO)")
         assert client.works()
         client.request(READ, 4096, 4096)
         data = client.chunks()[0].payload[8:] if structured else client.simple_reply(4096)[2]

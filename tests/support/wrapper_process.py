@@ -20,6 +20,9 @@ def program(name: str) -> List[str]:
     return [PYTHON, "-W", "error", str(ROOT / "bin" / name)]
 
 
+_SERVING = re.compile(r" INFO: serving |\"message\": \"serving ")
+
+
 class Wrapper:
     """A wrapper on 127.0.0.1, on a port that the kernel chose unless one is given; its files are in *directory*."""
 
@@ -55,15 +58,15 @@ class Wrapper:
     @property
     def port(self) -> int:
         """Where it listens, as its log says."""
-        line = next(line for line in self.log().splitlines() if " INFO: serving " in line)
-        return int(re.findall(r":(\d+)(?:,|$)", line)[-1])
+        line = next(line for line in self.log().splitlines() if _SERVING.search(line))
+        return int(re.findall(r":(\d+)(?:,|\"|$)", line)[-1])
 
     def uri(self, name: str = "") -> str:
         return f"nbd://127.0.0.1:{self.port}/{name}"
 
     def wait_until_ready(self) -> None:
         wait_until(
-            lambda: " INFO: serving " in self.log() or self.process.poll() is not None,
+            lambda: bool(_SERVING.search(self.log())) or self.process.poll() is not None,
             "the wrapper's start",
             START_TIME,
         )

@@ -313,7 +313,7 @@ def test_failures_that_clients_get_are_in_the_log(start: Start, tmp_path: Path) 
             assert client.write(8 * MIB, bytes(8 * MIB)) == 28
             for number in range(200):
                 assert client.write(32 * MIB + number * 4096, bytes(4096)) == 28
-        server.wait_for_log("more like")
+        server.wait_for_log(" more in the last ")
         failures = [line for line in server.log().splitlines() if " failed: " in line]
         server.stop()
     failure = "WRITE of 8388608 bytes at 8388608 failed: No space left on device (ENOSPC)"

@@ -40,13 +40,13 @@ def words(export: StoredExport = TARGET, agreement: Agreement = PLAIN, **options
 
 
 def test_command_lines_are_those_of_a_c_wrapper() -> None:
-    assert words(extended=False) == "--target --connected-fd 7 /disk"
-    assert words(extended=False, cow=True, readonly=True, syslog=True) == (
+    assert words(knows=()) == "--target --connected-fd 7 /disk"
+    assert words(knows=(), cow=True, readonly=True, syslog=True) == (
         "--cow-target --readonly --syslog --connected-fd 7 /disk"
     )
-    assert words(PROXY, extended=False, cow=True) == "--proxy --connected-fd 7 origin 8520 /cache /bitmap /p.ctl"
+    assert words(PROXY, knows=(), cow=True) == "--proxy --connected-fd 7 origin 8520 /cache /bitmap /p.ctl"
     everything = PROXY._replace(remote_export_name="there")
-    assert words(everything, extended=False, readonly=True, syslog=True, max_queue_size="9", max_buf_size="8") == (
+    assert words(everything, knows=(), readonly=True, syslog=True, max_queue_size="9", max_buf_size="8") == (
         "--proxy --readonly --syslog --connected-fd 7 --max-queue-size 9 --max-buf-size 8 --target-exportname there"
         " origin 8520 /cache /bitmap /p.ctl"
     )
@@ -54,7 +54,7 @@ def test_command_lines_are_those_of_a_c_wrapper() -> None:
 
 def test_a_file_mode_is_passed_on_to_servers_that_know_it() -> None:
     assert "--file-mode 0640 " in words(file_mode="0640")
-    assert "--file-mode" not in words(file_mode="0640", extended=False)
+    assert "--file-mode" not in words(file_mode="0640", knows=())
 
 
 def test_an_origin_on_a_unix_socket_is_a_uri_on_the_command_line() -> None:

@@ -26,13 +26,21 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 
+_LONGEST_SLOW = 86_400_000
+"""Milliseconds."""
+
 
 class LogOptions(NamedTuple):
-    """Where log lines go, and which of them: those of at least *level*. Without *path* and *syslog*: standard error."""
+    """Where log lines go, and which of them: those of at least *level*. Without *path* and *syslog*: standard error.
+
+    *slow* is the time in seconds from which on requests are told of.
+    """
 
     path: Optional[str] = None
     syslog: bool = False
     level: int = logging.INFO
+    as_json: bool = False
+    slow: Optional[float] = None
 
 
 Begin = Callable[[LogOptions, Optional[int], "Optional[User]"], None]
@@ -151,7 +159,11 @@ def log_options(line: CommandLine, path: Optional[str], level: int, *, unattende
     """Raises `ConfigurationError` if the log is to go where a daemon has nothing any more."""
     if path in ("/dev/stdout", "/dev/stderr") and line.has("--daemonize"):
         raise ConfigurationError(f"--daemonize lets go of {path}: name a file for --logpath", USAGE_ERROR)
-    return LogOptions(path, line.has("--syslog") or (unattended and not path), level)
+    form = line.text("--log-format")
+    if form not in (None, "text", "json"):
+        raise ConfigurationError(f"--log-format {form}: expected text or json", USAGE_ERROR)
+    slow = line.integer("--slow-log", 1, _LONGEST_SLOW) / 1e3 if line.has("--slow-log") else None
+    return LogOptions(path, line.has("--syslog") or (unattended and not path), level, form == "json", slow)
 
 
 def user_option(line: CommandLine) -> Optional[User]:

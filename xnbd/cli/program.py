@@ -34,7 +34,7 @@ def begin(program: str, log: LogOptions, file_mode: Optional[int], user: Optiona
 
     Raises `ConfigurationError` if that is a file which cannot be opened.
     """
-    from .. import logs
+    from .. import log_turns, logs
     from ..making import set_file_mode, set_owner
 
     if file_mode is not None:
@@ -42,7 +42,8 @@ def begin(program: str, log: LogOptions, file_mode: Optional[int], user: Optiona
     if user is not None:
         set_owner((user.uid, user.gid))
     stderr = not (log.path or log.syslog)
-    logs.set_up(program, path=log.path, syslog=log.syslog, stderr=stderr, level=log.level)
+    log_turns.prepare()
+    logs.set_up(program, path=log.path, syslog=log.syslog, stderr=stderr, level=log.level, as_json=log.as_json)
 
 
 def run_program(program: str, body: Callable[[], int], complain: Optional[Callable[[str], None]] = None) -> NoReturn:

@@ -142,6 +142,15 @@ Logging options:
   -L, --logpath FILE    Append to FILE. Without it: standard error, or syslog
                         with --daemonize or --inetd.
   -S, --syslog          Log to syslog; also to FILE if --logpath is given.
+  --log-format FORMAT   text, or json: each line is an object with time, level,
+                        program, pid and message, and with what the line is
+                        about: export, peer, identity, command, offset, length,
+                        errno (default: text).
+  --slow-log MILLISECONDS
+                        Log requests that took longer, from their arrival to
+                        the departure of their replies, and where the time
+                        went: waiting for the origin, for a block that another
+                        process has locked, for the disk, for the client.
   --verbose             Log more.
   --quiet               Log warnings and errors only.
 

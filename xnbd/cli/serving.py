@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Optional, 
 
 from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
-from ..logs import log
+from ..logs import log, set_subject
 from ..scoreboard.layout import count_lines, create_scoreboard
 from ..scoreboard.scoreboard import Scoreboard
 from ..scoreboard.tally import create_tally
@@ -70,7 +70,8 @@ def _open_service(options: ServerOptions, processes: int, *, alone: bool) -> Ser
 def service_of(
     options: ServerOptions, configuration: Configuration, source: Source[Scoreboard], scoreboard_fd: int
 ) -> Service:
-    """How the disk is offered."""
+    """How the disk is offered; from now on it is what lines of the log are about."""
+    set_subject(export=options.export_name or source.name)
     return Service(
         source=source,
         scoreboard_fd=scoreboard_fd,
@@ -80,6 +81,7 @@ def service_of(
         spin=options.spin,
         control_path=options.control_path,
         tally_fds=tuple(options.tally_fds),
+        slow=options.log.slow,
     )
 
 

@@ -87,6 +87,11 @@ Process options:
   -L, --logpath FILE    Append the log to FILE, the servers' too. Without it:
                         standard error, or syslog with --daemonize.
   -S, --syslog          Log to syslog, the servers too; with --logpath to both.
+  --log-format FORMAT   text, or json: each line is an object, the servers'
+                        lines too, see xnbd-server(8) (default: text).
+  --slow-log MILLISECONDS
+                        Have the servers log requests that took longer, see
+                        xnbd-server(8).
 
 Other options:
   -h, --help            Show this text.

@@ -24,7 +24,7 @@ from .program import begin, print_answer
 from .taking_over import begin_check
 from .values import parse_command_line
 from .wrapper_options import WrapperOptions, wrapper_options
-from .wrapping import ask_whether_extended, check_settings, go_on, reader
+from .wrapping import ask_abilities, check_settings, go_on, reader
 
 
 def take_over(program: str, usage: str, argv: List[str]) -> int:
@@ -57,13 +57,13 @@ def _check(options: WrapperOptions, estate: WrapperEstate) -> int:
             "and clients of both could not share a disk: restart the wrapper when its clients allow it"
         )
     parse_database(estate.database["content"].encode())
-    extended = ask_whether_extended(options)
+    knows = list(ask_abilities(options))
     listeners = Listeners()
     listeners.unpack(estate.listeners)
     try:
-        check_settings(reader(options, extended)(), listeners)
+        check_settings(reader(options, knows)(), listeners)
     finally:
         for sock in listeners.sockets:  # and nothing else: their files are the wrapper's
             sock.close()
-    print_answer(json.dumps({"version": __version__, "extended": extended}) + "\n")
+    print_answer(json.dumps({"version": __version__, "knows": knows}) + "\n")
     return 0

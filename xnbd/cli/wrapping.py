@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from functools import partial
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .. import __version__
 from ..errors import ConfigurationError
@@ -23,12 +23,13 @@ from ..wrapper.children import Body
 from ..wrapper.database import Database
 from ..wrapper.exports import TargetExport, check_name, check_room, paths_of
 from ..wrapper.metrics import MetricsPlace
-from ..wrapper.servers import ForeignServer, Servers, is_extended
+from ..wrapper.servers import JSON, OWN_OPTIONS, SLOW, ForeignServer, Servers, abilities
 from ..wrapper.upgrade.estate import WrapperEstate
 from ..wrapper.wrapper import Load, Settings, Wrapper
 from .admission import check_access, open_access, open_listeners, open_metrics
 from .encrypting import open_tls
 from .inside import OwnServer, load_ahead, run_bgctl
+from .options import LogOptions
 from .values import refuse_same_file
 from .wrapper_options import AsGiven, WrapperOptions
 
@@ -47,7 +48,7 @@ def wrap(options: WrapperOptions, words: Sequence[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))  # until there is a `Wrapper`
     surroundings = Surroundings(ServiceManager(), Program.own(words, "wrapper"))
     tallies = [] if options.metrics is None else [create_tally(_LINES)]
-    read = reader(options, ask_whether_extended(options), tallies)
+    read = reader(options, ask_abilities(options), tallies)
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if options.daemonize else None
@@ -61,10 +62,10 @@ def wrap(options: WrapperOptions, words: Sequence[str]) -> int:
         listeners.close()
 
 
-def reader(options: WrapperOptions, extended: bool, tallies: Sequence[int] = ()) -> Load:
-    """Reads all that may change again; *extended* is as `ask_whether_extended` has it. Clients count in *tallies*."""
+def reader(options: WrapperOptions, knows: Sequence[str], tallies: Sequence[int] = ()) -> Load:
+    """Reads all that may change again; *knows* is as `ask_abilities` has it. Clients count in *tallies*."""
     if options.server_command:
-        return partial(_settings, options, partial(_foreign_server, options, tallies, extended=extended))
+        return partial(_settings, options, partial(_foreign_server, options, tallies, knows=knows))
     load_ahead(cow=options.cow)
     return partial(_settings, options, partial(_own_servers, options, tallies))
 
@@ -82,7 +83,7 @@ def go_on(options: WrapperOptions, estate: WrapperEstate, program: Program) -> i
     listeners.unpack(estate.listeners)
     try:
         metrics = None if estate.metrics is None else _metrics_left(estate.metrics)
-        read = reader(options, estate.verdict["extended"], () if metrics is None else metrics.tallies)
+        read = reader(options, estate.verdict["knows"], () if metrics is None else metrics.tallies)
         database = Database.unpack(estate.database)
         database.aliases.update((given, TargetExport(path)) for given, path in options.images.items())
         reread = partial(_reread, read, listeners)
@@ -117,9 +118,9 @@ def check_settings(settings: Settings, listeners: Listeners) -> None:
     check_access(settings.configuration.access, listeners, settings.configuration.tls)
 
 
-def ask_whether_extended(options: WrapperOptions) -> bool:
-    """Whether the servers know what ours do. Raises `ConfigurationError`."""
-    return is_extended(options.server_command) if options.server_command else True
+def ask_abilities(options: WrapperOptions) -> Sequence[str]:
+    """Which options the servers know that ours do. Raises `ConfigurationError`."""
+    return abilities(options.server_command) if options.server_command else OWN_OPTIONS
 
 
 def _own_servers(options: WrapperOptions, tallies: Sequence[int], configuration: Configuration, _: AsGiven) -> Servers:
@@ -128,12 +129,12 @@ def _own_servers(options: WrapperOptions, tallies: Sequence[int], configuration:
 
 
 def _foreign_server(
-    options: WrapperOptions, tallies: Sequence[int], _: Configuration, given: AsGiven, *, extended: bool
+    options: WrapperOptions, tallies: Sequence[int], _: Configuration, given: AsGiven, *, knows: Sequence[str]
 ) -> Servers:
     command = options.server_command
     foreign = ForeignServer(
         command=command,
-        extended=extended,
+        knows=knows,
         cow=options.cow,
         readonly=options.readonly,
         syslog=options.log.syslog,
@@ -142,8 +143,15 @@ def _foreign_server(
         max_buf_size=given.max_buf_size,
         file_mode=given.file_mode,
         tally_fd=tallies[0] if tallies else None,
+        own_words=_own_words(options.log),
     )
-    return Servers(foreign.take_over, None, command[0], foreign.extended, options.cow, options.readonly)
+    return Servers(foreign.take_over, None, command[0], knows, options.cow, options.readonly)
+
+
+def _own_words(to: LogOptions) -> List[Tuple[str, str]]:
+    """What the servers are told of the log."""
+    form = [(JSON, "json")] if to.as_json else []
+    return form if to.slow is None else [*form, (SLOW, f"{to.slow * 1e3:.0f}")]
 
 
 def _bgctl(command: List[str], words: List[str]) -> Body:
@@ -177,12 +185,20 @@ def _run(
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
     if asked is not None:
         log.info("metrics on %s", asked)
-    if not settings.servers.extended:
-        log.info("%s does not know --negotiated: clients are offered simple replies", settings.servers.program)
+    _tell_of_program(settings.servers, options.log)
     if daemon:
         daemon.ready()
     surroundings.manager.ready()
     return wrapper.run()
+
+
+def _tell_of_program(servers: Servers, to: LogOptions) -> None:
+    """What another program than ours cannot do."""
+    if not servers.extended:
+        log.info("%s does not know --negotiated: clients are offered simple replies", servers.program)
+    for option, _ in _own_words(to):
+        if option not in servers.knows:
+            log.warning("%s does not know %s: its lines in the log are as they are without", servers.program, option)
 
 
 def _change_of_user(options: WrapperOptions, database: Database) -> Callable[[], None]:

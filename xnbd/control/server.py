@@ -17,7 +17,7 @@ from time import monotonic
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from ..errors import CommandError, XnbdError
-from ..logs import Seldom, log
+from ..logs import Seldom, about, log
 from ..system.kept import Kept
 from ..system.listen import UnixSocket
 from ..system.polling import poll_patiently
@@ -164,7 +164,7 @@ class ControlSocket:
                 return
             except OSError as error:
                 text = "cannot accept on the control socket, trying again every second: %s"
-                self._shortages.log(logging.ERROR, text, error.strerror)
+                self._shortages.log(logging.ERROR, text, error.strerror, extra=about(error=error))
                 self._accept_at = monotonic() + _RETRY
                 return
             self._admit(_Connection(sock, self._commands))

@@ -15,7 +15,7 @@ import time
 from time import monotonic
 from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from ..logs import Seldom, log
+from ..logs import Seldom, about, log
 from ..system.polling import poll_patiently
 
 MOST_CONNECTIONS = 128
@@ -130,7 +130,9 @@ class HttpServer:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._shortages.log(logging.ERROR, "metrics: cannot accept: %s", error.strerror)
+                self._shortages.log(
+                    logging.ERROR, "metrics: cannot accept: %s", error.strerror, extra=about(error=error)
+                )
                 self._accept_at = monotonic() + _RETRY_ACCEPT
                 return
             if len(self._connections) >= MOST_CONNECTIONS:

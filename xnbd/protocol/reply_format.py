@@ -7,7 +7,7 @@ message". Another format of replies belongs here, and nothing else has to know i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Sequence, Tuple
+from typing import ClassVar, Optional, Sequence, Tuple
 
 from . import constants as c
 from . import transmission as wire
@@ -47,6 +47,10 @@ class ReplyFormat(ABC):
     def error(self, command: int, cookie: bytes, error: int, message: str) -> bytes:
         """The whole reply to *command* with the NBD *error*; the *message* for a person may be left out."""
 
+    def offset_of(self, header: bytes) -> Optional[int]:
+        """The offset of the data behind *header*, if that says so."""
+        return None
+
     @abstractmethod
     def error_instead(self, header: bytes, message: str) -> bytes:
         """The reply, or the chunk of one, that takes the place of data that cannot be read (EIO), by its *header*."""
@@ -84,6 +88,9 @@ class StructuredFormat(ReplyFormat):
         if command in (c.CMD_READ, c.CMD_BLOCK_STATUS):
             return wire.pack_error_chunk(cookie, error, message)
         return wire.pack_simple_reply(cookie, error)
+
+    def offset_of(self, header: bytes) -> Optional[int]:
+        return int(wire.DATA_CHUNK.unpack_from(header)[-1])
 
     def error_instead(self, header: bytes, message: str) -> bytes:
         flags = wire.CHUNK.unpack_from(header)[1]

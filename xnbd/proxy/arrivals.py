@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from typing import List, Tuple
 
-from ..logs import log
+from ..logs import about, log
 from ..origin.base import Data
 from ..scoreboard.counters import BYTES_FETCHED, new_counts
 from ..scoreboard.scoreboard import Scoreboard
@@ -128,7 +128,7 @@ class Arrivals:
             return
         fetch.error = error.errno or errno.EIO
         if fetch.error != self._error:
-            log.error("cannot write to the cache image: %s", error.strerror)
+            log.error("cannot write to the cache image: %s", error.strerror, extra=about(error=error))
         self._error = fetch.error
 
     def _pass_on(self, fetch: Fetch, pieces: List[Tuple[int, bytes]]) -> None:

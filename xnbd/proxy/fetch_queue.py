@@ -22,9 +22,10 @@ class Fetch:
     """The blocks from *first* up to *end*. ``mixed`` tells that some of them may be there already.
 
     ``passing`` is what has come and finds no room in the cache, if anything does not: offsets and data.
+    ``locked_at`` is when another process was found to have some of the blocks, if one has.
     """
 
-    __slots__ = ("ahead", "asked_at", "end", "error", "first", "mixed", "passing", "since", "tickets")
+    __slots__ = ("ahead", "asked_at", "end", "error", "first", "locked_at", "mixed", "passing", "since", "tickets")
 
     def __init__(self, first: int, end: int, *, ahead: bool) -> None:
         self.first = first
@@ -34,7 +35,15 @@ class Fetch:
         self.mixed = False
         self.passing: Optional[List[Tuple[int, bytes]]] = None
         self.error = 0
-        self.since = self.asked_at = 0.0
+        self.since = self.asked_at = self.locked_at = 0.0
+
+    def note_lock(self) -> None:
+        """What another process had locked, if anything was, is locked no more: its tickets are told how long it was."""
+        if self.locked_at:
+            seconds = monotonic() - self.locked_at
+            for ticket in self.tickets:
+                ticket.locked = max(ticket.locked, seconds)
+            self.locked_at = 0.0
 
 
 class FetchQueue:
@@ -166,6 +175,7 @@ class FetchQueue:
     def finish(self, fetch: Fetch, error: int) -> List[Ticket]:
         """The end of *fetch*, well or with the errno *error*: the tickets that are done by that."""
         self.forget(fetch)
+        fetch.note_lock()
         done = []
         for ticket in fetch.tickets:
             ticket.error = ticket.error or error

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+from math import inf
 from time import monotonic, thread_time
 from typing import List, Optional, Union
 
-from ..logs import log
+from ..logs import about, log
 from ..storage.bitmap import Bitmap
 from ..storage.image import Ticket
 from ..storage.target import TargetImage
@@ -69,7 +70,7 @@ class Locking:
     def next_turn(self, first: int, end: int) -> Ticket:
         """A ticket that is done when it is time to try again, for who could not borrow these blocks."""
         ticket = Ticket()
-        ticket.pending = 1
+        ticket.pending, ticket.locked = 1, inf
         self._retry.lock_out(ticket, lock_of(first, end))
         return ticket
 
@@ -85,10 +86,11 @@ class Locking:
         try:
             held = self._locks.hold(first, end)
         except OSError as error:
-            log.warning("cannot lock blocks in the bitmap: %s", error.strerror)
+            log.warning("cannot lock blocks in the bitmap: %s", error.strerror, extra=about(error=error))
             return error.errno or errno.EIO
         if not held:
             return self._locked_out(fetch)
+        fetch.note_lock()
         if self._bitmap.any_set(first, end):
             fetch.mixed = True
             if self._bitmap.all_set(first, end):
@@ -101,8 +103,9 @@ class Locking:
             return 0
         stranger = self._locks.held_by_stranger(first, end)
         if stranger is not None:
-            log.error("%s", stranger.strerror)
+            log.error("%s", stranger.strerror, extra=about(error=stranger))
             return errno.EIO
+        fetch.locked_at = fetch.locked_at or monotonic()
         self._retry.lock_out(fetch, lock_of(first, end))
         return LATER
 
@@ -111,7 +114,7 @@ class Locking:
         try:
             self._locks.release(fetch.first, fetch.end)
         except OSError as error:
-            log.error("cannot unlock blocks in the bitmap: %s", error.strerror)
+            log.error("cannot unlock blocks in the bitmap: %s", error.strerror, extra=about(error=error))
             return error.errno or errno.EIO
         return 0
 

@@ -44,10 +44,15 @@ class Disk(Companion):
     the image's background works on.
     """
 
-    def __init__(self, source: Source[Scoreboard], scoreboard_fd: int, tally: Optional[Tally] = None) -> None:
-        """Opens *source* for this process, after the fork; it counts in the *tally*, too. Raises `OSError`."""
+    def __init__(
+        self, source: Source[Scoreboard], scoreboard_fd: int, name: str = "", tally: Optional[Tally] = None
+    ) -> None:
+        """Opens *source* for this process, after the fork; it counts in the *tally*, too. Raises `OSError`.
+
+        Clients know it by its *name*.
+        """
         self._source = source
-        self.name = source.name
+        self.name = name or source.name
         self._told = (0, "")
         self._returns = 0
         self._on_renewed: Callable[[], None] = do_nothing

@@ -18,7 +18,7 @@ from logging import WARNING
 from time import monotonic
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
-from ..logs import Seldom, log
+from ..logs import Seldom, about, log
 from ..protocol.server_handshake import pack_greeting
 from ..system.kept import Kept
 from .session.connection import describe_peer
@@ -78,7 +78,9 @@ class Lobby:
         """At the limit the one that has been silent for longest gives way."""
         if len(self._guests) >= self._most:
             oldest = self._part_from(next(iter(self._guests)))
-            self._sparing.log(WARNING, "%s: disconnected: it was silent, and others wait", oldest.peer)
+            self._sparing.log(
+                WARNING, "%s: disconnected: it was silent, and others wait", oldest.peer, extra=about(peer=oldest.peer)
+            )
         self._guests[guest.sock.fileno()] = guest
         self._epoll.register(guest.sock, select.EPOLLOUT if self._oldstyle else select.EPOLLIN)
 
@@ -93,7 +95,8 @@ class Lobby:
         """Part from those whose time is over."""
         now = monotonic()
         for fd in [fd for fd, guest in self._guests.items() if now >= guest.deadline]:
-            log.warning("%s: disconnected: handshake took too long", self._part_from(fd).peer)
+            peer = self._part_from(fd).peer
+            log.warning("%s: disconnected: handshake took too long", peer, extra=about(peer=peer))
 
     def _part_from(self, fd: int) -> Guest:
         guest = self._guests.pop(fd)

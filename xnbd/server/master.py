@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set
 
 from .. import logs
 from ..errors import CommandError
-from ..logs import log
+from ..logs import about, log
 from ..system.file_locks import do_nothing
 from ..system.forking import SIGNALS, fork
 from ..system.kept import Kept
@@ -276,7 +276,12 @@ class Master:
         try:
             pid = fork("worker", worker.run)
         except OSError as error:
-            log.error("cannot start a worker, trying again in %g s: %s", self._back_off(), error.strerror)
+            log.error(
+                "cannot start a worker, trying again in %g s: %s",
+                self._back_off(),
+                error.strerror,
+                extra=about(error=error),
+            )
             return
         self._crew.join(pid)
 
@@ -313,7 +318,7 @@ class Master:
     def _on_failure(self, pid: int, peer: str, exit_code: int) -> None:
         if peer:
             self._count_death()
-            log.error("worker %d of client %s died: %s", pid, peer, reason_of(exit_code))
+            log.error("worker %d of client %s died: %s", pid, peer, reason_of(exit_code), extra=about(peer=peer))
         elif self._retry_at is None:  # of several that fail at once one is told of
             pause = self._back_off()
             log.error("spare worker %d died: %s; the next one starts in %g s", pid, reason_of(exit_code), pause)

@@ -9,7 +9,7 @@ from functools import partial
 from time import monotonic, time
 from typing import TYPE_CHECKING, Callable, Iterable, List, Optional, Set
 
-from ..logs import log
+from ..logs import about, log
 from ..system.listen import Listeners
 from .endings import reason_of
 from .retries import FIRST, Pauses
@@ -69,7 +69,12 @@ class Observers:
             self._started_at = monotonic()
         except OSError as error:
             pause = self._pauses.next()
-            log.error("metrics: no process can be started, trying again in %g s: %s", pause, error.strerror)
+            log.error(
+                "metrics: no process can be started, trying again in %g s: %s",
+                pause,
+                error.strerror,
+                extra=about(error=error),
+            )
             self._start_at = monotonic() + pause
 
     def _live(self, listeners: Listeners, lifeline: int) -> int:

@@ -19,7 +19,7 @@ import select
 import signal
 from abc import ABC, abstractmethod
 from time import monotonic
-from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..system.forking import HAND_OVER
 from ..system.polling import poll_patiently
@@ -83,6 +83,9 @@ class ProcessLoop:
         """Whether the master wants another process to go on with the client."""
         self._heeded: Optional[int] = None
         self._call_at: Optional[float] = None
+        self._reminders: List[Tuple[float, Callable[[], None]]] = []
+        self._alarm_at: Optional[float] = None
+        """When the first of all these is due."""
         self._woken = False
         self._key: object = None
         self._side_poll = select.poll()
@@ -122,11 +125,33 @@ class ProcessLoop:
         What was to be heeded before is not any more.
         """
         self._heeded, self._call_at = fd, until
+        self._set_alarm()
         self._polls.clear()
         self._key = None
 
+    def remind(self, at: float, do: Callable[[], None]) -> None:
+        """Do something at that time (monotonic seconds), or as soon as the process sleeps or `check` is called then."""
+        self._reminders.append((at, do))
+        self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        times = [at for at, _ in self._reminders]
+        self._alarm_at = min(times if self._call_at is None else (*times, self._call_at), default=None)
+
+    def _ring(self) -> bool:
+        """Do what is due; whether the process is to be called."""
+        now = monotonic()
+        due = [do for at, do in self._reminders if at <= now]
+        self._reminders = [(at, do) for at, do in self._reminders if at > now]
+        self._set_alarm()
+        for do in due:
+            do()
+        return self._call_at is not None and now >= self._call_at
+
     def check(self, *, mid_message: bool = False) -> None:
         """Raises `Stop` when the process is to leave, like `wait`. Cheap: a busy worker asks all the time."""
+        if self._reminders and self._alarm_at is not None and monotonic() >= self._alarm_at:
+            self._attend(())
         if self._parent is not None and os.getppid() != self._parent:
             raise Stop("the master is gone")
         if self.stopping and not (mid_message and monotonic() < self._deadline):
@@ -232,7 +257,7 @@ class ProcessLoop:
     def _attend(self, ready: Sequence[Tuple[int, int]], fds: Sequence[int] = ()) -> bool:
         """Attend to what is *ready*; whether one of *fds* is."""
         found, heeded = False, self._heeded
-        called = self._call_at is not None and monotonic() >= self._call_at
+        called = self._alarm_at is not None and monotonic() >= self._alarm_at and self._ring()
         for fd, _ in ready:
             if fd == self._wake:
                 os.read(fd, 4096)
@@ -248,8 +273,8 @@ class ProcessLoop:
     def _milliseconds(self, until: Optional[float]) -> Optional[float]:
         if self.stopping:
             until = self._deadline if until is None else min(until, self._deadline)
-        if self._call_at is not None:
-            until = self._call_at if until is None else min(until, self._call_at)
+        if self._alarm_at is not None:
+            until = self._alarm_at if until is None else min(until, self._alarm_at)
         return None if until is None else max(0.0, (until - monotonic()) * 1000)
 
 

@@ -10,7 +10,7 @@ from typing import Callable, NamedTuple, Optional, Tuple
 from ..access.identity import NOBODY, Identity
 from ..access.rights import Access
 from ..errors import Disconnected, ProtocolError
-from ..logs import log
+from ..logs import about, log, set_subject
 from ..protocol.server_handshake import Agreement, Denied, Export, Exports, export_flags
 from ..scoreboard.scoreboard import Scoreboard
 from ..scoreboard.tally import Tally
@@ -46,6 +46,8 @@ class Service(NamedTuple):
     control_path: Optional[str] = None
     tally_fds: Tuple[int, ...] = ()
     """The tally for metrics, if there are any, and those that former programs have left."""
+    slow: Optional[float] = None
+    """Seconds from which on requests are told of in the log, if any are."""
 
     @property
     def access(self) -> Access:
@@ -57,7 +59,7 @@ class Service(NamedTuple):
 
     def open_disk(self) -> Disk:
         """For a worker, after the fork. Raises `OSError`."""
-        return Disk(self.source, self.scoreboard_fd, self.open_tally())
+        return Disk(self.source, self.scoreboard_fd, self.export_name, self.open_tally())
 
     def open_tally(self) -> Optional[Tally]:
         """A line for this process, after the fork, if there are metrics. Without one its work is not counted there."""
@@ -94,7 +96,7 @@ class Service(NamedTuple):
                 else:
                     self.source.flush(scoreboard)
         except OSError as error:
-            log.error("%s: the last flush failed: %s", self.source.name, error.strerror)
+            log.error("%s: the last flush failed: %s", self.source.name, error.strerror, extra=about(error=error))
             return False
         return True
 
@@ -116,6 +118,7 @@ class Service(NamedTuple):
         on as it was there. By the *departure* it may go to another one.
         """
         try:
+            set_subject(export=self.export_name, peer=connection.peer)
             departure = departure or Departure(connection.loop)
             set_title(role, connection.peer, self.source.name)
             if came is not None:
@@ -129,7 +132,7 @@ class Service(NamedTuple):
             known = self._recognise(connection, disk, role)
             log.info("%s: connected%s", connection.peer, known)
             log.debug("%s: agreed on %s", connection.peer, agreement)
-            session = Session(connection, disk, agreement, self.configuration.queue_limits, departure)
+            session = Session(connection, disk, agreement, self.configuration.queue_limits, departure, self.slow)
             self._run(session, connection, departure)
         except Stop as reason:
             log.info("%s: closed: %s", connection.peer, reason)
@@ -140,10 +143,11 @@ class Service(NamedTuple):
         except (ProtocolError, Denied) as error:
             log.warning("%s: disconnected: %s", connection.peer, error)
         except OSError as error:
-            log.info("%s: connection lost: %s", connection.peer, error.strerror)
+            log.info("%s: connection lost: %s", connection.peer, error.strerror, extra=about(error=error))
         finally:
             disk.part()
             connection.close()
+            set_subject(peer=None, identity=None)
 
     def _negotiate(self, connection: Connection, deadline: Optional[float]) -> Optional[Agreement]:
         if self.oldstyle:
@@ -157,6 +161,7 @@ class Service(NamedTuple):
         """It is known who the client is: have others know, too. What the log says of it."""
         identity = connection.identity
         disk.place.tell_identity(str(identity) if identity.names else "", connection.encryption)
+        set_subject(identity=identity if identity.names else None)
         if identity.at(connection.peer) != connection.peer:
             set_title(role, identity.at(connection.peer), self.source.name)
         who = f" as {identity}" if identity.names else ""
@@ -165,7 +170,7 @@ class Service(NamedTuple):
     def _go_on(self, connection: Connection, disk: Disk, came: Came, departure: Departure, role: str) -> None:
         frozen = came.arrival.session
         disk.place.welcome(connection.peer, frozen.visit)
-        session = Session(connection, disk, frozen.agreement, self.configuration.queue_limits, departure)
+        session = Session(connection, disk, frozen.agreement, self.configuration.queue_limits, departure, self.slow)
         session.thaw(frozen)
         pause = monotonic() - frozen.frozen_at
         came.tell(pause)

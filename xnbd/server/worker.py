@@ -21,7 +21,7 @@ from logging import ERROR
 from time import monotonic
 from typing import Callable, List, NamedTuple, Optional, Sequence, Union
 
-from ..logs import Seldom, log
+from ..logs import Seldom, about, log
 from ..system.forking import let_signals_in
 from ..system.kept import Kept
 from ..system.process import set_title
@@ -220,7 +220,9 @@ class Worker:
         except OSError as error:
             if error.errno not in _SHORTAGES:
                 return None  # another worker was faster, or the client has changed its mind (``accept(2)``)
-            self._shortages.log(ERROR, "cannot accept a client, trying again every second: %s", error.strerror)
+            self._shortages.log(
+                ERROR, "cannot accept a client, trying again every second: %s", error.strerror, extra=about(error=error)
+            )
             loop.pause(_RETRY_ACCEPT)
             return None
 

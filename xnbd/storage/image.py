@@ -44,12 +44,14 @@ class Parcel(bytearray):
 class Ticket:
     """What a request waits for: it is done once nothing is ``pending``, with an errno in ``error`` if that failed.
 
-    ``parcels`` are blocks that have come and could not be kept, if there are any.
+    ``parcels`` are blocks that have come and could not be kept, if there are any. ``locked`` tells for how
+    many seconds, of those that somebody waits for it, it waits itself for what another process has locked.
     """
 
-    __slots__ = ("error", "parcels", "pending")
+    __slots__ = ("error", "locked", "parcels", "pending")
 
     def __init__(self) -> None:
+        self.locked = 0.0
         self.pending = 0
         self.error = 0
         self.parcels: Optional[List[Parcel]] = None

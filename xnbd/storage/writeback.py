@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, Callable, Iterator, NoReturn, Optional
 
-from ..logs import log
+from ..logs import about, log
 from ..system.file_locks import RangeLocks
 from . import image_use
 from .failure import Failure, failure_from, put_mark
@@ -208,7 +208,7 @@ class WriteBack:
             if not self._record.lasting:
                 put_mark(self._image_fd, failure)
         if first:
-            log.error("%s: write-back failed: %s; %s", _name(fd), error.strerror, _ADVICE)
+            log.error("%s: write-back failed: %s; %s", _name(fd), error.strerror, _ADVICE, extra=about(error=error))
         self._record.keep()
         raise WriteBackFailed(self.failure() or failure)
 

@@ -9,7 +9,7 @@ import os
 import signal
 from typing import Callable, Dict, Iterable, List
 
-from ..logs import log
+from ..logs import about, log
 from ..system import forking
 from ..system.service_manager import without_manager
 
@@ -83,5 +83,5 @@ def execute(words: List[str]) -> int:
     try:
         os.execvpe(words[0], words, without_manager(os.environ))
     except OSError as error:
-        log.error("cannot run %s: %s", words[0], error.strerror)
+        log.error("cannot run %s: %s", words[0], error.strerror, extra=about(error=error))
     return _CANNOT_EXECUTE

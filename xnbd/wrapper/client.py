@@ -15,7 +15,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 from ..access.identity import Identity
 from ..access.rights import EVERYBODY, Access, Rights
 from ..errors import ConfigurationError, Disconnected, ProtocolError, RequestError
-from ..logs import log
+from ..logs import about, log, set_subject
 from ..origin.base import OriginLost
 from ..origin.probe import probe
 from ..protocol.server_handshake import Agreement, Exports
@@ -100,7 +100,7 @@ class Catalogue:
             try:
                 self._sizes[export] = self._find_size(export)
             except (ConfigurationError, OriginLost, OSError) as error:
-                log.warning("export %r cannot be served: %s", name, error)
+                log.warning("export %r cannot be served: %s", name, error, extra=about(export=name, error=error))
                 raise RequestError(errno.EIO, "this disk is not available at the moment") from error
         return self._sizes[export]
 
@@ -126,6 +126,7 @@ class Client(NamedTuple):
         """Life of the process: negotiate, then be the server of the chosen disk. The exit status."""
         connection = Connection(self.guest.sock, handshake_loop(), peer=self.guest.peer)
         set_title("negotiating with", connection.peer, program=PROGRAM)
+        set_subject(peer=connection.peer)
         catalogues: List[Catalogue] = []
 
         def exports(identity: Identity) -> Exports:
@@ -138,6 +139,7 @@ class Client(NamedTuple):
             return 0
         catalogue, name = catalogues[-1], agreement.export.name
         export = catalogue.offered[name]
+        set_subject(export=name, identity=connection.identity if connection.identity.names else None)
         log.info("%s: export %r, served by process %d", connection.peer, name, os.getpid())
         switched = catalogue.switched.get(name)
         image = switched.image_path if switched else ""
@@ -158,7 +160,7 @@ class Client(NamedTuple):
         except ProtocolError as error:
             log.warning("%s: disconnected: %s", peer, error)
         except OSError as error:
-            log.info("%s: connection lost: %s", peer, error.strerror)
+            log.info("%s: connection lost: %s", peer, error.strerror, extra=about(error=error))
         return None
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from time import monotonic
 from typing import Any, Callable, Dict, List, Mapping, Optional, Set
 
-from ..logs import log
+from ..logs import about, log
 from ..server.endings import reason_of
 from ..server.lobby import Guest, Lobby
 from ..system.kept import Kept
@@ -204,7 +204,7 @@ class Clients:
 
     def _wait_for_better_times(self, what: str, error: OSError) -> None:
         if self._short_of != what:
-            log.error("cannot %s, trying again every second: %s", what, error.strerror)
+            log.error("cannot %s, trying again every second: %s", what, error.strerror, extra=about(error=error))
         self._short_of = what
         self._accept_at = monotonic() + _RETRY
 
@@ -225,4 +225,5 @@ class Clients:
             log.error("process %d died while it negotiated: %s", pid, reason)
         else:
             self.on_death(report.export)
-            log.error("server %d of export %r for client %s died: %s", pid, report.export, report.peer, reason)
+            text, extra = "server %d of export %r for client %s died: %s", about(export=report.export, peer=report.peer)
+            log.error(text, pid, report.export, report.peer, reason, extra=extra)

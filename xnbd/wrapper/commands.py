@@ -10,7 +10,7 @@ import os
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional
 
 from ..errors import CommandError, ConfigurationError
-from ..logs import log
+from ..logs import about, log
 from ..proxy.state.known import known_size
 from ..storage.target import usable_size
 from ..system.sockets import is_listening
@@ -102,7 +102,7 @@ class WrapperCommands:
             yield from self._check_disk(export.image_path)
             check_room(self._database.exports, name, export)  # somebody may have been quicker
         self._database.change({**self._database.exports, name: export})
-        log.info("export %r added: %s", name, _summary(export))
+        log.info("export %r added: %s", name, _summary(export), extra=about(export=name))
 
     def _check_origin(self, export: StoredExport) -> None:
         """Raises `CommandError` if the servers could not find it."""
@@ -157,7 +157,7 @@ class WrapperCommands:
         self._database.change(exports)
         clients = self._controls.count_clients()
         for name in names:
-            log.info("export %r removed; clients that stay: %d", name, clients.get(name, 0))
+            log.info("export %r removed; clients that stay: %d", name, clients.get(name, 0), extra=about(export=name))
             yield {"removed": name}
 
     def _save(self, request: Message) -> Reply:
@@ -220,10 +220,10 @@ class WrapperCommands:
         """Change an entry that is still what it was."""
         exports = self._database.exports
         if exports.get(name) != old:
-            log.warning("export %r was changed or removed meanwhile and stays as it is", name)
+            log.warning("export %r was changed or removed meanwhile and stays as it is", name, extra=about(export=name))
             return
         self._database.change({key: new if key == name else export for key, export in exports.items()})
-        log.info("export %r is now: %s", name, _summary(new))
+        log.info("export %r is now: %s", name, _summary(new), extra=about(export=name))
 
     # The end
 

@@ -16,7 +16,7 @@ import stat
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError
-from ..logs import log
+from ..logs import about, log
 from ..making import give, is_at, make_afresh
 from ..storage import space
 from ..system.kept import Kept
@@ -305,7 +305,7 @@ def _sync_directory(path: str) -> None:
     try:
         space.sync_directory(path)
     except OSError as error:
-        log.warning("cannot sync directory %s: %s", path, error.strerror)
+        log.warning("cannot sync directory %s: %s", path, error.strerror, extra=about(error=error))
 
 
 def _reason(error: OSError) -> str:

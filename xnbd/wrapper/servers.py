@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import Any, Callable, List, Mapping, NamedTuple, Optional
+from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import ConfigurationError
 from ..logs import open_log, standard_stream
@@ -25,7 +25,8 @@ from .children import execute
 from .exports import ProxyExport, StoredExport
 
 _ASKING_TIME = 20.0
-_OWN_OPTION = "--negotiated"
+OWN_OPTIONS = (EXTENDED, JSON, SLOW) = ("--negotiated", "--log-format", "--slow-log")
+"""What a C xNBD does not know, and other versions of ours perhaps do not."""
 
 TakeOver = Callable[[StoredExport, Connection, Agreement, Optional[Passage]], int]
 """Serves the client of a connection, in this process; the exit status."""
@@ -37,17 +38,22 @@ Receive = Callable[[StoredExport, Letter, Mapping[str, Any], ProcessLoop, Passag
 class Servers(NamedTuple):
     """How disks are served: by what *take_over* does.
 
-    *program* is what is executed there, or empty for our own server. *extended* servers
-    know ``--negotiated``, all others get clients that expect simple replies. Clients may go from one of
-    our own servers to another one, which does *receive*.
+    *program* is what is executed there, or empty for our own server. It *knows* some of our options: without
+    ``--negotiated`` it gets clients that expect simple replies. Clients may go from one of our own servers to
+    another one, which does *receive*.
     """
 
     take_over: TakeOver
     receive: Optional[Receive] = None
     program: str = ""
-    extended: bool = True
+    knows: Sequence[str] = OWN_OPTIONS
     cow: bool = False
     readonly: bool = False
+
+    @property
+    def extended(self) -> bool:
+        """Whether the servers can be told what has been negotiated."""
+        return EXTENDED in self.knows
 
     def flags(self, export: StoredExport) -> int:
         """The transmission flags of what the server does; DF not among them."""
@@ -76,10 +82,13 @@ class Servers(NamedTuple):
 
 
 class ForeignServer(NamedTuple):
-    """A *command* of the user's choice; numbers are text as the user has written it."""
+    """A *command* of the user's choice, and which options it *knows*; numbers are text as the user has written it.
+
+    *own_words* are options of ours that it is to have, if it knows them.
+    """
 
     command: List[str]
-    extended: bool = True
+    knows: Sequence[str] = OWN_OPTIONS
     cow: bool = False
     readonly: bool = False
     syslog: bool = False
@@ -88,6 +97,12 @@ class ForeignServer(NamedTuple):
     max_buf_size: Optional[str] = None
     file_mode: Optional[str] = None
     tally_fd: Optional[int] = None
+    own_words: Sequence[Tuple[str, str]] = ()
+
+    @property
+    def extended(self) -> bool:
+        """Whether it can be told what has been negotiated."""
+        return EXTENDED in self.knows
 
     def arguments(self, export: StoredExport, fd: int, agreement: Agreement) -> List[str]:
         """The arguments with which the server takes over the client on *fd*."""
@@ -97,7 +112,9 @@ class ForeignServer(NamedTuple):
         words += ["--syslog"] if self.syslog else []
         words += ["--file-mode", self.file_mode] if self.file_mode and self.extended else []
         words += ["--connected-fd", str(fd)]
-        words += [_OWN_OPTION, _features(agreement)] if self.extended else []
+        words += [EXTENDED, _features(agreement)] if self.extended else []
+        for option, value in self.own_words:
+            words += [option, value] if option in self.knows else []
         return words + (self._of_proxy(export) if isinstance(export, ProxyExport) else [export.image_path])
 
     def _of_proxy(self, export: ProxyExport) -> List[str]:
@@ -138,8 +155,8 @@ def _features(agreement: Agreement) -> str:
     return ",".join(name for name, agreed in features if agreed)
 
 
-def is_extended(command: List[str]) -> bool:
-    """Whether the server *command* knows ``--negotiated``; its ``--help`` tells. Raises `ConfigurationError`."""
+def abilities(command: List[str]) -> List[str]:
+    """Which of our own options the server *command* knows; its ``--help`` tells. Raises `ConfigurationError`."""
     import subprocess
 
     try:
@@ -155,4 +172,4 @@ def is_extended(command: List[str]) -> bool:
         raise ConfigurationError(f"--xnbd-server: cannot run {command[0]}: {error.strerror}") from error
     except subprocess.TimeoutExpired:
         raise ConfigurationError(f"--xnbd-server: {command[0]} --help does not come to an end") from None
-    return _OWN_OPTION.encode() in answer.stdout
+    return [option for option in OWN_OPTIONS if option.encode() in answer.stdout]

@@ -8,7 +8,7 @@ import socket
 import struct
 from typing import NamedTuple, Optional, Sequence
 
-from ...logs import log
+from ...logs import about, log
 from ...protocol.constants import FLAG_READ_ONLY
 from ...system.process import closed_on_error
 from ..process_loop import ProcessLoop
@@ -64,7 +64,7 @@ def take_offer(offers: socket.socket, *, with_kit: bool = False) -> Optional[Let
     try:
         offer = receive_letter(offers)
     except OSError as error:
-        log.warning("cannot take a client of another process: %s", error.strerror)
+        log.warning("cannot take a client of another process: %s", error.strerror, extra=about(error=error))
         return None
     if offer is not None and (not offer.fds if with_kit else len(offer.fds) != 1):
         offer.close()

@@ -9,11 +9,12 @@ WRITE has a module of its own, because its payload has (`server.session.writes`)
 from __future__ import annotations
 
 import errno
-from logging import WARNING
-from typing import List
+from logging import DEBUG, WARNING
+from typing import Dict, List, Optional
 
 from ...errors import ProtocolError, RequestError
-from ...logs import Seldom, log
+from ...log_turns import FAILED, Line, RationedLines, Remind
+from ...logs import Fields, about, log
 from ...protocol import constants as c
 from ...protocol.reply_format import ReplyFormat
 from ...protocol.server_handshake import ALLOCATION_CONTEXT, Agreement
@@ -61,6 +62,23 @@ _NAMES = {
 }
 
 
+def request_text(command: int, where: Where) -> str:
+    """``READ of 4096 bytes at 0``, or ``FLUSH``; an offset that is negative is not known."""
+    offset, length = where
+    of = f" of {length} bytes" if length else ""
+    return f"{_name_of(command)}{of}" + (f" at {offset}" if offset >= 0 and length else "")
+
+
+def request_fields(command: int, where: Where, error: Optional[Exception] = None) -> Dict[str, Fields]:
+    """The same for ``extra`` of a line, and *error* if the request ended with it."""
+    offset, length = where
+    return about(error=error, command=_name_of(command), offset=offset if offset >= 0 else None, length=length)
+
+
+def _name_of(command: int) -> str:
+    return _NAMES.get(command, f"command {command}")
+
+
 def _is_ours(error: Exception) -> bool:
     """Whether *error* tells of this computer, or an origin, and not of a request that nobody could serve."""
     number = getattr(error, "errno", None)
@@ -72,17 +90,30 @@ def _is_ours(error: Exception) -> bool:
 def _described(error: Exception) -> str:
     """``No space left on device (ENOSPC)``."""
     number = getattr(error, "errno", None) or errno.EIO
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return f"{text} ({errno.errorcode.get(number, number)})"
+    return f"{_reason(error)} ({errno.errorcode.get(number, number)})"
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 class Commands:
     """The commands of one client, WRITE and DISC excepted: checks each, does it on the disk, and answers it."""
 
     def __init__(
-        self, disk: Disk, agreement: Agreement, replies: ReplyFormat, peer: str, *, encrypted: bool = False
+        self,
+        disk: Disk,
+        agreement: Agreement,
+        replies: ReplyFormat,
+        peer: str,
+        remind: Remind,
+        *,
+        encrypted: bool = False,
     ) -> None:
-        """*peer* is the client's name in the log, *replies* the format of the answers, *encrypted* its bytes."""
+        """*peer* is the client's name in the log, *replies* the format of the answers, *encrypted* its bytes.
+
+        *remind* is the process's loop's.
+        """
         self._encrypted = encrypted
         self._disk = disk
         self._counts = disk.place.counts
@@ -92,8 +123,8 @@ class Commands:
         self._readonly = agreement.readonly
         self._told_of_writer = False
         self._peer = peer
-        self._export = agreement.export.name if agreement.export is not None else disk.name
-        self._failures = Seldom()
+        self._export = disk.name
+        self._failures = RationedLines(WARNING, FAILED, disk.name, remind)
         self.renew()
         self._commands = {
             c.CMD_READ: self._read,
@@ -152,29 +183,25 @@ class Commands:
 
     def refuse(self, command: int, cookie: bytes, error: Exception, out: List[Piece], where: Where) -> None:
         """Answer with *error* a request for *where*; what is wrong here, and not with the request, is for the log."""
-        offset, length = where
-        name, reason = _NAMES.get(command, f"command {command}"), one_line(str(error))
-        if _is_ours(error):
-            self._failures.log(
-                WARNING,
-                "%s: export %r: %s of %d bytes at %d failed: %s",
-                self._peer,
-                self._export,
-                name,
-                length,
-                offset,
-                _described(error),
-            )
-        else:
-            log.debug("%s: %s of %d bytes at %d refused: %s", self._peer, name, length, offset, reason)
         number = nbd_error(getattr(error, "errno", None) or errno.EIO)
-        out.append(self._format.error(command, cookie, number, str(error)))
+        out.append(self._format.error(command, cookie, number, _reason(error)))
+        self.note_refusal(command, error, where)
+
+    def note_refusal(self, command: int, error: Exception, where: Where) -> None:
+        """A request for *where* is answered with *error*."""
+        if _is_ours(error):
+            text, extra = "%s: export %r: %s failed: %s", request_fields(command, where, error)
+            arguments = (self._peer, self._export, request_text(command, where), _described(error))
+            self._failures.say(Line(text, arguments, extra))
+        elif log.isEnabledFor(DEBUG):
+            text, extra = "%s: %s refused: %s", request_fields(command, where, error)
+            log.debug(text, self._peer, request_text(command, where), one_line(_reason(error)), extra=extra)
         if self._tally is not None:
-            self._tally.refused(command, number)
+            self._tally.refused(command, nbd_error(getattr(error, "errno", None) or errno.EIO))
 
     def end(self) -> None:
-        """The client has left: of what was left out in the log the number is told."""
-        self._failures.rest(WARNING, self._peer)
+        """The client has left: what was left out in the log is told."""
+        self._failures.rest()
 
     def acknowledge(self, cookie: bytes, flags: int, out: List[Piece]) -> None:
         """Success of a command that returns nothing, durable if *flags* ask for it."""

@@ -40,6 +40,8 @@ class Connection:
         self.identity: Identity = identity_of_peer(sock)
         self.encryption = ""  # how its bytes are encrypted, in words; empty if they are not
         self.loop = loop
+        self.waited = 0.0
+        """Seconds that the client has been waited for in the middle of a reply, or of a long request."""
         self._late = False  # the last message was not there yet when it was looked for
         self._spin = Spin(spin)
         self.use(PlainTransport(sock))
@@ -136,17 +138,22 @@ class Connection:
         Raises `Disconnected` at the end, `Stop` if the rest does not come in time
         once the worker is to leave.
         """
-        while True:
-            received = self.receive_more(view, calls=False)
-            if received is not None:
-                return received
+        received = self.receive_now(view)
+        while received is None:
+            began = monotonic()
+            self.loop.wait(self._fds, select.POLLIN, mid_message=True)
+            self.waited += monotonic() - began
+            received = self.receive_now(view)
+        if not received:
+            raise Disconnected("client left in the middle of a message")
+        return received
 
-    def receive_more(self, view: memoryview, *, calls: bool = True) -> Optional[int]:
-        """What `receive_rest` does; None if nothing has come yet, but the process slept, or with *calls* was called."""
+    def receive_more(self, view: memoryview) -> Optional[int]:
+        """What `receive_rest` does; None if nothing has come yet, but the process slept or was called."""
         try:
             received = self._receive_into(view)
         except BlockingIOError:
-            self.loop.wait(self._fds, select.POLLIN, mid_message=True, calls=calls)
+            self.loop.wait(self._fds, select.POLLIN, mid_message=True, calls=True)
             return None
         if not received:
             raise Disconnected("client left in the middle of a message")
@@ -191,7 +198,9 @@ class Connection:
 
         Raises `Stop` if it does not take it in time once the worker is to leave.
         """
+        began = monotonic()
         self.loop.wait(self._fds, select.POLLOUT, mid_message=True, calls=not self.loop.called)
+        self.waited += monotonic() - began
 
     def linger(self) -> None:
         """Part without loss: a close with unread bytes would take back replies that are on their way."""

@@ -18,7 +18,7 @@ import errno
 import os
 from functools import partial
 from time import monotonic
-from typing import Optional, Tuple
+from typing import TYPE_CHECKING, Optional, Tuple
 
 from ...errors import Disconnected, ProtocolError
 from ...protocol import constants as c
@@ -43,6 +43,9 @@ from .replies import MAXIMUM_PIECES, Replies
 from .timing import Timing
 from .write_runs import WriteRuns
 from .writes import STREAM_FROM, Writes
+
+if TYPE_CHECKING:
+    from .slow_log import SlowLog
 
 _BATCH = 4096
 """Requests answered in one go: many enough to cost little each, few enough to keep their replies in memory."""
@@ -75,8 +78,12 @@ class Session:
         agreement: Agreement,
         limits: QueueLimits = _NO_LIMITS,
         departure: Optional[Departure] = None,
+        slow: Optional[float] = None,
     ) -> None:
-        """By the *departure* another process may go on with the client; without one none can."""
+        """By the *departure* another process may go on with the client; without one none can.
+
+        Requests that take longer than *slow* seconds are told of in the log.
+        """
         self._connection = connection
         self._disk = disk
         self._agreement = agreement
@@ -88,18 +95,27 @@ class Session:
         self._first_touch = FirstTouch(disk.image, self._counts[REQUESTS])
         self._write_runs = WriteRuns(self._receive_buffer, self._replies)
         tally = disk.place.tally
-        self._timing = None if tally is None else Timing(tally)
         self._parking = Parking(self._replies.pieces, limits, ordered=agreement.ordered)
-        if self._timing is not None and tally is not None:
+        self._slow_log = None if slow is None else self._make_slow_log(slow)
+        self._timing = self._slow_log or (None if tally is None else Timing(tally))
+        if self._timing is not None:
             self._parking.on_answer = self._timing.hold_parked
-            self._replies.on_unreadable = partial(tally.refused, c.CMD_READ, c.EIO)
+        self._replies.on_unreadable = self._on_unreadable
         encrypted = bool(connection.encryption)
         peer = connection.identity.at(connection.peer)
-        self._commands = Commands(disk, agreement, self._format, peer, encrypted=encrypted)
-        self._parked = Parked(connection, disk, self._replies, self._commands, self._parking, self._timing)
+        remind = connection.loop.remind
+        self._commands = Commands(disk, agreement, self._format, peer, remind, encrypted=encrypted)
+        replies, timing, slow_log = self._replies, self._timing, self._slow_log
+        self._parked = Parked(connection, disk, replies, self._commands, self._parking, timing, slow_log)
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
         self._left = False
         disk.accompany(self._on_wait, self._on_renewed)
+
+    def _make_slow_log(self, slow: float) -> SlowLog:
+        from .slow_log import SlowLog
+
+        disk = self._disk
+        return SlowLog(slow, self._connection, self._receive_buffer, self._parking, disk.name, disk.place.tally)
 
     def run(self) -> None:
         """Serve until the client leaves.
@@ -119,6 +135,8 @@ class Session:
         finally:
             self._departure.cancel()
             self._commands.end()
+            if self._slow_log is not None:
+                self._slow_log.end()
 
     def _run(self) -> None:
         loop, departure = self._connection.loop, self._departure
@@ -219,6 +237,14 @@ class Session:
         """The image waits for another process: nobody else has to. The gate must not be left meanwhile."""
         self._parked.send_now()
         self._connection.loop.check(mid_message=True)
+
+    def _on_unreadable(self, header: bytes, length: int) -> None:
+        """A READ is answered with an error, because its data could not be read when it was sent."""
+        offset = self._format.offset_of(header)
+        if offset is None:
+            offset = self._receive_buffer.offset_of_read(header[wire.COOKIE_IN_REPLY], length)
+        error = OSError(errno.EIO, "the data cannot be read")
+        self._commands.note_refusal(c.CMD_READ, error, (offset, length))
 
     def _on_renewed(self) -> None:
         """The disk is another one: what had waited for blocks of the old one is done there."""
@@ -370,8 +396,6 @@ class Session:
             if position == end:
                 receive_buffer.start = receive_buffer.end = 0
             if pieces:
-                began, count = monotonic(), len(pieces)
-                length = send()
                 began, count = monotonic(), len(pieces)
                 length = send()
                 now = monotonic()

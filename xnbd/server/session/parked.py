@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import select
 from time import monotonic
-from typing import List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple
 
 from ...errors import Disconnected, RequestError
 from ...logs import log
@@ -23,6 +23,9 @@ from .connection import Connection
 from .parking import ParkedRequest, Parking, Where, Work
 from .replies import MAXIMUM_PIECES, Piece, Replies
 from .timing import Timing
+
+if TYPE_CHECKING:
+    from .slow_log import SlowLog
 
 _PATIENCE = 30.0
 """Seconds that a client which has closed its end may wait for the replies that are still to come."""
@@ -39,8 +42,11 @@ class Parked:
         commands: Commands,
         parking: Parking,
         timing: Optional[Timing] = None,
+        slow_log: Optional[SlowLog] = None,
     ) -> None:
+        """The *slow_log* is the *timing* too, if there is one."""
         self._timing = timing
+        self._slow_log = slow_log
         self._connection = connection
         self._disk = disk
         self._replies = replies
@@ -85,7 +91,7 @@ class Parked:
         except (OSError, RequestError) as error:
             self._commands.refuse(command, cookie, error, pieces, where)
         if self._timing is not None:
-            self._timing.hold_one(command)
+            self._timing.hold_one(command, where)
 
     def _do_again(self, request: ParkedRequest, parcels: Optional[List[Parcel]] = None) -> None:
         """Do *request*, for which *parcels* have come; then it is answered, or waits for another ticket."""
@@ -116,12 +122,17 @@ class Parked:
     def _go_on(self, background: Background) -> None:
         """Do the requests again whose tickets are done."""
         finished, background.finished = background.finished, []
+        slow_log = self._slow_log
+        if slow_log is not None:
+            slow_log.wake()
         for ticket in finished:
             request = self._parking.leave(ticket)
             if request is None:
                 continue
+            if slow_log is not None:
+                slow_log.came(request, ticket)
             if ticket.error:
-                self._refuse(request, RequestError(ticket.error, "a block could not be fetched"))
+                self._refuse(request, OSError(ticket.error, "a block could not be fetched"))
             else:
                 self._do_again(request, ticket.parcels)
         self._tell()
@@ -239,6 +250,12 @@ class Parked:
 
         The image has taken the ticket's parcels then.
         """
+        since = monotonic()
+        self._wait_for(ticket)
+        if self._slow_log is not None:
+            self._slow_log.waited_for(ticket, since)
+
+    def _wait_for(self, ticket: Ticket) -> None:
         disk, image, generation = self._disk, self._disk.image, self._disk.generation
         background = image.background
         assert background is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 from typing import Iterator, Tuple
 
+from ...protocol.constants import CMD_READ
+from ...protocol.transmission import REQUEST, request_word
 from ...storage.blocks import BLOCK
 from .connection import Connection
 
@@ -37,6 +39,18 @@ class ReceiveBuffer:
         if rest:
             self.view[:rest] = self.view[self.start : self.end]
         self.start, self.end = 0, rest
+
+    def offset_of_read(self, cookie: bytes, length: int) -> int:
+        """Of a READ that was worked on, and whose bytes are still there as a rule: its offset, or -1 if they are not.
+
+        Without looking beyond what is certain: cookies may come again.
+        """
+        beginning = REQUEST.pack(request_word(CMD_READ), cookie, 0, 0)[:16]
+        at = self.buffer.find(beginning, 0)
+        if at < 0 or at != self.buffer.rfind(beginning) or at + REQUEST.size > BUFFER_SIZE:
+            return -1
+        _, _, offset, found = REQUEST.unpack_from(self.buffer, at)
+        return int(offset) if found == length else -1
 
     def payload(self, offset: int, length: int) -> Iterator[Tuple[int, memoryview]]:
         """The payload of *length* bytes from ``start`` on, with the offsets where its pieces belong.

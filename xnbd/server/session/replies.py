@@ -15,7 +15,6 @@ from typing import Callable, Iterator, List, Optional, Tuple, Union
 
 from ...errors import Disconnected, ProtocolError
 from ...protocol.reply_format import ReplyFormat
-from ...system.file_locks import do_nothing
 from .connection import Connection
 
 MAXIMUM_PIECES = 4096
@@ -39,8 +38,8 @@ class Replies:
         self._connection = connection
         self._send_now = connection.transport.send
         self._copy: Optional[mmap.mmap] = None
-        self.on_unreadable: Callable[[], None] = do_nothing
-        """Hears of each reply that has become an error."""
+        self.on_unreadable: Callable[[bytes, int], None] = lambda header, length: None
+        """Hears of each reply that has become an error: its header, and how many bytes of data it had."""
 
     def send(self, *, wait: bool = True) -> int:
         """Send everything, or what leaves without a *wait*: the number of bytes.
@@ -119,7 +118,7 @@ class Replies:
                 self.pieces[position : position + length] = [
                     self._format.error_instead(header, "the data cannot be read")
                 ]
-                self.on_unreadable()
+                self.on_unreadable(header, sum(map(len, data)))
                 return
             position += length
         raise ProtocolError("replies cannot be sent: bad address")

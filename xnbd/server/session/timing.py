@@ -12,7 +12,7 @@ from typing import List, Tuple
 
 from ...protocol.constants import CMD_READ, CMD_WRITE
 from ...scoreboard.tally import Tally
-from .parking import ParkedRequest
+from .parking import ParkedRequest, Where
 
 
 class Timing:
@@ -34,8 +34,8 @@ class Timing:
             if count:
                 self.held.append((command, count, self.arrived, False))
 
-    def hold_one(self, command: int) -> None:
-        """A request of this batch is answered."""
+    def hold_one(self, command: int, where: Where) -> None:
+        """A request of this batch, for *where*, is answered."""
         self.held.append((command, 1, self.arrived, False))
 
     def hold_parked(self, request: ParkedRequest) -> None:

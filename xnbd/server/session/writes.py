@@ -95,7 +95,7 @@ class Writes:
                     if held >= _BUFFERED:
                         self._parked.wait_for(missing.ticket)
                         if missing.ticket.error:
-                            failure = RequestError(missing.ticket.error, "a block could not be fetched")
+                            failure = OSError(missing.ticket.error, "a block could not be fetched")
                         continue
                     left.append((at, bytes(piece)))
                     held += len(piece)

@@ -7,7 +7,7 @@ from typing import Generator, Optional
 
 from ...control.server import CommandTable, Message, Reply, flag_argument
 from ...errors import CommandError
-from ...logs import log
+from ...logs import about, log
 from ...proxy.state.format import Steering
 from ...scoreboard.layout import TARGET
 from .command_lock import GATE_TIMEOUT, CommandLock
@@ -105,6 +105,7 @@ class Switching(Duty):
             behind = [line for line in lines if line.mode != TARGET]
             if not behind or monotonic() > until:
                 for line in behind:
-                    log.warning("process %d of client %s is busy, and changes over later", line.pid, line.peer)
+                    text, extra = "process %d of client %s is busy, and changes over later", about(peer=line.peer)
+                    log.warning(text, line.pid, line.peer, extra=extra)
                 return len(lines)
             yield None

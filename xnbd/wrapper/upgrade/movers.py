@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Callable, Collection, List, Mapping, NamedTuple, Optional, Set
 
 from ...errors import ConfigurationError
-from ...logs import log
+from ...logs import about, log
 from ...server.endings import reason_of
 from ...server.handover.arrival import refuse_offer, take_offer
 from ...server.handover.letters import Letter, parse_offer, unfold
@@ -128,7 +128,11 @@ class Movers:
             try:
                 self._start()
             except OSError as error:
-                log.error("cannot start a process for a client that moves, trying again: %s", error.strerror)
+                log.error(
+                    "cannot start a process for a client that moves, trying again: %s",
+                    error.strerror,
+                    extra=about(error=error),
+                )
                 self._retry_at = monotonic() + _RETRY
 
     def _start(self) -> None:
