@@ -372,8 +372,6 @@ class Session:
             if pieces:
                 began, count = monotonic(), len(pieces)
                 length = send()
-                began, count = monotonic(), len(pieces)
-                length = send()
                 now = monotonic()
                 seconds = now - began
                 if timing is not None:
