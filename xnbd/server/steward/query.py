@@ -14,6 +14,7 @@ from ...scoreboard.counters import MISSES, REQUESTS, Counts
 from ...scoreboard.layout import REACHED, TARGET, UNREACHABLE
 from ...scoreboard.lines import Line, clock
 from ...scoreboard.place import COPYING_PEER
+from ...scoreboard.rates import Rates
 from ...scoreboard.scoreboard import Scoreboard
 from ...storage.blocks import BLOCK
 from ...storage.image import Source
@@ -98,6 +99,10 @@ class Asked(Protocol):
         """By which it is served now."""
 
     @property
+    def limits(self) -> Optional[Rates]:
+        """How fast clients may be now, if they can be limited."""
+
+    @property
     def expiries(self) -> Sequence[Tuple[str, float]]:
         """As of `Configuration.expiries`."""
 
@@ -133,6 +138,7 @@ class QueryAnswers:
             "uptime_seconds": clock() - self._began,
             "readonly": source.readonly,
             "configuration": self._context.configuration.figures(),
+            "limits": self._limits(),
             "warnings": self._warnings(),
             "disk_size": source.size,
             "block_size": BLOCK,
@@ -154,6 +160,10 @@ class QueryAnswers:
             if cells is not None:
                 answer["map"] = progress.shares(cells)
         return answer
+
+    def _limits(self) -> Optional[Message]:
+        limits = self._context.limits
+        return None if limits is None else limits._asdict()
 
     def _warnings(self) -> List[str]:
         """What the operator should do something about before it is too late."""
