@@ -53,6 +53,10 @@ class Configuration(NamedTuple):
         """How fast clients may be, from the start on."""
         return Rates(self.limit_rate, self.limit_iops, self.limit_rate_total, self.limit_iops_total, self.limit_burst)
 
+    def with_rates(self, rates: Rates) -> Configuration:
+        """The same, but for how fast clients may be."""
+        return self._replace(**{f"limit_{name}": number for name, number in rates._asdict().items()})
+
     def changes(self, before: Configuration) -> List[str]:
         """What is another than *before*, for people."""
         old, new = before.figures(), self.figures()
