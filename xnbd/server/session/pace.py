@@ -11,9 +11,11 @@ more than half of the burst.
 
 from __future__ import annotations
 
+import select
 from time import monotonic
 from typing import List, Optional, Sequence, Union
 
+from ...errors import Disconnected
 from ...protocol.transmission import REQUEST
 from ...scoreboard.counters import BYTES_READ, BYTES_WRITTEN, REQUESTS
 from ...scoreboard.rates import NO_LIMITS, Bucket, RateBoard
@@ -25,6 +27,11 @@ _MOST_READS = 64
 """READs that are received at once: the next ones may be larger than the last ones were."""
 
 _GROWTH = 4
+
+_PATIENCE = 30.0
+"""Seconds that a client which has closed its end may have to wait before its last requests are done."""
+
+_LOOK_EVERY = 1.0
 
 
 class Pace:
@@ -42,6 +49,7 @@ class Pace:
         self._portion = _FIRST_PORTION
         self._received = 0
         self._unbooked = [0, 0]
+        self._leaves_at: Optional[float] = None
         self._seen = self._done()
         self._written = counts[BYTES_WRITTEN]
 
@@ -105,8 +113,14 @@ class Pace:
         seconds = self.remaining()
         if seconds <= 0 or (mid_message and loop.stopping):
             return True
-        gone = self._connection.sleep(seconds, mid_message=mid_message)
-        return gone or (mid_message and loop.stopping) or self.remaining() <= 0
+        if self._leaves_at is None:
+            if self._connection.sleep(seconds, select.POLLRDHUP, mid_message=mid_message):
+                self._leaves_at = monotonic() + _PATIENCE
+        elif monotonic() > self._leaves_at:
+            raise Disconnected("client left, and had to wait because of limits")
+        elif self._connection.sleep(min(seconds, _LOOK_EVERY), 0, mid_message=mid_message):
+            return True  # there is nobody any more who could be slowed down
+        return (mid_message and loop.stopping) or self.remaining() <= 0
 
     def _renew(self) -> None:
         """There are other limits. What was done as long as there were none is free."""
