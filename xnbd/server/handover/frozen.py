@@ -126,7 +126,7 @@ def parse_session(letter: bytes, fd: int) -> FrozenSession:
             list(_parse_requests(requests)),
             received,
             replies,
-            [float(debt) for debt in fields.get("debts", ())],
+            tuple(float(debt) for debt in fields.get("debts", ())),
         )
     except (KeyError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(f"the session cannot be read: {error!r}") from error
