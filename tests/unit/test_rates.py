@@ -60,37 +60,37 @@ def run(clients: list[Client], until: float) -> None:
 
 
 def test_all_together_get_the_rate_whatever_they_ask_for(fd: int) -> None:
-    clients = [Client(fd, size, 1 << 20) for size in (512, 4096, 65536, 1 << 20)]
-    run(clients, 1000.0)
+    clients = [Client(fd, size, 1 << 20) for size in (2048, 4096, 65536, 1 << 20)]
+    run(clients, 60.0)
     total = sum(client.done for client in clients)
-    assert 0.97 < total / (1000 << 20) < 1.03
+    assert 0.97 < total / (60 << 20) < 1.03
     assert all(client.done > 0.2 * total for client in clients)  # a quarter each, about
 
 
 def test_a_hundred_clients_that_are_slow_get_no_more_than_the_rate(fd: int) -> None:
     clients = [Client(fd, 65536, 1 << 20) for _ in range(100)]
-    run(clients, 200.0)
-    assert 0.97 < sum(client.done for client in clients) / (200 << 20) < 1.1  # each has done one at the start
+    run(clients, 100.0)
+    assert 0.97 < sum(client.done for client in clients) / (100 << 20) < 1.1  # each has done one at the start
 
 
 def test_a_client_that_takes_less_than_its_part_never_waits(fd: int) -> None:
     floods = [Client(fd, 1 << 18, 1 << 20) for _ in range(3)]
     modest = Client(fd, 4096, 1 << 20)
-    for tick in range(1, 2000):
+    for tick in range(1, 600):
         run(floods, tick / 20)
         modest.go_at = max(modest.go_at, tick / 20)  # 80 KiB a second, of 256 KiB
         modest.step()
     assert modest.longest_wait == 0.0
-    assert sum(flood.done for flood in floods) + modest.done < 1.03 * (100 << 20) + (1 << 20)
+    assert sum(flood.done for flood in floods) + modest.done < 1.03 * (30 << 20) + (1 << 20)
 
 
 def test_one_client_may_take_all_that_others_leave(fd: int) -> None:
     flood, modest = Client(fd, 16384, 1 << 20), Client(fd, 4096, 1 << 20)
-    for tick in range(1, 1000):
+    for tick in range(1, 200):
         run([flood], tick / 10)
         modest.go_at = max(modest.go_at, tick / 10)
         modest.step()
-    assert flood.done + modest.done > 0.96 * (100 << 20)
+    assert flood.done + modest.done > 0.96 * (20 << 20)
 
 
 def test_a_dead_client_is_soon_not_counted_any_more(fd: int) -> None:
@@ -155,3 +155,14 @@ def test_what_is_no_file_of_limits_is_not_inherited() -> None:
 def test_what_changed_replaces_what_an_operator_has_set() -> None:
     before, after = Rates(rate=1, iops=2), Rates(rate=1, iops=3, burst=0.5)
     assert merged(Rates(rate=7, iops=8, rate_total=9), before, after) == Rates(7, 3, 9, 0, 0.5)
+
+
+def test_who_has_had_what_others_left_is_not_punished_for_long(fd: int) -> None:
+    flood, newcomer = Client(fd, 16384, 1 << 20), Client(fd, 16384, 1 << 20)
+    run([flood], 50.0)
+    newcomer.go_at = 50.0
+    before = flood.done
+    run([flood, newcomer], 60.0)
+    assert flood.parts[0].until < 63.0
+    assert 0.3 * (10 << 20) < flood.done - before
+    assert 0.3 * (10 << 20) < newcomer.done

@@ -74,6 +74,9 @@ _WINDOWS = 256
 _WINDOW = 0.25
 """Seconds for which a client that has done something is taken into account."""
 
+_MEMORY = 1.0
+"""Seconds for which a client that has had more than its part, because others left it, has to let them go first."""
+
 _PATIENCE = 1.0
 _NAP = 1e-4
 
@@ -219,7 +222,8 @@ class RateBoard:
             for number, (amount, part) in enumerate(zip(amounts, parts)):
                 if part.rate:
                     paid[number] = max(paid[number], now) + amount / part.rate
-                    part.charge(amount * clients, now)
+                    seconds = part.charge(amount * clients, now)
+                    part.until = min(part.until, now + seconds + _MEMORY)
                     go_at = max(go_at, min(paid[number], part.until))
             put(self._map, _PAID_AT, _PAID, *paid)
             self._attend(now, go_at + _WINDOW)

@@ -49,6 +49,7 @@ class Pace:
         self._portion = _FIRST_PORTION
         self._received = 0
         self._unbooked = [0, 0]
+        self._export_paid = 0.0
         self._leaves_at: Optional[float] = None
         self._seen = self._done()
         self._written = counts[BYTES_WRITTEN]
@@ -129,6 +130,7 @@ class Pace:
         buckets = (*self._own, *self._parts)
         for bucket, rate in zip(buckets, self._rates):
             bucket.change(int(rate), now)
+        self._export_paid = 0.0
         if not was_limited:
             self._seen, self._written = self._done(), self._counts[BYTES_WRITTEN]
             self._go_at, self._portion, self._received = 0.0, _FIRST_PORTION, 0
@@ -162,10 +164,12 @@ class Pace:
         """When the client's part in the export's buckets is paid for."""
         self._unbooked = [more + left for more, left in zip(amounts, self._unbooked)]
         paid = self._board.charge(self._unbooked, self._parts, now)
-        if paid is None:  # another process books at this moment
-            return max(bucket.until for bucket in self._parts)
-        self._unbooked = [0, 0]
-        return paid
+        if paid is None:  # another process books at this moment, or has been stopped there: as if there were no others
+            seconds = max(more / bucket.rate if bucket.rate else 0.0 for more, bucket in zip(amounts, self._parts))
+            self._export_paid = max(self._export_paid, now) + seconds
+        else:
+            self._export_paid, self._unbooked = paid, [0, 0]
+        return self._export_paid
 
     def _adapt(self, seconds: float, requests: int) -> None:
         """What was received has cost so many *seconds*."""
