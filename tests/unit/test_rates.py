@@ -61,9 +61,9 @@ def run(clients: list[Client], until: float) -> None:
 
 def test_all_together_get_the_rate_whatever_they_ask_for(fd: int) -> None:
     clients = [Client(fd, size, 1 << 20) for size in (2048, 4096, 65536, 1 << 20)]
-    run(clients, 60.0)
+    run(clients, 300.0)
     total = sum(client.done for client in clients)
-    assert 0.97 < total / (60 << 20) < 1.03
+    assert 0.97 < total / (300 << 20) < 1.03
     assert all(client.done > 0.2 * total for client in clients)  # a quarter each, about
 
 
@@ -164,5 +164,5 @@ def test_who_has_had_what_others_left_is_not_punished_for_long(fd: int) -> None:
     before = flood.done
     run([flood, newcomer], 60.0)
     assert flood.parts[0].until < 63.0
-    assert 0.3 * (10 << 20) < flood.done - before
-    assert 0.3 * (10 << 20) < newcomer.done
+    assert flood.done - before > 0.3 * (10 << 20)
+    assert newcomer.done > 0.3 * (10 << 20)
