@@ -16,6 +16,11 @@ from launch import fails
 from rawclient import RawClient, bystander
 from server_process import PYTHON, ROOT, Server, children_of, is_alive, run, title_of, wait_until
 
+NAMES = (
+    "max-clients, handshake-timeout, spare-workers, "
+    "limit-rate, limit-iops, limit-rate-total, limit-iops-total, limit-burst"
+)
+
 ROUNDS_OF_KILLS = int(os.environ.get("XNBD_RELOAD_KILLS", 20))
 
 BGCTL = [PYTHON, "-W", "error", str(ROOT / "bin" / "xnbd-bgctl")]
@@ -88,8 +93,9 @@ def test_limits_are_taken_at_the_start_and_go_before_options(start: Start, image
         ("max-clients many", "max-clients many: expected a whole number from 1 to 1000000"),
         ("max-clients 0", "max-clients 0: expected a whole number from 1 to 1000000"),
         ("handshake-timeout -1", "handshake-timeout -1: expected a number of seconds above 0"),
-        ("max-disks 3", "there is no limit 'max-disks', only: max-clients, handshake-timeout, spare-workers"),
-        ("max-queue-size 3", "max-queue-size means nothing here, only: max-clients, handshake-timeout, spare-workers"),
+        ("max-disks 3", f"there is no limit 'max-disks', only: {NAMES}"),
+        ("max-queue-size 3", f"max-queue-size means nothing here, only: {NAMES}"),
+        ("limit-rate fast", "limit-rate fast: expected a size like 512M, 1G or 4096"),
         ("max-clients 2\nmax-clients 2", "max-clients stands in line 3 already"),
     ],
 )

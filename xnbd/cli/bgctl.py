@@ -7,6 +7,7 @@ Usage:
   xnbd-bgctl [options] --reconnect CONTROL_SOCKET REMOTE_HOST REMOTE_PORT
   xnbd-bgctl [options] --reconnect CONTROL_SOCKET ORIGIN_URI
   xnbd-bgctl [options] (--snapshot | --reload | --upgrade) CONTROL_SOCKET
+  xnbd-bgctl [options] --limit CONTROL_SOCKET
   xnbd-bgctl --help
   xnbd-bgctl --version
 
@@ -31,6 +32,11 @@ Commands:
                         again. Clients that come from now on get what they say;
                         the connected ones go on. If something is wrong with a
                         file, all stays as it was.
+  --limit               Change how fast clients may be by the options whose names
+                        begin so, at once and for all clients, and show what
+                        holds then. A reload changes only what is another one
+                        in the files than before, an upgrade nothing; after a
+                        restart the command line holds.
 
 Options, ignored with a warning by a command that has no use for them:
   --json                With --query, print the server's answer as JSON, for
@@ -44,7 +50,16 @@ Options, ignored with a warning by a command that has no use for them:
                         With --cache-all and --cache-all2, ask the origin for so
                         many blocks of 4 KiB at once, at most 8192.
   --limit-rate RATE     With those two, copy no more bytes a second than RATE:
-                        200M, 512K, ...
+                        200M, 512K, ... With --limit, let each client read and
+                        write so many, both together; 0 is no limit.
+  --limit-iops N        With --limit, let each client make N requests a second.
+  --limit-rate-total RATE
+                        With --limit, let all clients together read and write
+                        RATE bytes a second, each of them an equal part.
+  --limit-iops-total N  With --limit, let them make N requests a second together.
+  --limit-burst SECONDS
+                        With --limit, let who has done nothing for a while do as
+                        much as in so many seconds at once.
   --exportname NAME     With --reconnect, the export to ask the new origin for
                         (default: its default one).
   --program PATH        With --upgrade, become the program at PATH instead of

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 from ..control.client import PATIENCE
 from ..system.process import whole_path
 from .program import say
+from .rate_options import RATES, given_rates
 from .values import CommandLine
 
 _MOST_BLOCKS = 8192
@@ -22,6 +23,7 @@ _OF_USE = {
     "--snapshot": ("--progress",),
     "--upgrade": ("--program", "--check"),
     "--reload": (),
+    "--limit": tuple(RATES),
 }
 """The commands, and the options that are of use for each."""
 
@@ -29,7 +31,7 @@ _OF_USE = {
 class SteeringOptions(NamedTuple):
     """*command* is the option's name; *timeout* in seconds, *limit_rate* in bytes a second.
 
-    *new_origin* has fields of the request that tell where it is.
+    *new_origin* has fields of the request that tell where it is, *rates* those of `scoreboard.rates.Rates`.
     """
 
     control_path: str
@@ -41,6 +43,7 @@ class SteeringOptions(NamedTuple):
     progress: bool
     blocks_per_request: Optional[int]
     limit_rate: Optional[int]
+    rates: Dict[str, Any]
     export_name: Optional[str]
     new_origin: Dict[str, str]
     program: Optional[str]
@@ -59,7 +62,8 @@ def steering_options(program: str, line: CommandLine) -> SteeringOptions:
         control_path=line.needed("CONTROL_SOCKET"),
         command=command,
         blocks_per_request=_blocks_per_request(program, line) if "--blocks-per-request" in used else None,
-        limit_rate=line.size("--limit-rate") if "--limit-rate" in used else None,
+        limit_rate=line.size("--limit-rate") if "--limit-rate" in used and command != "--limit" else None,
+        rates=given_rates(line) if command == "--limit" else {},
         new_origin=_new_origin(line) if command == "--reconnect" else {},
         timeout=line.seconds("--timeout") if line.has("--timeout") else PATIENCE,
         json="--json" in used,

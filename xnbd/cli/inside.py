@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Uni
 
 from ..errors import ConfigurationError
 from ..protocol.server_handshake import Agreement
+from ..scoreboard.rates import NO_LIMITS, Rates
 from ..server.configuration import Configuration
 from ..server.handover.arrival import refuse_offer
 from ..server.handover.letters import Letter
@@ -40,13 +41,18 @@ def load_ahead(*, cow: bool) -> None:
 
 
 class OwnServer(NamedTuple):
-    """What all servers of the wrapper have in common; *queue_limits* are those of proxies."""
+    """What all servers of the wrapper have in common; *queue_limits* are those of proxies.
+
+    *rates* hold for exports of which the file behind *rates_fd* says nothing.
+    """
 
     cow: bool = False
     readonly: bool = False
     log: LogOptions = LogOptions()
     queue_limits: QueueLimits = QueueLimits()
     tally_fds: Sequence[int] = ()
+    rates: Rates = NO_LIMITS
+    rates_fd: Optional[int] = None
 
     def take_over(
         self, export: StoredExport, connection: Connection, agreement: Agreement, passage: Optional[Passage]
@@ -67,7 +73,7 @@ class OwnServer(NamedTuple):
 
         gc.set_threshold(GARBAGE_THRESHOLD)
         try:
-            options = self.options(export, client)._replace(export_name=name, tally_fds=self.tally_fds)
+            options = self._with_shared(self.options(export, client), name)
             begin(server.PROGRAM, options.log, None, None)
             return serve(options, None)
         except (ConfigurationError, OSError, MemoryError) as error:
@@ -78,6 +84,13 @@ class OwnServer(NamedTuple):
             if isinstance(client, Expected):
                 refuse_offer(client.offer, reason)
             return error.exit_status if isinstance(error, ConfigurationError) else 1
+
+    def _with_shared(self, options: ServerOptions, name: str) -> ServerOptions:
+        """Those of a server of the export *name*, with what all servers of the wrapper share."""
+        configuration = options.configuration.with_rates(self.rates)
+        return options._replace(
+            export_name=name, tally_fds=self.tally_fds, rates_fd=self.rates_fd, configuration=configuration
+        )
 
     def options(self, export: StoredExport, client: Union[Introduced, Expected]) -> ServerOptions:
         """For that *client*. Raises `ConfigurationError` if one file is to be two things."""

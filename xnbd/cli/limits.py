@@ -13,6 +13,7 @@ from typing import Dict, Optional, Sequence, Tuple
 from ..errors import ConfigurationError
 from ..server.configuration import Configuration
 from ..system.settings_file import read_settings
+from .rate_options import RATES, given_rates
 from .values import CommandLine
 
 _LARGEST = 64 << 10
@@ -20,7 +21,8 @@ _LARGEST = 64 << 10
 OF_ALL = ("max-clients", "handshake-timeout")
 OF_MASTERS = ("spare-workers",)
 OF_PROXIES = ("max-queue-size", "max-buf-size")
-_NAMES = (*OF_ALL, *OF_MASTERS, *OF_PROXIES)
+OF_RATES = tuple(option[2:] for option in RATES)
+_NAMES = (*OF_ALL, *OF_MASTERS, *OF_PROXIES, *OF_RATES)
 
 Entries = Dict[str, Tuple[str, int]]
 """Values and line numbers, by names."""
@@ -67,6 +69,7 @@ def _configuration(line: CommandLine, *, many: bool) -> Configuration:
     found = Configuration(
         handshake_timeout=line.seconds("--handshake-timeout"), max_queue_size=requests, max_buf_size=buffered
     )
+    found = found._replace(**{f"limit_{field}": number for field, number in given_rates(line).items()})
     if not many:
         return found
     return found._replace(

@@ -148,6 +148,7 @@ class ServerOptions(NamedTuple):
     tls: Optional[TlsOptions] = None
     metrics: Optional[MetricsOptions] = None
     tally_fds: Sequence[int] = ()
+    rates_fd: Optional[int] = None
 
 
 def whole_paths(line: CommandLine, names: Iterable[str]) -> Dict[str, str]:

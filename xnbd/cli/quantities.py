@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence, Tuple
+from typing import List, Mapping, Sequence, Tuple
 
 from ..control.client import shown
 
@@ -71,6 +71,19 @@ def duration(seconds: float) -> str:
 
 def rate(bytes_per_second: float) -> str:
     return f"{size(bytes_per_second)}/s"
+
+
+def limits(rates: Mapping[str, float]) -> List[str]:
+    """Lines: how fast each client may be, and all of them together."""
+    lines = []
+    for whom, suffix in (("each client", ""), ("all together", "_total")):
+        parts = [rate(rates[f"rate{suffix}"])] if rates.get(f"rate{suffix}") else []
+        iops = int(rates.get(f"iops{suffix}", 0))
+        parts += [f"{counted(iops, 'request')}/s"] if iops else []
+        lines.append(f"{whom}: {', '.join(parts) or 'no limit'}")
+    if any(rates.get(name) for name in ("rate", "iops", "rate_total", "iops_total")):
+        lines.append(f"at once: what {rates['burst']:g} s allow")
+    return lines
 
 
 def counted(count: int, one: str, several: str = "") -> str:

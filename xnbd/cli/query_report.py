@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 
 from ..access.identity import Identity
 from ..control.client import shown
-from .quantities import counted, duration, percentage, rate, short_count, short_size, size
+from .quantities import counted, duration, limits, percentage, rate, short_count, short_size, size
 
 Message = Dict[str, Any]
 
@@ -114,6 +114,12 @@ def _limit(limit: Any, show: Callable[[Any], str]) -> str:
     return f"at most {show(limit)}" if limit else "no limit"
 
 
+def _limits(answer: Message) -> Iterator[str]:
+    told = answer.get("limits")
+    if told and any(told.get(name) for name in ("rate", "iops", "rate_total", "iops_total")):
+        yield from limits(told)
+
+
 def _not_durable(answer: Message) -> Iterator[str]:
     failure = answer.get("write_back_failure")
     if not failure:
@@ -160,6 +166,7 @@ _SECTIONS = [
     ("hits", _hits),
     ("requests", _requests),
     ("waiting", _waiting),
+    ("limits", _limits),
     ("warning", _warnings),
     ("not durable", _not_durable),
     ("checkpoint", _checkpoint),

@@ -105,6 +105,20 @@ Proxy options:
                         Answer with an error what has waited so long for the
                         other server (default: wait, and try again, for ever).
 
+Limits options:
+  --limit-rate RATE     Let each client read and write RATE bytes a second, both
+                        together, and no more: 30M, 512K, ...
+  --limit-iops N        Let each client make N requests a second.
+  --limit-rate-total RATE
+                        Let all clients of the disk together read and write RATE
+                        bytes a second, each of them an equal part.
+  --limit-iops-total N  Let them make N requests a second together.
+  --limit-burst SECONDS
+                        Who has done nothing for a while may do as much as in
+                        so many seconds at once (default: 0.1).
+                        xnbd-bgctl --limit changes all five while it
+                        runs. 0 is no limit.
+
 Process options:
   -d, --daemonize       Go into the background once the server listens.
   --pidfile FILE        Write the master's process id to FILE, and remove it at
@@ -122,7 +136,8 @@ Process options:
   --limits FILE         Take limits from FILE, at the start and at each reload:
                         lines like "max-clients 100". They go before the options
                         of these names: max-clients, spare-workers,
-                        handshake-timeout, max-queue-size, max-buf-size.
+                        handshake-timeout, max-queue-size, max-buf-size, and
+                        those that begin with limit-.
   --control PATH        Listen there for xnbd-bgctl: --query, --snapshot,
                         or --reload. A proxy has its own argument for that.
   --spin MICROSECONDS   Poll for the next request for so long before sleeping;

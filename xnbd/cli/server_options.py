@@ -12,7 +12,7 @@ from ..protocol.constants import MAXIMUM_STRING
 from ..protocol.server_handshake import Agreement
 from ..server.configuration import Configuration, Load
 from ..server.session.connection import LONGEST_SPIN
-from .limits import OF_ALL, OF_MASTERS, OF_PROXIES, load_limits
+from .limits import OF_ALL, OF_MASTERS, OF_PROXIES, OF_RATES, load_limits
 from .options import (
     Begin,
     CowOptions,
@@ -130,7 +130,7 @@ def _log_options(line: CommandLine, path: Optional[str]) -> LogOptions:
 def _load(line: CommandLine, limits_path: Optional[str]) -> Configuration:
     """What may change while the server runs."""
     many = not (line.has("--inetd") or line.has("--connected-fd"))
-    names = (*OF_ALL, *OF_MASTERS, *(OF_PROXIES if line.has("--proxy") else ()))
+    names = (*OF_ALL, *OF_MASTERS, *(OF_PROXIES if line.has("--proxy") else ()), *OF_RATES)
     return load_limits(line, limits_path, names, many=many)[1]
 
 

@@ -12,6 +12,7 @@ from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
 from ..logs import log, set_subject
 from ..scoreboard.layout import count_lines, create_scoreboard
+from ..scoreboard.rates import create_rates
 from ..scoreboard.scoreboard import Scoreboard
 from ..scoreboard.tally import create_tally
 from ..server.process_loop import ProcessLoop
@@ -64,7 +65,11 @@ def _open_service(options: ServerOptions, processes: int, *, alone: bool) -> Ser
     """The disk, for at most so many *processes*, and how it is offered; *alone* as for `open_proxy`."""
     configuration = secured(options.configuration, options)
     source = _open_source(options, alone=alone)
-    return service_of(options, configuration, source, source.scoreboard_fd or create_scoreboard(processes))
+    service = service_of(options, configuration, source, source.scoreboard_fd or create_scoreboard(processes))
+    may_be_limited = service.needs_steward or configuration.rates.is_limited or options.limits_path is not None
+    if service.rates_fd is None and may_be_limited:
+        service = service._replace(rates_fd=create_rates(1))
+    return service
 
 
 def service_of(
@@ -82,6 +87,7 @@ def service_of(
         control_path=options.control_path,
         tally_fds=tuple(options.tally_fds),
         slow=options.log.slow,
+        rates_fd=options.rates_fd,
     )
 
 

@@ -13,7 +13,7 @@ from ..control.client import ControlClient, Message, shown
 from ..errors import ConfigurationError
 from .bgctl_options import SteeringOptions
 from .program import INTERRUPTED, print_answer, print_outcome, say
-from .quantities import counted, duration, percentage, reloaded, size
+from .quantities import counted, duration, limits, percentage, reloaded, size
 from .upgrade_report import refusal_by_older, upgraded
 
 if TYPE_CHECKING:
@@ -141,6 +141,13 @@ def _reload(options: SteeringOptions) -> None:
     print_outcome(reloaded(answer["changes"], answer["clients"]))
 
 
+def _limit(options: SteeringOptions) -> None:
+    lost = "interrupted; --query tells which limits hold"
+    with _interruptible(lost), _connect(options) as server:
+        answer = server.ask(command="limit", **options.rates)
+    print_outcome("".join(f"{line}\n" for line in limits(answer["limits"])))
+
+
 _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--query": _query,
     "--switch": _switch,
@@ -151,6 +158,7 @@ _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--snapshot": _snapshot,
     "--upgrade": _upgrade,
     "--reload": _reload,
+    "--limit": _limit,
 }
 
 

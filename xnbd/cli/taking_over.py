@@ -15,6 +15,7 @@ from .. import __version__
 from ..errors import ConfigurationError
 from ..logs import log
 from ..scoreboard.layout import OtherVersion, check_header, count_lines
+from ..scoreboard.rates import inherited_rates
 from ..scoreboard.tally import inherited_tallies
 from ..server.configuration import Load, refuse_without_room
 from ..server.premises import Premises, Surroundings
@@ -76,6 +77,7 @@ def _inherited_service(options: ServerOptions, estate: Estate) -> Service:
     refuse_without_room(configuration, estate.scoreboard)
     source = inherited_source(options, estate.disk)
     service = service_of(options, configuration, source, estate.scoreboard)
+    service = service._replace(rates_fd=inherited_rates(estate.rates, 1))
     if options.metrics is None:
         return service
     return service._replace(tally_fds=inherited_tallies(estate.tallies, count_lines(estate.scoreboard)))

@@ -72,6 +72,20 @@ Metrics options:
                         Nobody has to prove who he is, and nothing is
                         encrypted.
 
+Limits options:
+  --limit-rate RATE     Let each client read and write RATE bytes a second, both
+                        together, and no more: 30M, 512K, ...
+  --limit-iops N        Let each client make N requests a second.
+  --limit-rate-total RATE
+                        Let all clients of an export together read and write RATE
+                        bytes a second, each of them an equal part.
+  --limit-iops-total N  Let them make N requests a second together.
+  --limit-burst SECONDS
+                        Who has done nothing for a while may do as much as in
+                        so many seconds at once (default: 0.1).
+                        xnbd-wrapper-ctl --limit changes all five while it
+                        runs. 0 is no limit.
+
 Process options:
   -d, --daemonize       Go into the background once the wrapper listens.
   --user NAME[:GROUP]   Give root's rights up: become NAME, in its groups and in
@@ -83,7 +97,8 @@ Process options:
   --limits FILE         Take limits from FILE, at the start and at each reload:
                         lines like "max-clients 100". They go before the options
                         of these names: max-clients, handshake-timeout,
-                        max-queue-size, max-buf-size.
+                        max-queue-size, max-buf-size, and those that begin
+                        with limit-.
   -L, --logpath FILE    Append the log to FILE, the servers' too. Without it:
                         standard error, or syslog with --daemonize.
   -S, --syslog          Log to syslog, the servers too; with --logpath to both.

@@ -25,6 +25,9 @@ Usage:
                    REMOTE_URI
   xnbd-wrapper-ctl [--socket PATH] (--save | --reload | --orphan | --shutdown)
   xnbd-wrapper-ctl [--socket PATH] --upgrade [--check] [--program PATH]
+  xnbd-wrapper-ctl [--socket PATH] [--limit-rate RATE] [--limit-iops N]
+                   [--limit-rate-total RATE] [--limit-iops-total N]
+                   [--limit-burst SECONDS] --limit [--] NAME
   xnbd-wrapper-ctl --help
   xnbd-wrapper-ctl --version
 
@@ -57,6 +60,11 @@ Commands:
                         connected, and so do exports, sockets and process id;
                         how many clients have moved is printed. If the new
                         program cannot go on, nothing has changed.
+  --limit               Change how fast clients of an export may be by the
+                        options whose names begin so, at once, and show what
+                        holds then. A reload changes only what is another one
+                        in the files than before, an upgrade nothing; after a
+                        restart the command line holds for all exports.
   --orphan              End the wrapper and leave the servers to their clients.
   -d, --shutdown        End the wrapper and all servers.
 
@@ -70,6 +78,16 @@ Options:
   --target-exportname NAME
                         The export to ask the origin for (default: its
                         default one).
+  --limit-rate RATE     Let each client read and write RATE bytes a second, both
+                        together: 30M, 512K, ...; 0 is no limit.
+  --limit-iops N        Let each client make N requests a second.
+  --limit-rate-total RATE
+                        Let all clients of the export together read and write
+                        RATE bytes a second, each of them an equal part.
+  --limit-iops-total N  Let them make N requests a second together.
+  --limit-burst SECONDS
+                        Who has done nothing for a while may do as much as in
+                        so many seconds at once.
   -h, --help            Show this text.
   --version             Show the version.
 

@@ -6,6 +6,7 @@ import sys
 from typing import Dict, NamedTuple, Union
 
 from ..system.process import whole_path
+from .rate_options import given_rates
 from .values import CommandLine, parse_integer
 
 _COMMANDS = (
@@ -23,6 +24,7 @@ _COMMANDS = (
     "save",
     "reload",
     "upgrade",
+    "limit",
     "orphan",
     "shutdown",
 )
@@ -48,14 +50,14 @@ class CtlOptions(NamedTuple):
 
     socket_path: str
     command: str
-    request: Dict[str, Union[str, int]]
+    request: Dict[str, Union[str, float]]
     json: bool
 
 
 def ctl_options(line: CommandLine) -> CtlOptions:
     """What *line* asks for. Raises `ConfigurationError`."""
     command = next(name for name in _COMMANDS if line.has(f"--{name}"))
-    request = {"command": _REQUESTS.get(command, command), **_fields(line)}
+    request = {"command": _REQUESTS.get(command, command), **_fields(line), **given_rates(line)}
     return CtlOptions(line.needed("--socket"), command, request, line.has("--json"))
 
 

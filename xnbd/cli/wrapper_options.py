@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tu
 from ..errors import ConfigurationError
 from ..server.configuration import Configuration
 from ..system.process import whole_path
-from .limits import OF_ALL, OF_PROXIES, load_limits
+from .limits import OF_ALL, OF_PROXIES, OF_RATES, load_limits
 from .options import (
     Begin,
     ListenOptions,
@@ -25,6 +25,7 @@ from .options import (
     user_option,
     whole_paths,
 )
+from .rate_options import RATES
 from .values import USAGE_ERROR, CommandLine, refuse_same_file
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class WrapperOptions(NamedTuple):
 def wrapper_options(line: CommandLine, begin: Begin) -> WrapperOptions:
     """What *line* asks for; *begin* is called as by `server_options`. Raises `ConfigurationError`."""
     line.rename(_OLD_NAMES)
+    line.refuse_together("--xnbd-server", [*RATES])
     paths = whole_paths(line, _PATHS)
     images = {path: whole_path(path, "--imgfile") for path in line.texts("--imgfile")}
     metrics = metrics_options(line)
@@ -117,7 +119,8 @@ def wrapper_options(line: CommandLine, begin: Begin) -> WrapperOptions:
 
 
 def _load(line: CommandLine, limits_path: Optional[str]) -> Tuple[Configuration, AsGiven]:
-    line, configuration = load_limits(line, limits_path, (*OF_ALL, *OF_PROXIES))
+    rates = () if line.has("--xnbd-server") else OF_RATES
+    line, configuration = load_limits(line, limits_path, (*OF_ALL, *OF_PROXIES, *rates))
     given = AsGiven(line.text("--max-queue-size"), line.text("--max-buf-size"), line.text("--file-mode"))
     return configuration, given
 

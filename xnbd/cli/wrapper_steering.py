@@ -11,7 +11,7 @@ from ..control.client import ControlClient, shown
 from ..errors import ConfigurationError
 from ..system.sockets import is_listening
 from .program import print_answer, print_outcome, say
-from .quantities import reloaded
+from .quantities import limits, reloaded
 from .upgrade_report import refusal_by_older, upgraded
 from .wrapper_ctl_options import CtlOptions
 
@@ -60,6 +60,8 @@ def _show(reply: Message, show: Callable[[str], None]) -> int:
         show(upgraded(reply))
     if "changes" in reply:
         show(reloaded(reply["changes"], reply["clients"]))
+    if "limits" in reply:
+        show("".join(f"{line}\n" for line in limits(reply["limits"])))
     status = int(reply.get("status", 0))
     return status if status >= 0 else 1
 

@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 from .. import __version__
 from ..errors import ConfigurationError
 from ..logs import log
+from ..scoreboard.rates import create_rates, inherited_rates
 from ..scoreboard.tally import create_tally, inherited_tallies
 from ..server.configuration import Configuration
 from ..server.premises import Surroundings
@@ -22,6 +23,7 @@ from ..wrapper.child_output import program
 from ..wrapper.children import Body
 from ..wrapper.database import Database
 from ..wrapper.exports import TargetExport, check_name, check_room, paths_of
+from ..wrapper.limiting import EXPORTS
 from ..wrapper.metrics import MetricsPlace
 from ..wrapper.servers import JSON, OWN_OPTIONS, SLOW, ForeignServer, Servers, abilities
 from ..wrapper.upgrade.estate import WrapperEstate
@@ -48,12 +50,13 @@ def wrap(options: WrapperOptions, words: Sequence[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))  # until there is a `Wrapper`
     surroundings = Surroundings(ServiceManager(), Program.own(words, "wrapper"))
     tallies = [] if options.metrics is None else [create_tally(_LINES)]
-    read = reader(options, ask_abilities(options), tallies)
+    rates_fd = None if options.server_command else create_rates(EXPORTS)
+    read = reader(options, ask_abilities(options), tallies, rates_fd)
     listeners = Listeners()
     listeners.take_passed()
     daemon = Daemon() if options.daemonize else None
     try:
-        return _run(options, read, listeners, daemon, surroundings, tallies)
+        return _run(options, read, listeners, daemon, surroundings, tallies, rates_fd)
     except ConfigurationError as error:
         if daemon:
             daemon.failed(error.exit_status)
@@ -62,12 +65,17 @@ def wrap(options: WrapperOptions, words: Sequence[str]) -> int:
         listeners.close()
 
 
-def reader(options: WrapperOptions, knows: Sequence[str], tallies: Sequence[int] = ()) -> Load:
-    """Reads all that may change again; *knows* is as `ask_abilities` has it. Clients count in *tallies*."""
+def reader(
+    options: WrapperOptions, knows: Sequence[str], tallies: Sequence[int] = (), rates_fd: Optional[int] = None
+) -> Load:
+    """Reads all that may change again; *knows* is as `ask_abilities` has it.
+
+    Clients count in *tallies*, and are held to the limits in the file behind *rates_fd*.
+    """
     if options.server_command:
         return partial(_settings, options, partial(_foreign_server, options, tallies, knows=knows))
     load_ahead(cow=options.cow)
-    return partial(_settings, options, partial(_own_servers, options, tallies))
+    return partial(_settings, options, partial(_own_servers, options, tallies, rates_fd))
 
 
 def _metrics_left(packed: Mapping[str, Any]) -> MetricsPlace:
@@ -83,12 +91,15 @@ def go_on(options: WrapperOptions, estate: WrapperEstate, program: Program) -> i
     listeners.unpack(estate.listeners)
     try:
         metrics = None if estate.metrics is None else _metrics_left(estate.metrics)
-        read = reader(options, estate.verdict["knows"], () if metrics is None else metrics.tallies)
+        rates_fd = None if options.server_command else inherited_rates(estate.rates, EXPORTS)
+        read = reader(options, estate.verdict["knows"], () if metrics is None else metrics.tallies, rates_fd)
         database = Database.unpack(estate.database)
         database.aliases.update((given, TargetExport(path)) for given, path in options.images.items())
         reread = partial(_reread, read, listeners)
         surroundings = Surroundings(manager, program)
-        wrapper = Wrapper(listeners, database, options.control_path, read(), reread, surroundings, estate, metrics)
+        wrapper = Wrapper(
+            listeners, database, options.control_path, read(), reread, surroundings, estate, metrics, rates_fd
+        )
         log.info("%s goes on where %s was", __version__, estate.version)
         manager.ready()
         return wrapper.run()
@@ -123,8 +134,15 @@ def ask_abilities(options: WrapperOptions) -> Sequence[str]:
     return abilities(options.server_command) if options.server_command else OWN_OPTIONS
 
 
-def _own_servers(options: WrapperOptions, tallies: Sequence[int], configuration: Configuration, _: AsGiven) -> Servers:
-    own = OwnServer(options.cow, options.readonly, options.log, configuration.queue_limits, tallies)
+def _own_servers(
+    options: WrapperOptions,
+    tallies: Sequence[int],
+    rates_fd: Optional[int],
+    configuration: Configuration,
+    _: AsGiven,
+) -> Servers:
+    limits, rates = configuration.queue_limits, configuration.rates
+    own = OwnServer(options.cow, options.readonly, options.log, limits, tallies, rates, rates_fd)
     return Servers(own.take_over, own.receive, cow=options.cow, readonly=options.readonly)
 
 
@@ -166,6 +184,7 @@ def _run(
     daemon: Optional[Daemon],
     surroundings: Surroundings,
     tallies: Sequence[int],
+    rates_fd: Optional[int],
 ) -> int:
     settings = read()
     database = Database(options.database_path)
@@ -180,7 +199,9 @@ def _run(
     reread = partial(_reread, read, listeners)
     asked = open_metrics(options.metrics)
     metrics = None if asked is None else MetricsPlace(asked, tallies)
-    wrapper = Wrapper(listeners, database, options.control_path, settings, reread, surroundings, metrics=metrics)
+    wrapper = Wrapper(
+        listeners, database, options.control_path, settings, reread, surroundings, metrics=metrics, rates_fd=rates_fd
+    )
     become_user()
     log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
     if asked is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tu
 from ..access.rights import EVERYBODY, Access
 from ..errors import ConfigurationError
 from ..scoreboard.layout import count_lines
+from ..scoreboard.rates import DEFAULT_BURST, Rates
 from .session.parking import QueueLimits
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ class Configuration(NamedTuple):
     handshake_timeout: float = 10.0
     max_queue_size: int = 0
     max_buf_size: int = 0
+    limit_rate: int = 0
+    limit_iops: int = 0
+    limit_rate_total: int = 0
+    limit_iops_total: int = 0
+    limit_burst: float = DEFAULT_BURST
     access: Access = EVERYBODY
     tls: Optional[Tls] = None
 
@@ -42,10 +48,23 @@ class Configuration(NamedTuple):
     def queue_limits(self) -> QueueLimits:
         return QueueLimits(self.max_queue_size, self.max_buf_size)
 
+    @property
+    def rates(self) -> Rates:
+        """How fast clients may be, from the start on."""
+        return Rates(self.limit_rate, self.limit_iops, self.limit_rate_total, self.limit_iops_total, self.limit_burst)
+
+    def with_rates(self, rates: Rates) -> Configuration:
+        """The same, but for how fast clients may be."""
+        return self._replace(**{f"limit_{name}": number for name, number in rates._asdict().items()})
+
     def changes(self, before: Configuration) -> List[str]:
         """What is another than *before*, for people."""
         old, new = before.figures(), self.figures()
-        limits = [f"{name.replace('_', '-')} {old[name]:g} -> {new[name]:g}" for name in new if old[name] != new[name]]
+        limits = [
+            f"{name.replace('_', '-')} {_shown(old[name])} -> {_shown(new[name])}"
+            for name in new
+            if old[name] != new[name]
+        ]
         rules = ["rules"] if self.access != before.access else []
         return [*limits, *rules, *(["certificates or keys"] if self.tls != before.tls else [])]
 
@@ -56,6 +75,10 @@ class Configuration(NamedTuple):
     def figures(self) -> Dict[str, float]:
         """What another process may be told in numbers."""
         return {name: value for name, value in self._asdict().items() if isinstance(value, (int, float))}
+
+
+def _shown(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def refuse_without_room(configuration: Configuration, scoreboard_fd: int) -> None:

@@ -27,6 +27,7 @@ from typing import Callable, Iterator, Optional
 
 from ..logs import log
 from ..scoreboard.layout import SNAPSHOT, TARGET
+from ..scoreboard.rates import RateBoard
 from ..scoreboard.scoreboard import Scoreboard
 from ..scoreboard.tally import Tally
 from ..storage.image import Image, Source
@@ -45,12 +46,18 @@ class Disk(Companion):
     """
 
     def __init__(
-        self, source: Source[Scoreboard], scoreboard_fd: int, name: str = "", tally: Optional[Tally] = None
+        self,
+        source: Source[Scoreboard],
+        scoreboard_fd: int,
+        name: str = "",
+        tally: Optional[Tally] = None,
+        rates: Optional[RateBoard] = None,
     ) -> None:
         """Opens *source* for this process, after the fork; it counts in the *tally*, too. Raises `OSError`.
 
-        Clients know it by its *name*.
+        Clients know it by its *name*, and are held to *rates*.
         """
+        self.rates = rates
         self._source = source
         self.name = name or source.name
         self._told = (0, "")
@@ -240,4 +247,6 @@ class Disk(Companion):
         self.image.close()
         if self.place.tally is not None:
             self.place.tally.close()
+        if self.rates is not None:
+            self.rates.close()
         self.scoreboard.close()

@@ -25,6 +25,7 @@ from ..system.process import set_title
 from .configuration import Configuration, Load, refuse_without_room
 from .crew import Crew
 from .endings import reason_of
+from .limit_order import adopt_rates
 from .observers import Observers
 from .premises import Premises, Surroundings
 from .process_loop import GRACE
@@ -195,6 +196,7 @@ class Master:
         logs.reopen()
         changes = configuration.changes(service.configuration)
         if changes:
+            adopt_rates(service, configuration.rates)
             self._crew.dismiss()
             self._service = service._replace(configuration=configuration)
             self._observers.replace()
@@ -242,6 +244,7 @@ class Master:
             "disk": self._service.source.pack(disk),
             "scoreboard": disk(self._service.scoreboard_fd),
             "tallies": [disk(fd) for fd in self._service.tally_fds],
+            "rates": None if self._service.rates_fd is None else disk(self._service.rates_fd),
             "observers": self._observers.pids(),
             "premises": self._premises.pack(kept),
             "crew": self._crew.pack(kept),

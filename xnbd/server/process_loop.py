@@ -110,7 +110,7 @@ class ProcessLoop:
 
     def _on_stop(self, _number: int, _frame: object) -> None:
         if not self.stopping:
-            self.stopping = True
+            self.stopping = self._woken = True
             self._deadline = monotonic() + GRACE
 
     def _on_wake(self, _number: int, _frame: object) -> None:

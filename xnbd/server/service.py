@@ -12,6 +12,7 @@ from ..access.rights import Access
 from ..errors import Disconnected, ProtocolError
 from ..logs import about, log, set_subject
 from ..protocol.server_handshake import Agreement, Denied, Export, Exports, export_flags
+from ..scoreboard.rates import RateBoard, Rates, read_rates
 from ..scoreboard.scoreboard import Scoreboard
 from ..scoreboard.tally import Tally
 from ..storage.image import Source
@@ -48,6 +49,8 @@ class Service(NamedTuple):
     """The tally for metrics, if there are any, and those that former programs have left."""
     slow: Optional[float] = None
     """Seconds from which on requests are told of in the log, if any are."""
+    rates_fd: Optional[int] = None
+    """Where the limits are (`scoreboard.rates`), if there can be any."""
 
     @property
     def access(self) -> Access:
@@ -59,7 +62,7 @@ class Service(NamedTuple):
 
     def open_disk(self) -> Disk:
         """For a worker, after the fork. Raises `OSError`."""
-        return Disk(self.source, self.scoreboard_fd, self.export_name, self.open_tally())
+        return Disk(self.source, self.scoreboard_fd, self.export_name, self.open_tally(), self.open_rates())
 
     def open_tally(self) -> Optional[Tally]:
         """A line for this process, after the fork, if there are metrics. Without one its work is not counted there."""
@@ -70,6 +73,23 @@ class Service(NamedTuple):
         except OSError as error:
             log.warning("metrics do not count what process %d does: %s", os.getpid(), error)
             return None
+
+    def open_rates(self) -> Optional[RateBoard]:
+        """The limits for this process, after the fork. Without them its client is not held to any."""
+        if self.rates_fd is None:
+            return None
+        try:
+            return RateBoard(self.rates_fd, self.export_name, self.configuration.rates)
+        except OSError as error:
+            log.warning("process %d cannot hold its clients to limits: %s", os.getpid(), error)
+            return None
+
+    @property
+    def rates(self) -> Optional[Rates]:
+        """The limits that hold now, if there can be any."""
+        if self.rates_fd is None:
+            return None
+        return read_rates(self.rates_fd, self.export_name) or self.configuration.rates
 
     @property
     def needs_steward(self) -> bool:

@@ -38,7 +38,7 @@ class WrapperControls(NamedTuple):
     """What the wrapper lets commands do.
 
     *end* ends it, and leaves the servers alive if told so; it *has_ended* then. *reload* tells what has changed.
-    *upgrade* has it become the next program.
+    *upgrade* has it become the next program. *limit* says how fast clients of an export may be.
     """
 
     end: Callable[[bool], None]
@@ -46,6 +46,7 @@ class WrapperControls(NamedTuple):
     count_clients: Callable[[], Mapping[str, int]]
     reload: Callable[[], List[str]]
     upgrade: Callable[[Message], Reply]
+    limit: Callable[[Message], Reply]
 
 
 class WrapperCommands:
@@ -80,6 +81,7 @@ class WrapperCommands:
             "save": self._save,
             "reload": self._reload,
             "upgrade": self._controls.upgrade,
+            "limit": self._controls.limit,
             "orphan": self._orphan,
             "shutdown": self._shutdown,
         }

@@ -33,6 +33,7 @@ from .clients import Clients
 from .commands import WrapperCommands, WrapperControls
 from .database import Database
 from .exchange import Exchange
+from .limiting import Limiting
 from .metrics import Metrics, MetricsPlace
 from .proxy_steering import Bgctl, ProxySteering
 from .servers import Servers
@@ -85,9 +86,11 @@ class Wrapper:
         surroundings: Surroundings,
         estate: Optional[WrapperEstate] = None,
         metrics: Optional[MetricsPlace] = None,
+        rates_fd: Optional[int] = None,
     ) -> None:
         """Raises `ConfigurationError` if the control socket cannot be had. *load* reads *settings* again.
 
+        Limits are in the file behind *rates_fd*.
         The program before has left the *estate*, and the control socket with it.
         """
         self._manager = manager = surroundings.manager
@@ -102,8 +105,14 @@ class Wrapper:
         assert surroundings.program is not None
         upgrades = Upgrades(surroundings.program, self._leave, self._obstacle, self._is_calm, self._children)
         self._upgrades = upgrades
+        self._limiting = Limiting(rates_fd, database, configuration.rates, self._wake_clients)
         controls = WrapperControls(
-            self._end, self._has_ended, lambda: self._clients.count(), self._reloads.reload, upgrades.order
+            self._end,
+            self._has_ended,
+            lambda: self._clients.count(),
+            self._reloads.reload,
+            upgrades.order,
+            self._limiting.limit,
         )
         self._steering = ProxySteering(self._children, settings.servers, settings.bgctl, database.name_of)
         self._commands = WrapperCommands(database, self._children, settings.servers, self._steering, controls)
@@ -255,12 +264,18 @@ class Wrapper:
     def _adopt(self, settings: Settings) -> List[str]:
         """Put *settings* into use for clients that come from now on, as `Reloads` wants it."""
         logs.reopen()
+        self._limiting.adopt(settings.configuration.rates, self._clients.count())
         before, self._settings = self._settings.configuration, settings
         self._steering.servers = settings.servers
         self._clients.limit = settings.configuration.max_clients
         self._lobby.timeout = settings.configuration.handshake_timeout
         self._metrics.replace()
         return settings.configuration.changes(before)
+
+    def _wake_clients(self, export: str) -> None:
+        """Those who serve the clients of *export* look what has changed."""
+        pids = [pid for pid, report in self._clients.served.items() if report.export == export]
+        self._children.signal(signal.SIGUSR2, pids)
 
     # Upgrades
 
@@ -283,6 +298,7 @@ class Wrapper:
             "clients": self._clients.pack(kept),
             "exchange": self._exchange.pack(kept),
             "metrics": self._metrics.pack(kept),
+            "rates": None if self._limiting.rates_fd is None else kept(self._limiting.rates_fd),
         }
 
     # The end

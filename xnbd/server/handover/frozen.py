@@ -66,6 +66,8 @@ class FrozenSession(NamedTuple):
     requests: List[FrozenRequest]
     received: bytes
     replies: bytes
+    debts: Sequence[float] = ()
+    """As of `session.pace.Pace.debts`."""
 
 
 class Sections(NamedTuple):
@@ -77,7 +79,13 @@ class Sections(NamedTuple):
 
 
 def pack_letter(
-    peer: str, identity: Identity, agreement: Agreement, visit: Visit, frozen_at: float, sections: Sections
+    peer: str,
+    identity: Identity,
+    agreement: Agreement,
+    visit: Visit,
+    frozen_at: float,
+    sections: Sections,
+    debts: Sequence[float] = (),
 ) -> bytes:
     """What goes with the file."""
     import json
@@ -93,6 +101,7 @@ def pack_letter(
         "since": visit.since,
         "counters": visit.counts.by_name(),
         "frozen_at": frozen_at,
+        "debts": [*debts],
         **sections._asdict(),
     }
     return json.dumps(letter).encode()
@@ -117,6 +126,7 @@ def parse_session(letter: bytes, fd: int) -> FrozenSession:
             list(_parse_requests(requests)),
             received,
             replies,
+            tuple(float(debt) for debt in fields.get("debts", ())),
         )
     except (KeyError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(f"the session cannot be read: {error!r}") from error

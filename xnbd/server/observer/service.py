@@ -10,6 +10,7 @@ from ...metrics.exposition import Family
 from ...proxy.image import ProxySource
 from ...proxy.state.view import CacheView, LocalBlocks
 from ...scoreboard.layout import TARGET
+from ...scoreboard.rates import Rates
 from ...scoreboard.scoreboard import Scoreboard
 from ...scoreboard.tally import Sums, TallyReader
 from ...storage.image import Source
@@ -29,6 +30,12 @@ class _Asked(NamedTuple):
     scoreboard: Scoreboard
     configuration: Configuration
     expiries: Sequence[Tuple[str, float]]
+    service: Service
+
+    @property
+    def limits(self) -> Optional[Rates]:
+        """How fast clients may be now, if they can be limited."""
+        return self.service.rates
 
 
 class _Cache(NamedTuple):
@@ -58,7 +65,7 @@ class ObservedService(Observed):
             self._counting = Counting(self._view, self._scoreboard)
             cache = _Cache(source, self._view)
         self._about = About("xnbd-server", started, configuration.max_clients, expiries)
-        self._answers = QueryAnswers(_Asked(source, self._scoreboard, configuration, expiries), cache)
+        self._answers = QueryAnswers(_Asked(source, self._scoreboard, configuration, expiries, service), cache)
 
     def families(self) -> List[Family]:
         sums = self._tally.read().get(self._service.export_name, Sums())

@@ -132,6 +132,13 @@ class Connection:
             raise Disconnected("client left with requests waiting")
         return True
 
+    def sleep(self, seconds: float, events: int, *, mid_message: bool) -> bool:
+        """Sleep for so long, less if the process is woken or called.
+
+        True if the client shows *events*, or is gone altogether. Raises `Stop` like `ProcessLoop.wait`.
+        """
+        return self.loop.wait(self._fds, events, seconds, mid_message=mid_message, results=True, calls=True)
+
     def receive_rest(self, view: memoryview) -> int:
         """Receive more of a message that has begun: at least one byte.
 

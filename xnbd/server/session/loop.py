@@ -18,7 +18,7 @@ import errno
 import os
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Optional, Tuple
+from typing import TYPE_CHECKING, Optional, Tuple, Union
 
 from ...errors import Disconnected, ProtocolError
 from ...protocol import constants as c
@@ -35,6 +35,7 @@ from .commands import MAXIMUM_REQUEST, Commands
 from .connection import Connection
 from .first_touch import FirstTouch, Reader
 from .holes import HOLE_MINIMUM
+from .pace import Pace
 from .page_prefetch import QUICK
 from .parked import Parked
 from .parking import ParkedRequest, Parking, QueueLimits
@@ -101,12 +102,13 @@ class Session:
         if self._timing is not None:
             self._parking.on_answer = self._timing.hold_parked
         self._replies.on_unreadable = self._on_unreadable
+        self._pace = None if disk.rates is None else Pace(disk.rates, connection, self._counts)
         encrypted = bool(connection.encryption)
         peer = connection.identity.at(connection.peer)
         remind = connection.loop.remind
         self._commands = Commands(disk, agreement, self._format, peer, remind, encrypted=encrypted)
-        replies, timing, slow_log = self._replies, self._timing, self._slow_log
-        self._parked = Parked(connection, disk, replies, self._commands, self._parking, timing, slow_log)
+        replies, timing, slow_log, pace = self._replies, self._timing, self._slow_log, self._pace
+        self._parked = Parked(connection, disk, replies, self._commands, self._parking, timing, slow_log, pace)
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
         self._left = False
         disk.accompany(self._on_wait, self._on_renewed)
@@ -160,7 +162,7 @@ class Session:
 
     def _receive(self) -> Optional[int]:
         """Receive more, or go on with what waits: the number of bytes, 0 once the client has left, None for none."""
-        connection, receive_buffer = self._connection, self._receive_buffer
+        connection, receive_buffer = self._way(), self._receive_buffer
         background = self._disk.image.background
         received: Optional[int]
         if background is not None and background.busy:
@@ -171,6 +173,10 @@ class Session:
             received = connection.receive_more(receive_buffer.room())
         receive_buffer.end += received or 0
         return received
+
+    def _way(self) -> Union[Connection, Pace]:
+        """By what is received."""
+        return self._connection if self._pace is None else self._pace.way()
 
     # From one process to another
 
@@ -205,10 +211,13 @@ class Session:
             sections = frozen.Sections(len(requests), len(received), self._replies.copy_to(fd))
         client = self._connection
         visit = disk.place.visit
-        return frozen.pack_letter(client.peer, client.identity, self._agreement, visit, frozen_at, sections), fd
+        debts = () if self._pace is None else self._pace.debts()
+        return frozen.pack_letter(client.peer, client.identity, self._agreement, visit, frozen_at, sections, debts), fd
 
     def thaw(self, session: frozen.FrozenSession) -> None:
         """Go on from what another process has frozen; raises like `run`, before which it is to be called."""
+        if self._pace is not None:
+            self._pace.take_over(session.debts)
         receive_buffer = self._receive_buffer
         receive_buffer.end = len(session.received)
         receive_buffer.view[: receive_buffer.end] = session.received
@@ -274,7 +283,7 @@ class Session:
         pieces, counts, send = self._replies.pieces, self._counts, self._replies.send
         append, extend, write_run = pieces.append, pieces.extend, self._write_runs.do
         read: Reader
-        receive, pwrite, flat_fd = self._connection.receive, os.pwrite, image.flat_fd
+        receive, pwrite, flat_fd = self._way().receive, os.pwrite, image.flat_fd
         size, read, write, readable_now, changes = image.size, image.read, image.write, image.readable, disk.changes
         first_touch = self._first_touch
         if counts[REQUESTS] >= first_touch.due:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import select
 from time import monotonic
-from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union
 
 from ...errors import Disconnected, RequestError
 from ...logs import log
@@ -20,6 +20,7 @@ from ...storage.image import Background, NotLocal, Parcel, Ticket
 from ..disk import Disk
 from .commands import MAY_TAKE_LONG, Commands
 from .connection import Connection
+from .pace import Pace
 from .parking import ParkedRequest, Parking, Where, Work
 from .replies import MAXIMUM_PIECES, Piece, Replies
 from .timing import Timing
@@ -43,10 +44,12 @@ class Parked:
         parking: Parking,
         timing: Optional[Timing] = None,
         slow_log: Optional[SlowLog] = None,
+        pace: Optional[Pace] = None,
     ) -> None:
         """The *slow_log* is the *timing* too, if there is one."""
         self._timing = timing
         self._slow_log = slow_log
+        self._pace = pace
         self._connection = connection
         self._disk = disk
         self._replies = replies
@@ -195,8 +198,9 @@ class Parked:
         background.progress()
         self._tell()
         while not background.finished:
-            wanted = self._leaves_at is None and not self._parking.full
-            received = self._connection.receive_now(view) if wanted else None
+            paused = 0.0 if self._pace is None else self._pace.remaining()
+            wanted = self._leaves_at is None and not self._parking.full and paused <= 0
+            received = self._way().receive_now(view) if wanted else None
             if received:
                 return received
             if received == 0:
@@ -206,21 +210,27 @@ class Parked:
             elif not background.busy:
                 return None
             else:
-                self._wait_beside(background, wanted)
+                self._wait_beside(background, wanted, paused)
                 if disk.catch_up() or self._connection.loop.called:
                     return None
         self._go_on(background)
         return None
 
-    def _wait_beside(self, background: Background, wanted: bool) -> None:
+    def _way(self) -> Union[Connection, Pace]:
+        return self._connection if self._pace is None else self._pace.way()
+
+    def _wait_beside(self, background: Background, wanted: bool, paused: float) -> None:
         """Sleep; a client that has to wait before it may send more is watched for its leaving.
 
+        One that is *paused* by limits has to wait for so many seconds.
         Over TCP one that has gone looks like one that only has no more to say, so its
         last requests get `_PATIENCE` to come to their turn.
         """
         if wanted:
             if not (background.quiet and self._connection.soon()):
                 self._connection.wait_beside(select.POLLIN, None)
+        elif paused > 0:
+            self._connection.wait_beside(0, paused)
         elif self._leaves_at is not None or self._hung_up_at is not None:
             self._connection.wait_beside(0, 1.0)
             if self._hung_up_at is not None and monotonic() > self._hung_up_at + _PATIENCE:

@@ -12,6 +12,7 @@ from typing import List, Optional, Tuple
 from ...control.server import CommandTable, Reply
 from ...proxy.image import ProxySource
 from ...scoreboard.layout import PROXY
+from ...scoreboard.rates import Rates
 from ...scoreboard.scoreboard import Scoreboard
 from ...storage.target import reopen
 from ..master_link import MasterLink
@@ -72,6 +73,11 @@ class Context:
             self.children.let_go.append(self._tally.close)
         if master is not None:
             self.children.let_go.append(master.close)
+
+    @property
+    def limits(self) -> Optional[Rates]:
+        """How fast clients may be now, if they can be limited."""
+        return self.service.rates
 
     def count(self, row: str) -> None:
         """One more of what `tally.ROWS` has as *row*, for metrics."""

@@ -26,6 +26,7 @@ from .command_lock import CommandLock
 from .copying import Copying
 from .durability import Durability
 from .duty import Cache, Context, Duty
+from .limiting import Limiting
 from .moving import Moving
 from .news import News
 from .orders import ControlOrders, MasterOrders, SignalOrders
@@ -160,6 +161,7 @@ def _duties(context: Context, control: Union[str, UnixSocket, None]) -> List[Dut
     duties: List[Duty] = [
         Query(context, cache),
         Snapshots(context),
+        Limiting(context),
         *([] if cache is None else _duties_of_a_proxy(context, cache)),
         News(context),
     ]

@@ -15,6 +15,7 @@ from ...scoreboard.counters import MISSES, REQUESTS, Counts
 from ...scoreboard.layout import REACHED, TARGET, UNREACHABLE
 from ...scoreboard.lines import Line, clock
 from ...scoreboard.place import COPYING_PEER
+from ...scoreboard.rates import Rates
 from ...scoreboard.scoreboard import Scoreboard
 from ...storage.blocks import BLOCK
 from ...storage.image import Source
@@ -99,6 +100,10 @@ class Asked(Protocol):
         """By which it is served now."""
 
     @property
+    def limits(self) -> Optional[Rates]:
+        """How fast clients may be now, if they can be limited."""
+
+    @property
     def expiries(self) -> Sequence[Tuple[str, float]]:
         """As of `Configuration.expiries`."""
 
@@ -134,6 +139,7 @@ class QueryAnswers:
             "uptime_seconds": clock() - self._began,
             "readonly": source.readonly,
             "configuration": self._context.configuration.figures(),
+            "limits": self._limits(),
             "warnings": self._warnings(switched=switched),
             "disk_size": source.size,
             "block_size": BLOCK,
@@ -155,6 +161,10 @@ class QueryAnswers:
             if cells is not None:
                 answer["map"] = progress.shares(cells)
         return answer
+
+    def _limits(self) -> Optional[Message]:
+        limits = self._context.limits
+        return None if limits is None else limits._asdict()
 
     def _warnings(self, *, switched: bool) -> List[str]:
         """What the operator should do something about before it is too late."""

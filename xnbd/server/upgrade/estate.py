@@ -50,6 +50,8 @@ class Estate(NamedTuple):
     """All that outlive the exec, the estate's own but for one."""
     tallies: Sequence[int] = ()
     """What programs of this server have counted, for metrics; the youngest first."""
+    rates: Optional[int] = None
+    """The limits that hold (`scoreboard.rates`)."""
     observers: Sequence[int] = ()
     """Process ids of those who answer ``--metrics``, and end when there is another one."""
 

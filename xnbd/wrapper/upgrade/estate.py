@@ -35,6 +35,8 @@ class WrapperEstate(NamedTuple):
     descriptors: List[int]
     """All that outlive the exec, the estate's own but for one."""
     metrics: Optional[Packed] = None
+    rates: Optional[int] = None
+    """The limits that hold (`scoreboard.rates`)."""
 
     def write(self) -> int:
         """A descriptor of the file that holds it. Raises `OSError`."""
