@@ -155,7 +155,7 @@ def test_promtool_and_the_formats(server: Server) -> None:
     assert check_by_promtool(answer.body) == ""
     names = {name.removesuffix("_info") for name, _ in Scrape(answer.body.decode(), plain=True).samples}
     assert names == {name.removesuffix("_info") for name, _ in scrape(port_of(server)).samples}
-    assert b"/metrics" in get(port_of(server), "/").body
+    assert b'href="metrics"' in get(port_of(server), "/").body
     assert get(port_of(server), "/other").status == 404
 
 

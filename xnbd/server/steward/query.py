@@ -139,7 +139,7 @@ class QueryAnswers:
             "write_back_failure": self._write_back_failure(),
             "counters": _counters(totals),
             "workers": [
-                _worker(line, usage.get(line.pid) if line in near else None)
+                client_figures(line, usage.get(line.pid) if line in near else None)
                 for line in lines
                 if line.peer not in ("", COPYING_PEER)
             ],
@@ -230,7 +230,8 @@ def _counters(counts: Counts) -> Message:
     return {**counts.by_name(), "hits": max(0, counts[REQUESTS] - counts[MISSES])}
 
 
-def _worker(line: Line, usage: Any) -> Message:
+def client_figures(line: Line, usage: Any = None) -> Message:
+    """What is told of the client of one process, which uses so much memory and processor."""
     about: Message = {
         "pid": line.pid,
         "client": line.peer,
