@@ -13,6 +13,7 @@ from xnbd.server.observer.wanted import Wanted, durations, parse_wanted, rounded
     [
         ("", Wanted()),
         ("map=12", Wanted(cells=12)),
+        ("usage=0", Wanted(usage=False)),
         ("durations=1&map=16384", Wanted(cells=16384, durations=True)),
         ("export=a%26b%20%e2%82%ac", Wanted(export="a&b €")),
         ("export=%ff", Wanted(export="\udcff")),

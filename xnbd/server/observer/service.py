@@ -75,7 +75,11 @@ class ObservedService(Observed):
     def status(self, wanted: Wanted) -> str:
         if wanted.export not in (None, self._service.export_name):
             raise NoSuchExport
-        answer = {"done": True, **self._answers.answer(wanted.cells), "uptime_seconds": time() - self._about.started}
+        answer = {
+            "done": True,
+            **self._answers.answer(wanted.cells, with_usage=wanted.usage),
+            "uptime_seconds": time() - self._about.started,
+        }
         if "map" in answer:
             answer["map"] = rounded(answer["map"])
         if wanted.durations:

@@ -115,7 +115,7 @@ class QueryAnswers:
         self._copier: Optional[int] = None
         self._copy_rate = Rate()
 
-    def answer(self, cells: Optional[int]) -> Message:
+    def answer(self, cells: Optional[int], *, with_usage: bool = True) -> Message:
         """Everything; the map of a proxy gets *cells* if that is not None.
 
         After the switch it is a target, and nothing is told of an origin and a cache.
@@ -123,7 +123,7 @@ class QueryAnswers:
         source, lines, totals = self._source, self._scoreboard.lines.living(), self._scoreboard.lines.totals()
         switched = self._scoreboard.mode == TARGET
         near = [line for line in lines if line.namespace == self._scoreboard.namespace]
-        usage = self._meter.usage([line.pid for line in near])
+        usage = self._meter.usage([line.pid for line in near]) if with_usage else {}
         answer: Message = {
             "mode": "target" if switched else source.mode,
             "name": source.name,
