@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import stat
+import tempfile
 import threading
 import time
 from contextlib import ExitStack, suppress
@@ -19,7 +20,7 @@ from certificates import Certificates
 from conftest import Start
 from launch import fails
 from proxies import DISK, Proxy, make_disk
-from rawclient import FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, RawClient, pack_request
+from rawclient import DISC, FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, RawClient, pack_request
 from relay import Relay
 from scraping import (
     Sample,
@@ -346,6 +347,7 @@ def test_a_proxy_tells_of_hits_misses_origin_and_cache(start: Start, far: Server
         wait_for(port, "xnbd_request_duration_seconds_count", 3, command="read")
         wait_for(port, "xnbd_cached_bytes", DISK % 4096)  # as if the short block was the one that is there
         wait_for(port, "xnbd_checkpoint_pending_pages", 0)
+        wait_until(lambda: scrape(port).find("xnbd_checkpoint_duration_seconds"), "a checkpoint")
         seen = scrape(port)
         assert 0 <= seen("xnbd_checkpoint_age_seconds") < 2 * PATIENCE
         assert 0 < seen("xnbd_checkpoint_duration_seconds") < PATIENCE
@@ -371,6 +373,31 @@ def test_an_origin_that_goes_and_comes_back(start: Start, far: Server, tmp_path:
             seen = wait_for(port, "xnbd_request_duration_seconds_count", 2, command="read")
             assert seen("xnbd_origin_up") == 1
             assert seen("xnbd_request_duration_seconds_sum", command="read") > 0.05
+
+
+def test_requests_of_a_client_that_takes_its_leave_are_counted(start: Start, far: Server, tmp_path: Path) -> None:
+    proxy = Proxy(start, tmp_path, ["127.0.0.1", far.port], "--metrics", 0, "--readahead", 0)
+    with proxy.raw() as client:
+        client.send(pack_request(READ, 1 << 20, 4096) + pack_request(DISC, 0, 0))
+        client.receive(16 + 4096)
+        assert client.closed()
+    wait_for(port_of(proxy.server), "xnbd_request_duration_seconds_count", 1, command="read")
+
+
+@pytest.mark.root(reason="becomes another user")
+def test_metrics_without_roots_rights(start: Start) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as home:  # others may not enter what pytest makes
+        os.chown(home, 65534, 65534)
+        image = Path(home, "disk.img")
+        image.write_bytes(bytes(1 << 20))
+        os.chown(image, 65534, 65534)
+        server = measured(start, "--target", "--user", "65534", image)
+        server.expected_errors.append("that user cannot")
+        with raw(server) as client:
+            client.read(0, 4096)
+            wait_for(port_of(server), "xnbd_requests_total", 1, command="read")
+            observer = observer_of(server.pid)
+        assert "Uid:\t65534\t65534\t65534\t65534" in Path(f"/proc/{observer}/status").read_text()
 
 
 def test_a_copy_and_a_switch(start: Start, far: Server, tmp_path: Path) -> None:
@@ -444,7 +471,7 @@ def test_counters_never_go_backwards(start: Start, image: Path, tmp_path: Path, 
 
 def test_a_program_that_counts_in_another_way_goes_on(start: Start, image: Path, tmp_path: Path) -> None:
     control = tmp_path / "control"
-    change = ("scoreboard/tally.py", 'Row("hits", ', 'Row("another", "nothing"),\n    Row("hits", ')
+    change = ("scoreboard/tally.py", 'Row("misses", ', 'Row("another", "nothing"),\n    Row("misses", ')
     server = measured(start, "--target", "--control", control, image)
     with raw(server) as client:
         client.read(0, 4096)

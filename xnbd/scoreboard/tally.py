@@ -54,13 +54,13 @@ class Row(NamedTuple):
 ROWS = (
     Row("export_length", "bytes of the export's name and 1 more; 0: the line has no export yet"),
     Row("durations", "requests by command (8) and bucket of how long they took (20)", len(COMMANDS) * _BUCKETS),
-    Row("nanoseconds", "how long all of them took, by command", len(COMMANDS)),
+    Row("durations_waited", "the same, of requests that had to wait for blocks", len(COMMANDS) * _BUCKETS),
+    Row("nanoseconds", "how long all of both took, by command", len(COMMANDS)),
     Row("errors", "requests answered with an error, by command (8) and error (8)", len(COMMANDS) * len(ERRORS)),
     Row("bytes_read", "bytes that clients have read"),
     Row("bytes_written", "bytes that clients have written"),
     Row("bytes_fetched", "bytes fetched from the origin"),
     Row("misses", "requests that had to wait for the origin"),
-    Row("hits", "requests that had not"),
     Row("returns", "how often the origin has answered again after it was lost, or could not be reached"),
     Row("deaths", "processes with a client that have died"),
     Row("snapshots", "snapshots that were made"),
@@ -97,12 +97,12 @@ _HEADER = struct.Struct("=8sI")
 _UNUSED = 64
 """Lines without an export in a row after which there are no more."""
 
-_FOLLOWED = (BYTES_READ, BYTES_WRITTEN, BYTES_FETCHED, MISSES)
-_FOLLOWED_AT = PLACES["bytes_read"] * _NUMBER
-_FOLLOWED_FORM = struct.Struct(f"={len(_FOLLOWED)}Q")
+_READ, _WRITTEN, _FETCHED, _MISSES = (
+    PLACES[name] for name in ("bytes_read", "bytes_written", "bytes_fetched", "misses")
+)
 
 _DURATIONS, _NANOSECONDS, _ERRORS = PLACES["durations"], PLACES["nanoseconds"], PLACES["errors"]
-_HITS = PLACES["hits"]
+_WAITED = PLACES["durations_waited"] - PLACES["durations"]
 
 
 def _describe() -> bytes:
@@ -153,7 +153,6 @@ class Tally:
         with closed_on_error(self._fd):
             self._map = mmap.mmap(self._fd, 0)
             at = self._take(export.encode("utf-8", "surrogateescape")[: _LONGEST_NAME - 1])
-        self._followed = slice(at + _FOLLOWED_AT, at + _FOLLOWED_AT + _FOLLOWED_FORM.size)
         self.numbers = memoryview(self._map)[at : at + _NUMBERS * _NUMBER].cast("Q")
         """The line's numbers, by `PLACES`."""
         for name in NOW:
@@ -180,34 +179,40 @@ class Tally:
 
     def begin(self, counts: Sequence[int]) -> None:
         """From now on what *counts* (see `counters`) grow by is added."""
-        before = _FOLLOWED_FORM.unpack(self._map[self._followed])
-        self._deltas = [number - counts[place] for number, place in zip(before, _FOLLOWED)]
+        numbers = self.numbers
+        self._read = numbers[_READ] - counts[BYTES_READ]
+        self._written = numbers[_WRITTEN] - counts[BYTES_WRITTEN]
+        self._fetched = numbers[_FETCHED] - counts[BYTES_FETCHED]
+        self._misses = numbers[_MISSES] - counts[MISSES]
+        self._seen = counts[MISSES], counts[BYTES_FETCHED]
 
     def follow(self, counts: Sequence[int]) -> None:
         """Publish what *counts* have grown by."""
-        told = map(
-            add, (counts[BYTES_READ], counts[BYTES_WRITTEN], counts[BYTES_FETCHED], counts[MISSES]), self._deltas
-        )
-        self._map[self._followed] = _FOLLOWED_FORM.pack(*told)  # `pack_into` would make them 0 for a moment
+        numbers = self.numbers
+        numbers[_READ] = counts[BYTES_READ] + self._read
+        numbers[_WRITTEN] = counts[BYTES_WRITTEN] + self._written
+        seen = counts[MISSES], counts[BYTES_FETCHED]
+        if seen != self._seen:
+            self._seen = seen
+            numbers[_MISSES] = seen[0] + self._misses
+            numbers[_FETCHED] = seen[1] + self._fetched
 
     def answered(self, reads: int, writes: int, seconds: float) -> None:
-        """So many READs and WRITEs took so long, all of them."""
-        numbers, bucket, duration = self.numbers, _DURATIONS + bisect_left(BOUNDS, seconds), int(seconds * 1e9)
+        """So many READs and WRITEs took so long, all of them, and had not to wait for blocks."""
+        numbers, bucket = self.numbers, _DURATIONS + bisect_left(BOUNDS, seconds)
         if reads:
             numbers[bucket] += reads
-            numbers[_NANOSECONDS] += duration * reads
+            numbers[_NANOSECONDS] += int(seconds * 1e9) * reads
         if writes:
             numbers[bucket + _BUCKETS] += writes
-            numbers[_NANOSECONDS + 1] += duration * writes
-        numbers[_HITS] += reads + writes
+            numbers[_NANOSECONDS + 1] += int(seconds * 1e9) * writes
 
-    def answered_some(self, command: int, count: int, seconds: float, *, hit: bool) -> None:
-        """*count* requests took so long, each of them; *hit*: without waiting for blocks."""
+    def answered_some(self, command: int, count: int, seconds: float, *, waited: bool) -> None:
+        """*count* requests took so long, each of them; *waited*: for blocks."""
         numbers, place = self.numbers, place_of_command(command)
-        numbers[_DURATIONS + place * _BUCKETS + bisect_left(BOUNDS, seconds)] += count
+        row = _DURATIONS + _WAITED if waited else _DURATIONS
+        numbers[row + place * _BUCKETS + bisect_left(BOUNDS, seconds)] += count
         numbers[_NANOSECONDS + place] += int(seconds * 1e9) * count
-        if hit:
-            numbers[_HITS] += count
 
     def refused(self, command: int, error: int) -> None:
         """A request was answered with the *error* of the protocol."""
@@ -262,8 +267,14 @@ class Sums:
 
     def durations(self, command: int) -> Tuple[List[int], float]:
         """Of the requests of one command: how many there are in each bucket, and the sum in seconds."""
-        buckets = self.row("durations")[command * _BUCKETS : (command + 1) * _BUCKETS]
-        return buckets, self.row("nanoseconds")[command] / 1e9
+        places = slice(command * _BUCKETS, (command + 1) * _BUCKETS)
+        buckets = map(add, self.row("durations")[places], self.row("durations_waited")[places])
+        return list(buckets), self.row("nanoseconds")[command] / 1e9
+
+    @property
+    def hits(self) -> int:
+        """Requests that had not to wait for blocks."""
+        return sum(self.row("durations"))
 
     def refusals(self, command: int) -> List[int]:
         """The requests of one command that were answered with an error, by error."""

@@ -83,6 +83,9 @@ class Master:
         self._poll.register(self._crew.pipes.reports_master, select.POLLIN)
         commands = {"reload": self._on_reload, "upgrade": self._on_upgrade}
         self._stewards = Stewards(premises, self._poll, self._close_in_steward, commands)
+        if premises.metrics is not None:
+            from .observer import service as _service  # noqa: F401
+
         former = () if estate is None else estate.observers
         self._observers = Observers(premises.metrics, self._fork_observer, self._observed, service.source.name, former)
         self._upgrades: Optional[Upgrades] = None

@@ -39,6 +39,9 @@ class Observers:
         former: Iterable[int] = (),
     ) -> None:
         """Without *listeners* there is none. *observed* is told when the program was started."""
+        if listeners is not None:  # later the files of the next program may stand where those of this one do
+            from .observer import process  # noqa: F401
+
         self._listeners = listeners
         self._start = start
         self._observed = observed
@@ -54,7 +57,8 @@ class Observers:
 
     def deadline(self) -> Optional[float]:
         """When `progress` wants to be called (monotonic seconds)."""
-        return None if self._listeners is None or self._pid is not None else self._start_at
+        is_wanted = self._listeners is not None and self._pid is None and self._start_at < float("inf")
+        return self._start_at if is_wanted else None
 
     def progress(self, lifeline: int) -> None:
         """Start one if there is none; it ends with *lifeline*."""

@@ -34,12 +34,12 @@ def status(exposed: Exposed, export: Optional[StoredExport]) -> Message:
     """What is told of every export. *export* is None if it was removed and has clients yet."""
     sums, cache = exposed.sums, exposed.cache
     requests = sum(sum(sums.durations(place)[0]) for place in range(len(COMMANDS)))
-    counters = {name: sums[name] for name in ("bytes_read", "bytes_written", "misses", "bytes_fetched", "hits")}
+    counters = {name: sums[name] for name in ("bytes_read", "bytes_written", "misses", "bytes_fetched")}
     told: Message = {
         "mode": None if export is None else export.mode,
         "disk_size": exposed.disk_bytes,
         "clients": sums["clients"],
-        "counters": {"requests": requests, **counters},
+        "counters": {"requests": requests, **counters, "hits": sums.hits},
         "write_back_failed": exposed.write_back_failed,
     }
     if cache is not None:

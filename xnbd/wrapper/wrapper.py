@@ -125,6 +125,9 @@ class Wrapper:
             None if estate is None else estate.clients,
         )
         self._movers = Movers(self._clients, self._children, self._move)
+        if metrics is not None:
+            from . import observed  # noqa: F401
+
         tallies = () if metrics is None else metrics.tallies
         self._metrics = Metrics(metrics, self._children, partial(self._observed, tallies))
         self._clients.on_death = self._metrics.count_death

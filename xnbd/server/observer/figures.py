@@ -151,6 +151,10 @@ def _snapshots(exposed: Exposed) -> Values:
         yield (("outcome", outcome),), exposed.sums[row]
 
 
+def _hits(exposed: Exposed) -> Values:
+    return [((), exposed.sums.hits)]
+
+
 def _checkpoint_duration(exposed: Exposed) -> Values:
     nanoseconds = exposed.sums["checkpoint_nanoseconds"]
     return [((), nanoseconds / 1e9)] if nanoseconds else []
@@ -193,7 +197,7 @@ _OF_EXPORTS = (
 )
 
 _OF_CACHES = (
-    _Spec("xnbd_cache_hits", "counter", "Requests that had not to wait for the origin.", _one("hits")),
+    _Spec("xnbd_cache_hits", "counter", "Requests that had not to wait for the origin.", _hits),
     _Spec("xnbd_cache_misses", "counter", "Requests that had to.", _one("misses")),
     _Spec(
         "xnbd_cached_bytes",

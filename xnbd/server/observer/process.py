@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import socket
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from time import monotonic
 from typing import Callable, List, Mapping, Optional, Sequence
 
@@ -53,6 +55,7 @@ def observe(lifeline: int, listeners: Sequence[socket.socket], observe_what: Cal
     let_signals_in()
     set_title("metrics of", title) if title else set_title("metrics")
     os.nice(_NICE)
+    _raise_limit()
     try:
         observed = observe_what()
     except OSError as error:
@@ -72,6 +75,13 @@ def observe(lifeline: int, listeners: Sequence[socket.socket], observe_what: Cal
         return 0
     finally:
         server.close()
+
+
+def _raise_limit() -> None:
+    """Six descriptors are needed for each proxy of a wrapper."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def pages(observed: Observed) -> Mapping[str, Page]:

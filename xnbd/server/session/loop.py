@@ -377,7 +377,9 @@ class Session:
                 now = monotonic()
                 seconds = now - began
                 if timing is not None:
-                    timing.depart(done - noted - wrote, wrote, now)
+                    timing.answered(done - noted - wrote, wrote, now - timing.arrived)
+                    if timing.held:
+                        timing.depart_held(now)
                 if seconds > QUICK or announce:
                     commands.page_prefetch.sent(count, length, seconds)
                 if pieces:

@@ -152,9 +152,12 @@ class Parked:
             self.send_now()
         else:
             self._replies.send()
-        if self._timing is not None:
-            self._timing.depart_held(monotonic())
+            self._on_sent()
         self._disk.catch_up()
+
+    def _on_sent(self) -> None:
+        if self._timing is not None and not self._replies.pieces:
+            self._timing.depart_held(monotonic())
 
     def send_now(self) -> None:
         """Send what leaves without a wait; a client that takes its leave need not be there any more."""
@@ -164,6 +167,7 @@ class Parked:
             if not self._parting:
                 raise
             self._replies.pieces.clear()
+        self._on_sent()
 
     # Waiting
 

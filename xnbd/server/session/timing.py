@@ -16,35 +16,34 @@ from .parking import ParkedRequest
 
 
 class Timing:
-    """Books the requests of one client in the *tally*. The session tells when its batch has ``arrived``."""
+    """Books the requests of one client in the *tally*.
+
+    The session tells when its batch has ``arrived``. Plain READs and WRITEs of a batch it books itself, by
+    ``answered``; other requests are ``held`` here until their replies have left.
+    """
 
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
+        self.answered = tally.answered
         self.arrived = monotonic()
-        self._held: List[Tuple[int, int, float, bool]] = []
-
-    def depart(self, reads: int, writes: int, now: float) -> None:
-        """All replies have left: those of so many READs and WRITEs of this batch, and those that were noted."""
-        self._tally.answered(reads, writes, now - self.arrived)
-        if self._held:
-            self.depart_held(now)
+        self.held: List[Tuple[int, int, float, bool]] = []
 
     def hold(self, reads: int, writes: int) -> None:
         """So many READs and WRITEs are answered, whose replies may leave before the rest of the batch is done."""
         for command, count in ((CMD_READ, reads), (CMD_WRITE, writes)):
             if count:
-                self._held.append((command, count, self.arrived, True))
+                self.held.append((command, count, self.arrived, False))
 
     def hold_one(self, command: int) -> None:
         """A request of this batch is answered."""
-        self._held.append((command, 1, self.arrived, True))
+        self.held.append((command, 1, self.arrived, False))
 
     def hold_parked(self, request: ParkedRequest) -> None:
         """A request that had to wait, for blocks or for its turn, is answered."""
-        self._held.append((request.command, 1, request.arrived, False))
+        self.held.append((request.command, 1, request.arrived, True))
 
     def depart_held(self, now: float) -> None:
         """What was noted has left."""
-        for command, count, arrived, hit in self._held:
-            self._tally.answered_some(command, count, now - arrived, hit=hit)
-        self._held.clear()
+        for command, count, arrived, waited in self.held:
+            self._tally.answered_some(command, count, now - arrived, waited=waited)
+        self.held.clear()
