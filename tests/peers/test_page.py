@@ -156,7 +156,7 @@ def test_it_goes_on_when_the_server_is_back(browser: Browser, start: Start, imag
         assert all("ERR_CONNECTION" in text or "ERR_EMPTY" in text for text in page.complaints)
 
 
-def test_a_stopped_server_is_no_answer_either(browser: Browser, page: Page, proxy: Proxy) -> None:
+def test_it_goes_on_when_the_process_for_metrics_has_died(page: Page, proxy: Proxy) -> None:
     proxy.server.expected_errors.append("the process for metrics died: killed by SIGKILL")
     kill_observer(proxy.server.pid)
     with proxy.raw() as client:
@@ -177,7 +177,7 @@ def test_it_goes_on_after_an_upgrade(page: Page, proxy: Proxy, tmp_path: Path) -
     page.complaints[:] = [text for text in page.complaints if "ERR_" not in text]
 
 
-def test_it_fits_a_phone_and_a_desk_light_and_dark(browser: Browser, page: Page, proxy: Proxy) -> None:
+def test_it_fits_a_phone_and_a_desk_light_and_dark(page: Page, proxy: Proxy) -> None:
     with proxy.raw() as client:
         client.read(0, 4096)
         page.wait_for("document.querySelector('#clienttable td') !== null")
