@@ -18,6 +18,8 @@ from launch import fails, launched, serving
 from rawclient import RawClient
 from server_process import Server, children_of, command, free_port, run, title_of, wait_until
 
+from xnbd.system.listen import UnixSocket
+
 _PIDFD_GETFD = 438
 """System call number, the same on all architectures (``pidfd_getfd(2)``)."""
 
@@ -367,3 +369,15 @@ def test_idle_server_uses_no_processor_time(start: Start, image: Path) -> None:
 
         # The first attempts may see workers that were forked a moment ago on their way to sleep.
         wait_until(slept_for_a_second, "a second without any activity")
+
+
+def test_a_unix_socket_is_removed_once(tmp_path: Path) -> None:
+    """What is there later is a successor's, also if its file has the same inode number by chance."""
+    path, kept = tmp_path / "socket", tmp_path / "kept"
+    listener = UnixSocket(str(path), 1)
+    os.link(path, kept)
+    listener.close()
+    assert not path.exists()
+    kept.rename(path)
+    listener.close()
+    assert path.exists()

@@ -31,10 +31,13 @@ from xnbd.server.handover.letters import (
     REFUSED,
     SESSION,
     TAKEN,
+    Enclosed,
     Letter,
     pack_offer,
+    parse_offer,
     receive_letter,
     send_letter,
+    unfold,
 )
 from xnbd.server.process_loop import ProcessLoop
 from xnbd.server.reports import SIZE, Report, parse_report
@@ -552,3 +555,30 @@ def test_a_report_of_another_version_is_read_as_far_as_it_is_known() -> None:
 def test_a_long_reason_is_cut() -> None:
     report = parse_report(Report(1, "peer", stays="x" * 500).pack())
     assert report.stays == "x" * 100
+
+
+def test_a_kit_goes_along_with_its_descriptors_and_finds_them_again() -> None:
+    enclosed = Enclosed()
+    kit = {
+        "disk": {"image": enclosed(70), "fds": [enclosed(50), enclosed(60)], "size": 1 << 62, "punch": True},
+        "no": None,
+    }
+    fields = parse_offer(pack_offer(DISK, kit))
+    assert fields["disk"] == list(DISK)
+    assert enclosed.fds == [70, 50, 60]
+    there = unfold(fields["kit"], [7, 5, 6])
+    assert there == {"disk": {"image": 7, "fds": [5, 6], "size": 1 << 62, "punch": True}, "no": None}
+    with pytest.raises(IndexError):
+        unfold(fields["kit"], [7, 5])
+
+
+def test_an_offer_with_a_kit_is_for_those_who_expect_one() -> None:
+    offers, offering = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with offers, offering:
+        for with_kit in (False, True):
+            send_letter(offering, pack_offer(DISK, {"disk": -1}), (0, 1))
+            offer = take_offer(offers, with_kit=with_kit)
+            assert (offer is not None) == with_kit
+            if offer is not None:
+                assert len(offer.fds) == 2
+                offer.close()

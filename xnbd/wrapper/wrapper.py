@@ -107,23 +107,10 @@ class Wrapper:
         )
         self._steering = ProxySteering(self._children, settings.servers, settings.bgctl, database.name_of)
         self._commands = WrapperCommands(database, self._children, settings.servers, self._steering, controls)
-        if estate is None:
-            self._control = ControlSocket(control_path, self._commands.table())
-        else:
-            going_on = {"upgrade": upgrades.go_on}
-            self._control = ControlSocket.unpack(estate.control, self._commands.table(), going_on)
+        self._control = self._open_control(control_path, estate)
         self._lobby = Lobby(configuration.handshake_timeout)
         self._exchange = Exchange.new() if estate is None else Exchange.unpack(estate.exchange)
-        self._clients = Clients(
-            listeners,
-            self._lobby,
-            self._children,
-            self._serve,
-            configuration.max_clients,
-            self._commands.book_switch,
-            lambda report: self._movers.on_report(report),
-            None if estate is None else estate.clients,
-        )
+        self._clients = self._open_clients(estate)
         self._movers = Movers(self._clients, self._children, self._move)
         if metrics is not None:
             from . import observed  # noqa: F401
@@ -135,12 +122,7 @@ class Wrapper:
             self._signals.add(signal.SIGCHLD)  # whoever has ended meanwhile
             upgrades.arrive(Arrival(estate.version, self._movers))
         self._wake, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, self._on_signal)
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)  # they mean something to servers, and would end this process
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, forking.SIGNALS)
+        self._handle_signals()
 
     def run(self) -> int:
         """The exit status: 0 after an orderly end, 1 if it had to be cut short."""
@@ -168,6 +150,35 @@ class Wrapper:
             parts = (f"clients: {len(self._clients)}", exports, self._reloads.failure)
             self._manager.show("; ".join(filter(None, parts)))
             self._manager.progress(lambda: True)
+
+    # At the start
+
+    def _open_control(self, path: str, estate: Optional[WrapperEstate]) -> ControlSocket:
+        """Raises `ConfigurationError`."""
+        table = self._commands.table()
+        if estate is None:
+            return ControlSocket(path, table)
+        return ControlSocket.unpack(estate.control, table, {"upgrade": self._upgrades.go_on})
+
+    def _open_clients(self, estate: Optional[WrapperEstate]) -> Clients:
+        return Clients(
+            self._listeners,
+            self._lobby,
+            self._children,
+            self._serve,
+            self._settings.configuration.max_clients,
+            self._commands.book_switch,
+            lambda report: self._movers.on_report(report),
+            None if estate is None else estate.clients,
+        )
+
+    def _handle_signals(self) -> None:
+        signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)  # they mean something to servers, and would end this process
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, forking.SIGNALS)
 
     # In the children
 

@@ -171,16 +171,19 @@ _SNAPSHOT_TIMES = {
     "qemu": Contender("qemu-sd", Writes(take_qemu, "takes")),
 }
 
+_ONE_IN_FLIGHT = ratio(1.0, of_limit=0.85)
+_MANY_IN_FLIGHT = ratio(1.0, of_limit=0.75)
+
 _BUSY = Load(depth=16, connections=8)
 _WRITE = Load("randwrite", depth=32)
 
 MEASUREMENTS: List[Measurement] = [
-    small("randread-1", "random read, 1 in flight", ratio(1.5), Load(depth=1)),
-    small("randread-1-busy", "random read, 1 in flight, busy neighbours", ratio(1.0), Beside(Load(depth=1))),
+    small("randread-1", "random read, 1 in flight", _ONE_IN_FLIGHT, Load(depth=1)),
+    small("randread-1-busy", "random read, 1 in flight, busy neighbours", _ONE_IN_FLIGHT, Beside(Load(depth=1))),
     asleep("randread-1-asleep", "random read, 1 in flight, without polling", ratio(0.95), Load(depth=1)),
     small("randread-16", "random read, 16 in flight", ratio(2.3), Load(depth=16)),
-    small("randread-64", "random read, 64 in flight", ratio(4.0), Load(depth=64)),
-    small("randwrite-32", "random write, 32 in flight", ratio(3.3), Load("randwrite", depth=32)),
+    small("randread-64", "random read, 64 in flight", _MANY_IN_FLIGHT, Load(depth=64)),
+    small("randwrite-32", "random write, 32 in flight", _MANY_IN_FLIGHT, Load("randwrite", depth=32)),
     small("randread-4x16", "random read, 4 clients, 16 each", ratio(3.3), Load(depth=16, connections=4)),
     small("fio-1", "fio random read, 1 in flight", ratio(2.0), Fio(1)),
     small("fio-32", "fio random read, 32 in flight", ratio(1.3), Fio(32)),

@@ -12,6 +12,8 @@ from .results import LIMIT, TIMES, Panel, Result
 _COLOURS = ["#1f6fb4", "#b8bec6", "#969da6", "#747b84", "#565c64"]
 """The subject's, then the others' in their order."""
 
+_LIMIT_COLOUR = "#c0504d"
+
 _PANELS: Dict[Panel, str] = {"small": "4 KiB requests, thousands per second", "throughput": "large requests, GB/s"}
 _BAR_GROUP_WIDTH = 0.84
 _TITLE_WIDTH = 15
@@ -56,6 +58,7 @@ def _draw_panel(axis: Any, group: List[Result], title: str) -> None:
         axis.bar_label(bars, [_label(value) for value in values], fontsize=7, color="#444444", padding=1)
         if index == 0:
             _mark_ratios(axis, group, places, values)
+    _mark_limits(axis, group)
     axis.set_title(title, fontsize=11)
     axis.set_xticks(range(len(group)), [_fold(result.title) for result in group], fontsize=8.5)
     axis.tick_params(axis="x", length=0)
@@ -78,6 +81,15 @@ def _mark_ratios(axis: Any, group: List[Result], places: List[float], values: Li
                 fontweight="bold",
                 color=_COLOURS[0],
             )
+
+
+def _mark_limits(axis: Any, group: List[Result]) -> None:
+    """A line across a row's bars, as high as the C program of the subject's technique came."""
+    rows = [row for row, result in enumerate(group) if LIMIT in result.references]
+    if rows:
+        heights = [(group[row].median(LIMIT) or 0) / 1000 for row in rows]
+        begins, ends = ([row + side * _BAR_GROUP_WIDTH / 2 for row in rows] for side in (-1, 1))
+        axis.hlines(heights, begins, ends, colors=_LIMIT_COLOUR, linestyles="dotted", label="limit (C)")
 
 
 def _fold(title: str) -> str:

@@ -20,7 +20,8 @@ def format_value(value: Optional[float], unit: Unit) -> str:
 
 def format_goal(result: Result) -> str:
     if result.goal.kind == "ratio":
-        return f"≥ {TIMES}{result.goal.bound:g}"
+        of_limit = f", {result.goal.of_limit:g} of limit" if result.goal.of_limit else ""
+        return f"≥ {TIMES}{result.goal.bound:g}{of_limit}"
     sign = "≤" if result.goal.kind == "at most" else "≥"
     return f"{sign} {result.goal.bound:g} {result.unit}"
 

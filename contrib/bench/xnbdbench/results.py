@@ -19,14 +19,18 @@ _MORE_IS_BETTER = ("iops", "MB/s")
 
 @dataclass(frozen=True)
 class Goal:
-    """``ratio``: at least so many times better than the best of the others; the others: in the measurement's unit."""
+    """``ratio``: at least so many times better than the best of the others; the others: in the measurement's unit.
+
+    With *of_limit* also at least that share of what the C program of the same technique has.
+    """
 
     kind: Literal["ratio", "at most", "at least"]
     bound: float
+    of_limit: float = 0.0
 
 
-def ratio(bound: float) -> Goal:
-    return Goal("ratio", bound)
+def ratio(bound: float, of_limit: float = 0.0) -> Goal:
+    return Goal("ratio", bound, of_limit)
 
 
 def at_most(bound: float) -> Goal:
@@ -101,7 +105,7 @@ class Result:
     @property
     def is_reached(self) -> bool:
         reached = self.ratio if self.goal.kind == "ratio" else self.median(self.subject)
-        if reached is None:
+        if reached is None or (self.goal.of_limit and (self.share_of_limit or 0.0) < self.goal.of_limit):
             return False
         return reached <= self.goal.bound if self.goal.kind == "at most" else reached >= self.goal.bound
 

@@ -16,6 +16,8 @@ from ...system.listen import UnixSocket
 from .duty import Context, Duty
 
 _TAKE_OVER_EVERY = 1.0
+_FIRST_PAUSE = 0.05
+"""Seconds until the second look: a sibling whose client moves to this process is about to leave."""
 
 _SIGNALS = {signal.SIGUSR1: "snapshot", signal.SIGUSR2: "switch"}
 """The commands that signals to the master stand for."""
@@ -38,6 +40,7 @@ class ControlOrders(Duty):
         self._commands = commands
         self._control: Optional[ControlSocket] = None
         self._next_try = monotonic()
+        self._pause = _FIRST_PAUSE
         self._failure = ToldOnce()
         if isinstance(where, UnixSocket):
             self._listen()
@@ -60,7 +63,8 @@ class ControlOrders(Duty):
 
     def _take_over(self) -> None:
         """Listen if the former owner is gone."""
-        self._next_try = monotonic() + _TAKE_OVER_EVERY
+        self._next_try = monotonic() + self._pause
+        self._pause = min(2 * self._pause, _TAKE_OVER_EVERY)
         if not self._scoreboard.try_lock(CONTROL):
             return
         try:
