@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Callable, Iterator, List
 
 import pytest
+from browser import Browser
 from caching import CacheFiles
 from certificates import Certificates
 from hypothesis import HealthCheck, settings
@@ -100,6 +101,16 @@ def files(tmp_path: Path) -> CacheFiles:
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     """Certificates and keys for TLS."""
     return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Chromium, whose start takes a second or two; each test opens tabs of its own."""
+    program = Browser(tmp_path_factory.mktemp("browser"))
+    try:
+        yield program
+    finally:
+        program.close()
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def test_promtool_and_the_formats(server: Server) -> None:
     assert check_by_promtool(answer.body) == ""
     names = {name.removesuffix("_info") for name, _ in Scrape(answer.body.decode(), plain=True).samples}
     assert names == {name.removesuffix("_info") for name, _ in scrape(port_of(server)).samples}
-    assert b"/metrics" in get(port_of(server), "/").body
+    assert b'href="metrics"' in get(port_of(server), "/").body
     assert get(port_of(server), "/other").status == 404
 
 
@@ -171,6 +171,17 @@ def test_the_status_is_what_the_query_tells(server: Server, tmp_path: Path) -> N
         for changing in ("uptime_seconds", "workers"):
             del answer[changing]
     assert told == asked
+
+
+def test_the_status_leaves_out_what_is_not_wanted_and_has_more_if_wanted(server: Server, image: Path) -> None:
+    with raw(server) as client:
+        client.read(0, 4096)
+        wait_for(port_of(server), "xnbd_requests_total", 1, command="read")
+        usual = status(port_of(server))
+        asked = status(port_of(server), f"/status?durations=1&usage=0&map=8&export={image.name}")
+    assert "memory_bytes" in usual["workers"][0]
+    assert "memory_bytes" not in asked["workers"][0]
+    assert (sum(asked["durations"]["read"]), "map" in asked, "durations" in usual) == (1, False, False)
 
 
 def test_it_listens_on_this_computer_only_unless_told(start: Start, image: Path) -> None:

@@ -120,8 +120,8 @@ def scrape(where: Where, **headers: str) -> Scrape:
     return Scrape(answer.body.decode())
 
 
-def status(where: Where) -> Dict[str, Any]:
-    return dict(json.loads(get(where, "/status").body))
+def status(where: Where, path: str = "/status") -> Dict[str, Any]:
+    return dict(json.loads(get(where, path).body))
 
 
 def metrics_port(log: str) -> int:

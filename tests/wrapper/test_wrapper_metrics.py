@@ -8,7 +8,7 @@ import signal
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List
 
 import pytest
 from conftest import MIB, Start, StartWrapper
@@ -108,6 +108,35 @@ def test_deaths_are_counted_for_their_export(wrapper: Wrapper) -> None:
         assert seen("xnbd_worker_deaths_total", export="two.img") == 0
         assert seen("xnbd_clients", export="one.img") == 0
         assert seen("xnbd_requests_total", export="one.img", command="read") == 1
+
+
+def test_one_export_is_told_in_detail(start: Start, start_wrapper: StartWrapper, tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(random.Random(3).randbytes(MIB))
+    origin = start("--target", "--readonly", disk, tcp=True)
+    wrapper = measured(start_wrapper)
+    files = [tmp_path / name for name in ("cache.img", "bitmap", "ctl")]
+    wrapper.ctl("--add-proxy", "far & away", "127.0.0.1", origin.port, *files)
+    address = f"nbd://127.0.0.1:{origin.port}"
+
+    def told() -> Dict[str, Any]:
+        return status(port_of(wrapper), "/status?export=far%20%26%20away&map=16&durations=1")
+
+    before = told()
+    assert before["origin"]["address"].startswith(address)
+    assert before["workers"] == []
+    with wrapper.client("far & away") as client:
+        client.read(0, MIB // 2)
+        wait_until(lambda: told().get("blocks", {}).get("cached", 0) >= 128, "the count of local blocks")
+        wait_until(lambda: told()["counters"]["bytes_read"] == MIB // 2, "the client's figures")
+        seen = told()
+        assert seen["map"][:8] == [1] * 8
+        assert seen["blocks"]["total"] == 256
+        assert sum(seen["durations"]["read"]) == 1
+        assert [worker["bytes_read"] for worker in seen["workers"]] == [MIB // 2]
+        assert seen["origin"]["state"] == "connected"
+    assert get(port_of(wrapper), "/status?export=none").status == 404
+    assert sum(status(port_of(wrapper), "/status?durations=1")["durations"]["read"]) == 1
 
 
 def test_a_proxy_keeps_its_figures_when_the_last_client_has_left(

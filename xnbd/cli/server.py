@@ -146,8 +146,9 @@ Process options:
 
 Metrics options:
   --metrics [ADDRESS:]PORT
-                        Answer HTTP there: figures for Prometheus at /metrics,
-                        what xnbd-bgctl --query tells at /status, as JSON.
+                        Answer HTTP there: a page for browsers at /, figures for
+                        Prometheus at /metrics, what xnbd-bgctl --query tells at
+                        /status, as JSON.
                         Without ADDRESS on this computer only; 0 picks a free
                         port. What has a slash in it is the path of a Unix
                         socket. Nobody has to prove who he is, and nothing is

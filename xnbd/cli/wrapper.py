@@ -65,10 +65,11 @@ Server options:
 
 Metrics options:
   --metrics [ADDRESS:]PORT
-                        Answer HTTP there: figures of all exports for
-                        Prometheus at /metrics, and as JSON at /status. Without
-                        ADDRESS on this computer only; 0 picks a free port.
-                        What has a slash in it is the path of a Unix socket.
+                        Answer HTTP there: a page for browsers at /, figures of
+                        all exports for Prometheus at /metrics, and as JSON at
+                        /status. Without ADDRESS on this computer only; 0 picks
+                        a free port. What has a slash in it is the path of a
+                        Unix socket.
                         Nobody has to prove who he is, and nothing is
                         encrypted.
 

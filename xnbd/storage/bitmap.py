@@ -35,6 +35,10 @@ def count_bits(octets: bytes) -> int:
     return 8 * octets.count(b"\xff") + _count_mixed(mixed) if mixed else 8 * octets.count(b"\xff")
 
 
+def _ones(word: int) -> int:
+    return word.bit_count() if sys.version_info >= (3, 10) else bin(word).count("1")
+
+
 def _count_mixed(octets: bytes) -> int:
     if sys.version_info >= (3, 10):
         return int.from_bytes(octets, "little").bit_count()
@@ -128,7 +132,7 @@ class Bitmap:
         if self.all_set(first, end):
             return 1.0
         word = int.from_bytes(self.octets[first >> 3 : (end + 7) >> 3], "little") >> (first & 7)
-        return min(bin(word & ((1 << (end - first)) - 1)).count("1") / (end - first), 0.999)
+        return min(_ones(word & ((1 << (end - first)) - 1)) / (end - first), 0.999)
 
     def _next_change(self, first: int, end: int, state: bool) -> int:
         """The first block from *first* on that is not *state*, at most *end*."""

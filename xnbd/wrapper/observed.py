@@ -6,7 +6,7 @@ import json
 import os
 from contextlib import suppress
 from time import monotonic, time
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from .. import __version__
 from ..errors import ConfigurationError
@@ -14,13 +14,16 @@ from ..metrics.exposition import Family
 from ..proxy.state.format import SCOREBOARD_SUFFIX
 from ..proxy.state.view import CacheView, view_of
 from ..scoreboard.scoreboard import Scoreboard
-from ..scoreboard.tally import COMMANDS, Sums, TallyReader
+from ..scoreboard.tally import Sums, TallyReader
 from ..server.configuration import Configuration
 from ..server.observer.disks import Counting, available_bytes, cache_now
 from ..server.observer.figures import About, CacheNow, Exposed, families
 from ..server.observer.process import Observed
+from ..server.observer.wanted import NoSuchExport, Wanted, durations
+from ..server.steward.progress import Rate
 from ..storage.target import usable_size
 from .database import Database
+from .export_status import Message, status, with_cache
 from .exports import ProxyExport, StoredExport
 
 _SIZE_VALID = 10.0
@@ -35,27 +38,28 @@ class _Cache:
         self._path = os.path.realpath(bitmap_path)
         self.view: Optional[CacheView] = None
         self.counting: Optional[Counting] = None
-        self._scoreboard: Optional[Scoreboard] = None
+        self.copy_rate = Rate()
+        self.scoreboard: Optional[Scoreboard] = None
 
     def look(self) -> None:
         """Go on with the files that are there now."""
         board = self._path + SCOREBOARD_SUFFIX
-        if self.view is not None and not (self.view.is_at(self._path) and _is_at(self._scoreboard, board)):
+        if self.view is not None and not (self.view.is_at(self._path) and _is_at(self.scoreboard, board)):
             self.close()
         if self.view is None:
             self.view = view_of(self._path)
-            self._scoreboard = _scoreboard_at(board)
+            self.scoreboard = _scoreboard_at(board)
             if self.view is not None:
-                self.counting = Counting(self.view, self._scoreboard)
+                self.counting = Counting(self.view, self.scoreboard)
 
     def now(self) -> CacheNow:
-        return cache_now(self._scoreboard, self.view, self.counting)
+        return cache_now(self.scoreboard, self.view, self.counting)
 
     def close(self) -> None:
-        for what in (self.view, self._scoreboard):
+        for what in (self.view, self.scoreboard):
             if what is not None:
                 what.close()
-        self.view = self.counting = self._scoreboard = None
+        self.view = self.counting = self.scoreboard = None
 
 
 def _is_at(scoreboard: Optional[Scoreboard], path: str) -> bool:
@@ -132,9 +136,15 @@ class ObservedWrapper(Observed):
             self._sizes[path] = monotonic() + _SIZE_VALID, size
         return size
 
-    def status(self) -> str:
+    def status(self, wanted: Wanted) -> str:
+        exposed = self._exposed()
         exports = self._database.exports
-        about = {
+        if wanted.export is not None:
+            found = next((one for one in exposed if one.export == wanted.export), None)
+            if found is None:
+                raise NoSuchExport
+            return json.dumps({"done": True, **self._detail(found, exports.get(found.export), wanted)}) + "\n"
+        about: Message = {
             "done": True,
             "mode": "wrapper",
             "pid": os.getppid(),
@@ -142,8 +152,24 @@ class ObservedWrapper(Observed):
             "uptime_seconds": time() - self._about.started,
             "configuration": self._configuration.figures(),
         }
-        disks = {exposed.export: _status(exposed, exports.get(exposed.export)) for exposed in self._exposed()}
+        if wanted.durations:
+            about["durations"] = durations(one.sums for one in exposed)
+        disks = {one.export: status(one, exports.get(one.export)) for one in exposed}
         return json.dumps({**about, "exports": disks}) + "\n"
+
+    def _detail(self, exposed: Exposed, export: Optional[StoredExport], wanted: Wanted) -> Message:
+        cache = self._caches.get(export) if isinstance(export, ProxyExport) else None
+        about: Message = {
+            "name": exposed.export,
+            "version": __version__,
+            "uptime_seconds": time() - self._about.started,
+            **status(exposed, export),
+        }
+        if isinstance(export, ProxyExport) and cache is not None:
+            about = with_cache(about, export, cache, wanted.cells)
+        if wanted.durations:
+            about["durations"] = durations([exposed.sums])
+        return about
 
     # Counting what is local
 
@@ -162,26 +188,3 @@ class ObservedWrapper(Observed):
     def deadline(self) -> Optional[float]:
         due = min((counting.due for counting in self._countings()), default=None)
         return None if due is None else max(due, self._work_at)
-
-
-def _status(exposed: Exposed, export: Optional[StoredExport]) -> Dict[str, Any]:
-    """One export; names are those of a server's answer."""
-    sums, cache = exposed.sums, exposed.cache
-    requests = sum(sum(sums.durations(place)[0]) for place in range(len(COMMANDS)))
-    counters = {name: sums[name] for name in ("bytes_read", "bytes_written", "misses", "bytes_fetched")}
-    status: Dict[str, Any] = {
-        "mode": None if export is None else export.mode,
-        "disk_size": exposed.disk_bytes,
-        "clients": sums["clients"],
-        "counters": {"requests": requests, **counters, "hits": sums.hits},
-        "write_back_failed": exposed.write_back_failed,
-    }
-    if cache is not None:
-        unreachable, connected = sums["origin_unreachable"], sums["origin_connected"]
-        status["origin"] = {
-            "state": "unreachable" if unreachable else "connected" if connected else "idle",
-            "connections": connected,
-        }
-        status["cached_bytes"] = cache.cached_bytes
-        status["queue"] = {"requests": sums["waiting"], "bytes": sums["waiting_bytes"]}
-    return status

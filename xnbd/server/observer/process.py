@@ -14,9 +14,11 @@ from typing import Callable, List, Mapping, Optional, Sequence
 from ...logs import log
 from ...metrics.exposition import OPENMETRICS, PLAIN, Family, openmetrics, plain
 from ...metrics.http import HttpServer, Page, Request, Response
+from ...metrics.page import page
 from ...system.forking import let_signals_in
 from ...system.polling import poll_patiently
 from ..process_loop import ProcessLoop, Stop
+from .wanted import NoSuchExport, Wanted, parse_wanted
 
 _NICE = 5  # clients go before those who watch
 _PARTING_TIME = 1.0
@@ -30,8 +32,8 @@ class Observed(ABC):
         """For ``/metrics``."""
 
     @abstractmethod
-    def status(self) -> str:
-        """For ``/status``: JSON."""
+    def status(self, wanted: Wanted) -> str:
+        """For ``/status``: JSON. Raises `NoSuchExport`."""
 
     @abstractmethod
     def work(self) -> None:
@@ -83,7 +85,7 @@ def _raise_limit() -> None:
 
 
 def pages(observed: Observed) -> Mapping[str, Page]:
-    """By their paths. The page for people belongs at ``/``."""
+    """By their paths."""
 
     def metrics(request: Request) -> Response:
         families = observed.families()
@@ -91,11 +93,23 @@ def pages(observed: Observed) -> Mapping[str, Page]:
             return Response(openmetrics(families), OPENMETRICS)
         return Response(plain(families), PLAIN)
 
-    def status(_request: Request) -> Response:
-        return Response(observed.status().encode(), "application/json")
+    def status(request: Request) -> Response:
+        try:
+            wanted = parse_wanted(request.query)
+        except ValueError as error:
+            return Response(f"{error}\n".encode(), status=400)
+        try:
+            return Response(observed.status(wanted).encode(), "application/json")
+        except NoSuchExport:
+            return Response(b"there is no such export\n", status=404)
 
     def index(_request: Request) -> Response:
-        return Response(b"/metrics  numbers for Prometheus\n/status   the same as xnbd-bgctl --query --json, as JSON\n")
+        try:
+            return page()
+        except OSError as error:
+            return Response(
+                f"the page cannot be read: {error.strerror}; /status and /metrics can\n".encode(), status=500
+            )
 
     return {"/": index, "/metrics": metrics, "/status": status}
 

@@ -21,6 +21,7 @@ from ..steward.query import QueryAnswers
 from .disks import Counting, available_bytes, cache_now
 from .figures import About, Exposed, families
 from .process import Observed
+from .wanted import NoSuchExport, Wanted, durations, rounded
 
 
 class _Asked(NamedTuple):
@@ -68,10 +69,9 @@ class ObservedService(Observed):
         self._answers = QueryAnswers(_Asked(source, self._scoreboard, configuration, expiries, service), cache)
 
     def families(self) -> List[Family]:
-        sums = self._tally.read().get(self._service.export_name, Sums())
         exposed = Exposed(
             export=self._service.export_name,
-            sums=sums,
+            sums=self._sums(),
             disk_bytes=self._source.size,
             available_bytes=available_bytes(self._source.path),
             write_back_failed=self._source.write_back(self._scoreboard).noted() is not None,
@@ -79,9 +79,22 @@ class ObservedService(Observed):
         )
         return families([exposed], self._about)
 
-    def status(self) -> str:
-        uptime = time() - self._about.started
-        return json.dumps({"done": True, **self._answers.answer(None), "uptime_seconds": uptime}) + "\n"
+    def status(self, wanted: Wanted) -> str:
+        if wanted.export not in (None, self._service.export_name):
+            raise NoSuchExport
+        answer = {
+            "done": True,
+            **self._answers.answer(wanted.cells, with_usage=wanted.usage),
+            "uptime_seconds": time() - self._about.started,
+        }
+        if "map" in answer:
+            answer["map"] = rounded(answer["map"])
+        if wanted.durations:
+            answer["durations"] = durations([self._sums()])
+        return json.dumps(answer) + "\n"
+
+    def _sums(self) -> Sums:
+        return self._tally.read().get(self._service.export_name, Sums())
 
     def work(self) -> None:
         if self._counting is not None:

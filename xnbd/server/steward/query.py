@@ -121,7 +121,7 @@ class QueryAnswers:
         self._copier: Optional[int] = None
         self._copy_rate = Rate()
 
-    def answer(self, cells: Optional[int]) -> Message:
+    def answer(self, cells: Optional[int], *, with_usage: bool = True) -> Message:
         """Everything; the map of a proxy gets *cells* if that is not None.
 
         After the switch it is a target, and nothing is told of an origin and a cache.
@@ -129,7 +129,7 @@ class QueryAnswers:
         source, lines, totals = self._source, self._scoreboard.lines.living(), self._scoreboard.lines.totals()
         switched = self._scoreboard.mode == TARGET
         near = [line for line in lines if line.namespace == self._scoreboard.namespace]
-        usage = self._meter.usage([line.pid for line in near])
+        usage = self._meter.usage([line.pid for line in near]) if with_usage else {}
         answer: Message = {
             "mode": "target" if switched else source.mode,
             "name": source.name,
@@ -146,7 +146,7 @@ class QueryAnswers:
             "write_back_failure": self._write_back_failure(),
             "counters": _counters(totals),
             "workers": [
-                _worker(line, usage.get(line.pid) if line in near else None)
+                client_figures(line, usage.get(line.pid) if line in near else None)
                 for line in lines
                 if line.peer not in ("", COPYING_PEER)
             ],
@@ -250,7 +250,8 @@ def _counters(counts: Counts) -> Message:
     return {**counts.by_name(), "hits": max(0, counts[REQUESTS] - counts[MISSES])}
 
 
-def _worker(line: Line, usage: Any) -> Message:
+def client_figures(line: Line, usage: Any = None) -> Message:
+    """What is told of the client of one process, which uses so much memory and processor."""
     about: Message = {
         "pid": line.pid,
         "client": line.peer,
