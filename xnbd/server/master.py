@@ -35,7 +35,7 @@ from .vitals import Vitals
 from .worker import Pool, Worker
 
 if TYPE_CHECKING:
-    from ..control.server import Message
+    from ..control.requests import Message
     from .upgrade.estate import Estate
     from .upgrade.program import Program
     from .upgrade.upgrades import Upgrades
