@@ -16,7 +16,8 @@ from control_loop import ControlLoop
 from proxies import make_disk
 from server_process import PYTHON, ROOT, START_TIME, STOP_TIME, children_of, wait_until
 
-from xnbd.control.server import Message, Reply
+from xnbd.control.requests import Message
+from xnbd.control.server import Reply
 
 NOBODY = 65534
 CLOSED, FULL = "stdout closed", "stdout full"

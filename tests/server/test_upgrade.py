@@ -13,10 +13,9 @@ import re
 import signal
 import socket
 import subprocess
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
@@ -46,7 +45,7 @@ from server_process import (
 from snapshots import bgctl_command
 from stamps import check_cut, noise_disk, writers
 from tls_client import tls_client
-from upgrades import IDLE, UPGRADES, Outcome, build, pauses, upgrade
+from upgrades import IDLE, UPGRADES, build, upgrade, upgrading
 
 from xnbd import __version__
 from xnbd.scoreboard.layout import VERSION
@@ -624,27 +623,6 @@ def test_a_client_whose_process_stands_still_stays(target: Server, control: Path
 
 
 @contextmanager
-def upgrading(control: Path) -> Iterator[List[Outcome]]:
-    """The server upgrades all the while, `UPGRADES` times at least; the outcomes, which are there at the end."""
-    outcomes: List[Outcome] = []
-    over = threading.Event()
-
-    def work() -> None:
-        while len(outcomes) < UPGRADES or not over.is_set():
-            outcomes.append(upgrade(control))
-
-    with ThreadPoolExecutor(1) as executor:
-        worker = executor.submit(work)
-        try:
-            yield outcomes
-        finally:
-            over.set()
-            worker.result()
-    assert {outcome.rest for outcome in outcomes} == {""}, outcomes
-    print(pauses(outcomes))
-
-
-@contextmanager
 def idle_clients(server: Server) -> Iterator[None]:
     """Clients that do nothing, and are there at the end."""
     with ExitStack() as stack:
@@ -661,7 +639,7 @@ def test_who_writes_and_who_waits_does_not_notice(start: Start, tmp_path: Path, 
     control = tmp_path / "ctl"
     server = start("--target" if mode == "target" else "--cow-target", "--control", control, tmp_path / "disk.img")
     with idle_clients(server), writers(server.uri, tmp_path) as busy:
-        with upgrading(control) as outcomes:
+        with upgrading(partial(upgrade, control)) as outcomes:
             pass
         busy.stop()
         data = read_all(connect(server.uri))
@@ -681,7 +659,7 @@ def test_the_model_agrees(start: Start, tmp_path: Path, seed: int, mode: str) ->
     else:
         server = start("--target" if mode == "target" else "--cow-target", "--control", control, image)
     model = Model([connect(server.uri, structured=number != 0) for number in range(4)], content, random.Random(seed))
-    with upgrading(control) as outcomes:
+    with upgrading(partial(upgrade, control)) as outcomes:
         model.play(60)
         if mode == "proxy":
             bgctl("--cache-all2", control)

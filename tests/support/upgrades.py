@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import Callable, Iterator, List, NamedTuple, Optional
 
 from proxies import bgctl
 from server_process import PYTHON, ROOT
@@ -66,3 +69,24 @@ def build(directory: Path, version: str, *changes: tuple[str, str, str], name: s
 def pauses(outcomes: List[Outcome]) -> str:
     """For the report of a long run."""
     return ", ".join(f"{outcome.moved} in {outcome.pause} ms" for outcome in outcomes)
+
+
+@contextmanager
+def upgrading(upgrade_once: Callable[[], Outcome]) -> Iterator[List[Outcome]]:
+    """Upgrades follow each other all the while, `UPGRADES` at least; the outcomes, which are there at the end."""
+    outcomes: List[Outcome] = []
+    over = threading.Event()
+
+    def work() -> None:
+        while len(outcomes) < UPGRADES or not over.is_set():
+            outcomes.append(upgrade_once())
+
+    with ThreadPoolExecutor(1) as executor:
+        worker = executor.submit(work)
+        try:
+            yield outcomes
+        finally:
+            over.set()
+            worker.result()
+    assert {outcome.rest for outcome in outcomes} == {""}, outcomes
+    print(pauses(outcomes))

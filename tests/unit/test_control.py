@@ -23,16 +23,8 @@ import pytest
 from control_loop import Client, ControlLoop, Message
 from server_process import ROOT, wait_until
 
-from xnbd.control.server import (
-    MAXIMUM_CONNECTIONS,
-    MAXIMUM_LINE,
-    CommandTable,
-    ControlSocket,
-    Reply,
-    flag_argument,
-    integer_argument,
-    text_argument,
-)
+from xnbd.control.requests import flag_argument, integer_argument, text_argument
+from xnbd.control.server import MAXIMUM_CONNECTIONS, MAXIMUM_LINE, CommandTable, ControlSocket, Reply
 from xnbd.errors import CommandError, ConfigurationError
 from xnbd.system.usage import UsageMeter
 

@@ -6,7 +6,7 @@ from typing import Iterator, List, Optional, Tuple
 
 import pytest
 
-from xnbd.control.server import Message
+from xnbd.control.requests import Message
 from xnbd.errors import CommandError
 from xnbd.server.master_link import MasterLink, StewardLink, link
 

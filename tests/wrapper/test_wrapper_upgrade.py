@@ -12,10 +12,9 @@ import signal
 import socket
 import subprocess
 import tempfile
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Iterator, List
 
@@ -33,7 +32,7 @@ from server_process import PYTHON, ROOT, Server, children_of, is_alive, title_of
 from snapshots import bgctl_command
 from stamps import check_cut, noise_disk, writers
 from tls_client import context_of, start_tls
-from upgrades import IDLE, UPGRADES, Outcome, build, parse, pauses
+from upgrades import IDLE, UPGRADES, Outcome, build, parse, upgrading
 from wrapper_process import Wrapper, fails, program, wait_for_end
 
 from xnbd import __version__
@@ -665,27 +664,6 @@ def test_clients_whose_disk_cannot_be_opened_stay(wrapper: Wrapper, tmp_path: Pa
 # Under load
 
 
-@contextmanager
-def upgrading(wrapper: Wrapper) -> Iterator[List[Outcome]]:
-    """The wrapper upgrades all the while, `UPGRADES` times at least; the outcomes, which are there at the end."""
-    outcomes: List[Outcome] = []
-    over = threading.Event()
-
-    def work() -> None:
-        while len(outcomes) < UPGRADES or not over.is_set():
-            outcomes.append(upgrade(wrapper))
-
-    with ThreadPoolExecutor(1) as executor:
-        worker = executor.submit(work)
-        try:
-            yield outcomes
-        finally:
-            over.set()
-            worker.result()
-    assert {outcome.rest for outcome in outcomes} == {""}, outcomes
-    print(pauses(outcomes))
-
-
 def test_who_writes_and_who_waits_does_not_notice(start_wrapper: StartWrapper, tmp_path: Path) -> None:
     """Six clients write numbered stamps."""
     noise_disk(tmp_path / "disk.img")
@@ -694,7 +672,7 @@ def test_who_writes_and_who_waits_does_not_notice(start_wrapper: StartWrapper, t
     with ExitStack() as stack:
         idle = [stack.enter_context(wrapper.client("disk.img")) for _ in range(IDLE // 4)]
         with writers(uri, tmp_path) as busy:
-            with upgrading(wrapper) as outcomes:
+            with upgrading(partial(upgrade, wrapper)) as outcomes:
                 pass
             busy.stop()
             data = read_all(connected(wrapper, "disk.img"))
@@ -724,7 +702,7 @@ def test_the_model_agrees(start_wrapper: StartWrapper, start: Start, tmp_path: P
         wrapper.ctl("--add-proxy", name, uri, files.image, files.bitmap, files.control)
     clients = [connected(wrapper, name) for _ in range(1 if mode == "cow" else 4)]
     model = Model(clients, content, random.Random(seed))
-    with upgrading(wrapper) as outcomes:
+    with upgrading(partial(upgrade, wrapper)) as outcomes:
         model.play(60)
         while len(outcomes) < UPGRADES:
             model.play(20)

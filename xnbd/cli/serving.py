@@ -8,7 +8,6 @@ import socket
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Optional, Sequence
 
-from ..control.server import listen_for_operators
 from ..errors import ConfigurationError
 from ..logs import log, set_subject
 from ..scoreboard.layout import count_lines, create_scoreboard
@@ -213,6 +212,8 @@ def _listen_for_operators(service: Service) -> Optional[UnixSocket]:
     """Before there is a steward: it may die, and who connects meanwhile waits for the next one."""
     if service.control_path is None:
         return None
+    from ..control.server import listen_for_operators
+
     return listen_for_operators(service.control_path)
 
 

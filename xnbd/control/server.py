@@ -14,16 +14,15 @@ import select
 from contextlib import suppress
 from socket import socket
 from time import monotonic
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Callable, Iterator, List, Mapping, Optional, Tuple, Union
 
 from ..errors import CommandError, XnbdError
 from ..logs import Seldom, about, log
 from ..system.kept import Kept
 from ..system.listen import UnixSocket
 from ..system.polling import poll_patiently
-from ..text import is_writable
+from .requests import Message, parse_request
 
-Message = Dict[str, Any]
 Reply = Iterator[Optional[Message]]
 CommandTable = Mapping[str, Callable[[Message], Reply]]
 """A command takes the request and yields the lines of its reply, or None for "nothing yet, call again soon".
@@ -406,48 +405,3 @@ def end_reply(reply: Reply) -> None:
 
 def _failure(reason: str) -> Message:
     return {"done": True, "error": reason}
-
-
-# Requests
-
-
-def parse_request(line: bytes) -> Message:
-    """A request, whose ``"command"`` is a string. Raises `CommandError`."""
-    try:
-        request = json.loads(line.decode(), parse_constant=_refuse_constant)
-        has_bytes = is_writable(json.dumps(request, ensure_ascii=False))
-    except (ValueError, RecursionError):
-        raise CommandError('not JSON: expected a line like {"command": "query"}') from None
-    if not isinstance(request, dict) or not isinstance(request.get("command"), str):
-        raise CommandError('expected an object with a command, like {"command": "query"}')
-    if not has_bytes:
-        raise CommandError("half of a UTF-16 pair stands alone in it: such a text has no bytes")
-    return request
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
-
-
-def integer_argument(request: Message, name: str, lowest: int, highest: int) -> Optional[int]:
-    """A whole number between the bounds, None if it is missing or null. Raises `CommandError`."""
-    value = request.get(name)
-    if value is None or (type(value) is int and lowest <= value <= highest):
-        return value
-    raise CommandError(f"{name}: expected a whole number from {lowest} to {highest}")
-
-
-def text_argument(request: Message, name: str) -> Optional[str]:
-    """A text, None if it is missing or null. Raises `CommandError`."""
-    value = request.get(name)
-    if value is None or isinstance(value, str):
-        return value
-    raise CommandError(f"{name}: expected a text")
-
-
-def flag_argument(request: Message, name: str) -> bool:
-    """True or false, which it is if it is missing. Raises `CommandError`."""
-    value = request.get(name, False)
-    if isinstance(value, bool):
-        return value
-    raise CommandError(f"{name}: expected true or false")

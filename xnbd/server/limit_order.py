@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from ..control.server import Message, integer_argument
+from ..control.requests import Message, integer_argument
 from ..errors import CommandError
 from ..scoreboard.rates import LARGEST_LIMIT, LONGEST_BURST, RateBoard, Rates, merged
 from ..scoreboard.scoreboard import Scoreboard

@@ -37,7 +37,7 @@ from .vitals import Vitals
 from .worker import Pool, Worker
 
 if TYPE_CHECKING:
-    from ..control.server import Message
+    from ..control.requests import Message
     from .observer.service import ObservedService
     from .upgrade.estate import Estate
     from .upgrade.program import Program

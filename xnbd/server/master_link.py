@@ -32,7 +32,8 @@ from ..logs import log
 from ..system.file_locks import do_nothing
 
 if TYPE_CHECKING:
-    from ..control.server import Message, Reply
+    from ..control.requests import Message
+    from ..control.server import Reply
 
 _LONGEST = 128 << 10
 """Bytes of a message: more than an operator's request may have."""

@@ -23,6 +23,7 @@ from ..protocol.server_handshake import Export as Offer
 from ..proxy.state.known import is_switched, known_size
 from ..server.lobby import Guest
 from ..server.process_loop import ProcessLoop
+from ..server.reports import Report
 from ..server.session.connection import Connection
 from ..server.session.handshake import Tls, negotiate
 from ..storage.target import usable_size
@@ -143,7 +144,8 @@ class Client(NamedTuple):
         log.info("%s: export %r, served by process %d", connection.peer, name, os.getpid())
         switched = catalogue.switched.get(name)
         image = switched.image_path if switched else ""
-        send_report(self.reports, ClientReport(os.getpid(), connection.peer, name, image, stays=self.servers.stays))
+        report = Report(os.getpid(), connection.peer, stays=self.servers.stays)
+        send_report(self.reports, ClientReport(report, name, image))
         self.database.close()
         self.exchange.offers.close()
         return self.servers.become(connection, export, agreement, self.exchange.passage(name, export, self.reports))

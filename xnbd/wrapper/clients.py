@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Set
 from ..logs import about, log
 from ..server.endings import reason_of
 from ..server.lobby import Guest, Lobby
+from ..server.reports import Report
 from ..system.kept import Kept
 from ..system.listen import Listeners
 from .children import Body, Children
@@ -39,7 +40,7 @@ class Clients:
         serve: Callable[[Guest], Body],
         limit: int,
         on_switched: Callable[[str, str], None],
-        on_report: Callable[[ClientReport], None],
+        on_report: Callable[[Report], None],
         packed: Optional[Mapping[str, Any]] = None,
     ) -> None:
         """At most *limit* clients are connected at once; others wait in the kernel's queue.
@@ -75,7 +76,7 @@ class Clients:
         return {
             "sockets": [kept(sock.fileno()) for sock in (self.inbox, self.outbox)],
             "lobby": self._lobby.pack(kept),
-            "reports": [(pid, None if report is None else report._asdict()) for pid, report in self._reports.items()],
+            "reports": [(pid, None if report is None else report.fields()) for pid, report in self._reports.items()],
             "others": [pid for pid in self._children.pids() if pid not in self._reports],
             "parted": [*self._parted],
         }
@@ -87,7 +88,7 @@ class Clients:
         for pid in packed["others"]:
             self._children.adopt(pid, partial(self._on_end_of_other, pid))
         for pid, report in packed["reports"]:
-            self._reports[pid] = None if report is None else ClientReport(**report)
+            self._reports[pid] = None if report is None else ClientReport.of_fields(report)
             self._children.adopt(pid, partial(self.on_end, pid))
 
     def __len__(self) -> int:
@@ -152,17 +153,18 @@ class Clients:
 
     def read_reports(self) -> None:
         while True:
-            report = receive_report(self.inbox)
-            if report is None:
+            told = receive_report(self.inbox)
+            if told is None:
                 return
+            report = told.report
             if report.moved_from:
                 if self._reports.pop(report.moved_from, None) is not None:
                     self._parted.add(report.moved_from)
-                self._reports[report.pid] = report
+                self._reports[report.pid] = told
             elif report.pid in self._reports and self._reports[report.pid] is None:
-                self._reports[report.pid] = report
-                if report.switched_image:
-                    self._on_switched(report.export, report.switched_image)
+                self._reports[report.pid] = told
+                if told.switched_image:
+                    self._on_switched(told.export, told.switched_image)
             self._on_report(report)
 
     def _admit_speakers(self) -> None:
@@ -216,14 +218,15 @@ class Clients:
         if pid in self._parted:
             self._parted.discard(pid)
             return
-        report = self._reports.pop(pid, None)
+        told = self._reports.pop(pid, None)
         stopped = status in (-signal.SIGTERM, -signal.SIGINT)  # by Ctrl-C to all processes, or an operator
         if not status or stopped or not self._listeners.sockets:  # without them the wrapper is ending
             return
         reason = reason_of(status)
-        if report is None:
+        if told is None:
             log.error("process %d died while it negotiated: %s", pid, reason)
         else:
-            self.on_death(report.export)
-            text, extra = "server %d of export %r for client %s died: %s", about(export=report.export, peer=report.peer)
-            log.error(text, pid, report.export, report.peer, reason, extra=extra)
+            peer = told.report.peer
+            self.on_death(told.export)
+            extra = about(export=told.export, peer=peer)
+            log.error("server %d of export %r for client %s died: %s", pid, told.export, peer, reason, extra=extra)

@@ -48,4 +48,4 @@ class Exchange(NamedTuple):
 
 
 def _tell(reports: socket.socket, export: str, report: Report) -> None:
-    send_report(reports, ClientReport(export=export, **report._asdict()))
+    send_report(reports, ClientReport(report, export))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Callable, Collection, Optional
 
-from ..control.server import Message, Reply
+from ..control.requests import Message
+from ..control.server import Reply
 from ..errors import CommandError
 from ..logs import log
 from ..scoreboard.rates import RateBoard, Rates, merged, read_rates

@@ -7,7 +7,8 @@ from logging import ERROR
 from time import monotonic
 from typing import Iterator, Optional
 
-from ...control.server import CommandTable, Message, Reply, flag_argument, integer_argument
+from ...control.requests import Message, flag_argument, integer_argument
+from ...control.server import CommandTable, Reply
 from ...errors import CommandError, TaskFailed
 from ...logs import ToldOnce, log
 from ...proxy.fetch_queue import PIECE

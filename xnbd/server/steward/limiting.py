@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from ...control.server import CommandTable, Message, Reply
+from ...control.requests import Message
+from ...control.server import CommandTable, Reply
 from ...errors import CommandError
 from ...logs import log
 from ..limit_order import amended

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Generator, Optional
 
-from ...control.server import CommandTable, Message, Reply, text_argument
+from ...control.requests import Message, text_argument
+from ...control.server import CommandTable, Reply
 from ...errors import CommandError, TaskFailed
 from ...logs import log
 from ...origin.address import parse_origin

@@ -8,7 +8,8 @@ from logging import WARNING
 from time import monotonic
 from typing import Callable, List, Optional, Set, Tuple, Union
 
-from ...control.server import TICK, CommandTable, ControlSocket, Message, Reply, end_reply
+from ...control.requests import Message
+from ...control.server import TICK, CommandTable, ControlSocket, Reply, end_reply
 from ...errors import CommandError, ConfigurationError, TaskFailed
 from ...logs import ToldOnce, log
 from ...scoreboard.layout import CONTROL

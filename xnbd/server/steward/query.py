@@ -8,7 +8,8 @@ from time import time
 from typing import Any, List, Optional, Protocol, Sequence, Tuple
 
 from ... import __version__
-from ...control.server import CommandTable, Message, Reply, integer_argument
+from ...control.requests import Message, integer_argument
+from ...control.server import CommandTable, Reply
 from ...origin.address import parse_origin
 from ...proxy.image import ProxySource
 from ...scoreboard.counters import MISSES, REQUESTS, Counts

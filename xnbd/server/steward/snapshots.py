@@ -7,7 +7,8 @@ import os
 from functools import partial
 from typing import Iterator, NamedTuple, Optional
 
-from ...control.server import CommandTable, Message, Reply
+from ...control.requests import Message
+from ...control.server import CommandTable, Reply
 from ...errors import CommandError, TaskFailed
 from ...logs import log
 from ...scoreboard.scoreboard import Scoreboard

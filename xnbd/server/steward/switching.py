@@ -5,7 +5,8 @@ from __future__ import annotations
 from time import monotonic
 from typing import Generator, Optional
 
-from ...control.server import CommandTable, Message, Reply, flag_argument
+from ...control.requests import Message, flag_argument
+from ...control.server import CommandTable, Reply
 from ...errors import CommandError
 from ...logs import about, log
 from ...proxy.state.format import Steering

@@ -23,7 +23,6 @@ from ... import __version__
 from ...logs import log
 from ..crew import Crew
 from ..master_link import StewardLink
-from ..reports import Report
 from .estate import Estate
 from .moves import Moves
 from .outcome import Outcome
@@ -82,7 +81,7 @@ class Arrival:
         self._poll = poll
         self._start_steward = start_steward
         self._has_steward = False
-        self._moves: Optional[Moves[Report]] = None
+        self._moves: Optional[Moves] = None
         self.is_over = False
         self._steward: Optional[FormerSteward] = FormerSteward(estate.steward, estate.number)
         poll.register(self._steward.link, select.POLLIN)
@@ -124,7 +123,7 @@ class Arrival:
             self._steward.link.close()
             self._steward = None
 
-    def _end(self, moves: Moves[Report]) -> None:
+    def _end(self, moves: Moves) -> None:
         reasons = Counter(moves.staying[pid] for pid in moves.staying if pid in self._crew.clients)
         pause = None if moves.longest_pause is None else 1000 * moves.longest_pause
         outcome = Outcome(self._version, __version__, moves.moved, reasons, pause)

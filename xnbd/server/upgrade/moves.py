@@ -6,11 +6,10 @@ import os
 from collections import Counter
 from contextlib import suppress
 from time import monotonic
-from typing import Collection, Dict, Generic, List, Optional, Protocol, Set, TypeVar
+from typing import Collection, Dict, List, Optional, Protocol, Set
 
 from ...system.forking import HAND_OVER
-
-AnyNews = TypeVar("AnyNews", bound="News")
+from ..reports import Report
 
 WAITING = 4
 """New workers that wait for clients, so that none has to wait for a fork."""
@@ -25,31 +24,12 @@ _PATIENCE = 5.0
 _LOOK_AGAIN = 0.05
 
 
-class News(Protocol):
-    """What a process tells of a client that moves, or stays; as `Report`."""
-
-    @property
-    def pid(self) -> int: ...
-
-    @property
-    def moved_to(self) -> int: ...
-
-    @property
-    def moved_from(self) -> int: ...
-
-    @property
-    def pause(self) -> float: ...
-
-    @property
-    def stays(self) -> str: ...
-
-
-class Roster(Protocol[AnyNews]):
-    """Processes by their ids: a server's `Crew`, or what a wrapper has."""
+class Roster(Protocol):
+    """Processes by their ids: a server's `Crew`, or what a wrapper has, which makes `dismissed` and `clients` anew."""
 
     spares: Set[int]
     unproven: Set[int]
-    moves: List[AnyNews]
+    moves: List[Report]
 
     @property
     def dismissed(self) -> Collection[int]:
@@ -62,10 +42,10 @@ class Roster(Protocol[AnyNews]):
     def __contains__(self, pid: int) -> bool: ...
 
 
-class Moves(Generic[AnyNews]):
+class Moves:
     """All moves of one upgrade; *crew* has the old workers, which are dismissed, and the new ones."""
 
-    def __init__(self, crew: Roster[AnyNews]) -> None:
+    def __init__(self, crew: Roster) -> None:
         self._crew = crew
         self._until: Dict[int, float] = {}
         """The workers that were ordered to hand over, and those that are about to take a client; and until when."""
@@ -83,15 +63,16 @@ class Moves(Generic[AnyNews]):
         return len(self._waiting()) + len(self._until)
 
     def _waiting(self) -> List[int]:
-        crew = self._crew
+        dismissed = self._crew.dismissed
         return [
-            pid for pid in crew.clients if pid in crew.dismissed and not (pid in self._until or pid in self.staying)
+            pid for pid in self._crew.clients if pid in dismissed and not (pid in self._until or pid in self.staying)
         ]
 
     @property
     def are_over(self) -> bool:
         """Whether every client has moved, or stays. An old worker without a client may be just about to have one."""
-        idle = any(pid not in self._crew.clients for pid in self._crew.dismissed)
+        clients = self._crew.clients
+        idle = any(pid not in clients for pid in self._crew.dismissed)
         return not self.remaining and not (idle and monotonic() < self._patience)
 
     def deadline(self) -> float:
@@ -116,7 +97,7 @@ class Moves(Generic[AnyNews]):
             with suppress(ProcessLookupError):
                 os.kill(pid, HAND_OVER)
 
-    def _book(self, report: AnyNews) -> None:
+    def _book(self, report: Report) -> None:
         was_ordered = self._until.pop(report.pid, None) is not None
         if report.moved_to:
             self._until[report.moved_to] = monotonic() + _PATIENCE

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Any, Callable, Dict, List, Optional, Protocol
+from typing import Callable, List, Optional, Protocol
 
 from ... import __version__
-from ...control.server import flag_argument, text_argument
+from ...control.requests import Message, flag_argument, text_argument
 from ...errors import CommandError
 from ...logs import log
 from ...system.forking import SIGNALS
 from ...system.kept import Kept
 from .check import Check
 from .program import TAKE_OVER, Program
-
-Message = Dict[str, Any]
 
 
 class Leavable(Protocol):

@@ -19,6 +19,7 @@ from ...server.endings import reason_of
 from ...server.handover.arrival import refuse_offer, take_offer
 from ...server.handover.letters import Letter, parse_offer, unfold
 from ...server.process_loop import ProcessLoop, Stop
+from ...server.reports import Report
 from ...system.process import set_title
 from ..children import Body, Children
 from ..client import PROGRAM
@@ -48,7 +49,7 @@ class Mover(NamedTuple):
 
     def _wait_for_client(self, loop: ProcessLoop) -> int:
         set_title("waits for a client to move", program=PROGRAM)
-        send_report(self.reports, ClientReport(os.getpid()))
+        send_report(self.reports, ClientReport(Report(os.getpid())))
         while True:
             loop.wait((self.exchange.offers.fileno(), self.lifeline), select.POLLIN)
             offer = take_offer(self.exchange.offers, with_kit=True)
@@ -95,7 +96,7 @@ class Movers:
         """Processes of clients of the program before."""
         self.spares: Set[int] = set()
         self.unproven: Set[int] = set()
-        self.moves: List[ClientReport] = []
+        self.moves: List[Report] = []
 
     @property
     def clients(self) -> Mapping[int, ClientReport]:
@@ -115,7 +116,7 @@ class Movers:
     def begin(self) -> None:
         """All that there are now are to move; some of them cannot, as is known already."""
         self._former.update(self._clients.processes())
-        self.moves += [report for report in self.clients.values() if report.stays]
+        self.moves += [told.report for told in self.clients.values() if told.report.stays]
 
     def after_fork(self) -> None:
         """In a child: the lifeline has to break with the wrapper."""
@@ -143,7 +144,7 @@ class Movers:
         self.spares.add(pids[0])
         self.unproven.add(pids[0])
 
-    def on_report(self, report: ClientReport) -> None:
+    def on_report(self, report: Report) -> None:
         """Of any process of the wrapper's."""
         self.unproven.discard(report.pid)
         if report.moved_from:
