@@ -8,12 +8,19 @@ Usage:
   xnbd-bgctl [options] --reconnect CONTROL_SOCKET ORIGIN_URI
   xnbd-bgctl [options] (--snapshot | --reload | --upgrade) CONTROL_SOCKET
   xnbd-bgctl [options] --limit CONTROL_SOCKET
+  xnbd-bgctl [options] --top CONTROL...
   xnbd-bgctl --help
   xnbd-bgctl --version
 
 Commands:
   -q, --query           Show what the server does, how much is cached, and its
                         clients. This is done if no command is given.
+  --top                 Show how fast one or several servers are, live: bytes and
+                        requests a second, how long those take, what waits, and
+                        which clients read and write most. Up, Down and Enter
+                        choose a server to look at, its clients and its map;
+                        q ends. Where standard output is no terminal there is a
+                        line for each server and interval.
   -s, --switch          Make a proxy a plain target on its cache file, with its
                         clients connected; refused while blocks are missing.
   --shutdown            The old name of --switch.
@@ -42,6 +49,7 @@ Options, ignored with a warning by a command that has no use for them:
   --json                With --query, print the server's answer as JSON, for
                         programs.
   --map                 With --query, draw which parts of the disk are cached.
+  --interval SECONDS    With --top, the time between two looks (default: 1).
   --force               With --switch, do it although blocks are missing: they
                         read as zeros then.
   --progress            With --cache-all and --snapshot, show how far it is, how
