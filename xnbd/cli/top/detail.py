@@ -6,14 +6,11 @@ from typing import Iterator, List, Optional
 
 from ..cache_map import LEAST_COLUMNS, cells_for, coarser, draw
 from ..quantities import percentage, rate, short_duration
-from ..query_report import labelled, sections, title
+from ..query_report import labelled
 from .cells import BOLD, Styled
 from .columns import client_lines, table_of_clients
 from .figures import WINDOW, Figures
 from .servers import Server
-
-_COUNTED_AGAIN = ("fetched", "hits", "requests")
-"""Sections of ``--query`` in whose place there are rates."""
 
 _FEWEST_CLIENTS = 3
 _MAP_ROWS = 8
@@ -28,22 +25,21 @@ class Detail:
 
     def lines(self, server: Server, columns: int, rows: int) -> List[Styled]:
         """At most *rows* lines, if that is not too few."""
-        answer, figures, trouble = server.answer, server.figures, server.trouble()
-        if answer is None or figures is None:
+        figures, trouble = server.figures, server.trouble()
+        if figures is None:
             return [Styled(f"{server.label}: {trouble}", BOLD)]
-        back = server.back()
-        remark = f"  ({trouble or back})" if trouble or back else ""
-        lines = [Styled(f"{server.label}: {title(answer)}{remark}", BOLD)]
-        lines += [Styled(line) for line in (*_rates(figures, server), *sections(answer, without=_COUNTED_AGAIN))]
+        remark = trouble or server.back()
+        lines = [Styled(f"{server.label}: {server.title}{f'  ({remark})' if remark else ''}", BOLD)]
+        lines += [Styled(line) for line in (*_rates(figures, server), *server.facts)]
         clients = min(len(figures.clients), _FEWEST_CLIENTS) + 2
-        lines += self._map(server, answer["disk_size"], columns, min(_MAP_ROWS, rows - len(lines) - clients - 1))
+        lines += self._map(server, columns, min(_MAP_ROWS, rows - len(lines) - clients - 1))
         return [*lines, *client_lines(self.table, figures.clients, columns, rows - len(lines))]
 
-    def _map(self, server: Server, disk_size: int, columns: int, rows: int) -> List[Styled]:
+    def _map(self, server: Server, columns: int, rows: int) -> List[Styled]:
         if not server.map or rows < 1 or columns < LEAST_COLUMNS:
             return []
         parts = coarser(server.map, cells_for(columns, rows))
-        return [Styled(line) for line in draw(parts, disk_size, columns, self._encoding)]
+        return [Styled(line) for line in draw(parts, server.disk_size, columns, self._encoding)]
 
 
 def _rates(figures: Figures, server: Server) -> Iterator[str]:

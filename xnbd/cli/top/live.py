@@ -6,6 +6,7 @@ import math
 from time import monotonic
 from typing import Iterable
 
+from .keys import Keys
 from .servers import Servers
 from .signals import CONTINUED, RESIZED, STOPPED, Ended, Signals, stop
 from .terminal import Terminal
@@ -50,6 +51,7 @@ class _Live:
         self._terminal = terminal
         self._views = Views(servers.all, encoding)
         self._draw_at = monotonic()
+        self._keys = Keys()
         self._escape_at = math.inf
         self._goes_on = True
 
@@ -62,7 +64,7 @@ class _Live:
             if self._servers.wait(min(self._draw_at, self._escape_at), wake_by):
                 self._draw_at = min(self._draw_at, monotonic() + _TOGETHER)
             if monotonic() >= self._escape_at:
-                self._press(self._terminal.finish_keys())
+                self._press(self._keys.finish())
 
     def _draw(self) -> None:
         columns, rows = self._terminal.size()
@@ -70,7 +72,7 @@ class _Live:
         self._draw_at = monotonic() + self._interval
 
     def _read_keys(self) -> None:
-        self._press(self._terminal.read_keys())
+        self._press(self._keys.take(self._terminal.read()))
 
     def _press(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -81,7 +83,7 @@ class _Live:
             else:
                 self._views.press(key)
         now = monotonic()
-        self._draw_at, self._escape_at = now, now + _ESCAPE if self._terminal.has_part else math.inf
+        self._draw_at, self._escape_at = now, now + _ESCAPE if self._keys.has_part else math.inf
 
     def _heed(self) -> None:
         came = self._signals.take()

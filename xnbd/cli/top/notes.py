@@ -1,32 +1,17 @@
-"""What an operator should know besides the figures, one line each."""
+"""What an operator should know besides the figures, one line each. Pure."""
 
 from __future__ import annotations
 
-from typing import Iterator, List, Sequence
+from typing import Any, Dict, Iterator
 
 from ...control.client import shown
 from ..quantities import duration, percentage, rate
-from .servers import Server
 
-_NAMED = 3
-
-
-def notes_of(servers: Sequence[Server], most: int) -> List[str]:
-    """At most *most* lines; the worst come first."""
-    notes = [f"{server.label}: {note}" for server in servers for note in _notes(server)]
-    uncounted = [server.label for server in servers if server.counts_durations is False]
-    if uncounted:
-        names = ", ".join(uncounted[:_NAMED]) + (f" and {len(uncounted) - _NAMED} more" if uncounted[_NAMED:] else "")
-        notes.append(f"no P50 and P99, for want of --metrics: {names}")
-    return notes if len(notes) <= most else [*notes[: most - 1], f"... and {len(notes) - most + 1} more"]
+Message = Dict[str, Any]
 
 
-def _notes(server: Server) -> Iterator[str]:
-    back, answer = server.back(), server.answer
-    if back is not None:
-        yield back
-    if answer is None:
-        return
+def notes(answer: Message) -> Iterator[str]:
+    """Of one server, the worst first."""
     origin, failure, copy = answer.get("origin"), answer.get("write_back_failure"), answer.get("cache_all")
     if failure:
         ago = duration(failure["seconds_since"])

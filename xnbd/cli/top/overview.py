@@ -6,16 +6,15 @@ from typing import Iterable, Iterator, List, Optional, Sequence
 
 from ..cache_map import coarser, strip
 from ..quantities import counted, short_size
-from .cells import BOLD, DIM, PLAIN, SELECTED, Styled
+from .cells import BOLD, DIM, PLAIN, SELECTED, Styled, pad
 from .columns import client_lines, table_of_clients, table_of_servers
-from .notes import notes_of
 from .servers import Server
 from .table import Layout
 
 _LONGEST_LABEL = 24
 _SMALLEST_MAP, _LARGEST_MAP = 10, 42
 _MAP_EVERY = 5.0
-_NOTES = 4
+_NOTES, _NAMED = 4, 3
 _FEWEST_CLIENTS = 3
 """Of these there are at least so many, unless there is no room for one server."""
 
@@ -36,18 +35,20 @@ class Overview:
         servers = self.table.sorted(self._servers)
         layout = self.table.layout(servers, columns, _LONGEST_LABEL)
         clients = [client for server in servers if server.figures for client in server.figures.clients]
-        notes = notes_of(servers, _NOTES)
+        notes = notes_of(servers)
         room = rows - 2 - len(notes)
         shown = min(len(servers), max(1, room - (2 + min(len(clients), _FEWEST_CLIENTS) if clients else 0)))
         first = max(0, min(servers.index(selected) - shown // 2, len(servers) - shown))
         return [
             Styled(f"{totals(servers)}{_which(first, shown, len(servers))}"),
-            *self._table_lines(layout, servers[first : first + shown], selected),
+            *self._table_lines(layout, servers[first : first + shown], selected, columns),
             *client_lines(self._clients, clients, columns, room - shown),
             *(Styled(note, BOLD) for note in notes),
         ]
 
-    def _table_lines(self, layout: Layout[Server], servers: Iterable[Server], selected: Server) -> Iterator[Styled]:
+    def _table_lines(
+        self, layout: Layout[Server], servers: Iterable[Server], selected: Server, columns: int
+    ) -> Iterator[Styled]:
         cells = min(layout.free - 3, _LARGEST_MAP)
         has_map = cells >= _SMALLEST_MAP
         for server in self._servers:
@@ -58,7 +59,20 @@ class Overview:
             text = layout.line(server) if trouble is None else layout.remark(server, trouble)
             if has_map and server.map and trouble is None:
                 text += f" |{strip(coarser(server.map, cells), self._encoding)}|"
-            yield Styled(text, SELECTED if server is selected else PLAIN if trouble is None else DIM)
+            if server is selected:
+                yield Styled(pad(text, columns), SELECTED)
+            else:
+                yield Styled(text, PLAIN if trouble is None else DIM)
+
+
+def notes_of(servers: Sequence[Server]) -> List[str]:
+    """Of all of them, and what is missing: at most `_NOTES` lines."""
+    found = [f"{server.label}: {note}" for server in servers for note in server.notes()]
+    uncounted = [server.label for server in servers if server.counts_durations is False]
+    if uncounted:
+        names = ", ".join(uncounted[:_NAMED]) + (f" and {len(uncounted) - _NAMED} more" if uncounted[_NAMED:] else "")
+        found.append(f"no P50 and P99, for want of --metrics: {names}")
+    return found if len(found) <= _NOTES else [*found[: _NOTES - 1], f"... and {len(found) - _NOTES + 1} more"]
 
 
 def _which(first: int, shown: int, number: int) -> str:

@@ -13,10 +13,15 @@ from ...control.asking import Asking
 from ...control.client import Departed, Message, shown
 from ...errors import ConfigurationError
 from ..quantities import duration
+from ..query_report import sections, title
 from .figures import Figures, History, sample
+from .notes import notes
 
 CELLS = 1024
 """Parts of a map that a server is asked for."""
+
+_COUNTED = ("fetched", "hits", "requests")
+"""Sections of ``--query``."""
 
 _SOON = 0.1
 _SILENT_AFTER = 2.0
@@ -46,6 +51,11 @@ class Server:
         self.map_every: Optional[float] = None
         """Seconds after which the map is asked for again, if it is wanted."""
         self._map_at = -math.inf
+        self.title = ""
+        self.facts: List[str] = []
+        """As ``--query`` has them, but for what has been counted since the start."""
+        self._notes: List[str] = []
+        self.disk_size = 0
         self.away: Optional[str] = None
         """Why it cannot be reached."""
         self._since = 0.0
@@ -98,7 +108,7 @@ class Server:
             return self._lose(error)
         except ConfigurationError as error:
             return self._leave(str(error))
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             return self._leave(f"its answer makes no sense ({error!r}): is it of another version?")
 
     def _ask(self) -> None:
@@ -113,15 +123,21 @@ class Server:
         if answer is None:
             return False
         self._hang_up()
-        now = monotonic()
+        self.take(answer, monotonic())
+        return True
+
+    def take(self, answer: Message, now: float) -> None:
+        """What was told at the time *now*. Raises several errors if that makes no sense."""
+        self.title, self.facts, self._notes = title(answer), sections(answer, _COUNTED), list(notes(answer))
+        self.disk_size = int(answer["disk_size"])
         self._history.add(sample(now, answer))
         self.figures = self._history.figures()
-        self.map = answer.get("map") or ([] if "blocks" not in answer else self.map)
+        if answer.get("map") or "blocks" not in answer:
+            self.map = [float(part) for part in answer.get("map") or ()]
         if self.away is not None:
             self._back = f"is back, it was away for {duration(now - self._since)}"
             self.away, self._since = None, now
         self._was_lost = False
-        return True
 
     def _lose(self, error: Departed) -> bool:
         """It has hung up, as a server does in the moment of an upgrade: ask once more."""
@@ -138,7 +154,7 @@ class Server:
             self._since = monotonic()
         self.away, self._back = reason, None
         self._history.clear()
-        self.figures, self.map = None, []
+        self.figures, self.map, self._notes = None, [], []
         return True
 
     def _hang_up(self) -> None:
@@ -154,6 +170,11 @@ class Server:
         if self._asking is not None and now - self._asking.began >= max(_SILENT_AFTER, 2 * self._interval):
             return f"silent {duration(now - self._asking.began)}"
         return None if self.figures is not None else "..."
+
+    def notes(self) -> List[str]:
+        """What an operator should know besides, the worst first."""
+        back = self.back()
+        return self._notes if back is None else [back, *self._notes]
 
     def back(self) -> Optional[str]:
         """That it has come back, for a while."""

@@ -7,7 +7,6 @@ and several times.
 from __future__ import annotations
 
 import os
-import re
 import termios
 from contextlib import contextmanager, suppress
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
@@ -23,16 +22,6 @@ _REST_OF_LINE = "\x1b[K"
 _NORMAL = "\x1b[0m"
 
 _FALLBACK = (80, 24)
-
-_KEYS = re.compile(rb"\x1b[\[O][0-9;]*[A-Za-z~]|\x1b[\[O]?|[^\x1b]")
-_NAMES = {
-    b"\x1b[A": "up", b"\x1bOA": "up", b"k": "up",
-    b"\x1b[B": "down", b"\x1bOB": "down", b"j": "down",
-    b"\x1b[C": "enter", b"\x1bOC": "enter", b"\r": "enter", b"\n": "enter",
-    b"\x1b[D": "back", b"\x1bOD": "back", b"\x1b": "back", b"\x7f": "back", b"\x08": "back",
-    b"<": "<", b",": "<", b">": ">", b".": ">",
-    b"r": "r", b"q": "q", b"Q": "q", b"\x0c": "redraw",
-}  # fmt: skip
 
 
 @contextmanager
@@ -55,7 +44,6 @@ class Terminal:
         self._screen = 1
         self._encoding = encoding
         self._former: Optional[List[Any]] = None
-        self._pending = b""
 
     def enter(self) -> None:
         """Make it ours."""
@@ -108,30 +96,10 @@ class Terminal:
             while data:
                 data = data[os.write(self._screen, data) :]
 
-    # Keys
-
-    def read_keys(self) -> Iterator[str]:
-        """The names of the keys that were pressed; what means nothing is left out."""
+    def read(self) -> bytes:
+        """What keys have sent."""
         with _present():
             data = os.read(self.keyboard, 1024)
         if not data:
             raise EOFError
-        return self._names(self._pending + data, whole=False)
-
-    @property
-    def has_part(self) -> bool:
-        """Whether what came last is Escape, or the beginning of what another key sends."""
-        return bool(self._pending)
-
-    def finish_keys(self) -> Iterator[str]:
-        """Nothing more has come for a while: it was Escape."""
-        return self._names(self._pending, whole=True)
-
-    def _names(self, data: bytes, *, whole: bool) -> Iterator[str]:
-        self._pending = b""
-        for match in _KEYS.finditer(data):
-            key = match[0]
-            if not whole and match.end() == len(data) and key in (b"\x1b", b"\x1b[", b"\x1bO"):
-                self._pending = key
-            elif key in _NAMES:
-                yield _NAMES[key]
+        return data
