@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Callable, Dict, Iterator, List
 
 from ..control.client import ControlClient, Message, shown
@@ -149,17 +149,18 @@ def _limit(options: SteeringOptions) -> None:
 
 
 def _top(options: SteeringOptions) -> None:
-    from .top.lines import print_lines
     from .top.servers import Servers
 
-    servers = Servers(options.control_paths, options.interval, options.timeout)
     encoding = terminal_encoding()
-    if encoding is None:
-        print_lines(servers, options.interval)
-        return
-    from .top.live import show_live
+    with closing(Servers(options.control_paths, options.interval, options.timeout)) as servers:
+        if encoding is None:
+            from .top.lines import print_lines
 
-    show_live(servers, options.interval, encoding)
+            print_lines(servers, options.interval)
+        else:
+            from .top.live import show_live
+
+            show_live(servers, options.interval, encoding)
 
 
 _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {

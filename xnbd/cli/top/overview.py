@@ -82,7 +82,7 @@ def _which(first: int, shown: int, number: int) -> str:
 def totals(servers: Sequence[Server]) -> str:
     """All of them together."""
     figures = [server.figures for server in servers if server.figures is not None]
-    away = len(servers) - sum(server.trouble() is None for server in servers)
+    away = sum(not server.is_there for server in servers)
     parts = [counted(len(servers), "server") + (f" ({away} away)" if away else "")]
     parts.append(f"read {short_size(_sum(one.read for one in figures))}/s")
     parts.append(f"write {short_size(_sum(one.written for one in figures))}/s")

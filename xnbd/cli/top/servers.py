@@ -23,6 +23,9 @@ CELLS = 1024
 _COUNTED = ("fetched", "hits", "requests")
 """Sections of ``--query``."""
 
+_FIRST = "..."
+"""In place of figures before the first answer."""
+
 _SOON = 0.1
 _SILENT_AFTER = 2.0
 _BACK_FOR = 30.0
@@ -122,7 +125,7 @@ class Server:
         answer = asking.progress()
         if answer is None:
             return False
-        self._hang_up()
+        self.hang_up()
         self.take(answer, monotonic())
         return True
 
@@ -143,13 +146,13 @@ class Server:
         """It has hung up, as a server does in the moment of an upgrade: ask once more."""
         if self._was_lost:
             return self._leave(str(error))
-        self._hang_up()
+        self.hang_up()
         self._was_lost = True
         self._ask_at = monotonic() + min(_SOON, self._interval)
         return False
 
     def _leave(self, reason: str) -> bool:
-        self._hang_up()
+        self.hang_up()
         if self.away is None:
             self._since = monotonic()
         self.away, self._back = reason, None
@@ -157,10 +160,16 @@ class Server:
         self.figures, self.map, self._notes = None, [], []
         return True
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
+        """Give up what was asked for."""
         asking, self._asking = self._asking, None
         if asking is not None:
             asking.close()
+
+    @property
+    def is_there(self) -> bool:
+        """Unless it is away, or silent."""
+        return self.trouble() in (None, _FIRST)
 
     def trouble(self) -> Optional[str]:
         """Why there are no figures of now."""
@@ -169,7 +178,7 @@ class Server:
             return f"away {duration(now - self._since)}: {self.away}"
         if self._asking is not None and now - self._asking.began >= max(_SILENT_AFTER, 2 * self._interval):
             return f"silent {duration(now - self._asking.began)}"
-        return None if self.figures is not None else "..."
+        return None if self.figures is not None else _FIRST
 
     def notes(self) -> List[str]:
         """What an operator should know besides, the worst first."""
@@ -187,6 +196,11 @@ class Servers:
     def __init__(self, paths: Sequence[str], interval: float, timeout: float) -> None:
         called = labels(paths)
         self.all = [Server(path, called[path], interval, timeout) for path in paths]
+
+    def close(self) -> None:
+        """Hang up."""
+        for server in self.all:
+            server.hang_up()
 
     def wait(self, until: float, wake_by: Mapping[int, Callable[[], None]]) -> bool:
         """Sleep until there is news of a server (then True), one of *wake_by* has input, or it is late enough."""

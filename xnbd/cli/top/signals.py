@@ -34,7 +34,7 @@ class Ended(BaseException):
 
 
 class Signals:
-    """While `heeded`; what is ignored when that begins stays so."""
+    """To be `heeded` once; what is ignored when that begins stays so."""
 
     def __init__(self) -> None:
         reader, writer = socket.socketpair()
@@ -60,6 +60,8 @@ class Signals:
                 if signal.getsignal(number) in (_end, _note):
                     signal.signal(number, handler)
             signal.set_wakeup_fd(former)
+            self._reader.close()
+            self._writer.close()
 
     def take(self) -> Set[int]:
         """The signals that have come."""

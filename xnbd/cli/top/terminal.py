@@ -64,6 +64,7 @@ class Terminal:
             return
         with suppress(EOFError), _present():
             termios.tcsetattr(self.keyboard, termios.TCSANOW, former)
+            termios.tcflush(self._screen, termios.TCOFLUSH)  # a terminal that takes nothing is not waited for
             self._write(_LEAVE)
         self._former = None
 
