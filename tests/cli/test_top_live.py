@@ -108,7 +108,7 @@ def test_one_server_with_its_clients_and_its_map(start: Start, tmp_path: Path, i
         screen.wait_for(r"by SERVER")
         screen.press("Up", "Enter")  # cache... comes before disk
         screen.wait_for(r"^cache\d+\.ctl: cache\.img: proxy, 4\.0 MiB ")
-        screen.wait_for(r"^  now +read [1-9].*/s, write 0 bytes/s, [1-9]\d* requests/s, fetch 0 bytes/s$")
+        screen.wait_for(r"^  now +read [1-9].*/s, write 0/s, [1-9]\d* requests/s, fetch 0/s$")
         screen.wait_for(r"^  p50/p99 +read \d+us/\S+$")
         screen.wait_for(r"^ +0 bytes \|[░▒▓█]·+")
         screen.wait_for(r"^unix:\S+ +[1-9]\S* +[1-9]\S* +0 +[1-9]\d* +100% +0 +\S+$")

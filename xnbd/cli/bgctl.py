@@ -15,12 +15,12 @@ Usage:
 Commands:
   -q, --query           Show what the server does, how much is cached, and its
                         clients. This is done if no command is given.
-  --top                 Show how fast one or several servers are, live: bytes and
-                        requests a second, how long those take, what waits, and
-                        which clients read and write most. Up, Down and Enter
-                        choose a server to look at, its clients and its map;
-                        q ends. Where standard output is no terminal there is a
-                        line for each server and interval.
+  --top                 Show how fast one or several servers are, live: bytes
+                        and requests a second, how long these take, what waits,
+                        and which clients read and write most. Up, Down and
+                        Enter choose a server, to look at its clients and its
+                        map; q ends. Where standard output is no terminal there
+                        is a line for each server and interval.
   -s, --switch          Make a proxy a plain target on its cache file, with its
                         clients connected; refused while blocks are missing.
   --shutdown            The old name of --switch.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Iterator, List, Optional
 
 from ..cache_map import LEAST_COLUMNS, cells_for, coarser, draw
-from ..quantities import percentage, rate, short_duration
+from ..quantities import percentage, short_duration, short_size
 from ..query_report import labelled
 from .cells import BOLD, Styled
 from .columns import client_lines, table_of_clients
@@ -43,10 +43,10 @@ class Detail:
 
 
 def _rates(figures: Figures, server: Server) -> Iterator[str]:
-    parts = [f"read {rate(figures.read or 0)}", f"write {rate(figures.written or 0)}"]
+    parts = [f"read {short_size(figures.read or 0)}/s", f"write {short_size(figures.written or 0)}/s"]
     parts.append(f"{round(figures.requests or 0):,} requests/s")
     if figures.fetched is not None:
-        parts.append(f"fetch {rate(figures.fetched)}")
+        parts.append(f"fetch {short_size(figures.fetched)}/s")
     yield labelled("now", ", ".join(parts))
     took = [f"{name} {_two(*two)}" for name, two in figures.took.items() if None not in two]
     if server.counts_durations:
