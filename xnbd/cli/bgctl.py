@@ -32,9 +32,9 @@ Commands:
                         again. Clients that come from now on get what they say;
                         the connected ones go on. If something is wrong with a
                         file, all stays as it was.
-  --limit               Change how fast clients may be by the options whose names
-                        begin so, at once and for all clients, and show what
-                        holds then. A reload changes only what is another one
+  --limit               Change how fast clients may be, by the options whose
+                        names begin so, at once and for all clients, and show
+                        what holds then. A reload changes only what is another one
                         in the files than before, an upgrade nothing; after a
                         restart the command line holds.
 
