@@ -56,7 +56,8 @@ Options, ignored with a warning by a command that has no use for them:
   --limit-rate-total RATE
                         With --limit, let all clients together read and write
                         RATE bytes a second, each of them an equal part.
-  --limit-iops-total N  With --limit, let them make N requests a second together.
+  --limit-iops-total N  With --limit, let them make N requests a second
+                        together.
   --limit-burst SECONDS
                         With --limit, let who has done nothing for a while do as
                         much as in so many seconds at once.
