@@ -34,9 +34,9 @@ Commands:
                         file, all stays as it was.
   --limit               Change how fast clients may be, by the options whose
                         names begin so, at once and for all clients, and show
-                        what holds then. A reload changes only what is another one
-                        in the files than before, an upgrade nothing; after a
-                        restart the command line holds.
+                        what holds then. A reload changes only what is another
+                        one in the files than before, an upgrade nothing; after
+                        a restart the command line holds.
 
 Options, ignored with a warning by a command that has no use for them:
   --json                With --query, print the server's answer as JSON, for
