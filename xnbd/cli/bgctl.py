@@ -39,11 +39,11 @@ Commands:
                         again. Clients that come from now on get what they say;
                         the connected ones go on. If something is wrong with a
                         file, all stays as it was.
-  --limit               Change how fast clients may be by the options whose names
-                        begin so, at once and for all clients, and show what
-                        holds then. A reload changes only what is another one
-                        in the files than before, an upgrade nothing; after a
-                        restart the command line holds.
+  --limit               Change how fast clients may be, by the options whose
+                        names begin so, at once and for all clients, and show
+                        what holds then. A reload changes only what is another
+                        one in the files than before, an upgrade nothing; after
+                        a restart the command line holds.
 
 Options, ignored with a warning by a command that has no use for them:
   --json                With --query, print the server's answer as JSON, for
@@ -64,7 +64,8 @@ Options, ignored with a warning by a command that has no use for them:
   --limit-rate-total RATE
                         With --limit, let all clients together read and write
                         RATE bytes a second, each of them an equal part.
-  --limit-iops-total N  With --limit, let them make N requests a second together.
+  --limit-iops-total N  With --limit, let them make N requests a second
+                        together.
   --limit-burst SECONDS
                         With --limit, let who has done nothing for a while do as
                         much as in so many seconds at once.
