@@ -214,6 +214,26 @@ def test_ctrl_z_gives_the_terminal_back_for_a_while(idle: Server, screen: Screen
     screen.wait_for(r"^disk\.ctl: disk\.img: target")
 
 
+def test_it_waits_for_the_terminal_in_the_background(idle: Server, screen: Screen) -> None:
+    screen.type(line("disk.ctl"))
+    screen.wait_for(r"^disk\.ctl +0 ")
+    screen.press("C-z")
+    screen.wait_for(r"Stopped")
+    screen.type("clear; bg")
+    screen.wait_for(r"disk\.ctl &$")
+    program = screen.program()
+    wait_until(lambda: state_of(program) == "T", "that it stops again")
+    assert screen.is_as_before()
+    screen.type("fg")
+    screen.wait_for(r"^disk\.ctl +0 ")
+    screen.press("q")
+    wait_until(screen.is_as_before, "the end")
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+
+
 # On a terminal that only this test reads
 
 
@@ -285,6 +305,16 @@ def test_names_from_elsewhere_do_nothing_to_the_terminal(tmp_path: Path) -> None
     assert set(re.findall(rb"[\x00-\x1f\x7f]", ours)) == set()
     assert "\x9b".encode() not in shown
     assert "\u202e".encode() not in shown
+
+
+def test_a_terminal_of_few_letters_is_shown_what_it_can(start: Start, tmp_path: Path, image: Path) -> None:
+    proxy = Proxy(start, tmp_path, start("--target", "--readonly", make_disk(tmp_path)).uri)
+    named = tmp_path / "d\xefsk.ctl"
+    named.symlink_to(proxy.control)
+    with on_pty(named, PYTHONIOENCODING="ascii") as (_, terminal):
+        read_until(terminal, rb"d\\xefsk\.ctl +0 ")
+        os.write(terminal, b"\r")
+        read_until(terminal, rb"0 bytes \|\.+\|")
 
 
 def test_a_server_whose_answer_makes_no_sense_harms_no_other(tmp_path: Path, idle: Server) -> None:

@@ -40,7 +40,7 @@ class Overview:
         shown = min(len(servers), max(1, room - (2 + min(len(clients), _FEWEST_CLIENTS) if clients else 0)))
         first = max(0, min(servers.index(selected) - shown // 2, len(servers) - shown))
         return [
-            Styled(f"{totals(servers)}{_which(first, shown, len(servers))}"),
+            Styled(totals(servers, f", {first + 1} to {first + shown} shown" if shown < len(servers) else "")),
             *self._table_lines(layout, servers[first : first + shown], selected, columns),
             *client_lines(self._clients, clients, columns, room - shown),
             *(Styled(note, BOLD) for note in notes),
@@ -75,15 +75,11 @@ def notes_of(servers: Sequence[Server]) -> List[str]:
     return found if len(found) <= _NOTES else [*found[: _NOTES - 1], f"... and {len(found) - _NOTES + 1} more"]
 
 
-def _which(first: int, shown: int, number: int) -> str:
-    return f"; {first + 1} to {first + shown} are shown" if shown < number else ""
-
-
-def totals(servers: Sequence[Server]) -> str:
-    """All of them together."""
+def totals(servers: Sequence[Server], which: str) -> str:
+    """All of them together; *which* of them are in sight."""
     figures = [server.figures for server in servers if server.figures is not None]
     away = sum(not server.is_there for server in servers)
-    parts = [counted(len(servers), "server") + (f" ({away} away)" if away else "")]
+    parts = [counted(len(servers), "server") + (f" ({away} away)" if away else "") + which]
     parts.append(f"read {short_size(_sum(one.read for one in figures))}/s")
     parts.append(f"write {short_size(_sum(one.written for one in figures))}/s")
     parts.append(f"{round(_sum(one.requests for one in figures)):,} requests/s")
