@@ -429,6 +429,11 @@ def test_an_upgrade_is_no_absence(start: Start, tmp_path: Path, image: Path) -> 
     assert [text for text in lines if "away" in text] == []
 
 
+def test_an_empty_path_is_refused() -> None:
+    status, _, errors = run(*command("a.ctl", ""), check=False)
+    assert (status, errors) == (2, "xnbd-bgctl: CONTROL is empty (xnbd-bgctl --help shows the usage)\n")
+
+
 def test_intervals_are_checked(tmp_path: Path) -> None:
     for given, reason in (("0", "expected a number of seconds above 0"), ("0.05", "expected at least 0.1 seconds")):
         words = [PYTHON, str(ROOT / "bin" / "xnbd-bgctl"), "--top", "--interval", given, tmp_path / "x"]

@@ -37,11 +37,8 @@ def answer(*workers: Dict[str, Any], reads: Optional[List[int]] = None, proxy: b
 
 def figures(*answers: Any, every: float = 1.0) -> Figures:
     history = History("a", every)
-    for number, told in enumerate(answers):
-        history.add(sample(number * every, told))
-    found = history.figures()
-    assert found is not None
-    return found
+    *_, last = [history.add(number * every, told) for number, told in enumerate(answers)]
+    return last
 
 
 def test_rates_are_those_since_the_answer_before() -> None:
@@ -62,10 +59,7 @@ def test_one_answer_has_no_rates() -> None:
 
 def test_an_answer_that_came_early_does_not_make_the_rate_a_guess() -> None:
     history = History("a", 1.0)
-    for at, read in ((0.0, 0), (1.0, 1000), (1.01, 1000)):
-        history.add(sample(at, answer(bytes_read=read)))
-    found = history.figures()
-    assert found is not None
+    *_, found = [history.add(at, answer(bytes_read=read)) for at, read in ((0.0, 0), (1.0, 1000), (1.01, 1000))]
     assert found.read == pytest.approx(990, abs=1)
 
 

@@ -8,6 +8,7 @@ from ..cache_map import coarser, strip
 from ..quantities import counted, short_size
 from .cells import BOLD, DIM, PLAIN, SELECTED, Styled, pad
 from .columns import client_lines, table_of_clients, table_of_servers
+from .figures import Figures
 from .servers import Server
 from .table import Layout
 
@@ -34,7 +35,7 @@ class Overview:
         """At most *rows* lines, if that is not too few."""
         servers = self.table.sorted(self._servers)
         layout = self.table.layout(servers, columns, _LONGEST_LABEL)
-        clients = [client for server in servers if server.figures for client in server.figures.clients]
+        clients = [client for one in figures_of(servers) for client in one.clients]
         notes = notes_of(servers)
         room = rows - 2 - len(notes)
         shown = min(len(servers), max(1, room - (2 + min(len(clients), _FEWEST_CLIENTS) if clients else 0)))
@@ -75,9 +76,14 @@ def notes_of(servers: Sequence[Server]) -> List[str]:
     return found if len(found) <= _NOTES else [*found[: _NOTES - 1], f"... and {len(found) - _NOTES + 1} more"]
 
 
+def figures_of(servers: Sequence[Server]) -> List[Figures]:
+    """Of those that are there."""
+    return [server.figures for server in servers if server.figures is not None and server.is_there]
+
+
 def totals(servers: Sequence[Server], which: str) -> str:
     """All of them together; *which* of them are in sight."""
-    figures = [server.figures for server in servers if server.figures is not None]
+    figures = figures_of(servers)
     away = sum(not server.is_there for server in servers)
     parts = [counted(len(servers), "server") + (f" ({away} away)" if away else "") + which]
     parts.append(f"read {short_size(_sum(one.read for one in figures))}/s")

@@ -14,7 +14,7 @@ from ...control.client import Departed, Message, shown
 from ...errors import ConfigurationError
 from ..quantities import duration
 from ..query_report import sections, title
-from .figures import Figures, History, sample
+from .figures import Figures, History
 from .notes import notes
 
 CELLS = 1024
@@ -133,8 +133,7 @@ class Server:
         """What was told at the time *now*. Raises several errors if that makes no sense."""
         self.title, self.facts, self._notes = title(answer), sections(answer, _COUNTED), list(notes(answer))
         self.disk_size = int(answer["disk_size"])
-        self._history.add(sample(now, answer))
-        self.figures = self._history.figures()
+        self.figures = self._history.add(now, answer)
         if answer.get("map") or "blocks" not in answer:
             self.map = [float(part) for part in answer.get("map") or ()]
         if self.away is not None:
