@@ -404,6 +404,21 @@ def test_without_a_terminal_there_is_a_line_for_each_server_and_interval(
         assert re.match(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d {name}\.ctl +\S", text)
 
 
+def test_servers_that_do_not_answer_and_other_programs_are_told_apart(idle: Server, tmp_path: Path) -> None:
+    steward = steward_of(idle)
+    assert steward is not None
+    with piped(tmp_path, "--timeout", "0.5", idle.socket, "disk.ctl") as process:
+        lines_until(
+            process,
+            rf"{idle.socket.name} +away .*: {idle.socket} is not a control socket: another program answers there$",
+            r"disk\.ctl +READ/s 0 ",
+        )
+        os.kill(steward, signal.SIGSTOP)
+        lines_until(process, r"disk\.ctl +away .*: the server at disk\.ctl does not answer: see whether it hangs")
+        os.kill(steward, signal.SIGCONT)
+        lines_until(process, r"disk\.ctl +READ/s 0 .* is back, it was away for ")
+
+
 def test_it_ends_when_nobody_reads_its_lines(idle: Server, tmp_path: Path) -> None:
     words = f"{line('disk.ctl')} | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
