@@ -12,7 +12,9 @@ from typing import Callable, Iterable, List, NamedTuple, Optional, Sequence, Tup
 
 from ... import __version__
 from ...metrics.exposition import Family, Histogram, Labels, Number
+from ...scoreboard.lines import clock
 from ...scoreboard.tally import BOUNDS, COMMANDS, ERRORS, Sums
+from ...system.usage import began
 
 
 class CacheNow(NamedTuple):
@@ -37,13 +39,25 @@ class Exposed(NamedTuple):
     cache: Optional[CacheNow]
 
 
-class About(NamedTuple):
-    """The program that is asked; *started* in seconds since 1970, *expiries* as of `Configuration.expiries`."""
+class About:
+    """The program that is asked, process *pid*; *expiries* as of `Configuration.expiries`. Raises `OSError`."""
 
-    program: str
-    started: float
-    max_clients: int
-    expiries: Sequence[Tuple[str, float]]
+    def __init__(self, program: str, pid: int, max_clients: int, expiries: Sequence[Tuple[str, float]]) -> None:
+        self.program = program
+        self.pid = pid
+        self.max_clients = max_clients
+        self.expiries = expiries
+        self._began = began(pid)
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the process began, whatever programs it has been since."""
+        return clock() - self._began
+
+    @property
+    def started(self) -> float:
+        """When that was, in seconds since 1970, as the time of day is now."""
+        return round(time() - self.uptime, 1)
 
 
 Sample = Tuple[Labels, Union[Number, Histogram]]
@@ -83,7 +97,7 @@ def _of_program(about: About) -> List[Family]:
         Family(
             "xnbd_start_time_seconds",
             "gauge",
-            "When it was started, or had its last upgrade, in seconds since 1970.",
+            "When it was started, in seconds since 1970; an upgrade is no start.",
             [((), about.started)],
             "seconds",
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from time import time
+import os
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from ...metrics.exposition import Family
@@ -22,6 +22,9 @@ from .disks import Counting, available_bytes, cache_now
 from .figures import About, Exposed, families
 from .process import Observed
 from .wanted import NoSuchExport, Wanted, durations, rounded
+
+_MOST_LOOKS = 40
+"""Of how many processes the memory is measured for one answer: that takes some ten milliseconds."""
 
 
 class _Asked(NamedTuple):
@@ -51,7 +54,7 @@ class _Cache(NamedTuple):
 class ObservedService(Observed):
     """The disk of *service*; made in the observer's process. Raises `OSError`."""
 
-    def __init__(self, service: Service, started: float) -> None:
+    def __init__(self, service: Service) -> None:
         self._service = service
         self._source = source = service.source
         self._tally = TallyReader(service.tally_fds)
@@ -65,8 +68,9 @@ class ObservedService(Observed):
             self._view = source.open_view()
             self._counting = Counting(self._view, self._scoreboard)
             cache = _Cache(source, self._view)
-        self._about = About("xnbd-server", started, configuration.max_clients, expiries)
-        self._answers = QueryAnswers(_Asked(source, self._scoreboard, configuration, expiries, service), cache)
+        self._about = About("xnbd-server", os.getppid(), configuration.max_clients, expiries)
+        asked = _Asked(source, self._scoreboard, configuration, expiries, service)
+        self._answers = QueryAnswers(asked, cache, _MOST_LOOKS)
 
     def families(self) -> List[Family]:
         exposed = Exposed(
@@ -82,11 +86,7 @@ class ObservedService(Observed):
     def status(self, wanted: Wanted) -> str:
         if wanted.export not in (None, self._service.export_name):
             raise NoSuchExport
-        answer = {
-            "done": True,
-            **self._answers.answer(wanted.cells, with_usage=wanted.usage),
-            "uptime_seconds": time() - self._about.started,
-        }
+        answer = {"done": True, **self._answers.answer(wanted.cells, with_usage=wanted.usage)}
         if "map" in answer:
             answer["map"] = rounded(answer["map"])
         if wanted.durations:

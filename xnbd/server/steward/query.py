@@ -20,7 +20,7 @@ from ...scoreboard.rates import Rates
 from ...scoreboard.scoreboard import Scoreboard
 from ...storage.blocks import BLOCK
 from ...storage.image import Source
-from ...system.usage import UsageMeter
+from ...system.usage import UsageMeter, began
 from ..configuration import Configuration
 from ..session.memory import share
 from .duty import Cache, Context, Duty
@@ -112,13 +112,15 @@ class Asked(Protocol):
 class QueryAnswers:
     """The answers of one process, which the master has forked."""
 
-    def __init__(self, context: Asked, cache: Optional[AskedCache]) -> None:
+    def __init__(self, context: Asked, cache: Optional[AskedCache], most_looks: Optional[int] = None) -> None:
+        """*most_looks* is as for `UsageMeter`."""
         self._context = context
         self._source = context.source
         self._scoreboard = context.scoreboard
         self._cache = cache
-        self._began = clock()
-        self._meter = UsageMeter()
+        self._master = os.getppid()
+        self._began = began(self._master)
+        self._meter = UsageMeter(most_looks)
         self._copier: Optional[int] = None
         self._copy_rate = Rate()
 
@@ -135,7 +137,7 @@ class QueryAnswers:
             "mode": "target" if switched else source.mode,
             "name": source.name,
             "description": self._description(),
-            "pid": os.getppid(),
+            "pid": self._master,
             "version": __version__,
             "uptime_seconds": clock() - self._began,
             "readonly": source.readonly,
