@@ -6,8 +6,10 @@ That costs the kernel a quarter of a millisecond, so it is asked again only if t
 
 from __future__ import annotations
 
+import math
 import os
-import time
+from operator import attrgetter
+from time import CLOCK_BOOTTIME, clock_gettime, monotonic, process_time
 from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 _SHORTEST_INTERVAL = 0.5
@@ -26,89 +28,79 @@ class Usage(NamedTuple):
     memory_bytes: int
 
 
-class _Account(NamedTuple):
-    """Of one process; *memory* is another one when its memory may be: page faults and resident pages."""
-
-    began: int
-    cpu_seconds: float
-    memory: Tuple[bytes, bytes, bytes]
-
-
 class UsageMeter:
     """Measures the usage of processes, again and again."""
 
-    def __init__(self, most_looks: Optional[int] = None) -> None:
-        """How much memory processes have is asked of so many at each measurement at most; None: of all."""
-        self._most_looks = most_looks
-        self._known: Dict[int, _Known] = {}
+    def __init__(self, most: float = math.inf) -> None:
+        """One measurement takes *most* seconds of the processor, or little more."""
+        self._most = most
+        self._known: Dict[int, _Process] = {}
 
     def usage(self, pids: Iterable[int]) -> Dict[int, Usage]:
-        """The processes of *pids* that are there and have had their turn; those not asked for are forgotten.
+        """The processes of *pids* that are there; those not asked for are forgotten.
 
-        ``cpu_percent`` is of the time since the last call, in the first one since the
-        process began. Memory takes some milliseconds per GiB that a process has mapped.
+        If there is not the time for all, it is for those that have waited for longest. Of the others it is told what
+        is known from former calls, if anything is. Memory takes some milliseconds per GiB that a process has mapped.
         """
-        accounts = {pid: account for pid, account in ((pid, _account(pid)) for pid in set(pids)) if account}
-        known = {pid: self._known_as(pid, account) for pid, account in accounts.items()}
+        known = {pid: self._known.get(pid) or _Process(pid) for pid in set(pids)}
         self._known = known
-        outdated = [pid for pid, account in accounts.items() if known[pid].memory_at != account.memory]
-        for pid in sorted(outdated, key=lambda pid: known[pid].looked_at)[: self._most_looks]:
-            known[pid].look(pid, accounts[pid])
-        now = time.monotonic()
-        return {
-            pid: Usage(known[pid].percent(account, now), account.cpu_seconds, known[pid].memory)
-            for pid, account in accounts.items()
-            if known[pid].looked_at
-        }
-
-    def _known_as(self, pid: int, account: _Account) -> _Known:
-        """What is known of it, unless that is of another process that had the number before."""
-        known = self._known.get(pid)
-        return known if known is not None and known.began == account.began else _Known(account.began)
+        until = process_time() + self._most
+        for process in sorted(known.values(), key=attrgetter("looked_at")):
+            process.look()
+            if process_time() > until:
+                break
+        return {pid: process.usage for pid, process in known.items() if process.usage is not None}
 
 
-class _Known:
-    """What is known of one process from former measurements."""
+class _Process:
+    """One process, as it was *looked_at* last (monotonic seconds)."""
 
-    __slots__ = ("_cpu_seconds", "_time", "began", "looked_at", "memory", "memory_at")
+    __slots__ = ("_began", "_changes", "_pid", "_sample", "looked_at", "usage")
 
-    def __init__(self, began: int) -> None:
-        self.began = began
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - began / _TICKS
-        self._time, self._cpu_seconds = time.monotonic() - age, 0.0
-        self.memory, self.looked_at = 0, 0.0
-        self.memory_at: Optional[Tuple[bytes, bytes, bytes]] = None
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._begin(0)
 
-    def percent(self, account: _Account, now: float) -> float:
-        used, elapsed = account.cpu_seconds - self._cpu_seconds, now - self._time
-        if elapsed >= _SHORTEST_INTERVAL:
-            self._time, self._cpu_seconds = now, account.cpu_seconds
-        return round(100 * used / max(elapsed, 0.01), 1)
+    def _begin(self, began: int) -> None:
+        """It is one of which nothing is known; *began* is as `_fields` has it."""
+        self._began, self.looked_at = began, 0.0
+        self._changes: Optional[Tuple[bytes, ...]] = None
+        self._sample = began / _TICKS, 0.0
+        self.usage: Optional[Usage] = None
 
-    def look(self, pid: int, account: _Account) -> None:
-        """At its memory; nothing new is known of one that has just ended."""
+    def look(self) -> None:
+        """Again. Another process may have the number by now, or none."""
         try:
-            self.memory = _own_memory(pid)
+            fields = _fields(self._pid)
+            if int(fields[19]) != self._began:
+                self._begin(int(fields[19]))
+            memory = self._memory((fields[7], fields[9], fields[21]))
         except (OSError, ValueError):
+            self._begin(0)
             return
-        self.memory_at, self.looked_at = account.memory, time.monotonic()
+        self.looked_at = monotonic()
+        used = (int(fields[11]) + int(fields[12])) / _TICKS
+        self.usage = Usage(self._percent(used), used, memory)
+
+    def _memory(self, changes: Tuple[bytes, ...]) -> int:
+        """What it was at the last look, if page faults and resident pages, the *changes*, are what they were then."""
+        if self.usage is not None and changes == self._changes:
+            return self.usage.memory_bytes
+        self._changes = changes
+        return _own_memory(self._pid)
+
+    def _percent(self, used: float) -> float:
+        """Of the time since the look before, at the first one since the process began."""
+        now = clock_gettime(CLOCK_BOOTTIME)
+        then, before = self._sample
+        if now - then >= _SHORTEST_INTERVAL:
+            self._sample = now, used
+        return round(100 * (used - before) / max(now - then, 0.01), 1)
 
 
 def began(pid: int) -> float:
     """When the process began, whatever it has executed since, in seconds since the boot. Raises `OSError`."""
     return int(_fields(pid)[19]) / _TICKS
-
-
-def _account(pid: int) -> Optional[_Account]:
-    """None: there is no such process any more."""
-    try:
-        fields = _fields(pid)
-    except OSError:
-        return None
-    if fields[0] in b"ZX":
-        return None
-    cpu_seconds = (int(fields[11]) + int(fields[12])) / _TICKS
-    return _Account(int(fields[19]), cpu_seconds, (fields[7], fields[9], fields[21]))
 
 
 def _fields(pid: int) -> List[bytes]:

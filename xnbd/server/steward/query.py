@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from datetime import datetime, timezone
 from time import time
@@ -112,15 +113,15 @@ class Asked(Protocol):
 class QueryAnswers:
     """The answers of one process, which the master has forked."""
 
-    def __init__(self, context: Asked, cache: Optional[AskedCache], most_looks: Optional[int] = None) -> None:
-        """*most_looks* is as for `UsageMeter`."""
+    def __init__(self, context: Asked, cache: Optional[AskedCache], most: float = math.inf) -> None:
+        """*most* is as for `UsageMeter`."""
         self._context = context
         self._source = context.source
         self._scoreboard = context.scoreboard
         self._cache = cache
         self._master = os.getppid()
         self._began = began(self._master)
-        self._meter = UsageMeter(most_looks)
+        self._meter = UsageMeter(most)
         self._copier: Optional[int] = None
         self._copy_rate = Rate()
 
