@@ -17,6 +17,7 @@ from conftest import MIB, Start
 from moving import move, worker_of_only_client
 from proxies import Proxy, bgctl, make_disk, query
 from rawclient import READ, WRITE, RawClient, pack_request
+from scraping import metrics_port, scrape
 from server_process import PATIENCE, Server, wait_until
 from upgrades import upgrade
 
@@ -292,6 +293,37 @@ def test_a_proxy_goes_on_fetching_for_a_client_that_sleeps(start: Start, tmp_pat
         cookies = [cookie for cookie in cookies if not client.aio_command_completed(cookie)]
     assert time.monotonic() - began < 2 + PATIENCE
     client.shutdown()
+
+
+def test_who_waits_because_of_limits_is_told(limited: Limited, tmp_path: Path) -> None:
+    server = limited("--limit-rate", "1K", "--metrics", 0)
+    server.wait_for_log("INFO: metrics on ")
+    port = metrics_port(server.log())
+
+    def waiting(number: int) -> None:
+        wait_until(lambda: scrape(port)("xnbd_limited_clients") == number, f"{number} that wait")
+
+    waiting(0)
+    with in_debt(server) as client:
+        waiting(1)
+        assert scrape(port)("xnbd_limited_requests_total") == 0
+        move(server)
+        waiting(1)
+        began = time.monotonic()
+        before = scrape(port)("xnbd_limited_seconds_total")
+        limit(tmp_path, "--limit-rate", 0)
+        assert client.simple_reply(512)[:2] == (0, 5)
+        waiting(0)
+        wait_until(lambda: scrape(port)("xnbd_limited_seconds_total") > before, "the time it has waited")
+        assert before <= scrape(port)("xnbd_limited_seconds_total") < time.monotonic() - began + PATIENCE
+        limit(tmp_path, "--limit-iops", 50)
+        for _ in range(20):
+            client.read(0, 512)
+        wait_until(lambda: scrape(port)("xnbd_limited_requests_total") >= 10, "requests that came late")
+        assert scrape(port)("xnbd_limited_requests_total") <= 21
+    with in_debt(server), raw(server):
+        pass
+    waiting(0)
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,10 @@ def _hits(exposed: Exposed) -> Values:
     return [((), exposed.sums.hits)]
 
 
+def _limited_seconds(exposed: Exposed) -> Values:
+    return [((), exposed.sums["limited_nanoseconds"] / 1e9)]
+
+
 def _checkpoint_duration(exposed: Exposed) -> Values:
     nanoseconds = exposed.sums["checkpoint_nanoseconds"]
     return [((), nanoseconds / 1e9)] if nanoseconds else []
@@ -190,6 +194,20 @@ _OF_EXPORTS = (
     _Spec("xnbd_clients", "gauge", "Clients that are connected.", _one("clients")),
     _Spec("xnbd_waiting_requests", "gauge", "Requests that wait for blocks from the origin.", _one("waiting")),
     _Spec("xnbd_waiting_bytes", "gauge", "Memory that they hold, in bytes.", _one("waiting_bytes"), "bytes"),
+    _Spec("xnbd_limited_clients", "gauge", "Clients that have to wait now because of limits.", _one("limited")),
+    _Spec(
+        "xnbd_limited_requests",
+        "counter",
+        "Requests that were received later than the client had sent them, perhaps, because of limits.",
+        _one("limited_requests"),
+    ),
+    _Spec(
+        "xnbd_limited_seconds",
+        "counter",
+        "How long clients had to wait because of limits, all of them together.",
+        _limited_seconds,
+        "seconds",
+    ),
     _Spec("xnbd_worker_deaths", "counter", "Processes with a client that died: each lost its client.", _one("deaths")),
     _Spec("xnbd_disk_bytes", "gauge", "Size of the disk.", _known(lambda exposed: exposed.disk_bytes), "bytes"),
     _Spec(

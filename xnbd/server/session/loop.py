@@ -102,7 +102,7 @@ class Session:
         if self._timing is not None:
             self._parking.on_answer = self._timing.hold_parked
         self._replies.on_unreadable = self._on_unreadable
-        self._pace = None if disk.rates is None else Pace(disk.rates, connection, self._counts)
+        self._pace = None if disk.rates is None else Pace(disk.rates, connection, self._counts, tally)
         encrypted = bool(connection.encryption)
         peer = connection.identity.at(connection.peer)
         remind = connection.loop.remind

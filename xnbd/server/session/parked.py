@@ -229,8 +229,9 @@ class Parked:
         if wanted:
             if not (background.quiet and self._connection.soon()):
                 self._connection.wait_beside(select.POLLIN, None)
-        elif paused > 0:
-            self._connection.wait_beside(0, paused)
+        elif paused > 0 and self._pace is not None:
+            with self._pace.waiting():
+                self._connection.wait_beside(0, paused)
         elif self._leaves_at is not None or self._hung_up_at is not None:
             self._connection.wait_beside(0, 1.0)
             if self._hung_up_at is not None and monotonic() > self._hung_up_at + _PATIENCE:
