@@ -76,7 +76,7 @@ class _Spec(NamedTuple):
 
 def families(exports: Sequence[Exposed], about: About) -> List[Family]:
     """Everything, in a lasting order."""
-    caches = [exposed for exposed in exports if exposed.cache is not None]
+    caches = [exposed for exposed in exports if exposed.cache is not None or exposed.sums["misses"]]  # or had one once
     found = [*_of_program(about), *_collect(_OF_EXPORTS, exports), *_collect(_OF_CACHES, caches)]
     return [family for family in found if family.samples]
 
