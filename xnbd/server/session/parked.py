@@ -11,14 +11,16 @@ that one at once.
 from __future__ import annotations
 
 import select
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union
 
 from ...errors import Disconnected, RequestError
 from ...logs import log
-from ...storage.image import Background, NotLocal, Parcel, Ticket
+from ...protocol import constants as c
+from ...storage.image import FETCH_STEP, Background, NotLocal, Parcel, Ticket
 from ..disk import Disk
-from .commands import MAY_TAKE_LONG, Commands
+from .commands import MAXIMUM_REQUEST, MAY_TAKE_LONG, Commands
 from .connection import Connection
 from .pace import Pace
 from .parking import ParkedRequest, Parking, Where, Work
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
 
 _PATIENCE = 30.0
 """Seconds that a client which has closed its end may wait for the replies that are still to come."""
+
+_LONG = 64 << 10
+"""Bytes from which on a request that waits for all of its blocks takes more memory than any other."""
+
+_AT_ONCE = {c.CMD_READ: MAXIMUM_REQUEST, c.CMD_CACHE: FETCH_STEP}
+"""Bytes of one request whose blocks are fetched at once."""
 
 
 class Parked:
@@ -61,6 +69,12 @@ class Parked:
         self._told_short = False
 
     # Doing requests
+
+    def execute(self, command: int, flags: int, cookie: bytes, offset: int, length: int) -> None:
+        """Do any request but WRITE and DISC, as `do` does."""
+        work = partial(self._commands.execute, command, flags, cookie, offset, length)
+        noted = notes(min(length, _AT_ONCE[command])) if command in _AT_ONCE else 0
+        self.do(command, flags, cookie, work, (offset, length), noted)
 
     def do(
         self,
@@ -282,6 +296,11 @@ class Parked:
             if ours:
                 image.take(ticket.parcels)
                 return
+
+
+def notes(length: int) -> int:
+    """Bytes that are held for a request that waits for *length* bytes: the proxy notes each of their blocks."""
+    return length >> 5 if length >= _LONG else 0
 
 
 def _have_done(_answer: List[Piece]) -> None:
