@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,12 +19,13 @@ from moving import move, worker_of_only_client
 from proxies import Proxy, bgctl, make_disk, query
 from rawclient import READ, WRITE, RawClient, pack_request
 from scraping import metrics_port, scrape
-from server_process import PATIENCE, Server, wait_until
+from server_process import PATIENCE, PYTHON, ROOT, Server, run_seconds, state_of, wait_until
 from upgrades import upgrade
 
 SECONDS = float(os.environ.get("XNBD_LIMIT_SECONDS", "2"))
 """How long accuracy is measured. In the long form, of ten and more, the lower bound counts, too."""
 
+FLOOD = ROOT / "tests" / "support" / "flood.py"
 KIB = 1 << 10
 BURST = 0.1
 
@@ -111,6 +113,60 @@ def test_a_client_at_its_limit_sleeps(start: Start, image: Path) -> None:
         before = processor_time(worker)
         flood.run(SECONDS)
         assert processor_time(worker) - before < 0.15 * SECONDS
+
+
+def test_a_client_in_debt_takes_no_processor_time(start: Start, image: Path) -> None:
+    server = start("--target", "--limit-rate", "1K", image)
+    with in_debt(server):
+        worker = worker_of_only_client(server)
+        until = time.monotonic() + 1
+        wait_until(lambda: state_of(worker) == "S", "its sleep")
+        before = run_seconds(worker)
+        wait_until(lambda: time.monotonic() > until, "a second")
+        assert run_seconds(worker) - before < 0.01
+
+
+def waits_of(*pids: int) -> float:
+    """Seconds for which processes were ready and did not have the processor (``/proc/PID/schedstat``)."""
+    return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) for pid in pids) / 1e9
+
+
+def latencies(client: RawClient, worker: int, seconds: float) -> list[float]:
+    """Seconds that single reads take, without those in which others had the processor."""
+    found, until = [], time.monotonic() + seconds
+    while time.monotonic() < until:
+        waits, began = waits_of(worker, os.getpid()), time.monotonic()
+        client.read(0, 4 * KIB)
+        took = time.monotonic() - began
+        found.append(max(0.0, took - (waits_of(worker, os.getpid()) - waits)))
+        time.sleep(0.0005)
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "length", "depth"),
+    [(("--limit-iops", "5000"), 4 * KIB, 64), (("--limit-rate-total", "50M"), 64 * KIB, 32)],
+)
+def test_a_neighbour_of_a_flood(start: Start, image: Path, options: Sequence[str], length: int, depth: int) -> None:
+    """Its reads take hardly longer than when it is alone."""
+    server = start("--target", *options, image)
+    alone: list[float] = []
+    beside: list[float] = []
+    with raw(server) as client:
+        worker = worker_of_only_client(server)
+        for _ in range(2):
+            alone += latencies(client, worker, SECONDS / 4)
+            flood = subprocess.Popen([PYTHON, FLOOD, server.socket, str(length), str(depth)])
+            try:
+                wait_until(lambda: len(server.busy_workers()) == 2, "the flood")
+                latencies(client, worker, 0.2)
+                beside += latencies(client, worker, SECONDS / 4)
+            finally:
+                flood.kill()
+                flood.wait()
+            wait_until(lambda: len(server.busy_workers()) == 1, "its end")
+    p99 = [sorted(found)[int(0.99 * len(found))] for found in (alone, beside)]
+    assert p99[1] < (2 if SECONDS >= 10 else 4) * p99[0] + 1e-4, p99
 
 
 def test_idleness_is_saved_up_as_far_as_the_burst_allows(start: Start, image: Path) -> None:
