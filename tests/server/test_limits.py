@@ -23,7 +23,10 @@ from server_process import PATIENCE, PYTHON, ROOT, Server, run_seconds, state_of
 from upgrades import upgrade
 
 SECONDS = float(os.environ.get("XNBD_LIMIT_SECONDS", "2"))
-"""How long accuracy is measured. In the long form, of ten and more, the lower bound counts, too."""
+"""How long accuracy is measured. In the long form, of ten and more, the lower bound counts, too, and a neighbour's p99.
+
+What other processes take of the processor meanwhile is taken into account.
+"""
 
 FLOOD = ROOT / "tests" / "support" / "flood.py"
 KIB = 1 << 10
@@ -50,6 +53,11 @@ def processor_time(pid: int) -> float:
     """Seconds that a process has had the processor."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def waits_of(*pids: int) -> float:
+    """Seconds for which processes were ready and did not have the processor (``/proc/PID/schedstat``)."""
+    return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) for pid in pids) / 1e9
 
 
 class Flood:
@@ -96,12 +104,16 @@ def test_a_client_gets_what_it_may_and_no_more(
     flood = Flood(server, length, depth, command)
     with flood.client:
         flood.run(0.5)  # the burst is used up
+        worker = worker_of_only_client(server)
+        waits = waits_of(worker, os.getpid())
         found = flood.run(SECONDS)
+        waits = waits_of(worker, os.getpid()) - waits
         batch = 2 * (depth + 1) * length
         assert found < 1.05 * rate + (BURST * rate + batch) / SECONDS
         assert found > 0.3 * rate  # another process may have had the processor
         if SECONDS >= 10:
-            assert 0.97 * rate < found < 1.03 * rate
+            assert found < 1.03 * rate
+            assert found / (1 - waits / SECONDS) > 0.97 * rate  # a pause longer than the burst is not made up for
 
 
 def test_a_client_at_its_limit_sleeps(start: Start, image: Path) -> None:
@@ -124,11 +136,6 @@ def test_a_client_in_debt_takes_no_processor_time(start: Start, image: Path) -> 
         before = run_seconds(worker)
         wait_until(lambda: time.monotonic() > until, "a second")
         assert run_seconds(worker) - before < 0.01
-
-
-def waits_of(*pids: int) -> float:
-    """Seconds for which processes were ready and did not have the processor (``/proc/PID/schedstat``)."""
-    return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) for pid in pids) / 1e9
 
 
 def latencies(client: RawClient, worker: int, seconds: float) -> list[float]:

@@ -67,7 +67,8 @@ class Crossing:
         place.leave()
         if self._parking.buffered + self._replies.unsent > frozen.LARGEST:
             raise OSError(errno.EFBIG, "more waits for it than can be moved in a moment")
-        requests = b"".join(request.freeze().pack() for request in self._parking.requests())
+        waiting = [request.freeze() for request in self._parking.requests()]
+        requests = b"".join(request.pack() for request in waiting)
         received = receive_buffer.view[receive_buffer.start : receive_buffer.end]
         fd = os.memfd_create("xnbd-session")
         with closed_on_error(fd):
@@ -75,8 +76,9 @@ class Crossing:
                 file.writelines((frozen.MAGIC, requests, received))
             sections = frozen.Sections(len(requests), len(received), self._replies.copy_to(fd))
         client, debts = self._connection, () if self._pace is None else self._pace.debts()
+        arrived = [request.arrived for request in waiting]
         letter = frozen.pack_letter(
-            client.peer, client.identity, self._agreement, place.visit, frozen_at, sections, debts
+            client.peer, client.identity, self._agreement, place.visit, frozen_at, sections, debts, arrived
         )
         return letter, fd
 
@@ -91,11 +93,13 @@ class Crossing:
             self._replies.pieces.append(memoryview(session.replies))
         self._disk.enter()
         for request in session.requests:
+            parked.arrived = request.arrived
             _take_over(request, parked, writes)
+        parked.arrived = None
 
 
 def _take_over(request: frozen.FrozenRequest, parked: Parked, writes: Writes) -> None:
-    command, flags, cookie, offset, length, pieces, answer = request
+    command, flags, cookie, offset, length, pieces, answer, _ = request
     if answer is not None:
         parked.keep_in_line(command, cookie, answer)
     elif command == c.CMD_WRITE:

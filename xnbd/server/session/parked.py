@@ -67,6 +67,8 @@ class Parked:
         self._hung_up_at: Optional[float] = None
         self._parting = False
         self._told_short = False
+        self.arrived: Optional[float] = None
+        """When what is done now has arrived (monotonic seconds), if that was at another process."""
 
     # Doing requests
 
@@ -92,7 +94,7 @@ class Parked:
         have changed on return.
         """
         if self._parking.blocked:
-            request = ParkedRequest(command, cookie, work, where, buffered, flags, left)
+            request = self._as_of_then(ParkedRequest(command, cookie, work, where, buffered, flags, left))
             self._parking.stand_in_line(request)
             self._do_again(request)
             return
@@ -102,13 +104,18 @@ class Parked:
         try:
             work(pieces)
         except NotLocal as missing:
-            request = ParkedRequest(command, cookie, work, where, buffered, flags, left)
+            request = self._as_of_then(ParkedRequest(command, cookie, work, where, buffered, flags, left))
             self._parking.enter(missing.ticket, request)
             return
         except (OSError, RequestError) as error:
             self._commands.refuse(command, cookie, error, pieces, where)
         if self._timing is not None:
             self._timing.hold_one(command, where)
+
+    def _as_of_then(self, request: ParkedRequest) -> ParkedRequest:
+        if self.arrived is not None:
+            request.arrived = self.arrived
+        return request
 
     def _do_again(self, request: ParkedRequest, parcels: Optional[List[Parcel]] = None) -> None:
         """Do *request*, for which *parcels* have come; then it is answered, or waits for another ticket."""
@@ -255,7 +262,7 @@ class Parked:
 
     def keep_in_line(self, command: int, cookie: bytes, answer: bytes) -> None:
         """A request has its *answer* already, and its place behind those before it."""
-        request = ParkedRequest(command, cookie, _have_done, (0, 0))
+        request = self._as_of_then(ParkedRequest(command, cookie, _have_done, (0, 0)))
         request.answer.append(answer)
         self._parking.stand_in_line(request)
         self._parking.answered(request)
