@@ -11,9 +11,9 @@ import stat
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, List
 
 import pytest
 from certificates import Certificates
@@ -24,7 +24,6 @@ from proxies import ask as ask_server
 from rawclient import DISC, FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, RawClient, pack_request
 from relay import Relay
 from scraping import (
-    Sample,
     Scrape,
     ask,
     check_by_promtool,
@@ -429,62 +428,11 @@ def test_a_copy_and_a_switch(start: Start, far: Server, tmp_path: Path) -> None:
         client.read(0, 4096)
         after = wait_for(port, "xnbd_requests_total", 2, command="read")
         assert after("xnbd_cached_bytes") == DISK
-        assert never_less([before.counters, after.counters])
+        assert before("xnbd_cache_misses_total") <= after("xnbd_cache_misses_total")
         assert after("xnbd_write_back_failed") == 0
 
 
-# Never backwards
-
-
-def never_less(history: List[Dict[Sample, float]]) -> bool:
-    """Whether no counter is less than it was, nor gone."""
-    latest: Dict[Sample, float] = {}
-    for counters in history:
-        for sample, value in latest.items():
-            assert counters.get(sample, -1) >= value, (sample, value, counters.get(sample))
-        latest = counters
-    return True
-
-
-def test_counters_never_go_backwards(start: Start, image: Path, tmp_path: Path, seed: int) -> None:
-    """While workers and the observer are killed, and the program becomes another one."""
-    control, rng, over = tmp_path / "control", random.Random(seed), threading.Event()
-    server = measured(start, "--target", "--control", control, image)
-    server.expected_errors.append("killed by SIGKILL")
-    port, history = port_of(server), []  # type: int, List[Dict[Sample, float]]
-
-    def come_and_go() -> None:
-        while not over.is_set():
-            with suppress(OSError, EOFError, AssertionError), raw(server) as client:
-                while not over.is_set():
-                    client.read(0, 512)
-                    client.write(0, bytes(512))
-
-    def look() -> None:
-        while not over.is_set():
-            with suppress(OSError, EOFError), connect(port) as sock:
-                while not over.is_set():
-                    history.append(Scrape(ask(sock, Accept="application/openmetrics-text").body.decode()).counters)
-
-    threads = [threading.Thread(target=work) for work in (come_and_go, come_and_go, come_and_go, look)]
-    for thread in threads:
-        thread.start()
-    for turn in range(12):
-        wait_until(lambda: server.busy_workers(), "a client")
-        with suppress(ProcessLookupError):
-            os.kill(rng.choice(server.busy_workers()), signal.SIGKILL)
-        if turn % 6 == 2:
-            kill_observer(server.pid)
-        if turn % 6 == 4:
-            upgrade(control)
-        seen = len(history)
-        wait_until(lambda: len(history) > seen + 3, "a look at the counters")  # noqa: B023
-    over.set()
-    for thread in threads:
-        thread.join()
-    assert never_less(history)
-    deaths = [value for (name, _), value in history[-1].items() if name == "xnbd_worker_deaths_total"]
-    assert deaths[0] >= 3
+# Upgrades
 
 
 def test_a_program_that_counts_in_another_way_goes_on(start: Start, image: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def status(where: Where, path: str = "/status") -> Dict[str, Any]:
 
 def metrics_port(log: str) -> int:
     """Where metrics are, as the log says."""
-    return int(re.findall(r"INFO: metrics on \S+:(\d+)", log)[-1])
+    return int(re.findall(r"metrics on \S+:(\d+)", log)[-1])
 
 
 def observer_of(pid: int) -> Optional[int]:

@@ -26,7 +26,7 @@ from server_process import ROOT, wait_until
 from xnbd.control.requests import flag_argument, integer_argument, text_argument
 from xnbd.control.server import MAXIMUM_CONNECTIONS, MAXIMUM_LINE, CommandTable, ControlSocket, Reply
 from xnbd.errors import CommandError, ConfigurationError
-from xnbd.system.usage import UsageMeter
+from xnbd.system.usage import UsageMeter, began
 
 Serve = Callable[..., ControlLoop]
 
@@ -727,6 +727,36 @@ def test_usage_of_processes_that_are_gone() -> None:
     gone.wait()
     assert set(meter.usage([gone.pid, os.getpid()])) == {os.getpid()}
     assert meter.usage([]) == {}
+
+
+def test_who_waits_for_longest_is_measured_first() -> None:
+    children = [subprocess.Popen(["sleep", "60"]) for _ in range(4)]
+    try:
+        pids, meter, found = [child.pid for child in children], UsageMeter(most=0), []
+        for _ in pids:
+            found.append(set(meter.usage(pids)))
+        assert [len(those) for those in found] == [1, 2, 3, 4]
+        meter.usage(pids[:2])
+        assert len(meter.usage(pids)) == 3
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def test_a_process_has_its_age_whatever_it_executes() -> None:
+    child = subprocess.Popen(["sh", "-c", "read x; exec sleep 60"], stdin=subprocess.PIPE)
+    try:
+        before = began(child.pid)
+        assert 0 <= time.clock_gettime(time.CLOCK_BOOTTIME) - before < 60
+        assert child.stdin is not None
+        child.stdin.write(b"x\n")
+        child.stdin.flush()
+        wait_until(lambda: Path(f"/proc/{child.pid}/comm").read_text() == "sleep\n", "the next program")
+        assert began(child.pid) == before
+    finally:
+        child.kill()
+        child.communicate()
 
 
 def test_mapped_disk_is_not_counted_as_memory(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from scraping import check_by_promtool
@@ -21,7 +22,7 @@ def everything() -> Exposed:
     return Exposed("disk", sums, 1, 1, True, cache)
 
 
-FAMILIES = families([everything()], About("xnbd-server", 1.0, 1, [("file", 1.0)]))
+FAMILIES = families([everything()], About("xnbd-server", os.getpid(), 1, [("file", 1.0)]))
 
 
 def test_promtool_finds_nothing_wrong() -> None:
@@ -52,5 +53,5 @@ def test_all_that_is_counted_is_told() -> None:
         sums.include({row: [7] * next(r.places for r in ROWS if r.name == row)})
         exposed = everything()._replace(sums=sums)
         without = everything()._replace(sums=Sums())
-        about = About("xnbd-server", 1.0, 1, [])
+        about = About("xnbd-server", os.getpid(), 1, [])
         assert families([exposed], about) != families([without], about), row

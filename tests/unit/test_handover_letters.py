@@ -60,6 +60,7 @@ requests = st.builds(
     st.integers(0, (1 << 32) - 1),
     st.lists(st.tuples(st.integers(0, 1 << 63), st.binary(max_size=20)), max_size=3),
     st.none() | st.binary(max_size=20),
+    st.floats(0, 1e9),
 )
 
 
@@ -72,7 +73,8 @@ def frozen_session(
     fd = os.memfd_create("test")
     try:
         os.write(fd, frozen.MAGIC + data + received + replies)
-        yield pack_letter("peer", ALICE, AGREEMENT, VISIT, 77.25, Sections(len(data), len(received), len(replies))), fd
+        sections, arrived = Sections(len(data), len(received), len(replies)), [request.arrived for request in waiting]
+        yield pack_letter("peer", ALICE, AGREEMENT, VISIT, 77.25, sections, arrived=arrived), fd
     finally:
         os.close(fd)
 
@@ -82,6 +84,14 @@ def test_a_session_is_read_as_it_was_written(waiting: List[FrozenRequest], recei
     with frozen_session(waiting, received, replies) as (letter, fd):
         session = parse_session(letter, fd)
     assert session == FrozenSession("peer", ALICE, AGREEMENT, VISIT, 77.25, waiting, received, replies)
+
+
+def test_requests_of_a_program_that_does_not_say_when_they_came() -> None:
+    with frozen_session(REQUESTS) as (letter, fd):
+        fields = json.loads(letter)
+        del fields["arrived"]
+        session = parse_session(json.dumps(fields).encode(), fd)
+    assert [request.arrived for request in session.requests] == [77.25, 77.25]
 
 
 REQUESTS = [

@@ -116,6 +116,11 @@ def test_requests_that_come_together_are_answered_in_order(loop: Loop) -> None:
         (b"GET / HTTP/1.1\r\nX: " + b"a" * 9000, 431),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
         (b"GET / HTTP/1.0\n\n", 200),
+        (b"GET / HTTP/1.1\r\nHost: elsewhere.example\r\n\r\n", 421),
+        (b"POST /none HTTP/1.1\r\nHost: elsewhere.example:1\r\n\r\n", 421),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: elsewhere.example\r\n\r\n", 421),
+        (b"GET / HTTP/1.1\r\nHost:\r\n\r\n", 421),
+        (b"GET / HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", 200),
     ],
 )
 def test_what_is_asked_wrongly_is_refused(loop: Loop, request_: bytes, status: int) -> None:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
 from conftest import MIB, Start, StartWrapper
-from rawclient import READ
 from scraping import (
-    Sample,
     Scrape,
-    ask,
     check_by_promtool,
     connect,
     get,
@@ -27,7 +24,10 @@ from scraping import (
     status,
 )
 from server_process import PYTHON, ROOT, children_of, title_of, wait_until
+from watching import Watcher, happen, visited
 from wrapper_process import Wrapper, fails
+
+HAPPENINGS = int(os.environ.get("XNBD_HAPPENINGS", "8"))
 
 FOREIGN = f"{PYTHON} {ROOT / 'tests' / 'support' / 'foreign_server.py'}"
 
@@ -207,43 +207,69 @@ def test_a_place_that_cannot_be_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_counters_never_go_backwards(wrapper: Wrapper, seed: int) -> None:
-    """While clients come, go and are killed, and the wrapper becomes another program."""
-    wrapper.expected_errors.append("killed by SIGKILL")
-    port, rng, over = port_of(wrapper), random.Random(seed), threading.Event()
-    history: List[Dict[Sample, float]] = []
+class Stage:
+    """A wrapper with a target and a proxy, and what can happen to it."""
 
-    def come_and_go(name: str) -> None:
-        while not over.is_set():
-            with suppress(OSError, EOFError, AssertionError), wrapper.client(name) as client:
-                for _ in range(200):
-                    client.request(READ, 0, 512)
-                    client.simple_reply(512)
+    def __init__(self, wrapper: Wrapper, rng: random.Random, disk: Path) -> None:
+        self.wrapper, self._rng, self._disk = wrapper, rng, disk
+        wrapper.expected_errors += ["killed by SIGKILL"]
 
-    def look() -> None:
-        while not over.is_set():
-            with suppress(OSError, EOFError), connect(port) as sock:
-                while not over.is_set():
-                    history.append(Scrape(ask(sock, Accept="application/openmetrics-text").body.decode()).counters)
+    def visit(self, name: str) -> None:
+        """One client reads here and there, until something becomes of it."""
+        with self.wrapper.client(name) as client:
+            for _ in range(200):
+                client.read(self._rng.randrange(MIB // 4096) * 4096, 512)
 
-    works = [lambda: come_and_go("one.img"), lambda: come_and_go("two.img"), look]
-    threads = [threading.Thread(target=work) for work in works]
-    for thread in threads:
-        thread.start()
-    for turn in range(9):
-        served = [pid for pid in children_of(wrapper.process.pid) if "serving" in title_of(pid)]
+    def kill_a_server(self) -> None:
+        served = [pid for pid in children_of(self.wrapper.process.pid) if "serving" in title_of(pid)]
         if served:
             with suppress(ProcessLookupError):
-                os.kill(rng.choice(served), signal.SIGKILL)
-        if turn % 3 == 2:
-            wrapper.ctl("--upgrade")
-        seen = len(history)
-        wait_until(lambda: len(history) > seen + 3, "a look at the counters")  # noqa: B023
-    over.set()
-    for thread in threads:
-        thread.join()
-    latest: Dict[Sample, float] = {}
-    for counters in history:
-        assert not {sample: value for sample, value in latest.items() if counters.get(sample, -1) < value}
-        latest = counters
-    assert sum(value for (name, _), value in latest.items() if name == "xnbd_requests_total") > 200
+                os.kill(self._rng.choice(served), signal.SIGKILL)
+
+    def kill_the_observer(self) -> None:
+        wait_until(lambda: observer_of(self.wrapper.process.pid), "the observer")
+        kill_observer(self.wrapper.process.pid)
+
+    def upgrade(self) -> None:
+        self.wrapper.ctl("--upgrade")
+
+    def reload(self) -> None:
+        self.wrapper.ctl("--reload")
+
+    def add_and_remove(self) -> None:
+        self.wrapper.ctl("--add-target", "other", self._disk)
+        self.wrapper.ctl("--remove-by-exportname", "other")
+
+    def limit(self) -> None:
+        self.wrapper.ctl("--limit-iops", self._rng.choice((0, 2000)), "--limit", "far")
+
+    def switch(self) -> None:
+        """The second time there is nothing to be done."""
+        wait_until(self._is_switched, "the switch")
+
+    def _is_switched(self) -> bool:
+        """Whoever is asked may end meanwhile, as its client does."""
+        if self.wrapper.stored()["far"]["mode"] == "proxy":
+            with suppress(AssertionError):
+                self.wrapper.ctl("--bgctl-cache-all", "far")
+                self.wrapper.ctl("--bgctl-switch", "far")
+        return self.wrapper.stored()["far"]["mode"] == "target"
+
+
+def test_counters_never_get_less(wrapper: Wrapper, start: Start, disks: List[Path], tmp_path: Path, seed: int) -> None:
+    """Each sample is compared with the one before, while clients come and go."""
+    stage = Stage(wrapper, random.Random(seed), disks[1])
+    origin = start("--target", "--readonly", disks[0], tcp=True)
+    files = [tmp_path / name for name in ("cache", "bitmap", "control")]
+    wrapper.ctl("--add-proxy", "far", "127.0.0.1", origin.port, *files)
+    with wrapper.client("far") as client:
+        client.read(0, 512)
+        wait_for(wrapper, "xnbd_cache_misses_total", 1, export="far")
+    happenings = (
+        *(stage.kill_a_server, stage.kill_the_observer, stage.upgrade),
+        *(stage.reload, stage.add_and_remove, stage.limit, stage.switch),
+    )
+    visits = [partial(stage.visit, name) for name in ("one.img", "one.img", "far")]
+    with visited(*visits), Watcher(port_of(wrapper), passing="other") as watcher:
+        happen(happenings, HAPPENINGS, random.Random(seed), watcher)
+    assert watcher.total("xnbd_requests_total") > 100

@@ -17,6 +17,8 @@ from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from ..logs import Seldom, about, log
 from ..system.polling import poll_patiently
+from ..text import one_line
+from .hosts import OwnNames
 
 MOST_CONNECTIONS = 128
 _MOST_UNSENT = 64 << 20
@@ -41,6 +43,7 @@ _REASONS = {
     400: "Bad Request",
     404: "Not Found",
     405: "Method Not Allowed",
+    421: "Misdirected Request",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
 }
@@ -73,7 +76,7 @@ class HttpServer:
 
     def __init__(self, listeners: Sequence[socket.socket], pages: Mapping[str, Page]) -> None:
         self._listeners = list(listeners)
-        self._pages = pages
+        self._site = _Site(pages)
         self._connections: List[_Connection] = []
         self._accept_at: Optional[float] = None
         self._shortages = Seldom(_TELL_OF_SHORTAGE)
@@ -137,7 +140,7 @@ class HttpServer:
                 return
             if len(self._connections) >= MOST_CONNECTIONS:
                 self._make_room()
-            self._connections.append(_Connection(sock, self._pages))
+            self._connections.append(_Connection(sock, self._site))
 
     def _make_room(self) -> None:
         self._drop(min(self._connections, key=lambda connection: connection.moved_at))
@@ -147,13 +150,37 @@ class HttpServer:
         connection.close()
 
 
+class _Site:
+    """What is answered: the *pages*, to who asks by a name of this computer."""
+
+    def __init__(self, pages: Mapping[str, Page]) -> None:
+        self._pages = pages
+        self._names = OwnNames()
+
+    def answer(self, request: Request) -> Response:
+        """Never raises."""
+        host = request.headers.get("host")
+        if host is not None and not self._names.include(host):
+            return _refusal(421, f"{one_line(host)} is no name of this computer: ask by its address, or by localhost")
+        if request.method not in ("GET", "HEAD"):
+            return _refusal(405, "only GET and HEAD are allowed")._replace(headers=(("Allow", "GET, HEAD"),))
+        page = self._pages.get(request.path)
+        if page is None:
+            return _refusal(404, f"there is no such page; there are: {' '.join(self._pages)}")
+        try:
+            return page(request)
+        except Exception:
+            log.exception("metrics: %s cannot be made", request.path)
+            return _refusal(500, "this page cannot be made; the log says why")
+
+
 class _Connection:
     """One client: one request after the other. Nothing is received from it while it has a response to take."""
 
-    def __init__(self, sock: socket.socket, pages: Mapping[str, Page]) -> None:
+    def __init__(self, sock: socket.socket, site: _Site) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._pages = pages
+        self._site = site
         self._input = bytearray()
         self._output = memoryview(b"")
         self._last = self._draining = False
@@ -225,19 +252,8 @@ class _Connection:
         del self._input[: end.end()]
         self.has_more = _HEAD_END.search(self._input) is not None
         request = parse_request(head)
-        self._respond(request, _refusal(400, "this is no request") if request is None else self._page(request), now)
-
-    def _page(self, request: Request) -> Response:
-        if request.method not in ("GET", "HEAD"):
-            return _refusal(405, "only GET and HEAD are allowed")._replace(headers=(("Allow", "GET, HEAD"),))
-        page = self._pages.get(request.path)
-        if page is None:
-            return _refusal(404, f"there is no such page; there are: {' '.join(self._pages)}")
-        try:
-            return page(request)
-        except Exception:
-            log.exception("metrics: %s cannot be made", request.path)
-            return _refusal(500, "this page cannot be made; the log says why")
+        response = _refusal(400, "this is no request") if request is None else self._site.answer(request)
+        self._respond(request, response, now)
 
     def _respond(self, request: Optional[Request], response: Response, now: float) -> None:
         self._is_new = False

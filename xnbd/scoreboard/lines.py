@@ -27,6 +27,7 @@ _PID_AT, _PID = LINE.at["pid"], LINE.form["pid"]
 _NAMESPACE_AT, _NAMESPACE = LINE.at["namespace"], LINE.form["namespace"]
 _COUNTERS_AT, _COUNTERS = LINE.at["counters"], LINE.form["counters"]
 _NOBODY = bytes(_PID.size)
+_VISIT = [slice(LINE.at[name], LINE.at[name] + LINE.form[name].size) for name in ("peer", "since", "counters_before")]
 
 
 def clock() -> float:
@@ -131,13 +132,13 @@ class Lines:
     def _read(self, at: int) -> Line:
         while True:
             visit = self._visit(at)
-            told = {name: self._get(at, name) for name in LINE.at}
+            told = {name: form.unpack_from(self._map, at + LINE.at[name]) for name, form in LINE.form.items()}
             if self._visit(at) == visit:
                 return _line(told)
 
-    def _visit(self, at: int) -> List[Tuple[Any, ...]]:
+    def _visit(self, at: int) -> List[bytes]:
         """What is another one with each client."""
-        return [self._get(at, name) for name in ("peer", "since", "counters_before")]
+        return [self._map[at + place.start : at + place.stop] for place in _VISIT]
 
     def _get(self, at: int, name: str) -> Tuple[Any, ...]:
         return LINE.form[name].unpack_from(self._map, at + LINE.at[name])

@@ -182,10 +182,10 @@ class Master:
 
         return fork("the process for metrics", close_and_live)
 
-    def _observed(self, began: float) -> ObservedService:
+    def _observed(self) -> ObservedService:
         from .observer.service import ObservedService
 
-        return ObservedService(self._service, began)
+        return ObservedService(self._service)
 
     # The configuration
 

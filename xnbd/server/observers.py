@@ -6,7 +6,7 @@ import os
 import signal
 from contextlib import suppress
 from functools import partial
-from time import monotonic, time
+from time import monotonic
 from typing import TYPE_CHECKING, Callable, Iterable, List, Optional, Set
 
 from ..logs import about, log
@@ -34,11 +34,11 @@ class Observers:
         self,
         listeners: Optional[Listeners],
         start: Start,
-        observed: Callable[[float], Observed],
+        observed: Callable[[], Observed],
         title: str,
         former: Iterable[int] = (),
     ) -> None:
-        """Without *listeners* there is none. *observed* is told when the program was started."""
+        """Without *listeners* there is none."""
         if listeners is not None:  # later the files of the next program may stand where those of this one do
             from .observer import process  # noqa: F401
 
@@ -46,7 +46,6 @@ class Observers:
         self._start = start
         self._observed = observed
         self._title = title
-        self._began = time()
         self._pid: Optional[int] = None
         self._started_at = 0.0
         self._start_at = 0.0 if listeners is not None else float("inf")
@@ -80,7 +79,7 @@ class Observers:
     def _live(self, listeners: Listeners, lifeline: int) -> int:
         from .observer.process import observe
 
-        return observe(lifeline, listeners.sockets, partial(self._observed, self._began), self._title)
+        return observe(lifeline, listeners.sockets, self._observed, self._title)
 
     def replace(self) -> None:
         """What is observed has changed: another process goes on. Who is about to be answered is not cut off."""

@@ -31,9 +31,7 @@ class MetricsPlace(NamedTuple):
 class Metrics:
     """An observer at the *place*, of what *observed* opens in its process. Without a place there is none."""
 
-    def __init__(
-        self, place: Optional[MetricsPlace], children: Children, observed: Callable[[float], Observed]
-    ) -> None:
+    def __init__(self, place: Optional[MetricsPlace], children: Children, observed: Callable[[], Observed]) -> None:
         self._place = place
         self._children = children
         self._lifeline = self._lifeline_master = -1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from time import monotonic, time
+from time import monotonic
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from .. import __version__
@@ -80,13 +80,11 @@ def _scoreboard_at(path: str) -> Optional[Scoreboard]:
 class ObservedWrapper(Observed):
     """The exports of *database*; made in the observer's process. Raises `OSError`."""
 
-    def __init__(
-        self, database: Database, tallies: Sequence[int], configuration: Configuration, started: float
-    ) -> None:
+    def __init__(self, database: Database, tallies: Sequence[int], configuration: Configuration) -> None:
         self._database = database
         self._tally = TallyReader(tallies)
         self._configuration = configuration
-        self._about = About("xnbd-wrapper", started, configuration.max_clients, configuration.expiries())
+        self._about = About("xnbd-wrapper", os.getppid(), configuration.max_clients, configuration.expiries())
         self._caches: Dict[ProxyExport, _Cache] = {}
         self._sizes: Dict[str, Tuple[float, Optional[int]]] = {}
         self._work_at = 0.0
@@ -147,9 +145,9 @@ class ObservedWrapper(Observed):
         about: Message = {
             "done": True,
             "mode": "wrapper",
-            "pid": os.getppid(),
+            "pid": self._about.pid,
             "version": __version__,
-            "uptime_seconds": time() - self._about.started,
+            "uptime_seconds": self._about.uptime,
             "configuration": self._configuration.figures(),
         }
         if wanted.durations:
@@ -162,7 +160,7 @@ class ObservedWrapper(Observed):
         about: Message = {
             "name": exposed.export,
             "version": __version__,
-            "uptime_seconds": time() - self._about.started,
+            "uptime_seconds": self._about.uptime,
             **status(exposed, export),
         }
         if isinstance(export, ProxyExport) and cache is not None:

@@ -217,10 +217,10 @@ class Wrapper:
     def _move(self, lifeline: int) -> Body:
         return Mover(self._settings.servers, self._exchange, self._clients.outbox, lifeline).run
 
-    def _observed(self, tallies: Sequence[int], began: float) -> ObservedWrapper:
+    def _observed(self, tallies: Sequence[int]) -> ObservedWrapper:
         from .observed import ObservedWrapper
 
-        return ObservedWrapper(self._database, tallies, self._settings.configuration, began)
+        return ObservedWrapper(self._database, tallies, self._settings.configuration)
 
     # The loop
 

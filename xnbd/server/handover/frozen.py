@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+from itertools import chain, repeat
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from ...access.identity import Identity
@@ -33,7 +34,7 @@ _PIECE = struct.Struct("=QI")
 
 
 class FrozenRequest(NamedTuple):
-    """A request that has been taken off the wire and is to be done, again perhaps.
+    """A request that has been taken off the wire, at *arrived* (monotonic seconds), and is to be done, again perhaps.
 
     Of a WRITE the *pieces* are still to be written. With an *answer* it is done, and only stands in line.
     """
@@ -45,8 +46,10 @@ class FrozenRequest(NamedTuple):
     length: int
     pieces: Sequence[Tuple[int, bytes]] = ()
     answer: Optional[bytes] = None
+    arrived: float = 0.0
 
     def pack(self) -> bytes:
+        """All but when it arrived, which is for the letter."""
         head = _REQUEST.pack(*self[:5], len(self.pieces), -1 if self.answer is None else len(self.answer))
         pieces = (_PIECE.pack(at, len(data)) + data for at, data in self.pieces)
         return b"".join((head, *pieces, self.answer or b""))
@@ -86,6 +89,7 @@ def pack_letter(
     frozen_at: float,
     sections: Sections,
     debts: Sequence[float] = (),
+    arrived: Sequence[float] = (),
 ) -> bytes:
     """What goes with the file."""
     import json
@@ -102,6 +106,7 @@ def pack_letter(
         "counters": visit.counts.by_name(),
         "frozen_at": frozen_at,
         "debts": [*debts],
+        "arrived": [*arrived],
         **sections._asdict(),
     }
     return json.dumps(letter).encode()
@@ -117,13 +122,14 @@ def parse_session(letter: bytes, fd: int) -> FrozenSession:
             raise ValueError("the session is in the format of another version")
         sections = Sections(*(int(fields[name]) for name in Sections._fields))
         requests, received, replies = _read_sections(fd, sections)
+        arrived = chain(fields.get("arrived", ()), repeat(fields["frozen_at"]))
         return FrozenSession(
             str(fields["peer"]),
             _identity(fields["identity"]),
             _agreement(fields["agreement"]),
             Visit(float(fields["since"]), Counts.named(fields["counters"])),
             float(fields["frozen_at"]),
-            list(_parse_requests(requests)),
+            [request._replace(arrived=float(when)) for request, when in zip(_parse_requests(requests), arrived)],
             received,
             replies,
             tuple(float(debt) for debt in fields.get("debts", ())),

@@ -12,7 +12,9 @@ from typing import Callable, Iterable, List, NamedTuple, Optional, Sequence, Tup
 
 from ... import __version__
 from ...metrics.exposition import Family, Histogram, Labels, Number
+from ...scoreboard.lines import clock
 from ...scoreboard.tally import BOUNDS, COMMANDS, ERRORS, Sums
+from ...system.usage import began
 
 
 class CacheNow(NamedTuple):
@@ -37,13 +39,25 @@ class Exposed(NamedTuple):
     cache: Optional[CacheNow]
 
 
-class About(NamedTuple):
-    """The program that is asked; *started* in seconds since 1970, *expiries* as of `Configuration.expiries`."""
+class About:
+    """The program that is asked, process *pid*; *expiries* as of `Configuration.expiries`. Raises `OSError`."""
 
-    program: str
-    started: float
-    max_clients: int
-    expiries: Sequence[Tuple[str, float]]
+    def __init__(self, program: str, pid: int, max_clients: int, expiries: Sequence[Tuple[str, float]]) -> None:
+        self.program = program
+        self.pid = pid
+        self.max_clients = max_clients
+        self.expiries = expiries
+        self._began = began(pid)
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the process began, whatever programs it has been since."""
+        return clock() - self._began
+
+    @property
+    def started(self) -> float:
+        """When that was, in seconds since 1970, as the time of day is now."""
+        return round(time() - self.uptime, 1)
 
 
 Sample = Tuple[Labels, Union[Number, Histogram]]
@@ -62,7 +76,7 @@ class _Spec(NamedTuple):
 
 def families(exports: Sequence[Exposed], about: About) -> List[Family]:
     """Everything, in a lasting order."""
-    caches = [exposed for exposed in exports if exposed.cache is not None]
+    caches = [exposed for exposed in exports if exposed.cache is not None or exposed.sums["misses"]]  # or had one once
     found = [*_of_program(about), *_collect(_OF_EXPORTS, exports), *_collect(_OF_CACHES, caches)]
     return [family for family in found if family.samples]
 
@@ -83,7 +97,7 @@ def _of_program(about: About) -> List[Family]:
         Family(
             "xnbd_start_time_seconds",
             "gauge",
-            "When it was started, or had its last upgrade, in seconds since 1970.",
+            "When it was started, in seconds since 1970; an upgrade is no start.",
             [((), about.started)],
             "seconds",
         ),
@@ -155,6 +169,10 @@ def _hits(exposed: Exposed) -> Values:
     return [((), exposed.sums.hits)]
 
 
+def _limited_seconds(exposed: Exposed) -> Values:
+    return [((), exposed.sums["limited_nanoseconds"] / 1e9)]
+
+
 def _checkpoint_duration(exposed: Exposed) -> Values:
     nanoseconds = exposed.sums["checkpoint_nanoseconds"]
     return [((), nanoseconds / 1e9)] if nanoseconds else []
@@ -176,6 +194,20 @@ _OF_EXPORTS = (
     _Spec("xnbd_clients", "gauge", "Clients that are connected.", _one("clients")),
     _Spec("xnbd_waiting_requests", "gauge", "Requests that wait for blocks from the origin.", _one("waiting")),
     _Spec("xnbd_waiting_bytes", "gauge", "Memory that they hold, in bytes.", _one("waiting_bytes"), "bytes"),
+    _Spec("xnbd_limited_clients", "gauge", "Clients that have to wait now because of limits.", _one("limited")),
+    _Spec(
+        "xnbd_limited_requests",
+        "counter",
+        "Requests that were received later than the client had sent them, perhaps, because of limits.",
+        _one("limited_requests"),
+    ),
+    _Spec(
+        "xnbd_limited_seconds",
+        "counter",
+        "How long clients had to wait because of limits, all of them together.",
+        _limited_seconds,
+        "seconds",
+    ),
     _Spec("xnbd_worker_deaths", "counter", "Processes with a client that died: each lost its client.", _one("deaths")),
     _Spec("xnbd_disk_bytes", "gauge", "Size of the disk.", _known(lambda exposed: exposed.disk_bytes), "bytes"),
     _Spec(

@@ -18,7 +18,7 @@ import errno
 import os
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Optional, Union
 
 from ...errors import Disconnected, ProtocolError
 from ...protocol import constants as c
@@ -26,18 +26,18 @@ from ...protocol import transmission as wire
 from ...protocol.reply_format import reply_format
 from ...protocol.server_handshake import Agreement
 from ...scoreboard.counters import BYTES_READ, BYTES_WRITTEN, REQUESTS
-from ...storage.image import FETCH_STEP, NotLocal
-from ...system.process import closed_on_error
+from ...storage.image import NotLocal
 from ..disk import Disk
-from ..handover import frozen
 from ..handover.departure import Departure
+from ..handover.frozen import FrozenSession
 from .commands import MAXIMUM_REQUEST, Commands
 from .connection import Connection
+from .crossing import Crossing
 from .first_touch import FirstTouch, Reader
 from .holes import HOLE_MINIMUM
 from .pace import Pace
 from .page_prefetch import QUICK
-from .parked import Parked
+from .parked import Parked, notes
 from .parking import ParkedRequest, Parking, QueueLimits
 from .receive_buffer import ReceiveBuffer
 from .replies import MAXIMUM_PIECES, Replies
@@ -58,12 +58,6 @@ _ROUNDS = 16
 """Batches after which others are shown what was counted, and the worker looks whether it is to stop."""
 
 _NO_LIMITS = QueueLimits()
-
-_LONG = 64 << 10
-"""Bytes from which on a request that waits for all of its blocks takes more memory than any other."""
-
-_AT_ONCE = {c.CMD_READ: MAXIMUM_REQUEST, c.CMD_CACHE: FETCH_STEP}
-"""Bytes of one request whose blocks are fetched at once."""
 
 _READ = wire.request_word(c.CMD_READ)
 _WRITE = wire.request_word(c.CMD_WRITE)
@@ -87,7 +81,6 @@ class Session:
         """
         self._connection = connection
         self._disk = disk
-        self._agreement = agreement
         self._departure = departure or Departure(connection.loop)
         self._counts = disk.place.counts
         self._format = reply_format(structured=agreement.structured)
@@ -102,7 +95,7 @@ class Session:
         if self._timing is not None:
             self._parking.on_answer = self._timing.hold_parked
         self._replies.on_unreadable = self._on_unreadable
-        self._pace = None if disk.rates is None else Pace(disk.rates, connection, self._counts)
+        self._pace = None if disk.rates is None else Pace(disk.rates, connection, self._counts, tally)
         encrypted = bool(connection.encryption)
         peer = connection.identity.at(connection.peer)
         remind = connection.loop.remind
@@ -110,6 +103,9 @@ class Session:
         replies, timing, slow_log, pace = self._replies, self._timing, self._slow_log, self._pace
         self._parked = Parked(connection, disk, replies, self._commands, self._parking, timing, slow_log, pace)
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
+        self._crossing = Crossing(
+            connection, disk, agreement, self._receive_buffer, self._replies, self._parking, self._pace
+        )
         self._left = False
         disk.accompany(self._on_wait, self._on_renewed)
 
@@ -146,7 +142,7 @@ class Session:
         more = self._receive_buffer.end > 0 and not self._parking.full  # another process has received it
         while not self._left:
             if loop.called or departure.under_way:
-                if departure.go_on(self):
+                if departure.go_on(self._crossing):
                     self._disk.abandon()
                     return
                 self._send_rest()
@@ -180,61 +176,9 @@ class Session:
 
     # From one process to another
 
-    @property
-    def stays(self) -> str:
-        """Why no other process can go on with the client; empty if one can."""
-        return self._connection.transport.stays
-
-    def fileno(self) -> int:
-        """The client's descriptor."""
-        return self._connection.transport.fileno()
-
-    def let_go(self) -> None:
-        """Another process has the client now."""
-        self._connection.close()
-
-    def freeze(self) -> Tuple[bytes, int]:
-        """The session as it is between two requests: a letter and a file, which the caller closes.
-
-        The session can go on after that all the same. Raises `OSError`, also if there is too much to be moved.
-        """
-        frozen_at, receive_buffer, disk = monotonic(), self._receive_buffer, self._disk
-        disk.place.leave()
-        if self._parking.buffered + self._replies.unsent > frozen.LARGEST:
-            raise OSError(errno.EFBIG, "more waits for it than can be moved in a moment")
-        requests = b"".join(request.freeze().pack() for request in self._parking.requests())
-        received = receive_buffer.view[receive_buffer.start : receive_buffer.end]
-        fd = os.memfd_create("xnbd-session")
-        with closed_on_error(fd):
-            with open(fd, "wb", closefd=False) as file:
-                file.writelines((frozen.MAGIC, requests, received))
-            sections = frozen.Sections(len(requests), len(received), self._replies.copy_to(fd))
-        client = self._connection
-        visit = disk.place.visit
-        debts = () if self._pace is None else self._pace.debts()
-        return frozen.pack_letter(client.peer, client.identity, self._agreement, visit, frozen_at, sections, debts), fd
-
-    def thaw(self, session: frozen.FrozenSession) -> None:
+    def thaw(self, session: FrozenSession) -> None:
         """Go on from what another process has frozen; raises like `run`, before which it is to be called."""
-        if self._pace is not None:
-            self._pace.take_over(session.debts)
-        receive_buffer = self._receive_buffer
-        receive_buffer.end = len(session.received)
-        receive_buffer.view[: receive_buffer.end] = session.received
-        if session.replies:
-            self._replies.pieces.append(memoryview(session.replies))
-        self._disk.enter()
-        for request in session.requests:
-            self._take_over(request)
-
-    def _take_over(self, request: frozen.FrozenRequest) -> None:
-        command, flags, cookie, offset, length, pieces, answer = request
-        if answer is not None:
-            self._parked.keep_in_line(command, cookie, answer)
-        elif command == c.CMD_WRITE:
-            self._writes.go_on(flags, cookie, list(pieces), (offset, length))
-        else:
-            self._do(command, flags, cookie, offset, length)
+        self._crossing.thaw(session, self._parked, self._writes)
 
     def _send_rest(self) -> None:
         """Replies that another process has left, or this one when it was called."""
@@ -344,7 +288,7 @@ class Session:
                     except NotLocal as missing:
                         again = partial(commands.read_fresh, cookie, offset, length)
                         parking.enter(
-                            missing.ticket, ParkedRequest(c.CMD_READ, cookie, again, (offset, length), _notes(length))
+                            missing.ticket, ParkedRequest(c.CMD_READ, cookie, again, (offset, length), notes(length))
                         )
                         noted += 1
                         if parking.full:
@@ -446,16 +390,5 @@ class Session:
             self._parked.finish()
             self._left = True
             return False
-        self._do(command, flags, cookie, offset, length)
+        self._parked.execute(command, flags, cookie, offset, length)
         return True
-
-    def _do(self, command: int, flags: int, cookie: bytes, offset: int, length: int) -> None:
-        """Any request but WRITE and DISC."""
-        work = partial(self._commands.execute, command, flags, cookie, offset, length)
-        notes = _notes(min(length, _AT_ONCE[command])) if command in _AT_ONCE else 0
-        self._parked.do(command, flags, cookie, work, (offset, length), notes)
-
-
-def _notes(length: int) -> int:
-    """Bytes that are held for a request that waits for *length* bytes: the proxy notes each of their blocks."""
-    return length >> 5 if length >= _LONG else 0

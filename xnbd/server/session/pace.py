@@ -12,13 +12,15 @@ more than half of the burst.
 from __future__ import annotations
 
 import select
+from contextlib import contextmanager
 from time import monotonic
-from typing import List, Optional, Sequence, Union
+from typing import Iterator, List, Optional, Sequence, Union
 
 from ...errors import Disconnected
 from ...protocol.transmission import REQUEST
 from ...scoreboard.counters import BYTES_READ, BYTES_WRITTEN, REQUESTS
 from ...scoreboard.rates import NO_LIMITS, Bucket, RateBoard
+from ...scoreboard.tally import Tally
 from .connection import Connection
 
 _FIRST_PORTION = REQUEST.size
@@ -35,10 +37,15 @@ _LOOK_EVERY = 1.0
 
 
 class Pace:
-    """The limits of one client: *counts* are what its session does, *board* says what holds."""
+    """The limits of one client: *counts* are what its session does, *board* says what holds.
 
-    def __init__(self, board: RateBoard, connection: Connection, counts: Sequence[int]) -> None:
+    The *tally*, if there are metrics, is told who has to wait.
+    """
+
+    def __init__(self, board: RateBoard, connection: Connection, counts: Sequence[int], tally: Optional[Tally]) -> None:
         self._board = board
+        self._tally = tally
+        self._has_waited = self._is_late = False
         self._connection = connection
         self._counts = counts
         self._own = (Bucket(), Bucket())
@@ -95,8 +102,24 @@ class Pace:
         return view[: self._portion]
 
     def _note(self, received: Optional[int]) -> Optional[int]:
-        self._received += received or 0
+        if received:
+            self._received += received
+            self._is_late, self._has_waited = self._is_late or self._has_waited, False
         return received
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the process sleeps because of limits."""
+        began, tally = monotonic(), self._tally
+        if tally is not None:
+            tally.tell("limited", 1)
+        try:
+            yield
+        finally:
+            self._has_waited = True
+            if tally is not None:
+                tally.tell("limited", 0)
+                tally.count("limited_nanoseconds", int((monotonic() - began) * 1e9))
 
     def remaining(self) -> float:
         """Seconds until the client may send more; 0 or less: it may."""
@@ -115,13 +138,17 @@ class Pace:
         if seconds <= 0 or (mid_message and loop.stopping):
             return True
         if self._leaves_at is None:
-            if self._connection.sleep(seconds, select.POLLRDHUP, mid_message=mid_message):
+            if self._sleep(seconds, select.POLLRDHUP, mid_message=mid_message):
                 self._leaves_at = monotonic() + _PATIENCE
         elif monotonic() > self._leaves_at:
             raise Disconnected("client left, and had to wait because of limits")
-        elif self._connection.sleep(min(seconds, _LOOK_EVERY), 0, mid_message=mid_message):
+        elif self._sleep(min(seconds, _LOOK_EVERY), 0, mid_message=mid_message):
             return True  # there is nobody any more who could be slowed down
         return (mid_message and loop.stopping) or self.remaining() <= 0
+
+    def _sleep(self, seconds: float, events: int, *, mid_message: bool) -> bool:
+        with self.waiting():
+            return self._connection.sleep(seconds, events, mid_message=mid_message)
 
     def _renew(self) -> None:
         """There are other limits. What was done as long as there were none is free."""
@@ -148,6 +175,7 @@ class Pace:
         if not any(amounts) and not any(self._unbooked):
             return
         self._seen = done
+        self._count_late(amounts[1])
         now = monotonic()
         ahead = self._go_at
         seconds = max(bucket.charge(amount, now) for bucket, amount in zip(self._own, amounts))
@@ -159,6 +187,13 @@ class Pace:
             seconds = max(seconds, *(bucket.until - was for bucket, was in zip(self._parts, before)))
         self._go_at = max(ahead, paid - self._rates.burst)
         self._adapt(seconds, amounts[1])
+
+    def _count_late(self, requests: int) -> None:
+        """So many *requests* were done, perhaps of those that were received after a wait."""
+        if self._is_late and requests:
+            self._is_late = False
+            if self._tally is not None:
+                self._tally.count("limited_requests", requests)
 
     def _charge_export(self, amounts: Sequence[int], now: float) -> float:
         """When the client's part in the export's buckets is paid for."""

@@ -11,14 +11,16 @@ that one at once.
 from __future__ import annotations
 
 import select
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union
 
 from ...errors import Disconnected, RequestError
 from ...logs import log
-from ...storage.image import Background, NotLocal, Parcel, Ticket
+from ...protocol import constants as c
+from ...storage.image import FETCH_STEP, Background, NotLocal, Parcel, Ticket
 from ..disk import Disk
-from .commands import MAY_TAKE_LONG, Commands
+from .commands import MAXIMUM_REQUEST, MAY_TAKE_LONG, Commands
 from .connection import Connection
 from .pace import Pace
 from .parking import ParkedRequest, Parking, Where, Work
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
 
 _PATIENCE = 30.0
 """Seconds that a client which has closed its end may wait for the replies that are still to come."""
+
+_LONG = 64 << 10
+"""Bytes from which on a request that waits for all of its blocks takes more memory than any other."""
+
+_AT_ONCE = {c.CMD_READ: MAXIMUM_REQUEST, c.CMD_CACHE: FETCH_STEP}
+"""Bytes of one request whose blocks are fetched at once."""
 
 
 class Parked:
@@ -59,8 +67,16 @@ class Parked:
         self._hung_up_at: Optional[float] = None
         self._parting = False
         self._told_short = False
+        self.arrived: Optional[float] = None
+        """When what is done now has arrived (monotonic seconds), if that was at another process."""
 
     # Doing requests
+
+    def execute(self, command: int, flags: int, cookie: bytes, offset: int, length: int) -> None:
+        """Do any request but WRITE and DISC, as `do` does."""
+        work = partial(self._commands.execute, command, flags, cookie, offset, length)
+        noted = notes(min(length, _AT_ONCE[command])) if command in _AT_ONCE else 0
+        self.do(command, flags, cookie, work, (offset, length), noted)
 
     def do(
         self,
@@ -78,7 +94,7 @@ class Parked:
         have changed on return.
         """
         if self._parking.blocked:
-            request = ParkedRequest(command, cookie, work, where, buffered, flags, left)
+            request = self._as_of_then(ParkedRequest(command, cookie, work, where, buffered, flags, left))
             self._parking.stand_in_line(request)
             self._do_again(request)
             return
@@ -88,13 +104,18 @@ class Parked:
         try:
             work(pieces)
         except NotLocal as missing:
-            request = ParkedRequest(command, cookie, work, where, buffered, flags, left)
+            request = self._as_of_then(ParkedRequest(command, cookie, work, where, buffered, flags, left))
             self._parking.enter(missing.ticket, request)
             return
         except (OSError, RequestError) as error:
             self._commands.refuse(command, cookie, error, pieces, where)
         if self._timing is not None:
             self._timing.hold_one(command, where)
+
+    def _as_of_then(self, request: ParkedRequest) -> ParkedRequest:
+        if self.arrived is not None:
+            request.arrived = self.arrived
+        return request
 
     def _do_again(self, request: ParkedRequest, parcels: Optional[List[Parcel]] = None) -> None:
         """Do *request*, for which *parcels* have come; then it is answered, or waits for another ticket."""
@@ -229,8 +250,9 @@ class Parked:
         if wanted:
             if not (background.quiet and self._connection.soon()):
                 self._connection.wait_beside(select.POLLIN, None)
-        elif paused > 0:
-            self._connection.wait_beside(0, paused)
+        elif paused > 0 and self._pace is not None:
+            with self._pace.waiting():
+                self._connection.wait_beside(0, paused)
         elif self._leaves_at is not None or self._hung_up_at is not None:
             self._connection.wait_beside(0, 1.0)
             if self._hung_up_at is not None and monotonic() > self._hung_up_at + _PATIENCE:
@@ -240,7 +262,7 @@ class Parked:
 
     def keep_in_line(self, command: int, cookie: bytes, answer: bytes) -> None:
         """A request has its *answer* already, and its place behind those before it."""
-        request = ParkedRequest(command, cookie, _have_done, (0, 0))
+        request = self._as_of_then(ParkedRequest(command, cookie, _have_done, (0, 0)))
         request.answer.append(answer)
         self._parking.stand_in_line(request)
         self._parking.answered(request)
@@ -281,6 +303,11 @@ class Parked:
             if ours:
                 image.take(ticket.parcels)
                 return
+
+
+def notes(length: int) -> int:
+    """Bytes that are held for a request that waits for *length* bytes: the proxy notes each of their blocks."""
+    return length >> 5 if length >= _LONG else 0
 
 
 def _have_done(_answer: List[Piece]) -> None:

@@ -89,7 +89,7 @@ class ParkedRequest:
         answer = None
         if self.ready and not (self.command == CMD_READ and any(isinstance(p, memoryview) for p in self.answer)):
             answer = b"".join(self.answer)
-        return FrozenRequest(self.command, self.flags, self.cookie, *self.where, self.left, answer)
+        return FrozenRequest(self.command, self.flags, self.cookie, *self.where, self.left, answer, self.arrived)
 
 
 class Allowance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from datetime import datetime, timezone
 from time import time
@@ -21,7 +22,7 @@ from ...scoreboard.scoreboard import Scoreboard
 from ...scoreboard.tally import Sums, durations_by_command
 from ...storage.blocks import BLOCK
 from ...storage.image import Source
-from ...system.usage import UsageMeter
+from ...system.usage import UsageMeter, began
 from ..configuration import Configuration
 from ..session.memory import share
 from .duty import Cache, Context, Duty
@@ -117,13 +118,15 @@ class Asked(Protocol):
 class QueryAnswers:
     """The answers of one process, which the master has forked."""
 
-    def __init__(self, context: Asked, cache: Optional[AskedCache]) -> None:
+    def __init__(self, context: Asked, cache: Optional[AskedCache], most: float = math.inf) -> None:
+        """*most* is as for `UsageMeter`."""
         self._context = context
         self._source = context.source
         self._scoreboard = context.scoreboard
         self._cache = cache
-        self._began = clock()
-        self._meter = UsageMeter()
+        self._master = os.getppid()
+        self._began = began(self._master)
+        self._meter = UsageMeter(most)
         self._copier: Optional[int] = None
         self._copy_rate = Rate()
 
@@ -140,7 +143,7 @@ class QueryAnswers:
             "mode": "target" if switched else source.mode,
             "name": source.name,
             "description": self._description(),
-            "pid": os.getppid(),
+            "pid": self._master,
             "version": __version__,
             "uptime_seconds": clock() - self._began,
             "readonly": source.readonly,
