@@ -119,6 +119,15 @@ def test_one_server_with_its_clients_and_its_map(start: Start, tmp_path: Path, i
         screen.wait_for(r"^SERVER, CLIENT ")
 
 
+def test_clients_that_limits_hold_are_told(start: Start, tmp_path: Path, image: Path, screen: Screen) -> None:
+    server = controlled(start, tmp_path, image, "--metrics", 0, "--limit-rate", "64K")
+    with reading(server):
+        screen.type(line("disk.ctl"))
+        screen.wait_for(r"^disk\.ctl: limits hold 1 client now \(--limit\)$")
+        screen.press("Enter")
+        screen.wait_for(r"^  held +limits hold 1 client now \(--limit\)$")
+
+
 def test_it_follows_the_size_of_the_terminal(start: Start, tmp_path: Path, screen: Screen) -> None:
     proxy = Proxy(start, tmp_path, start("--target", "--readonly", make_disk(tmp_path)).uri)
     with proxy.raw() as client:

@@ -302,12 +302,14 @@ def test_what_is_wrong_is_said_before_what_is_under_way() -> None:
         "origin": {"state": "unreachable", "error": "Connection refused"},
         "write_back_failure": {"seconds_since": 125.0, "error": "Input/output error"},
         "warnings": ["server-cert.pem expires in 3 days"],
+        "limited_clients": 2,
         "cache_all": {"copied_bytes": 1 << 29, "total_bytes": 1 << 30, "rate": 1 << 20},
     }
     assert list(notes(told)) == [
         "write-back failed 2 min 5 s ago, no FLUSH succeeds: Input/output error",
         "the origin is unreachable: Connection refused",
         "server-cert.pem expires in 3 days",
+        "limits hold 2 clients now (--limit)",
         "--cache-all: 50.0 %, 1 MiB/s",
     ]
     assert list(notes({"origin": {"state": "idle"}, "cache_all": None, "write_back_failure": None})) == []
