@@ -61,7 +61,7 @@ def reading(server: Server, length: int = 4096) -> Iterator[None]:
     def read() -> None:
         with RawClient(server.connect()) as client:
             client.negotiate()
-            while not ended.wait(0.001):
+            while not ended.wait(0.01):
                 client.read(0, length)
 
     reader = threading.Thread(target=read)
@@ -89,8 +89,8 @@ def test_several_servers_in_80_columns(start: Start, tmp_path: Path, image: Path
     proxy = Proxy(start, tmp_path, start("--target", "--readonly", make_disk(tmp_path)).uri, "--metrics", 0)
     with reading(counted), reading(proxy.server):
         screen.type(line("counted.ctl", "plain.ctl", "none.ctl", proxy.control.name))
-        screen.wait_for(r"^counted\.ctl +[1-9]\S* +0 +[1-9]\d* +\d+us +\S+ +- ")
-        screen.wait_for(r"^cache\d+\.ctl +[1-9]\S* +0 +[1-9]\d* +\d+us +\S+ +100% ")
+        screen.wait_for(r"^counted\.ctl +[1-9]\S* +0 +[1-9]\d* +\d\S*s +\S+ +- ")
+        screen.wait_for(r"^cache\d+\.ctl +[1-9]\S* +0 +[1-9]\d* +\d\S*s +\S+ +100% ")
         screen.wait_for(r"^plain\.ctl +0 +0 +0 +- +- +- ")
         screen.wait_for(r"^none\.ctl +away .*: there is no control socket none\.ctl: ")
         screen.wait_for(r"^4 servers \(1 away\), read [1-9].*, 2 clients$")
@@ -109,7 +109,7 @@ def test_one_server_with_its_clients_and_its_map(start: Start, tmp_path: Path, i
         screen.press("Up", "Enter")  # cache... comes before disk
         screen.wait_for(r"^cache\d+\.ctl: cache\.img: proxy, 4\.0 MiB ")
         screen.wait_for(r"^  now +read [1-9].*/s, write 0/s, [1-9]\d* requests/s, fetch 0/s$")
-        screen.wait_for(r"^  p50/p99 +read \d+us/\S+$")
+        screen.wait_for(r"^  p50/p99 +read \d\S*s/\d\S*s$")
         screen.wait_for(r"^ +0 bytes \|[░▒▓█]·+")
         screen.wait_for(r"^unix:\S+ +[1-9]\S* +[1-9]\S* +0 +[1-9]\d* +100% +0 +\S+$")
         screen.press("Down")
@@ -400,7 +400,7 @@ def test_without_a_terminal_there_is_a_line_for_each_server_and_interval(
     with reading(counted), piped(tmp_path, "counted.ctl", "plain.ctl", "none.ctl") as process:
         lines = lines_until(
             process,
-            r"counted\.ctl  READ/s [1-9]\S* .*REQS/s [1-9]\d* +P50 \S+us .*CLIENTS 1 +busiest \S",
+            r"counted\.ctl  READ/s [1-9]\S* .*REQS/s [1-9]\d* +P50 \d\S*s .*CLIENTS 1 +busiest \S",
             r"plain\.ctl    READ/s 0 .* P50 - .* CLIENTS 0$",
             r"none\.ctl     away .*: there is no control socket none\.ctl",
         )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from pathlib import Path
-from typing import Optional
 
 from server_process import PATIENCE, children_of, wait_until
 
 PROMPT = "ready: "
+
+_LOOK_EVERY = 0.1
+"""Seconds; each look is a process."""
 
 
 class Screen:
@@ -52,19 +55,14 @@ class Screen:
 
     def wait_for(self, pattern: str, seconds: float = PATIENCE) -> re.Match[str]:
         """Until *pattern* is on the screen."""
-        found: Optional[re.Match[str]] = None
-
-        def is_there() -> bool:
-            nonlocal found
-            found = re.search(pattern, self.text(), re.MULTILINE)
-            return found is not None
-
-        try:
-            wait_until(is_there, f"{pattern!r} on the screen", seconds)
-        except AssertionError as error:
-            raise AssertionError(f"{error}:\n{self.text()}") from None
-        assert found is not None
-        return found
+        deadline = time.monotonic() + seconds
+        while True:
+            text = self.text()
+            found = re.search(pattern, text, re.MULTILINE)
+            if found is not None:
+                return found
+            assert time.monotonic() < deadline, f"waited {seconds} s in vain for {pattern!r} on the screen:\n{text}"
+            time.sleep(_LOOK_EVERY)
 
     def program(self) -> int:
         """The process id of what the shell has started."""
