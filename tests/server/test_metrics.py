@@ -20,6 +20,7 @@ from certificates import Certificates
 from conftest import Start
 from launch import fails
 from proxies import DISK, Proxy, make_disk
+from proxies import ask as ask_server
 from rawclient import DISC, FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, RawClient, pack_request
 from relay import Relay
 from scraping import (
@@ -181,6 +182,23 @@ def test_the_status_leaves_out_what_is_not_wanted_and_has_more_if_wanted(server:
     assert "memory_bytes" in usual["workers"][0]
     assert "memory_bytes" not in asked["workers"][0]
     assert (sum(asked["durations"]["read"]), "map" in asked, "durations" in usual) == (1, False, False)
+
+
+def test_operators_are_told_durations_and_spared_usage_if_they_want(server: Server, tmp_path: Path) -> None:
+    with raw(server) as client:
+        client.read(0, 4096)
+        wait_for(port_of(server), "xnbd_requests_total", 1, command="read")
+        told = ask_server(tmp_path / "control", command="query", durations=True, usage=False)
+        assert sum(told["durations"]["read"]) == 1
+        assert len(told["durations"]["bounds"]) == len(told["durations"]["read"]) - 1
+        assert "cpu_percent" not in told["workers"][0]
+        plain = ask_server(tmp_path / "control", command="query")
+        assert ("durations" in plain, "cpu_percent" in plain["workers"][0]) == (False, True)
+
+
+def test_operators_are_told_that_nobody_counts_durations(start: Start, image: Path, tmp_path: Path) -> None:
+    start("--target", "--control", tmp_path / "plain.ctl", image).wait_for_log("INFO: serving ")
+    assert ask_server(tmp_path / "plain.ctl", command="query", durations=True)["durations"] is None
 
 
 def test_it_listens_on_this_computer_only_unless_told(start: Start, image: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Union
 
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
@@ -99,6 +99,11 @@ class Scrape:
         """All of them."""
         wanted = labels.items()
         return [value for (found, has), value in self.samples.items() if found == name and wanted <= dict(has).items()]
+
+    @property
+    def names(self) -> Set[str]:
+        """Of all families."""
+        return {family.name for family in self.families}
 
     @property
     def counters(self) -> Dict[Sample, float]:

@@ -22,6 +22,7 @@ from xnbd.scoreboard.tally import (
     Tally,
     TallyReader,
     create_tally,
+    durations_by_command,
     is_same_tally,
 )
 from xnbd.system.forking import fork
@@ -169,3 +170,17 @@ def test_the_documents_have_the_rows() -> None:
     rows = [(str(8 * PLACES[row.name]), row.name, str(row.places), row.meaning) for row in ROWS]
     text = re.sub(r" +", " ", (ROOT / "contrib/doc/protocols.rst").read_text())
     assert [row for row in rows if "\n" + " ".join(row) + "\n" not in text] == []
+
+
+def test_durations_of_several_exports_are_added_up() -> None:
+    fd = create_tally(2)
+    for export in ("one", "two"):
+        tally = Tally(fd, export)
+        tally.answered(2, 1, 3e-5)
+        tally.answered(1, 0, 60.0)
+        tally.close()
+    told = durations_by_command(TallyReader([fd]).read().values())
+    assert told["bounds"] == list(BOUNDS)
+    assert (told["read"][2], told["read"][-1], sum(told["read"])) == (4, 2, 6)
+    assert (sum(told["write"]), "flush" in told) == (2, False)
+    assert durations_by_command([Sums()]) == {"bounds": list(BOUNDS)}

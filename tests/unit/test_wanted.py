@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xnbd.scoreboard.tally import BOUNDS, Sums, Tally, TallyReader, create_tally
-from xnbd.server.observer.wanted import Wanted, durations, parse_wanted, rounded
+from xnbd.server.observer.wanted import Wanted, parse_wanted, rounded
 
 
 @pytest.mark.parametrize(
@@ -33,17 +32,3 @@ def test_what_cannot_be_told_is_refused(query: str) -> None:
 
 def test_a_map_is_rounded_but_only_nothing_is_0_and_everything_1() -> None:
     assert rounded([0.0, 1e-9, 0.33333, 0.9991, 1.0]) == [0, 0.001, 0.333, 0.999, 1]
-
-
-def test_durations_of_several_exports_are_added_up() -> None:
-    fd = create_tally(2)
-    for export in ("one", "two"):
-        tally = Tally(fd, export)
-        tally.answered(2, 1, 3e-5)
-        tally.answered(1, 0, 60.0)
-        tally.close()
-    told = durations(TallyReader([fd]).read().values())
-    assert told["bounds"] == list(BOUNDS)
-    assert (told["read"][2], told["read"][-1], sum(told["read"])) == (4, 2, 6)
-    assert (sum(told["write"]), "flush" in told) == (2, False)
-    assert durations([Sums()]) == {"bounds": list(BOUNDS)}

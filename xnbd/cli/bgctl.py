@@ -8,12 +8,19 @@ Usage:
   xnbd-bgctl [options] --reconnect CONTROL_SOCKET ORIGIN_URI
   xnbd-bgctl [options] (--snapshot | --reload | --upgrade) CONTROL_SOCKET
   xnbd-bgctl [options] --limit CONTROL_SOCKET
+  xnbd-bgctl [options] --top CONTROL...
   xnbd-bgctl --help
   xnbd-bgctl --version
 
 Commands:
   -q, --query           Show what the server does, how much is cached, and its
                         clients. This is done if no command is given.
+  --top                 Show how fast one or several servers are, live: bytes
+                        and requests a second, how long these take, what waits,
+                        and which clients read and write most. Up, Down and
+                        Enter choose a server, to look at its clients and its
+                        map; q ends. Where standard output is no terminal there
+                        is a line for each server and interval.
   -s, --switch          Make a proxy a plain target on its cache file, with its
                         clients connected; refused while blocks are missing.
   --shutdown            The old name of --switch.
@@ -32,16 +39,17 @@ Commands:
                         again. Clients that come from now on get what they say;
                         the connected ones go on. If something is wrong with a
                         file, all stays as it was.
-  --limit               Change how fast clients may be by the options whose names
-                        begin so, at once and for all clients, and show what
-                        holds then. A reload changes only what is another one
-                        in the files than before, an upgrade nothing; after a
-                        restart the command line holds.
+  --limit               Change how fast clients may be, by the options whose
+                        names begin so, at once and for all clients, and show
+                        what holds then. A reload changes only what is another
+                        one in the files than before, an upgrade nothing; after
+                        a restart the command line holds.
 
 Options, ignored with a warning by a command that has no use for them:
   --json                With --query, print the server's answer as JSON, for
                         programs.
   --map                 With --query, draw which parts of the disk are cached.
+  --interval SECONDS    With --top, the time between two looks (default: 1).
   --force               With --switch, do it although blocks are missing: they
                         read as zeros then.
   --progress            With --cache-all and --snapshot, show how far it is, how
@@ -56,7 +64,8 @@ Options, ignored with a warning by a command that has no use for them:
   --limit-rate-total RATE
                         With --limit, let all clients together read and write
                         RATE bytes a second, each of them an equal part.
-  --limit-iops-total N  With --limit, let them make N requests a second together.
+  --limit-iops-total N  With --limit, let them make N requests a second
+                        together.
   --limit-burst SECONDS
                         With --limit, let who has done nothing for a while do as
                         much as in so many seconds at once.

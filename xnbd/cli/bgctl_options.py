@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Sequence
 
 from ..control.client import PATIENCE
+from ..errors import ConfigurationError
 from ..system.process import whole_path
 from .program import say
 from .rate_options import RATES, given_rates
-from .values import CommandLine
+from .values import USAGE_ERROR, CommandLine
 
 _MOST_BLOCKS = 8192
 _COPY_OPTIONS = ("--blocks-per-request", "--limit-rate")
@@ -24,19 +25,23 @@ _OF_USE = {
     "--upgrade": ("--program", "--check"),
     "--reload": (),
     "--limit": tuple(RATES),
+    "--top": ("--interval",),
 }
 """The commands, and the options that are of use for each."""
 
+_INTERVAL, _SHORTEST_INTERVAL = 1.0, 0.1
+
 
 class SteeringOptions(NamedTuple):
-    """*command* is the option's name; *timeout* in seconds, *limit_rate* in bytes a second.
+    """*command* is the option's name; *timeout* and *interval* in seconds, *limit_rate* in bytes a second.
 
     *new_origin* has fields of the request that tell where it is, *rates* those of `scoreboard.rates.Rates`.
     """
 
-    control_path: str
+    control_paths: Sequence[str]
     command: str
     timeout: float
+    interval: float
     json: bool
     map: bool
     force: bool
@@ -49,6 +54,11 @@ class SteeringOptions(NamedTuple):
     program: Optional[str]
     check: bool
 
+    @property
+    def control_path(self) -> str:
+        """Of the one server of most commands."""
+        return self.control_paths[0]
+
 
 def steering_options(program: str, line: CommandLine) -> SteeringOptions:
     """What *line* asks for. Raises `ConfigurationError`."""
@@ -59,13 +69,14 @@ def steering_options(program: str, line: CommandLine) -> SteeringOptions:
             _warn(program, f"{option} is ignored: {command} has no use for it")
     used = given.intersection(_OF_USE[command])
     return SteeringOptions(
-        control_path=line.needed("CONTROL_SOCKET"),
+        control_paths=list(dict.fromkeys(line.texts("CONTROL"))) or [line.needed("CONTROL_SOCKET")],
         command=command,
         blocks_per_request=_blocks_per_request(program, line) if "--blocks-per-request" in used else None,
         limit_rate=line.size("--limit-rate") if "--limit-rate" in used and command != "--limit" else None,
         rates=given_rates(line) if command == "--limit" else {},
         new_origin=_new_origin(line) if command == "--reconnect" else {},
         timeout=line.seconds("--timeout") if line.has("--timeout") else PATIENCE,
+        interval=_interval(line) if "--interval" in used else _INTERVAL,
         json="--json" in used,
         map="--map" in used,
         force="--force" in used,
@@ -78,6 +89,14 @@ def steering_options(program: str, line: CommandLine) -> SteeringOptions:
 
 def _warn(program: str, text: str) -> None:
     say(f"{program}: {text}")
+
+
+def _interval(line: CommandLine) -> float:
+    interval = line.seconds("--interval")
+    if interval < _SHORTEST_INTERVAL:
+        text = line.needed("--interval")
+        raise ConfigurationError(f"--interval {text}: expected at least {_SHORTEST_INTERVAL} seconds", USAGE_ERROR)
+    return interval
 
 
 def _blocks_per_request(program: str, line: CommandLine) -> int:

@@ -8,19 +8,20 @@ from .quantities import size
 
 ROWS = 8
 _LABEL = 10
+LEAST_COLUMNS = _LABEL + 13
 _UNICODE = ("·", "░", "▒", "▓", "█")
 _ASCII = (".", "-", "+", "*", "#")
 """Nothing, three kinds of something, everything."""
 
 
-def cells_for(columns: int) -> int:
+def cells_for(columns: int, rows: int = ROWS) -> int:
     """How many parts a picture in a terminal of that width has."""
-    return ROWS * _row_length(columns)
+    return rows * _row_length(columns)
 
 
 def draw(parts: Sequence[float], disk_size: int, columns: int, encoding: str) -> List[str]:
     """The picture's lines and its legend; each of *parts* says how much of it is cached, from 0 to 1."""
-    shades = _UNICODE if _can_show("".join(_UNICODE), encoding) else _ASCII
+    shades = _shades(encoding)
     length = _row_length(columns)
     lines = []
     for start in range(0, len(parts), length):
@@ -31,6 +32,29 @@ def draw(parts: Sequence[float], disk_size: int, columns: int, encoding: str) ->
     legend = f"{each} a character:  {nothing} nothing  {low}{middle}{high} a part  {whole} all"
     lines.append(" " * (_LABEL + 2) + legend)
     return lines
+
+
+def strip(parts: Sequence[float], encoding: str) -> str:
+    """A picture of one line without a legend."""
+    shades = _shades(encoding)
+    return "".join(_shade(part, shades) for part in parts)
+
+
+def coarser(parts: Sequence[float], cells: int) -> List[float]:
+    """The same in at most *cells* parts. Only nothing is 0, and only everything is 1."""
+    cells = min(cells, len(parts))
+    bounds = [len(parts) * cell // cells for cell in range(cells + 1)]
+    return [_together(parts[first:end]) for first, end in zip(bounds, bounds[1:])]
+
+
+def _together(parts: Sequence[float]) -> float:
+    if min(parts) == max(parts):
+        return parts[0]
+    return min(max(sum(parts) / len(parts), 0.001), 0.999)
+
+
+def _shades(encoding: str) -> Sequence[str]:
+    return _UNICODE if _can_show("".join(_UNICODE), encoding) else _ASCII
 
 
 def _row_length(columns: int) -> int:

@@ -90,17 +90,28 @@ def say(line: str) -> None:
         _give_up(sys.stderr)
 
 
-def print_answer(output: Union[str, bytes]) -> None:
-    """What was asked for. Raises `ConfigurationError` if it cannot be written; a reader who has seen enough is none."""
+def print_answer(output: Union[str, bytes]) -> bool:
+    """What was asked for; False if the reader has seen enough. Raises `ConfigurationError` if it cannot be written."""
     error = _write(output)
-    if error is not None:
+    if error is not None and not isinstance(error, BrokenPipeError):
         raise ConfigurationError(f"cannot write the answer: {error.strerror}")
+    return error is None
+
+
+def terminal_encoding() -> Optional[str]:
+    """That of standard output, if standard input and output are a terminal that can show more than lines."""
+    streams = (sys.stdin, sys.stdout)
+    if os.environ.get("TERM", "dumb") == "dumb" or not all(
+        stream is not None and stream.isatty() for stream in streams
+    ):
+        return None
+    return sys.stdout.encoding
 
 
 def print_outcome(text: str) -> None:
     """The word of what was done."""
     error = _write(text)
-    if error is not None:
+    if error is not None and not isinstance(error, BrokenPipeError):
         say(f"cannot write to standard output: {error.strerror}; what was asked for goes on, or is done")
 
 
@@ -119,7 +130,7 @@ def _write(output: Union[str, bytes]) -> Optional[OSError]:
         stream.flush()
     except OSError as error:
         _give_up(stream)
-        return None if isinstance(error, BrokenPipeError) else error
+        return error
     return None
 
 

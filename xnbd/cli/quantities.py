@@ -69,6 +69,15 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
+def short_duration(seconds: float) -> str:
+    """``21us``, ``1.2ms``, ``350ms``, ``2.3s``: for tables."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f}us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.{1 if seconds < 0.01 else 0}f}ms"
+    return f"{seconds:.1f}s"
+
+
 def rate(bytes_per_second: float) -> str:
     return f"{size(bytes_per_second)}/s"
 

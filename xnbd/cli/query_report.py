@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple
+from typing import Any, Callable, Container, Dict, Iterator, List, NamedTuple
 
 from ..access.identity import Identity
 from ..control.client import shown
@@ -15,17 +15,29 @@ _MODES = {"proxy": "proxy", "target": "target", "cow": "copy-on-write target"}
 
 def report(answer: Message) -> List[str]:
     """The lines of the report, but for the map."""
-    lines = [_title(answer)]
-    for label, describe in _SECTIONS:
-        for text in describe(answer):
-            lines.append(f"  {label:<12}{text}".rstrip())
-            label = ""
+    lines = [title(answer), *sections(answer)]
     if "workers" in answer:
         lines += ["", *_clients(answer["workers"], cache="blocks" in answer)]
     return lines
 
 
-def _title(answer: Message) -> str:
+def sections(answer: Message, without: Container[str] = ()) -> List[str]:
+    """The lines between the title and the clients, but for those of some sections."""
+    lines = []
+    for label, describe in _SECTIONS:
+        for text in () if label in without else describe(answer):
+            lines.append(labelled(label, text))
+            label = ""
+    return lines
+
+
+def labelled(label: str, text: str) -> str:
+    """A line of a section."""
+    return f"  {label:<12}{text}".rstrip()
+
+
+def title(answer: Message) -> str:
+    """The first line."""
     parts = [_MODES.get(answer.get("mode", ""), shown(answer.get("mode", "")))]
     if "disk_size" in answer:
         bytes_ = f" ({answer['disk_size']:,} bytes)" if answer["disk_size"] >= 1024 else ""
@@ -210,7 +222,7 @@ _COLUMNS = [
 ]
 
 
-def _name(worker: Message) -> str:
+def client_name(worker: Message) -> str:
     """The client's address, and who it has proved to be."""
     identity = worker.get("identity")
     return Identity((identity,) if identity else ()).at(worker.get("client", ""))
@@ -229,7 +241,7 @@ def _clients(workers: List[Message], *, cache: bool) -> List[str]:
     for worker in workers:
         rows.append([column.show(worker) if worker.get(column.needs) is not None else "-" for column in columns])
     widths = [max(map(len, cells)) for cells in zip(*rows)]
-    names = ["CLIENT", *(shown(_name(worker)) for worker in workers)]
+    names = ["CLIENT", *(shown(client_name(worker)) for worker in workers)]
     table = [
         " ".join([*(cell.rjust(width) for cell, width in zip(row, widths)), name]) for row, name in zip(rows, names)
     ]

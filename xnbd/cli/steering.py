@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Callable, Dict, Iterator, List
 
 from ..control.client import ControlClient, Message, shown
 from ..errors import ConfigurationError
 from .bgctl_options import SteeringOptions
-from .program import INTERRUPTED, print_answer, print_outcome, say
+from .program import INTERRUPTED, print_answer, print_outcome, say, terminal_encoding
 from .quantities import counted, duration, limits, percentage, reloaded, size
 from .upgrade_report import refusal_by_older, upgraded
 
@@ -148,6 +148,21 @@ def _limit(options: SteeringOptions) -> None:
     print_outcome("".join(f"{line}\n" for line in limits(answer["limits"])))
 
 
+def _top(options: SteeringOptions) -> None:
+    from .top.servers import Servers
+
+    encoding = terminal_encoding()
+    with closing(Servers(options.control_paths, options.interval, options.timeout)) as servers:
+        if encoding is None:
+            from .top.lines import print_lines
+
+            print_lines(servers, options.interval)
+        else:
+            from .top.live import show_live
+
+            show_live(servers, options.interval, encoding)
+
+
 _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--query": _query,
     "--switch": _switch,
@@ -159,6 +174,7 @@ _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--upgrade": _upgrade,
     "--reload": _reload,
     "--limit": _limit,
+    "--top": _top,
 }
 
 

@@ -78,8 +78,8 @@ Limits options:
                         together, and no more: 30M, 512K, ...
   --limit-iops N        Let each client make N requests a second.
   --limit-rate-total RATE
-                        Let all clients of an export together read and write RATE
-                        bytes a second, each of them an equal part.
+                        Let all clients of an export together read and write
+                        RATE bytes a second, each of them an equal part.
   --limit-iops-total N  Let them make N requests a second together.
   --limit-burst SECONDS
                         Who has done nothing for a while may do as much as in

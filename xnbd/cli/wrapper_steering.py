@@ -47,7 +47,7 @@ def _steer(options: CtlOptions) -> int:
     return status
 
 
-def _show(reply: Message, show: Callable[[str], None]) -> int:
+def _show(reply: Message, show: Callable[[str], object]) -> int:
     """Print one line of a reply; the exit status of ``xnbd-bgctl`` if it is in there."""
     output, errors = _without_controls(reply.get("output", "")), _without_controls(reply.get("errors", ""))
     if output:

@@ -15,10 +15,15 @@ from ..text import one_line
 
 Message = Dict[str, Any]
 
-_LONGEST_REPLY = 64 << 20
+LONGEST_REPLY = 64 << 20
+"""Bytes."""
 
 PATIENCE = 30.0
 """Seconds without a word after which a server is thought to hang: one that works on a command says so more often."""
+
+
+class Departed(ConfigurationError):
+    """The server has closed the connection without an answer, as in the moment of an upgrade."""
 
 
 class ControlClient:
@@ -34,7 +39,7 @@ class ControlClient:
             self._socket.connect(path)
         except OSError as error:
             self._socket.close()
-            raise ConfigurationError(_trouble(path, error)) from error
+            raise ConfigurationError(unreachable(path, error)) from error
         self._socket.settimeout(timeout)
         self._lines = self._socket.makefile("rb")
 
@@ -61,37 +66,44 @@ class ControlClient:
             self._socket.sendall(json.dumps(given).encode() + b"\n")
             while True:
                 message = self._receive()
-                if "error" in message:
-                    raise ConfigurationError(shown(message["error"]))
                 if not message.get("waiting"):
                     yield message
                 if message.get("done"):
                     return
         except socket.timeout:
-            raise ConfigurationError(_silence(self._path)) from None
+            raise ConfigurationError(silence(self._path)) from None
         except (ConnectionResetError, BrokenPipeError):
-            raise self._left() from None
+            raise departed(self._path) from None
 
     def _receive(self) -> Message:
         first = self._lines.peek(1)[:1]
         if not first:
-            raise self._left()
+            raise departed(self._path)
         if first != b"{":
-            raise self._not_a_control_socket()
-        line = self._lines.readline(_LONGEST_REPLY)
+            raise foreign(self._path)
+        line = self._lines.readline(LONGEST_REPLY)
         if not line.endswith(b"\n"):
-            raise self._left()
-        try:
-            message = json.loads(line)
-        except ValueError:
-            raise self._not_a_control_socket() from None
-        return dict(message)
+            raise departed(self._path)
+        return parse_line(self._path, line)
 
-    def _left(self) -> ConfigurationError:
-        return ConfigurationError(f"the server at {self._path} closed the connection without an answer: see its log")
 
-    def _not_a_control_socket(self) -> ConfigurationError:
-        return ConfigurationError(f"{self._path} is not a control socket: another program answers there")
+def parse_line(path: str, line: bytes) -> Message:
+    """A line of the reply of the server at *path*. Raises `ConfigurationError` if it says no."""
+    try:
+        message = dict(json.loads(line))
+    except (ValueError, TypeError):
+        raise foreign(path) from None
+    if "error" in message:
+        raise ConfigurationError(shown(message["error"]))
+    return message
+
+
+def departed(path: str) -> Departed:
+    return Departed(f"the server at {path} closed the connection without an answer: see its log")
+
+
+def foreign(path: str) -> ConfigurationError:
+    return ConfigurationError(f"{path} is not a control socket: another program answers there")
 
 
 def shown(text: object) -> str:
@@ -99,7 +111,7 @@ def shown(text: object) -> str:
     return one_line(str(text))
 
 
-def _trouble(path: str, error: OSError) -> str:
+def unreachable(path: str, error: OSError) -> str:
     """Why nobody could be reached at *path*, and what to do."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return f"there is no control socket {path}: start the server, or give the path that it was started with"
@@ -110,7 +122,7 @@ def _trouble(path: str, error: OSError) -> str:
             return f"nobody listens on {path}: the server has ended, start it again"
         return f"{path} is not a control socket: give the path that the server was started with"
     if error.errno == errno.EAGAIN:
-        return _silence(path)
+        return silence(path)
     return f"cannot connect to {path}: {error.strerror or error}"
 
 
@@ -119,7 +131,8 @@ def _pack_time(seconds: float) -> bytes:
     return struct.pack("@ll", int(seconds), max(1, int(seconds % 1 * 1e6)))
 
 
-def _silence(path: str) -> str:
+def silence(path: str) -> str:
+    """What to say of a server that says nothing."""
     return f"the server at {path} does not answer: see whether it hangs or is stopped"
 
 

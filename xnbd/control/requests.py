@@ -45,9 +45,9 @@ def text_argument(request: Message, name: str) -> Optional[str]:
     raise CommandError(f"{name}: expected a text")
 
 
-def flag_argument(request: Message, name: str) -> bool:
-    """True or false, which it is if it is missing. Raises `CommandError`."""
-    value = request.get(name, False)
+def flag_argument(request: Message, name: str, *, default: bool = False) -> bool:
+    """True or false; the *default* if it is missing. Raises `CommandError`."""
+    value = request.get(name, default)
     if isinstance(value, bool):
         return value
     raise CommandError(f"{name}: expected true or false")

@@ -21,7 +21,7 @@ import struct
 from bisect import bisect_left
 from contextlib import suppress
 from operator import add
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..system.file_locks import RangeLocks
 from ..system.process import closed_on_error
@@ -286,6 +286,19 @@ class Sums:
         return self.row("errors")[command * len(ERRORS) : (command + 1) * len(ERRORS)]
 
 
+def durations_by_command(sums: Iterable[Sums]) -> Dict[str, Any]:
+    """How many requests there are in each bucket, all *sums* together, as operators are told.
+
+    *bounds* are in seconds, and one bucket has none. Commands that were never used are left out.
+    """
+    every = list(sums)
+    buckets = {
+        command.lower(): [sum(numbers) for numbers in zip(*(each.durations(place)[0] for each in every))]
+        for place, command in enumerate(COMMANDS)
+    }
+    return {"bounds": list(BOUNDS), **{command: numbers for command, numbers in buckets.items() if any(numbers)}}
+
+
 class TallyReader:
     """Reads a tally, and those that former programs of the same server have left; writes nothing."""
 
@@ -299,6 +312,10 @@ class TallyReader:
         for file in self._files:
             file.read(sums)
         return sums
+
+    def of(self, export: str) -> Sums:
+        """Those of one export."""
+        return self.read().get(export, Sums())
 
 
 class _File:

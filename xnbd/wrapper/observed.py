@@ -14,12 +14,12 @@ from ..metrics.exposition import Family
 from ..proxy.state.format import SCOREBOARD_SUFFIX
 from ..proxy.state.view import CacheView, view_of
 from ..scoreboard.scoreboard import Scoreboard
-from ..scoreboard.tally import Sums, TallyReader
+from ..scoreboard.tally import Sums, TallyReader, durations_by_command
 from ..server.configuration import Configuration
 from ..server.observer.disks import Counting, available_bytes, cache_now
 from ..server.observer.figures import About, CacheNow, Exposed, families
 from ..server.observer.process import Observed
-from ..server.observer.wanted import NoSuchExport, Wanted, durations
+from ..server.observer.wanted import NoSuchExport, Wanted
 from ..server.steward.progress import Rate
 from ..storage.target import usable_size
 from .database import Database
@@ -151,7 +151,7 @@ class ObservedWrapper(Observed):
             "configuration": self._configuration.figures(),
         }
         if wanted.durations:
-            about["durations"] = durations(one.sums for one in exposed)
+            about["durations"] = durations_by_command(one.sums for one in exposed)
         disks = {one.export: status(one, exports.get(one.export)) for one in exposed}
         return json.dumps({**about, "exports": disks}) + "\n"
 
@@ -166,7 +166,7 @@ class ObservedWrapper(Observed):
         if isinstance(export, ProxyExport) and cache is not None:
             about = with_cache(about, export, cache, wanted.cells)
         if wanted.durations:
-            about["durations"] = durations([exposed.sums])
+            about["durations"] = durations_by_command([exposed.sums])
         return about
 
     # Counting what is local

@@ -21,7 +21,7 @@ from ..steward.query import QueryAnswers
 from .disks import Counting, available_bytes, cache_now
 from .figures import About, Exposed, families
 from .process import Observed
-from .wanted import NoSuchExport, Wanted, durations, rounded
+from .wanted import NoSuchExport, Wanted, rounded
 
 _USAGE_TIME = 0.01
 """Seconds of the processor for what processes use, in one answer: enough for some forty new ones, or 500 idle ones."""
@@ -35,6 +35,11 @@ class _Asked(NamedTuple):
     configuration: Configuration
     expiries: Sequence[Tuple[str, float]]
     service: Service
+    tally: TallyReader
+
+    def sums(self) -> Sums:
+        """What all processes have done."""
+        return self.tally.of(self.service.export_name)
 
     @property
     def limits(self) -> Optional[Rates]:
@@ -57,7 +62,6 @@ class ObservedService(Observed):
     def __init__(self, service: Service) -> None:
         self._service = service
         self._source = source = service.source
-        self._tally = TallyReader(service.tally_fds)
         self._scoreboard = Scoreboard(reopen(service.scoreboard_fd, readonly=True), readonly=True)
         self._view: Optional[CacheView] = None
         self._counting: Optional[Counting] = None
@@ -69,13 +73,14 @@ class ObservedService(Observed):
             self._counting = Counting(self._view, self._scoreboard)
             cache = _Cache(source, self._view)
         self._about = About("xnbd-server", os.getppid(), configuration.max_clients, expiries)
-        asked = _Asked(source, self._scoreboard, configuration, expiries, service)
-        self._answers = QueryAnswers(asked, cache, _USAGE_TIME)
+        tally = TallyReader(service.tally_fds)
+        self._asked = _Asked(source, self._scoreboard, configuration, expiries, service, tally)
+        self._answers = QueryAnswers(self._asked, cache, _USAGE_TIME)
 
     def families(self) -> List[Family]:
         exposed = Exposed(
             export=self._service.export_name,
-            sums=self._sums(),
+            sums=self._asked.sums(),
             disk_bytes=self._source.size,
             available_bytes=available_bytes(self._source.path),
             write_back_failed=self._source.write_back(self._scoreboard).noted() is not None,
@@ -86,15 +91,11 @@ class ObservedService(Observed):
     def status(self, wanted: Wanted) -> str:
         if wanted.export not in (None, self._service.export_name):
             raise NoSuchExport
-        answer = {"done": True, **self._answers.answer(wanted.cells, with_usage=wanted.usage)}
+        answers = self._answers.answer(wanted.cells, with_usage=wanted.usage, with_durations=wanted.durations)
+        answer = {"done": True, **answers}
         if "map" in answer:
             answer["map"] = rounded(answer["map"])
-        if wanted.durations:
-            answer["durations"] = durations([self._sums()])
         return json.dumps(answer) + "\n"
-
-    def _sums(self) -> Sums:
-        return self._tally.read().get(self._service.export_name, Sums())
 
     def work(self) -> None:
         if self._counting is not None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional
 from urllib.parse import parse_qs
-
-from ...scoreboard.tally import BOUNDS, COMMANDS, Sums
 
 _MOST_CELLS = 1 << 14
 _LEAST_SHARE = 0.001
@@ -44,13 +42,3 @@ def parse_wanted(query: str) -> Wanted:
 def rounded(shares: List[float]) -> List[float]:
     """A map in few bytes. Only nothing is 0, and only everything is 1."""
     return [share if share in (0, 1) else max(_LEAST_SHARE, round(share, 3)) for share in shares]
-
-
-def durations(sums: Iterable[Sums]) -> Dict[str, Any]:
-    """By command, how many requests there are in each bucket; *bounds* are in seconds, and one bucket has none."""
-    every = list(sums)
-    buckets = {
-        command.lower(): [sum(numbers) for numbers in zip(*(each.durations(place)[0] for each in every))]
-        for place, command in enumerate(COMMANDS)
-    }
-    return {"bounds": list(BOUNDS), **{command: numbers for command, numbers in buckets.items() if any(numbers)}}

@@ -14,6 +14,7 @@ from ...proxy.image import ProxySource
 from ...scoreboard.layout import PROXY
 from ...scoreboard.rates import Rates
 from ...scoreboard.scoreboard import Scoreboard
+from ...scoreboard.tally import Sums, TallyReader
 from ...storage.target import reopen
 from ..master_link import MasterLink
 from ..process_loop import ProcessLoop
@@ -67,6 +68,7 @@ class Context:
         self.master = master
         self.scoreboard = Scoreboard(reopen(service.scoreboard_fd, readonly=False))
         self._tally = service.open_tally()
+        self._counted: Optional[TallyReader] = None
         self.children = Children()
         self.children.let_go.append(self.scoreboard.close)  # its locks have to end with the steward
         if self._tally is not None:
@@ -78,6 +80,14 @@ class Context:
     def limits(self) -> Optional[Rates]:
         """How fast clients may be now, if they can be limited."""
         return self.service.rates
+
+    def sums(self) -> Optional[Sums]:
+        """What all processes of this server have done, if it counts that for metrics. Raises `OSError`."""
+        if not self.service.tally_fds:
+            return None
+        if self._counted is None:
+            self._counted = TallyReader(self.service.tally_fds)
+        return self._counted.of(self.service.export_name)
 
     def count(self, row: str) -> None:
         """One more of what `tally.ROWS` has as *row*, for metrics."""

@@ -40,6 +40,8 @@ class Progress:
         self._counted = 0
         self._count_again = 0.0
         self._missing_at = 0
+        self._shares: List[float] = []
+        self._share_again = 0.0
         self._pages: Optional[Pages] = Pages(bitmap) if bitmap_size(bitmap.blocks) > _COUNTED_INLINE else None
         self.counter: Optional[Child] = None
         self._count_began = 0.0
@@ -96,9 +98,15 @@ class Progress:
         return max(0, self.size - self.missing() * BLOCK)
 
     def shares(self, cells: int) -> List[float]:
-        """Which share of each of at most *cells* parts of the disk is local."""
+        """Which share of each of at most *cells* parts of the disk is local. It may be a figure of a moment ago."""
         cells = min(cells, self.blocks)
-        return self._pages.shares(cells) if self._pages is not None else self._bitmap.shares(cells)
+        if self._pages is not None:
+            return self._pages.shares(cells)
+        began = monotonic()
+        if len(self._shares) != cells or began >= self._share_again:
+            self._shares = self._bitmap.shares(cells)
+            self._share_again = monotonic() + _LONGER * (monotonic() - began)
+        return self._shares
 
 
 class Pages:

@@ -9,7 +9,7 @@ from time import time
 from typing import Any, List, Optional, Protocol, Sequence, Tuple
 
 from ... import __version__
-from ...control.requests import Message, integer_argument
+from ...control.requests import Message, flag_argument, integer_argument
 from ...control.server import CommandTable, Reply
 from ...origin.address import parse_origin
 from ...proxy.image import ProxySource
@@ -19,6 +19,7 @@ from ...scoreboard.lines import Line, clock
 from ...scoreboard.place import COPYING_PEER
 from ...scoreboard.rates import Rates
 from ...scoreboard.scoreboard import Scoreboard
+from ...scoreboard.tally import Sums, durations_by_command
 from ...storage.blocks import BLOCK
 from ...storage.image import Source
 from ...system.usage import UsageMeter, began
@@ -42,9 +43,10 @@ class Query(Duty):
 
     def _query(self, request: Message) -> Reply:
         cells = integer_argument(request, "map", 1, _MAXIMUM_CELLS)
+        durations, usage = flag_argument(request, "durations"), flag_argument(request, "usage", default=True)
         if self._cache is not None:
             yield from self._cache.count()
-        yield {"done": True, **self._answers.answer(cells)}
+        yield {"done": True, **self._answers.answer(cells, with_usage=usage, with_durations=durations)}
 
 
 class HowMuch(Protocol):
@@ -109,6 +111,9 @@ class Asked(Protocol):
     def expiries(self) -> Sequence[Tuple[str, float]]:
         """As of `Configuration.expiries`."""
 
+    def sums(self) -> Optional[Sums]:
+        """What all processes of the server have done, if it counts that for metrics."""
+
 
 class QueryAnswers:
     """The answers of one process, which the master has forked."""
@@ -125,7 +130,7 @@ class QueryAnswers:
         self._copier: Optional[int] = None
         self._copy_rate = Rate()
 
-    def answer(self, cells: Optional[int], *, with_usage: bool = True) -> Message:
+    def answer(self, cells: Optional[int], *, with_usage: bool = True, with_durations: bool = False) -> Message:
         """Everything; the map of a proxy gets *cells* if that is not None.
 
         After the switch it is a target, and nothing is told of an origin and a cache.
@@ -155,6 +160,9 @@ class QueryAnswers:
                 if line.peer not in ("", COPYING_PEER)
             ],
         }
+        if with_durations:
+            sums = self._context.sums()
+            answer["durations"] = None if sums is None else durations_by_command([sums])
         if self._cache is not None and not switched:
             progress = self._cache.progress
             answer["queue"] = self._queue(lines)

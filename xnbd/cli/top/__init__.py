@@ -1,0 +1,1 @@
+"""``xnbd-bgctl --top``: several servers at once, live."""
