@@ -197,6 +197,7 @@ class Worker:
         if offered is None:
             return None
         lobby.hand_over(self._pool.writing)  # whoever speaks meanwhile need not wait
+        self._service.rehearse(disk, loop)
         return receive_client(offered, loop, Terms(source.identity(), source.size, disk.image.readonly))
 
     def _is_to_retire(self) -> bool:

@@ -204,7 +204,7 @@ class Session:
             raise OSError(errno.EFBIG, "more waits for it than can be moved in a moment")
         requests = b"".join(request.freeze().pack() for request in self._parking.requests())
         received = receive_buffer.view[receive_buffer.start : receive_buffer.end]
-        fd = os.memfd_create("xnbd-session")
+        fd = os.memfd_create("xnbd-session", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with closed_on_error(fd):
             with open(fd, "wb", closefd=False) as file:
                 file.writelines((frozen.MAGIC, requests, received))

@@ -1,4 +1,4 @@
-"""The clients of the old workers move to new ones, a few at a time."""
+"""The clients of the old workers move to new ones, one after the other; one that takes long keeps no others waiting."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..reports import Report
 WAITING = 4
 """New workers that wait for clients, so that none has to wait for a fork."""
 
-_UNDER_WAY = 2
-"""Clients that move at once: with more of them the processes take the processors from each other."""
+_QUICK = 0.1
+"""Seconds after an order within which no other one is given: processes take the processors from each other."""
 
 _TRIES = 3
 _PATIENCE = 5.0
@@ -90,18 +90,24 @@ class Moves:
             del self._until[pid]
             if pid in crew.clients:
                 self.staying[pid] = "busy"
-        free = min(_UNDER_WAY, len(crew.spares - crew.unproven)) - len(self._until)
-        for pid in self._waiting()[: max(0, free)]:
-            self._until[pid] = now + _PATIENCE
-            self._tries[pid] += 1
-            with suppress(ProcessLookupError):
-                os.kill(pid, HAND_OVER)
+        is_quick = any(until > now + _PATIENCE - _QUICK for until in self._until.values())
+        if not is_quick and len(crew.spares - crew.unproven) > len(self._until):
+            for pid in self._waiting()[:1]:
+                self._order(pid, now)
+
+    def _order(self, pid: int, now: float) -> None:
+        self._until[pid] = now + _PATIENCE
+        self._tries[pid] += 1
+        with suppress(ProcessLookupError):
+            os.kill(pid, HAND_OVER)
 
     def _book(self, report: Report) -> None:
-        was_ordered = self._until.pop(report.pid, None) is not None
+        was_ordered = self._until.pop(report.moved_from or report.pid, None) is not None
         if report.moved_to:
-            self._until[report.moved_to] = monotonic() + _PATIENCE
+            if was_ordered:  # the other one has not told of it yet
+                self._until[report.moved_to] = monotonic() + _PATIENCE
         elif report.moved_from:
+            self._until.pop(report.pid, None)
             self.moved += 1
             self.longest_pause = max(report.pause, self.longest_pause or 0.0)
         elif not was_ordered or self._tries[report.pid] >= _TRIES:

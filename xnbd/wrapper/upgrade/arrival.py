@@ -1,7 +1,7 @@
 """The new program's arrival: from the exec until the operator who has ordered the upgrade has an answer.
 
 Old processes go on under the new program as its children, and report as before. Clients move from
-them to new ones, which are forked ahead, a few at a time (`server.upgrade.moves`). An old
+them to new ones, which are forked ahead, one after the other (`server.upgrade.moves`). An old
 process ends when its client has moved or left.
 """
 
