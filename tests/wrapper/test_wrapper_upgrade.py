@@ -28,6 +28,7 @@ from model import Model, read_all
 from notify_socket import listening
 from proxies import bgctl, query
 from rawclient import LIST, REP_SERVER, RawClient
+from release_0_5_0 import ANSWERS, ask_old
 from server_process import PYTHON, ROOT, Server, children_of, is_alive, title_of, wait_until
 from snapshots import bgctl_command
 from stamps import check_cut, noise_disk, writers
@@ -351,6 +352,13 @@ def test_what_is_no_program_changes_nothing(wrapper: Wrapper, tmp_path: Path, im
     assert "stays as it is: " in wrapper.refuses("--upgrade", "--program", "/bin/true")
     server = ROOT / "bin" / "xnbd-server"
     assert "holds nothing that a server has left" in wrapper.refuses("--upgrade", "--program", server)
+
+
+def test_the_release_that_has_no_upgrades_is_told_of_in_one_line(tmp_path: Path) -> None:
+    control = tmp_path / "ctl"
+    command = [*program("xnbd-wrapper-ctl"), "--socket", str(control), "--upgrade"]
+    line = "xnbd-wrapper-ctl: the wrapper is of a version that cannot be upgraded: restart it\n"
+    assert ask_old(control, ANSWERS["wrapper"], command) == (1, line)
 
 
 @pytest.mark.usefixtures("unchanged")
