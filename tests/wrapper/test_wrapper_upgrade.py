@@ -33,7 +33,7 @@ from server_process import PYTHON, ROOT, Server, children_of, is_alive, title_of
 from snapshots import bgctl_command
 from stamps import check_cut, noise_disk, writers
 from tls_client import context_of, start_tls
-from upgrades import IDLE, UPGRADES, Outcome, build, parse, upgrading
+from upgrades import IDLE, LONGEST, UPGRADES, Figures, Outcome, build, parse, upgrading
 from wrapper_process import Wrapper, fails, program, wait_for_end
 
 from xnbd import __version__
@@ -50,7 +50,7 @@ def wrapper(start_wrapper: StartWrapper, image: Path) -> Wrapper:
 
 
 def upgrade(wrapper: Wrapper, *options: object) -> Outcome:
-    return parse(wrapper.ctl("--upgrade", *options))
+    return parse(wrapper.ctl("--upgrade", *options, timeout=LONGEST))
 
 
 def ctl_command(wrapper: Wrapper, *arguments: object) -> List[str]:
@@ -672,22 +672,40 @@ def test_clients_whose_disk_cannot_be_opened_stay(wrapper: Wrapper, tmp_path: Pa
 # Under load
 
 
+CROWD = IDLE if "XNBD_IDLE" in os.environ else 25
+"""Clients that do nothing."""
+
+
+def figures_after_one(wrapper: Wrapper) -> Figures:
+    """What there is after an upgrade of idle clients."""
+    upgrade(wrapper)
+    wait_until(lambda: len(wrapper.servers()) == CROWD, "the end of all old processes", LONGEST)
+    return Figures.of(wrapper.process.pid, wrapper.servers())
+
+
+@pytest.mark.timeout(120 + UPGRADES * LONGEST)
 def test_who_writes_and_who_waits_does_not_notice(start_wrapper: StartWrapper, tmp_path: Path) -> None:
     """Six clients write numbered stamps."""
     noise_disk(tmp_path / "disk.img")
     wrapper = start_wrapper("--imgfile", tmp_path / "disk.img", "--unix", tmp_path / "sock")
     uri = f"nbd+unix:///disk.img?socket={tmp_path / 'sock'}"
     with ExitStack() as stack:
-        idle = [stack.enter_context(wrapper.client("disk.img")) for _ in range(IDLE // 4)]
+        idle = [stack.enter_context(wrapper.client("disk.img")) for _ in range(CROWD)]
+        before = figures_after_one(wrapper)
         with writers(uri, tmp_path) as busy:
             with upgrading(partial(upgrade, wrapper)) as outcomes:
                 pass
             busy.stop()
             data = read_all(connected(wrapper, "disk.img"))
+        wait_until(lambda: len(serving(wrapper)) == CROWD, "the end of the writers' servers")
+        after = figures_after_one(wrapper)
         for client in idle:
             assert works(client)
     check_cut(data, busy.histories, 0, 1 << 63)
-    assert all(outcome.moved >= IDLE // 4 for outcome in outcomes), outcomes
+    assert all(outcome.moved >= CROWD for outcome in outcomes), outcomes
+    assert after.descriptors == before.descriptors
+    assert after.memory < 1.1 * before.memory + 10
+    print(f"{before} -> {after}")
 
 
 def connected(wrapper: Wrapper, name: str) -> nbd.NBD:
