@@ -232,9 +232,14 @@ def test_systemd_hears_that_the_next_program_is_ready(start_wrapper: StartWrappe
         environment = {**manager.environment, "WATCHDOG_USEC": "1000000"}
         wrapper = start_wrapper("--imgfile", image, env=environment)
         manager.wait_for("READY=1")
+        began = time.monotonic()
         upgrade(wrapper)
         manager.wait_for("READY=1", 2)
+        manager.wait_for("STATUS=clients: 0; exports: 1", 2)
         manager.wait_for("WATCHDOG=1", manager.heard.count("WATCHDOG=1") + 2)
+        told = [message.split("\n") for message in manager.heard if not message.startswith(("STATUS", "WATCHDOG"))]
+        assert [words[0] for words in told] == ["READY=1", "RELOADING=1", "READY=1"]
+        assert began <= int(told[1][1].partition("MONOTONIC_USEC=")[2]) / 1e6 <= time.monotonic()
 
 
 def test_limits_are_read_again(start_wrapper: StartWrapper, image: Path, tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ import os
 from collections import Counter
 from contextlib import suppress
 from time import monotonic
-from typing import Collection, Dict, List, Optional, Protocol, Set
+from typing import Collection, Dict, List, Mapping, Optional, Protocol, Set
 
+from ... import __version__
+from ...logs import log
 from ...system.forking import HAND_OVER
 from ..reports import Report
+from .outcome import Outcome
 
 WAITING = 4
 """New workers that wait for clients, so that none has to wait for a fork."""
@@ -100,6 +103,16 @@ class Moves:
         self._tries[pid] += 1
         with suppress(ProcessLookupError):
             os.kill(pid, HAND_OVER)
+
+    def outcome(self, before: str, others: Mapping[str, int]) -> Outcome:
+        """What came of the upgrade from the version *before*; so many *others* stay, too, for each reason."""
+        clients = self._crew.clients
+        reasons = Counter(reason for pid, reason in self.staying.items() if pid in clients)
+        reasons.update(others)
+        pause = None if self.longest_pause is None else 1000 * self.longest_pause
+        outcome = Outcome(before, __version__, self.moved, reasons, pause)
+        log.info("upgraded, %s", outcome)
+        return outcome
 
     def _book(self, report: Report) -> None:
         was_ordered = self._until.pop(report.moved_from or report.pid, None) is not None
