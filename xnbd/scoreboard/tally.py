@@ -81,6 +81,7 @@ ROWS = (
 NOW = frozenset(row.name for row in ROWS if row.meaning.startswith("now: "))
 """Rows that mean something as long as the process of the line lives."""
 
+_NOTHING = {row.name: [0] * row.places for row in ROWS}
 PLACES: Dict[str, int] = {}
 _end = 0
 for _row in ROWS:
@@ -264,9 +265,10 @@ class Sums:
         """The one number of the row *name*."""
         return self.row(name)[0]
 
-    def row(self, name: str) -> List[int]:
-        places = next(row.places for row in ROWS if row.name == name)
-        return (self._rows.get(name, []) + [0] * places)[:places]
+    def row(self, name: str) -> Sequence[int]:
+        nothing = _NOTHING[name]
+        numbers = self._rows.get(name, nothing)
+        return numbers if len(numbers) == len(nothing) else (numbers + nothing)[: len(nothing)]
 
     def durations(self, command: int) -> Tuple[List[int], float]:
         """Of the requests of one command: how many there are in each bucket, and the sum in seconds."""
@@ -279,7 +281,7 @@ class Sums:
         """Requests that had not to wait for blocks."""
         return sum(self.row("durations"))
 
-    def refusals(self, command: int) -> List[int]:
+    def refusals(self, command: int) -> Sequence[int]:
         """The requests of one command that were answered with an error, by error."""
         return self.row("errors")[command * len(ERRORS) : (command + 1) * len(ERRORS)]
 

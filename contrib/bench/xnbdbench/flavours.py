@@ -104,6 +104,10 @@ def _xnbd_sleeping(place: Place) -> List[str]:
     return [*_xnbd(place), "--spin", "0"]
 
 
+def _xnbd_measured(place: Place) -> List[str]:
+    return [*_xnbd(place), "--metrics", "0"]
+
+
 def _limit(place: Place) -> List[str]:
     return [str(LIMIT_SOURCE.with_suffix("")), str(place.port), str(place.image)]
 
@@ -264,6 +268,7 @@ def _proxy(origin: str, fresh: bool = True) -> Flavour:
 FLAVOURS: Dict[str, Flavour] = {
     "xnbd": Flavour(_xnbd, _XNBD_VERSION),
     "xnbd --spin 0": Flavour(_xnbd_sleeping, _XNBD_VERSION),
+    "xnbd --metrics": Flavour(_xnbd_measured, _XNBD_VERSION),
     "limit": Flavour(_limit, [], compiled=True),
     "limit --spin 0": Flavour(_limit_sleeping, [], compiled=True),
     "xnbd-new": Flavour(_xnbd, _XNBD_VERSION, fresh=True),

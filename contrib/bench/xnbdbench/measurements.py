@@ -66,6 +66,11 @@ def asleep(name: str, title: str, goal: Goal, probe: Probe) -> Measurement:
     return Measurement(name, title, "iops", goal, compare(probe, "xnbd --spin 0", ["limit --spin 0"]))
 
 
+def measured(name: str, title: str, probe: Probe) -> Measurement:
+    """What it costs to count and to look at the clock for each batch."""
+    return Measurement(name, title, "iops", ratio(0.98), compare(probe, "xnbd --metrics", ["xnbd"]))
+
+
 def alone(probe: Probe) -> Dict[str, Contender]:
     """A *probe* of xnbd that nothing is compared with."""
     return {"xnbd": Contender("xnbd", probe)}
@@ -222,6 +227,8 @@ MEASUREMENTS: List[Measurement] = [
     ),
     Measurement("idle-cpu", "idle server, CPU", "%", at_most(0.1), alone(IdleCpu()), most_rounds=3),
     Measurement("crowd-cpu", "1,000 idle clients, CPU", "%", at_most(0.1), alone(IdleCpu(clients=1000)), most_rounds=3),
+    measured("metrics-randread-64", "--metrics: random read, 64 in flight", Load(depth=64)),
+    measured("metrics-randwrite-64", "--metrics: random write, 64 in flight", Load("randwrite", depth=64)),
     Measurement("version", "xnbd-server --version", "ms", at_most(100), process(VersionTime())),
     Measurement("inetd", "--inetd, exec to first read", "ms", at_most(200), process(InetdTime())),
     Measurement(
