@@ -148,6 +148,27 @@ const clients = row("Clients", [
   graph({ title: "Memory of requests that wait", description: "What they hold.", unit: "bytes", width: 8 }, [
     { expr: busiest(now("xnbd_waiting_bytes")), legend: LEGEND },
   ]),
+  graph(
+    {
+      title: "Clients held by limits",
+      description: "Those that wait because of limits: now, and on average. --limit changes the limits.",
+      unit: "short",
+      width: 8,
+    },
+    [
+      { expr: busiest(now("xnbd_limited_clients")), legend: `${LEGEND} now` },
+      { expr: busiest(rate("xnbd_limited_seconds_total")), legend: `${LEGEND} on average` },
+    ],
+  ),
+  graph(
+    {
+      title: "Requests held by limits",
+      description: "Requests that were received after their client had to wait because of limits.",
+      unit: "reqps",
+      width: 8,
+    },
+    [{ expr: busiest(rate("xnbd_limited_requests_total")), legend: LEGEND }],
+  ),
 ]);
 
 const proxies = row("Proxies", [
@@ -309,12 +330,12 @@ function choice(name: string, label: string, query: string): VariableModel & { d
 }
 
 const starts: AnnotationQuery & { expr: string; titleFormat: string } = {
-  name: "Starts and upgrades",
+  name: "Starts",
   datasource: prometheus,
   enable: true,
   iconColor: "blue",
   expr: `changes(xnbd_start_time_seconds{${INSTANCE}}[$__rate_interval]) > 0`,
-  titleFormat: "{{instance}} was started or upgraded",
+  titleFormat: "{{instance}} was started",
 };
 
 export const dashboard: Dashboard = {

@@ -119,6 +119,15 @@ def test_one_server_with_its_clients_and_its_map(start: Start, tmp_path: Path, i
         screen.wait_for(r"^SERVER, CLIENT ")
 
 
+def test_clients_that_limits_hold_are_told(start: Start, tmp_path: Path, image: Path, screen: Screen) -> None:
+    server = controlled(start, tmp_path, image, "--metrics", 0, "--limit-rate", "64K")
+    with reading(server):
+        screen.type(line("disk.ctl"))
+        screen.wait_for(r"^disk\.ctl: limits hold 1 client now \(--limit\)$")
+        screen.press("Enter")
+        screen.wait_for(r"^  held +limits hold 1 client now \(--limit\)$")
+
+
 def test_it_follows_the_size_of_the_terminal(start: Start, tmp_path: Path, screen: Screen) -> None:
     proxy = Proxy(start, tmp_path, start("--target", "--readonly", make_disk(tmp_path)).uri)
     with proxy.raw() as client:
@@ -214,6 +223,26 @@ def test_ctrl_z_gives_the_terminal_back_for_a_while(idle: Server, screen: Screen
     screen.wait_for(r"^disk\.ctl: disk\.img: target")
 
 
+def test_it_waits_for_the_terminal_in_the_background(idle: Server, screen: Screen) -> None:
+    screen.type(line("disk.ctl"))
+    screen.wait_for(r"^disk\.ctl +0 ")
+    screen.press("C-z")
+    screen.wait_for(r"Stopped")
+    screen.type("clear; bg")
+    screen.wait_for(r"disk\.ctl &$")
+    program = screen.program()
+    wait_until(lambda: state_of(program) == "T", "that it stops again")
+    assert screen.is_as_before()
+    screen.type("fg")
+    screen.wait_for(r"^disk\.ctl +0 ")
+    screen.press("q")
+    wait_until(screen.is_as_before, "the end")
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+
+
 # On a terminal that only this test reads
 
 
@@ -285,6 +314,16 @@ def test_names_from_elsewhere_do_nothing_to_the_terminal(tmp_path: Path) -> None
     assert set(re.findall(rb"[\x00-\x1f\x7f]", ours)) == set()
     assert "\x9b".encode() not in shown
     assert "\u202e".encode() not in shown
+
+
+def test_a_terminal_of_few_letters_is_shown_what_it_can(start: Start, tmp_path: Path, image: Path) -> None:
+    proxy = Proxy(start, tmp_path, start("--target", "--readonly", make_disk(tmp_path)).uri)
+    named = tmp_path / "d\xefsk.ctl"
+    named.symlink_to(proxy.control)
+    with on_pty(named, PYTHONIOENCODING="ascii") as (_, terminal):
+        read_until(terminal, rb"d\\xefsk\.ctl +0 ")
+        os.write(terminal, b"\r")
+        read_until(terminal, rb"0 bytes \|\.+\|")
 
 
 def test_a_server_whose_answer_makes_no_sense_harms_no_other(tmp_path: Path, idle: Server) -> None:
@@ -374,6 +413,21 @@ def test_without_a_terminal_there_is_a_line_for_each_server_and_interval(
         assert re.match(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d {name}\.ctl +\S", text)
 
 
+def test_servers_that_do_not_answer_and_other_programs_are_told_apart(idle: Server, tmp_path: Path) -> None:
+    steward = steward_of(idle)
+    assert steward is not None
+    with piped(tmp_path, "--timeout", "0.5", idle.socket, "disk.ctl") as process:
+        lines_until(
+            process,
+            rf"{idle.socket.name} +away .*: {idle.socket} is not a control socket: another program answers there$",
+            r"disk\.ctl +READ/s 0 ",
+        )
+        os.kill(steward, signal.SIGSTOP)
+        lines_until(process, r"disk\.ctl +away .*: the server at disk\.ctl does not answer: see whether it hangs")
+        os.kill(steward, signal.SIGCONT)
+        lines_until(process, r"disk\.ctl +READ/s 0 .* is back, it was away for ")
+
+
 def test_it_ends_when_nobody_reads_its_lines(idle: Server, tmp_path: Path) -> None:
     words = f"{line('disk.ctl')} | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
@@ -397,6 +451,11 @@ def test_an_upgrade_is_no_absence(start: Start, tmp_path: Path, image: Path) -> 
         upgrade(tmp_path / "disk.ctl")
         lines = lines_of(process, 8)
     assert [text for text in lines if "away" in text] == []
+
+
+def test_an_empty_path_is_refused() -> None:
+    status, _, errors = run(*command("a.ctl", ""), check=False)
+    assert (status, errors) == (2, "xnbd-bgctl: CONTROL is empty (xnbd-bgctl --help shows the usage)\n")
 
 
 def test_intervals_are_checked(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import nbd
 import pytest
@@ -25,7 +25,7 @@ from proxies import Proxy
 from rawclient import RawClient
 from relay import Relay
 from server_process import Server, run, title_of, wait_until
-from upgrades import IDLE, UPGRADES, Outcome, upgrade
+from upgrades import IDLE, UPGRADES, Figures, Outcome, descriptors_of, upgrade
 
 COPIED, CHECKED, MODELLED = slice(0, 8 * MIB), slice(8 * MIB, 16 * MIB), slice(24 * MIB, 27 * MIB)
 """Parts of nbdcopy, of the first fio (the second one has the next 8 MiB), and of the model test."""
@@ -204,35 +204,20 @@ class Busy:
         client.shutdown()
 
 
-class Figures(NamedTuple):
-    """What all processes of a server take: memory in MiB (shared memory counts once); descriptors of the master."""
-
-    memory: float
-    descriptors: int
-    steward: int
+def stewards_descriptors(server: Server) -> int:
+    (steward,) = (pid for pid in server.workers() if "steward" in title_of(pid))
+    return descriptors_of(steward)
 
 
-def figures(server: Server) -> Figures:
-    pids = [server.pid, *server.workers()]
-    stewards = [pid for pid in pids if "steward" in title_of(pid)]
-    counts = [sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()) for pid in (server.pid, *stewards)]
-    return Figures(sum(map(memory_of, pids)) / 1024, *counts)
+def figures_after_one(field: Field) -> Tuple[Figures, int]:
+    """What there is after an upgrade of idle clients: a first start, and who was busy, have more or less.
 
-
-def figures_after_one(field: Field) -> Figures:
-    """What there is after an upgrade of idle clients: a first start, and who was busy, have more or less."""
+    And the descriptors of the steward.
+    """
     settle(field.server, CROWD)
     upgrade(field.control)
     settle(field.server, CROWD)
-    return figures(field.server)
-
-
-def memory_of(pid: int) -> int:
-    """KiB, the process's share of what it has with others."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss_Anon:"):
-            return int(line.split()[1])
-    return 0
+    return Figures.of(field.server.pid, field.server.workers()), stewards_descriptors(field.server)
 
 
 def settle(server: Server, clients: int) -> None:
@@ -253,7 +238,7 @@ def test_nobody_notices(field: Field, tmp_path: Path, seed: int, mode: str) -> N
     with ExitStack() as stack:
         idle = [stack.enter_context(RawClient(server.connect()).negotiate()) for _ in range(CROWD)]
         settle(server, CROWD)
-        before = figures_after_one(field)
+        before, stewards_before = figures_after_one(field)
         busy = Busy(field, tmp_path, seed)
         outcomes: List[Outcome] = []
         began = time.monotonic()
@@ -263,11 +248,11 @@ def test_nobody_notices(field: Field, tmp_path: Path, seed: int, mode: str) -> N
         took = time.monotonic() - began
         busy.stop()
         assert {outcome.rest for outcome in outcomes} == {""}, outcomes
-        after = figures_after_one(field)
+        after, stewards_after = figures_after_one(field)
         for client in idle:
             assert len(client.read(MODELLED.stop, 512)) == 512
     assert after.descriptors == before.descriptors
-    assert abs(after.steward - before.steward) <= 2  # as long as a child of its copies
+    assert abs(stewards_after - stewards_before) <= 2  # as long as a child of its copies
     assert after.memory < 1.1 * before.memory + 20
     assert "connection lost" not in server.log()
     tell(mode, outcomes, took, before, after, busy.latencies)

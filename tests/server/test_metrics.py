@@ -191,6 +191,7 @@ def test_operators_are_told_durations_and_spared_usage_if_they_want(server: Serv
         told = ask_server(tmp_path / "control", command="query", durations=True, usage=False)
         assert sum(told["durations"]["read"]) == 1
         assert len(told["durations"]["bounds"]) == len(told["durations"]["read"]) - 1
+        assert told["limited_clients"] == 0
         assert "cpu_percent" not in told["workers"][0]
         plain = ask_server(tmp_path / "control", command="query")
         assert ("durations" in plain, "cpu_percent" in plain["workers"][0]) == (False, True)

@@ -6,7 +6,6 @@ The long form is ``XNBD_UPGRADES=100 XNBD_IDLE=1000``, and in ``contrib/soak``.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import re
@@ -17,7 +16,7 @@ import time
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 from caching import ask, connect, query
@@ -30,6 +29,7 @@ from notify_socket import listening
 from proxies import Proxy, bgctl, refused
 from rawclient import FLUSH, READ, RawClient, pack_request
 from relay import Relay
+from release_0_5_0 import ANSWERS, REFUSAL, ask_old
 from server_process import (
     PYTHON,
     ROOT,
@@ -295,14 +295,14 @@ def test_a_program_that_cannot_go_on_changes_nothing(
 @pytest.mark.usefixtures("unchanged")
 def test_what_is_no_program_changes_nothing(control: Path, tmp_path: Path, image: Path) -> None:
     older = tmp_path / "older"
-    older.write_text('#!/bin/sh\necho "xnbd-server: unexpected $1 (xnbd-server --help shows the usage)" >&2\nexit 2\n')
+    older.write_text(f"#!/bin/sh\necho '{REFUSAL}' >&2\nexit 2\n")
     older.chmod(0o755)
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\nexit 3\n")
     silent.chmod(0o755)
     assert "no program" in refused("--upgrade", "--program", tmp_path / "none", control)
     assert "Permission denied" in refused("--upgrade", "--program", image, control)
-    assert "stays as it is: xnbd-server: unexpected" in refused("--upgrade", "--program", older, control)
+    assert f"stays as it is: {REFUSAL}" in refused("--upgrade", "--program", older, control)
     assert "exit status 3" in refused("--upgrade", "--program", silent, control)
     assert "stays as it is: " in refused("--upgrade", "--program", "/bin/true", control)
 
@@ -323,20 +323,14 @@ def test_no_process_for_the_check_changes_nothing(target: Server, control: Path)
         assert "cannot do that now" in refused("--upgrade", control)
 
 
-def test_a_server_without_the_command_says_so(control: Path, tmp_path: Path) -> None:
-    """As 0.5.0 does."""
-    answer = {"done": True, "error": "there is no command 'upgrade' here, only: query, snapshot"}
-    with closing(socket.socket(socket.AF_UNIX)) as listener:
-        listener.bind(str(control))
-        listener.listen()
-        with subprocess.Popen(bgctl_command("--upgrade", control), stderr=subprocess.PIPE, text=True) as asking:
-            with closing(listener.accept()[0]) as client:
-                client.recv(4096)
-                client.sendall(json.dumps(answer).encode() + b"\n")
-            assert asking.communicate()[1] == (
-                "xnbd-bgctl: the server is of a version that cannot be upgraded: restart it\n"
-            )
-    assert asking.returncode == 1
+@pytest.mark.parametrize("mode", ["target", "proxy"])
+@pytest.mark.parametrize("options", [(), ("--check",)])
+def test_the_release_that_has_no_upgrades_is_told_of_in_one_line(
+    control: Path, mode: str, options: Tuple[str, ...]
+) -> None:
+    command = bgctl_command("--upgrade", *options, control)
+    line = "xnbd-bgctl: the server is of a version that cannot be upgraded: restart it\n"
+    assert ask_old(control, ANSWERS[mode], command) == (1, line)
 
 
 def test_a_server_of_one_client_is_not_upgraded(start: Start, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 from contextlib import contextmanager
-from typing import Iterator, Sequence, Union
+from pathlib import Path
+from typing import Iterator, List, Sequence, Tuple, Union
 
 NO_PROCESSES = "clone,clone3:error=EAGAIN"
 """There can be no more processes."""
@@ -16,9 +17,29 @@ def injected(pid: Union[int, Sequence[int]], fault: str, *, children: bool = Fal
 
     With *children* each of those that it forks then suffers the same.
     """
+    with _traced(pid, *(["-f"] if children else []), "-o", "/dev/null", "-e", f"inject={fault}"):
+        yield
+
+
+@contextmanager
+def listed_calls(pid: Union[int, Sequence[int]], file: Path) -> Iterator[List[Tuple[str, int]]]:
+    """All system calls of the processes meanwhile, each as ``(name, number)``: the first of its name, the second, ...
+
+    They are there at the end; *file* is for the tracer.
+    """
+    calls: List[Tuple[str, int]] = []
+    with _traced(pid, "-c", "-U", "name,calls", "-o", str(file)):
+        yield calls
+    for line in file.read_text().splitlines():
+        name, *counts = line.split()
+        if len(counts) == 1 and counts[0].isdigit() and name != "total":
+            calls += [(name, number) for number in range(1, int(counts[0]) + 1)]
+
+
+@contextmanager
+def _traced(pid: Union[int, Sequence[int]], *options: str) -> Iterator[None]:
     pids = [word for one in ([pid] if isinstance(pid, int) else pid) for word in ("-p", str(one))]
-    words = ["strace", *(["-f"] if children else []), "-o", "/dev/null", *pids, "-e", f"inject={fault}"]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as tracer:
+    with subprocess.Popen(["strace", *options, *pids], stderr=subprocess.PIPE, text=True) as tracer:
         assert tracer.stderr is not None
         for _ in pids[::2]:
             assert "attached" in tracer.stderr.readline()

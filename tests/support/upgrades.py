@@ -11,14 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator, List, NamedTuple, Optional
 
-from proxies import bgctl
-from server_process import PYTHON, ROOT
+from proxies import program as bgctl
+from server_process import PYTHON, ROOT, run
 
 UPGRADES = int(os.environ.get("XNBD_UPGRADES", "3"))
 """In a row, under clients that work."""
 
 IDLE = int(os.environ.get("XNBD_IDLE", "100"))
 """Clients that do nothing meanwhile."""
+
+LONGEST = 60 + IDLE / 5
+"""Seconds that an upgrade may take on a computer that is busy with other work."""
 
 
 class Outcome(NamedTuple):
@@ -36,7 +39,9 @@ _LINE = re.compile(r"(\S+) -> (\S+): (\d+) clients? moved(?:, longest pause (\d+
 
 def upgrade(control: object, *options: object) -> Outcome:
     """Have the server at *control* become the next program; it has to work."""
-    return parse(bgctl("--upgrade", *options, control))
+    _, out, err = run(*bgctl("--upgrade", *options, control), timeout=LONGEST)
+    assert err == ""
+    return parse(out)
 
 
 def parse(line: str) -> Outcome:
@@ -64,6 +69,29 @@ def build(directory: Path, version: str, *changes: tuple[str, str, str], name: s
         file.write_text(file.read_text().replace(before, after))
     program.write_text(program.read_text().replace("#!/usr/bin/env python3", f"#!{PYTHON}", 1))
     return program
+
+
+class Figures(NamedTuple):
+    """What all processes of a server take: memory in MiB (shared memory counts once); descriptors of the first one."""
+
+    memory: float
+    descriptors: int
+
+    @classmethod
+    def of(cls, pid: int, others: List[int]) -> Figures:
+        return cls(sum(map(memory_of, [pid, *others])) / 1024, descriptors_of(pid))
+
+
+def descriptors_of(pid: int) -> int:
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def memory_of(pid: int) -> int:
+    """KiB, the process's share of what it has with others."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss_Anon:"):
+            return int(line.split()[1])
+    return 0
 
 
 def pauses(outcomes: List[Outcome]) -> str:

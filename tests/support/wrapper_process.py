@@ -86,9 +86,9 @@ class Wrapper:
     def client(self, name: str = "", **features: bool) -> RawClient:
         return self.connect().negotiate(name, **features)
 
-    def ctl(self, *arguments: object) -> str:
+    def ctl(self, *arguments: object, timeout: float = 60.0) -> str:
         """What xnbd-wrapper-ctl prints; it has to succeed."""
-        return run(*program("xnbd-wrapper-ctl"), "--socket", self.control, *arguments)[1]
+        return run(*program("xnbd-wrapper-ctl"), "--socket", self.control, *arguments, timeout=timeout)[1]
 
     def refuses(self, *arguments: object) -> str:
         """The one line with which xnbd-wrapper-ctl fails."""

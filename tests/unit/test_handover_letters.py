@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import select
 import socket
 import threading
 from contextlib import contextmanager
@@ -26,20 +27,19 @@ from xnbd.server.handover.arrival import Arrival, Terms, receive_client, take_of
 from xnbd.server.handover.departure import Departure, Telling
 from xnbd.server.handover.frozen import FrozenRequest, FrozenSession, Sections, pack_letter, parse_session
 from xnbd.server.handover.letters import (
-    MINE,
     READY,
     REFUSED,
     SESSION,
-    TAKEN,
     Enclosed,
     Letter,
+    claim,
     pack_offer,
     parse_offer,
     receive_letter,
     send_letter,
     unfold,
 )
-from xnbd.server.process_loop import ProcessLoop
+from xnbd.server.process_loop import ProcessLoop, Stop
 from xnbd.server.reports import SIZE, Report, parse_report
 
 DISK = (1, 2, 3)
@@ -64,15 +64,21 @@ requests = st.builds(
 )
 
 
+def session_file(data: bytes = frozen.MAGIC) -> int:
+    """A descriptor of a session's file."""
+    fd = os.memfd_create("test", os.MFD_ALLOW_SEALING)
+    os.write(fd, data)
+    return fd
+
+
 @contextmanager
 def frozen_session(
     waiting: List[FrozenRequest], received: bytes = b"", replies: bytes = b""
 ) -> Iterator[Tuple[bytes, int]]:
     """Its letter and its file."""
     data = b"".join(request.pack() for request in waiting)
-    fd = os.memfd_create("test")
+    fd = session_file(frozen.MAGIC + data + received + replies)
     try:
-        os.write(fd, frozen.MAGIC + data + received + replies)
         sections, arrived = Sections(len(data), len(received), len(replies)), [request.arrived for request in waiting]
         yield pack_letter("peer", ALICE, AGREEMENT, VISIT, 77.25, sections, arrived=arrived), fd
     finally:
@@ -184,9 +190,7 @@ class Traveller:
     def freeze(self) -> Tuple[bytes, int]:
         if self.failure is not None:
             raise self.failure
-        fd = os.memfd_create("test")
-        os.write(fd, frozen.MAGIC)
-        return pack_letter("peer", ALICE, AGREEMENT, VISIT, 77.25, Sections(0, 0, 0)), fd
+        return pack_letter("peer", ALICE, AGREEMENT, VISIT, 77.25, Sections(0, 0, 0)), session_file()
 
     def let_go(self) -> None:
         self.client.close()
@@ -237,22 +241,28 @@ def letter_on(channel: socket.socket) -> Letter:
     return letter
 
 
-def answer_session(channel: socket.socket, *answers: bytes) -> threading.Thread:
-    """Wait for the session, and say these; then close the channel unless the last one is empty."""
+@contextmanager
+def session_awaited(
+    channel: socket.socket, answer: bytes = b"", *, claimed: bool = False, closed: bool = True
+) -> Iterator[None]:
+    """In a thread: wait for the session, claim it perhaps, give this *answer* perhaps, and close the channel."""
 
     def run() -> None:
-        channel.setblocking(True)
-        data = channel.recv(1 << 16)
-        assert data[:1] == SESSION
-        for answer in answers:
-            if answer:
-                channel.send(answer)
-        if not answers or answers[-1]:
+        select.select([channel], [], [])
+        letter = receive_letter(channel)
+        assert letter is not None
+        assert letter.data[:1] == SESSION
+        assert not claimed or claim(letter.fds[1])
+        letter.close()
+        if answer:
+            channel.send(answer)
+        if closed:
             channel.close()
 
     thread = threading.Thread(target=run)
     thread.start()
-    return thread
+    yield
+    thread.join()
 
 
 def test_nothing_happens_without_an_order(old: Old) -> None:
@@ -263,15 +273,39 @@ def test_nothing_happens_without_an_order(old: Old) -> None:
 
 def test_the_client_goes_when_the_other_process_has_taken_it(old: Old) -> None:
     assert not old.go_on()
+    channel = old.channel()
+    send_letter(channel, READY + b"4711")
+    with session_awaited(channel, claimed=True):
+        assert old.go_on()
+    assert old.told == [4711]
+    assert old.departure.taken_by == 4711
+    assert not old.has_client()
+
+
+def test_the_client_that_was_taken_is_not_served_however_its_new_process_ends(old: Old) -> None:
+    """It may be stopped, or say what it likes."""
+    assert not old.go_on()
     with old.channel() as channel:
         send_letter(channel, READY + b"4711")
-        thread = answer_session(channel, TAKEN, b"")
-        assert old.go_on()
-        thread.join()
-        assert old.told == [4711]
-        assert old.departure.taken_by == 4711
-        assert not old.has_client()
-        assert letter_on(channel).data == b""
+        with session_awaited(channel, REFUSED + b"no", claimed=True, closed=False):
+            assert old.go_on()
+    assert not old.has_client()
+
+
+def test_a_stop_ends_the_wait_for_one_who_does_not_take_the_client(old: Old) -> None:
+    assert not old.go_on()
+    with old.channel() as channel:
+        send_letter(channel, READY + b"4711")
+        old.loop.lifeline, masters_end = os.pipe()
+        os.close(masters_end)
+        with pytest.raises(Stop):
+            old.go_on()
+        os.close(old.loop.lifeline)
+        letter = receive_letter(channel)
+        assert letter is not None
+        assert not claim(letter.fds[1])
+        letter.close()
+    assert old.has_client()
 
 
 def test_the_client_is_served_until_somebody_is_ready(old: Old) -> None:
@@ -301,10 +335,8 @@ def test_a_session_that_is_refused_is_taken_back(old: Old) -> None:
     assert not old.go_on()
     with old.channel() as channel:
         send_letter(channel, READY + b"4711")
-        thread = answer_session(channel, REFUSED + b"no", b"")
-        assert not old.go_on()
-        thread.join()
-        assert letter_on(channel).data == MINE
+        with session_awaited(channel, REFUSED + b"no", closed=False):
+            assert not old.go_on()
     assert old.told == ["no"]
     assert old.has_client()
 
@@ -315,9 +347,8 @@ def test_when_the_other_process_dies_the_client_is_offered_again(old: Old) -> No
     assert not old.go_on()
     channel = old.channel()
     send_letter(channel, READY + b"4711")
-    thread = answer_session(channel)
-    assert not old.go_on()
-    thread.join()
+    with session_awaited(channel):
+        assert not old.go_on()
     assert old.has_client()
     assert old.told == []
     old.channel().close()
@@ -338,10 +369,11 @@ def test_a_silent_process_does_not_get_the_client(old: Old, monkeypatch: pytest.
     with old.channel() as channel:
         send_letter(channel, READY + b"4711")
         assert not old.go_on()
-        assert letter_on(channel).data[:1] == SESSION
-        assert letter_on(channel).data == MINE
-        with pytest.raises(BrokenPipeError):
-            send_letter(channel, TAKEN)
+        letter = receive_letter(channel)
+        assert letter is not None
+        assert not claim(letter.fds[1])
+        letter.close()
+        assert letter_on(channel).data == b""
     assert old.has_client()
     assert old.told == ["the process that was to take it does not answer"]
 
@@ -366,20 +398,15 @@ def test_a_session_that_cannot_be_frozen_stays(old: Old) -> None:
 
 
 def test_a_doubt_about_who_has_the_client_ends_the_connection(old: Old, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xnbd.server.handover.departure.PATIENCE", 0.05)
+    def fail(fd: int) -> bool:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    monkeypatch.setattr("xnbd.server.handover.departure.claim", fail)
     assert not old.go_on()
-    real = send_letter
-
-    def fail_to_take_back(sock: socket.socket, data: bytes, fds: Tuple[int, ...] = ()) -> None:
-        if data == MINE:
-            raise OSError(errno.ENOMEM, "no memory")
-        real(sock, data, fds)
-
-    monkeypatch.setattr("xnbd.server.handover.departure.send_letter", fail_to_take_back)
-    with old.channel() as channel:
-        send_letter(channel, READY + b"4711")
-        with pytest.raises(Disconnected):
-            old.go_on()
+    channel = old.channel()
+    send_letter(channel, READY + b"4711")
+    with session_awaited(channel), pytest.raises(Disconnected, match="no memory"):
+        old.go_on()
 
 
 def test_too_many_offers_are_made_later(old: Old) -> None:
@@ -415,58 +442,77 @@ class New:
         self.channel.settimeout(30)
         return self.channel.recv(1 << 16)
 
-    def send(self, *, agreement: Agreement = AGREEMENT, data: bytes = frozen.MAGIC) -> socket.socket:
-        """A session with a client, whose other end is returned."""
+    def send(
+        self, *, agreement: Agreement = AGREEMENT, data: bytes = frozen.MAGIC, claimed: bool = False
+    ) -> socket.socket:
+        """A session with a client, whose other end is returned; the old process may have *claimed* it back already."""
         far, client = socket.socketpair()
-        fd = os.memfd_create("test")
-        os.write(fd, data)
+        fd = session_file(data)
+        assert not claimed or claim(fd)
         letter = pack_letter("peer", ALICE, agreement, VISIT, 77.25, Sections(0, 0, 0))
         send_letter(self.channel, SESSION + letter, (client.fileno(), fd))
         client.close()
         os.close(fd)
         return far
 
-    def outcome(self) -> Optional[Arrival]:
+    def arrival(self) -> Optional[Arrival]:
         self._thread.join(30)
         (arrival,) = self.arrivals
-        self.channel.close()
         return arrival
 
+    def outcome(self) -> Optional[Arrival]:
+        try:
+            return self.arrival()
+        finally:
+            self.channel.close()
 
-def test_a_client_is_taken_when_the_old_process_has_let_go() -> None:
+
+def test_a_client_is_taken_at_once_and_the_old_process_is_told_when_there_is_time() -> None:
     new = New()
     assert new.hear() == READY + str(os.getpid()).encode()
     with new.send() as far:
-        assert new.hear() == TAKEN
-        assert not new.arrivals
-        new.channel.close()
-        arrival = new.outcome()
+        arrival = new.arrival()
         assert arrival is not None
         assert arrival.session.agreement == AGREEMENT
         assert arrival.pid == os.getpid()
+        assert select.select([new.channel], [], [], 0)[0] == []
+        arrival.rest.close()
+        assert new.hear() == b""
         arrival.sock.send(b"x")
         assert far.recv(1) == b"x"
         arrival.sock.close()
+        new.outcome()
 
 
 def test_a_client_that_is_taken_back_is_left_alone() -> None:
     new = New()
     new.hear()
-    with new.send() as far:
-        assert new.hear() == TAKEN
-        send_letter(new.channel, MINE)
+    with new.send(claimed=True) as far:
+        assert new.hear() == b""
         assert new.outcome() is None
         assert far.recv(1) == b""  # nobody has it open any more
 
 
-def test_what_was_said_counts_even_if_the_answer_was_not_read() -> None:
+def test_a_client_whose_old_process_has_died_is_served() -> None:
     """The kernel tells of the reset first, and of the letter then."""
     new = New()
     new.hear()
     with new.send():
-        send_letter(new.channel, MINE)
         new.channel.close()
-        assert new.outcome() is None
+        arrival = new.arrival()
+        assert arrival is not None
+        arrival.rest.close()
+        arrival.sock.close()
+
+
+def test_only_one_has_a_client() -> None:
+    fd = session_file()
+    with os.fdopen(os.dup(fd), "r+b", closefd=True) as there:
+        assert claim(there.fileno())
+    assert not claim(fd)
+    os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        claim(fd)
 
 
 def test_an_offer_that_is_withdrawn_is_nothing() -> None:

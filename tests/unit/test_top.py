@@ -14,6 +14,8 @@ from xnbd.cli.quantities import short_duration
 from xnbd.cli.top.cells import fit, pad, width_of
 from xnbd.cli.top.figures import WINDOW, Figures, History, quantile, sample
 from xnbd.cli.top.keys import Keys
+from xnbd.cli.top.notes import notes
+from xnbd.cli.top.overview import notes_of
 from xnbd.cli.top.servers import Server, labels
 from xnbd.cli.top.views import Views
 
@@ -37,11 +39,8 @@ def answer(*workers: Dict[str, Any], reads: Optional[List[int]] = None, proxy: b
 
 def figures(*answers: Any, every: float = 1.0) -> Figures:
     history = History("a", every)
-    for number, told in enumerate(answers):
-        history.add(sample(number * every, told))
-    found = history.figures()
-    assert found is not None
-    return found
+    *_, last = [history.add(number * every, told) for number, told in enumerate(answers)]
+    return last
 
 
 def test_rates_are_those_since_the_answer_before() -> None:
@@ -62,10 +61,7 @@ def test_one_answer_has_no_rates() -> None:
 
 def test_an_answer_that_came_early_does_not_make_the_rate_a_guess() -> None:
     history = History("a", 1.0)
-    for at, read in ((0.0, 0), (1.0, 1000), (1.01, 1000)):
-        history.add(sample(at, answer(bytes_read=read)))
-    found = history.figures()
-    assert found is not None
+    *_, found = [history.add(at, answer(bytes_read=read)) for at, read in ((0.0, 0), (1.0, 1000), (1.01, 1000))]
     assert found.read == pytest.approx(990, abs=1)
 
 
@@ -265,7 +261,7 @@ def test_a_server_that_is_selected_is_in_sight(tmp_path: Path) -> None:
         shown = [line for line in views.lines(80, 24) if line.style == "\x1b[7m"]
         assert [line.text.split()[0] for line in shown] == [sorted(f"server{n}" for n in range(40))[number]]
         views.press("down")
-    assert "to 40 are shown" in text_of(views)
+    assert "to 40 shown" in text_of(views)
 
 
 def test_servers_are_sorted_by_what_keys_choose(tmp_path: Path) -> None:
@@ -296,3 +292,38 @@ def test_clients_that_read_and_write_most_come_first(tmp_path: Path) -> None:
     server.take(answer(*busy), 1.0)
     shown = [line.split()[0] for line in text_of(Views([server], "utf-8")).splitlines() if line.startswith("client")]
     assert shown == ["client2", "client4", "client3", "client1", "client0"]
+
+
+# Notes
+
+
+def test_what_is_wrong_is_said_before_what_is_under_way() -> None:
+    told = {
+        "origin": {"state": "unreachable", "error": "Connection refused"},
+        "write_back_failure": {"seconds_since": 125.0, "error": "Input/output error"},
+        "warnings": ["server-cert.pem expires in 3 days"],
+        "limited_clients": 2,
+        "cache_all": {"copied_bytes": 1 << 29, "total_bytes": 1 << 30, "rate": 1 << 20},
+    }
+    assert list(notes(told)) == [
+        "write-back failed 2 min 5 s ago, no FLUSH succeeds: Input/output error",
+        "the origin is unreachable: Connection refused",
+        "server-cert.pem expires in 3 days",
+        "limits hold 2 clients now (--limit)",
+        "--cache-all: 50.0 %, 1 MiB/s",
+    ]
+    assert list(notes({"origin": {"state": "idle"}, "cache_all": None, "write_back_failure": None})) == []
+
+
+def test_there_are_only_so_many_notes(tmp_path: Path) -> None:
+    servers = servers_with(tmp_path, *[{**answer(), "warnings": ["one", "two"]}] * 5)
+    assert notes_of(servers) == ["server0: one", "server0: two", "server1: one", "... and 8 more"]
+    assert notes_of(servers_with(tmp_path, *[answer()] * 5)) == [
+        "no P50 and P99, for want of --metrics: server0, server1, server2 and 2 more"
+    ]
+
+
+def test_a_server_that_is_away_has_its_reason_in_the_view_of_it_alone(tmp_path: Path) -> None:
+    views = Views(servers_with(tmp_path, None), "utf-8")
+    views.press("enter")
+    assert re.match(rf"server0: away 0\.0 s: there is no control socket {tmp_path}/0: ", text_of(views))

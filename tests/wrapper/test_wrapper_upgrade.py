@@ -28,11 +28,12 @@ from model import Model, read_all
 from notify_socket import listening
 from proxies import bgctl, query
 from rawclient import LIST, REP_SERVER, RawClient
+from release_0_5_0 import ANSWERS, ask_old
 from server_process import PYTHON, ROOT, Server, children_of, is_alive, title_of, wait_until
 from snapshots import bgctl_command
 from stamps import check_cut, noise_disk, writers
 from tls_client import context_of, start_tls
-from upgrades import IDLE, UPGRADES, Outcome, build, parse, upgrading
+from upgrades import IDLE, LONGEST, UPGRADES, Figures, Outcome, build, parse, upgrading
 from wrapper_process import Wrapper, fails, program, wait_for_end
 
 from xnbd import __version__
@@ -49,7 +50,7 @@ def wrapper(start_wrapper: StartWrapper, image: Path) -> Wrapper:
 
 
 def upgrade(wrapper: Wrapper, *options: object) -> Outcome:
-    return parse(wrapper.ctl("--upgrade", *options))
+    return parse(wrapper.ctl("--upgrade", *options, timeout=LONGEST))
 
 
 def ctl_command(wrapper: Wrapper, *arguments: object) -> List[str]:
@@ -231,9 +232,14 @@ def test_systemd_hears_that_the_next_program_is_ready(start_wrapper: StartWrappe
         environment = {**manager.environment, "WATCHDOG_USEC": "1000000"}
         wrapper = start_wrapper("--imgfile", image, env=environment)
         manager.wait_for("READY=1")
+        began = time.monotonic()
         upgrade(wrapper)
         manager.wait_for("READY=1", 2)
+        manager.wait_for("STATUS=clients: 0; exports: 1", 2)
         manager.wait_for("WATCHDOG=1", manager.heard.count("WATCHDOG=1") + 2)
+        told = [message.split("\n") for message in manager.heard if not message.startswith(("STATUS", "WATCHDOG"))]
+        assert [words[0] for words in told] == ["READY=1", "RELOADING=1", "READY=1"]
+        assert began <= int(told[1][1].partition("MONOTONIC_USEC=")[2]) / 1e6 <= time.monotonic()
 
 
 def test_limits_are_read_again(start_wrapper: StartWrapper, image: Path, tmp_path: Path) -> None:
@@ -351,6 +357,13 @@ def test_what_is_no_program_changes_nothing(wrapper: Wrapper, tmp_path: Path, im
     assert "stays as it is: " in wrapper.refuses("--upgrade", "--program", "/bin/true")
     server = ROOT / "bin" / "xnbd-server"
     assert "holds nothing that a server has left" in wrapper.refuses("--upgrade", "--program", server)
+
+
+def test_the_release_that_has_no_upgrades_is_told_of_in_one_line(tmp_path: Path) -> None:
+    control = tmp_path / "ctl"
+    command = [*program("xnbd-wrapper-ctl"), "--socket", str(control), "--upgrade"]
+    line = "xnbd-wrapper-ctl: the wrapper is of a version that cannot be upgraded: restart it\n"
+    assert ask_old(control, ANSWERS["wrapper"], command) == (1, line)
 
 
 @pytest.mark.usefixtures("unchanged")
@@ -664,22 +677,40 @@ def test_clients_whose_disk_cannot_be_opened_stay(wrapper: Wrapper, tmp_path: Pa
 # Under load
 
 
+CROWD = IDLE if "XNBD_IDLE" in os.environ else 25
+"""Clients that do nothing."""
+
+
+def figures_after_one(wrapper: Wrapper) -> Figures:
+    """What there is after an upgrade of idle clients."""
+    upgrade(wrapper)
+    wait_until(lambda: len(wrapper.servers()) == CROWD, "the end of all old processes", LONGEST)
+    return Figures.of(wrapper.process.pid, wrapper.servers())
+
+
+@pytest.mark.timeout(120 + UPGRADES * LONGEST)
 def test_who_writes_and_who_waits_does_not_notice(start_wrapper: StartWrapper, tmp_path: Path) -> None:
     """Six clients write numbered stamps."""
     noise_disk(tmp_path / "disk.img")
     wrapper = start_wrapper("--imgfile", tmp_path / "disk.img", "--unix", tmp_path / "sock")
     uri = f"nbd+unix:///disk.img?socket={tmp_path / 'sock'}"
     with ExitStack() as stack:
-        idle = [stack.enter_context(wrapper.client("disk.img")) for _ in range(IDLE // 4)]
+        idle = [stack.enter_context(wrapper.client("disk.img")) for _ in range(CROWD)]
+        before = figures_after_one(wrapper)
         with writers(uri, tmp_path) as busy:
             with upgrading(partial(upgrade, wrapper)) as outcomes:
                 pass
             busy.stop()
             data = read_all(connected(wrapper, "disk.img"))
+        wait_until(lambda: len(serving(wrapper)) == CROWD, "the end of the writers' servers")
+        after = figures_after_one(wrapper)
         for client in idle:
             assert works(client)
     check_cut(data, busy.histories, 0, 1 << 63)
-    assert all(outcome.moved >= IDLE // 4 for outcome in outcomes), outcomes
+    assert all(outcome.moved >= CROWD for outcome in outcomes), outcomes
+    assert after.descriptors == before.descriptors
+    assert after.memory < 1.1 * before.memory + 10
+    print(f"{before} -> {after}")
 
 
 def connected(wrapper: Wrapper, name: str) -> nbd.NBD:

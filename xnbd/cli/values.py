@@ -114,7 +114,7 @@ def parse_command_line(program: str, usage: str, argv: List[str], version: str) 
         reason = _reason(error, usage, argv)
         raise ConfigurationError(f"{reason} ({program} --help shows the usage)", USAGE_ERROR) from None
     for name, value in values.items():
-        if value == "":
+        if value == "" or (isinstance(value, list) and "" in value):
             raise ConfigurationError(f"{name} is empty ({program} --help shows the usage)", USAGE_ERROR)
     return CommandLine(values)
 

@@ -90,17 +90,22 @@ class Crew:
             pid, peer = report.pid, report.peer
             if report.is_of_move:
                 self.moves.append(report)
+            if report.moved_from:  # whose own report may come later
+                self._part(report.moved_from)
             if peer and pid in self:
                 self.spares.discard(pid)
                 self.clients[pid] = peer
             elif not peer and pid in self.clients:
-                del self.clients[pid]
-                if pid not in self.dismissed:
-                    self.spares.add(pid)
+                self._part(pid)
             elif not peer:
                 proven = True
             self.unproven.discard(pid)
         return proven
+
+    def _part(self, pid: int) -> None:
+        """The worker *pid* has no client any more."""
+        if self.clients.pop(pid, None) is not None and pid not in self.dismissed:
+            self.spares.add(pid)
 
     def bury(self, pid: int, *, failed: bool) -> str:
         """The worker *pid* has ended; its client, or an empty text if it had none."""

@@ -275,7 +275,9 @@ class Master:
             self._spawn()
 
     def _spawn(self) -> None:
-        worker = Worker(self._service, self._premises.sockets, self._crew.pipes, self._pool, self._close_in_worker)
+        pipes, pool, sockets = self._crew.pipes, self._pool, self._premises.sockets
+        arriving = self._upgrades is not None and self._upgrades.is_arriving
+        worker = Worker(self._service, sockets, pipes, pool, self._close_in_worker, expects_moves=arriving)
         try:
             pid = fork("worker", worker.run)
         except OSError as error:

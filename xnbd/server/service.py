@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing
+import socket
+from contextlib import ExitStack, closing
 from time import monotonic
 from typing import Callable, NamedTuple, Optional, Tuple
 
@@ -22,10 +23,15 @@ from .configuration import Configuration
 from .disk import Disk
 from .handover.arrival import Arrival
 from .handover.departure import Departure
-from .process_loop import Stop
+from .handover.frozen import parse_session
+from .handover.letters import claim
+from .process_loop import ProcessLoop, Stop
 from .session.connection import Connection
 from .session.handshake import Tls, greet, greet_oldstyle, negotiate
 from .session.loop import Session
+
+_NEWS_AFTER = 0.002
+"""Seconds after which others hear that a client has come: woken up, they would take the processor from its process."""
 
 
 class Came(NamedTuple):
@@ -152,7 +158,7 @@ class Service(NamedTuple):
             known = self._recognise(connection, disk, role)
             log.info("%s: connected%s", connection.peer, known)
             log.debug("%s: agreed on %s", connection.peer, agreement)
-            session = Session(connection, disk, agreement, self.configuration.queue_limits, departure, self.slow)
+            session = self._session(connection, disk, agreement, departure)
             self._run(session, connection, departure)
         except Stop as reason:
             log.info("%s: closed: %s", connection.peer, reason)
@@ -188,16 +194,45 @@ class Service(NamedTuple):
         return who + (f" over {connection.encryption}" if connection.encryption else "")
 
     def _go_on(self, connection: Connection, disk: Disk, came: Came, departure: Departure, role: str) -> None:
-        frozen = came.arrival.session
-        disk.place.welcome(connection.peer, frozen.visit)
-        session = Session(connection, disk, frozen.agreement, self.configuration.queue_limits, departure, self.slow)
-        session.thaw(frozen)
-        pause = monotonic() - frozen.frozen_at
-        came.tell(pause)
-        connection.identity = frozen.identity
-        known, before = self._recognise(connection, disk, role), came.arrival.pid
-        log.info("%s: goes on%s, process %d had it before; pause %.1f ms", connection.peer, known, before, pause * 1e3)
-        self._run(session, connection, departure)
+        _sock, frozen, before, rest = came.arrival
+        with rest, ExitStack() as news:
+            disk.place.welcome(connection.peer, frozen.visit)
+            session = self._session(connection, disk, frozen.agreement, departure)
+            session.thaw(frozen)
+            pause = monotonic() - frozen.frozen_at
+            connection.identity = frozen.identity
+            known = self._recognise(connection, disk, role)
+            text = "%s: goes on%s, process %d had it before; pause %.1f ms"
+            news.callback(log.info, text, connection.peer, known, before, pause * 1e3)
+            news.callback(rest.close)
+            news.callback(came.tell, pause)
+            departure.first = news.close
+            connection.loop.remind(monotonic() + _NEWS_AFTER, news.close)
+            self._run(session, connection, departure)
+
+    def rehearse(self, disk: Disk, loop: ProcessLoop) -> None:
+        """Freeze and thaw a session without a client, because one is about to come.
+
+        What a process that was forked does for the first time takes several times as long, because it copies each page
+        of memory that it writes to. Raises `Stop`, `OSError`.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs, closing(Connection(ours, loop, self.spin, "nobody")) as connection:
+            session = self._session(connection, disk, Agreement(self.export()), Departure(loop))
+            letter, fd = session.crossing.freeze()
+            try:
+                session.thaw(parse_session(letter, fd))
+                claim(fd)
+            finally:
+                os.close(fd)
+            theirs.shutdown(socket.SHUT_WR)
+            session.run()
+        disk.part()
+
+    def _session(
+        self, connection: Connection, disk: Disk, agreement: Agreement, departure: Optional[Departure]
+    ) -> Session:
+        return Session(connection, disk, agreement, self.configuration.queue_limits, departure, self.slow)
 
     def _run(self, session: Session, connection: Connection, departure: Departure) -> None:
         session.run()

@@ -67,6 +67,7 @@ def serve_arrival(service: Service, offer: Letter, loop: ProcessLoop, passage: P
 
     with _stewarded(service, close_first) as give_way:
         disk = loop.companion = service.open_disk()
+        service.rehearse(disk, loop)
         source = service.source
         arrival = receive_client(offer, loop, Terms(source.identity(), source.size, disk.image.readonly))
         if arrival is None:

@@ -92,14 +92,18 @@ class Worker:
         pipes: Pipes,
         pool: Pool,
         close_first: Callable[[], None],
+        *,
+        expects_moves: bool = False,
     ) -> None:
-        """In the child *close_first* lets go of what is the master's alone."""
+        """In the child *close_first* lets go of what is the master's alone. It *expects_moves* of clients to it."""
         self._service = service
         self._close_first = close_first
         self._pool = pool
         self._listeners = listeners
         self._pipes = pipes
         self._shortages = Seldom(_TELL_OF_SHORTAGE)
+        self._expects_moves = expects_moves
+        self._is_warm = False
 
     def run(self) -> int:
         """Life of the child: its exit status. Signals are blocked when it begins."""
@@ -123,6 +127,8 @@ class Worker:
         disk = loop.companion = service.open_disk()
         loop.farewell = self._close_listeners  # a successor may listen there already
         with closing(Lobby(service.configuration.handshake_timeout, oldstyle=service.oldstyle)) as lobby:
+            if self._expects_moves:
+                self._warm_up(loop, disk)
             self._report(Report(os.getpid()))  # it can work
             try:
                 return self._serve_clients(loop, disk, lobby)
@@ -141,6 +147,7 @@ class Worker:
                 return 0
             lobby.hand_over(self._pool.writing)
             self._serve(guest, loop, disk)
+            self._is_warm = True
             del guest
             gc.collect()
             self._report(Report(os.getpid()))
@@ -197,7 +204,14 @@ class Worker:
         if offered is None:
             return None
         lobby.hand_over(self._pool.writing)  # whoever speaks meanwhile need not wait
+        self._warm_up(loop, disk)
         return receive_client(offered, loop, Terms(source.identity(), source.size, disk.image.readonly))
+
+    def _warm_up(self, loop: ProcessLoop, disk: Disk) -> None:
+        """A client that moves here should not wait for what a process does for the first time."""
+        if not self._is_warm:
+            self._service.rehearse(disk, loop)
+            self._is_warm = True
 
     def _is_to_retire(self) -> bool:
         try:

@@ -103,8 +103,9 @@ class Wrapper:
         self._signals: Set[int] = set()
         self._children = Children(self._after_fork)
         assert surroundings.program is not None
-        upgrades = Upgrades(surroundings.program, self._leave, self._obstacle, self._is_calm, self._children)
-        self._upgrades = upgrades
+        upgrades = self._upgrades = Upgrades(
+            surroundings.program, self._leave, self._obstacle, self._is_calm, self._children, manager
+        )
         self._limiting = Limiting(rates_fd, database, configuration.rates, self._wake_clients)
         controls = WrapperControls(
             self._end,

@@ -53,6 +53,8 @@ def _rates(figures: Figures, server: Server) -> Iterator[str]:
         yield labelled("p50/p99", ", ".join(took) or f"no requests in the last {WINDOW:.0f} s")
     else:
         yield labelled("p50/p99", "nobody counts that: it needs --metrics")
+    if server.held:
+        yield labelled("held", server.held)
     if figures.hits is not None:
         yield labelled("hits", f"{percentage(figures.hits, 1)} in the last {WINDOW:.0f} s")
 

@@ -22,10 +22,9 @@ _SHORTEST = 0.5
 
 
 class Sample(NamedTuple):
-    """One answer, *at* a time in seconds. Clients are known by process and address."""
+    """What one answer has counted, *at* a time in seconds. Clients are known by process and address."""
 
     at: float
-    answer: Message
     counters: Dict[str, int]
     durations: Optional[Message]
     clients: Dict[Tuple[int, str], Message]
@@ -67,7 +66,6 @@ def sample(at: float, answer: Message) -> Sample:
     """Raises KeyError, TypeError or ValueError for an answer that makes no sense."""
     return Sample(
         at,
-        answer,
         {name: int(answer["counters"][name]) for name in _COUNTERS},
         answer.get("durations"),
         {(int(worker["pid"]), str(worker["client"])): worker for worker in answer["workers"]},
@@ -77,52 +75,58 @@ def sample(at: float, answer: Message) -> Sample:
 class History:
     """The answers of one server, called *label*, that its figures are made of; *interval* is that between them."""
 
+    answer: Optional[Message] = None
+    """The last one."""
+
     def __init__(self, label: str, interval: float) -> None:
         self._label = label
         self._interval = interval
         self._samples: Deque[Sample] = deque()
 
-    def add(self, new: Sample) -> None:
+    def add(self, at: float, answer: Message) -> Figures:
+        """*answer* came *at* that time: what is known then. Raises like `sample`."""
+        new = sample(at, answer)
         if self._samples and _went_back(self._samples[-1], new):
             self._samples.clear()
+        self.answer = answer
         self._samples.append(new)
-        while len(self._samples) > 2 and new.at - self._samples[1].at >= WINDOW:
+        while len(self._samples) > 2 and at - self._samples[1].at >= WINDOW:
             self._samples.popleft()
+        return self._figures(answer, new)
 
     def clear(self) -> None:
         """What comes next has nothing to do with what was."""
         self._samples.clear()
+        self.answer = None
 
-    @property
-    def answer(self) -> Optional[Message]:
-        """The last one."""
-        return self._samples[-1].answer if self._samples else None
-
-    def figures(self) -> Optional[Figures]:
-        """None before there is an answer."""
-        if not self._samples:
-            return None
-        new, first, before = self._samples[-1], self._samples[0], self._before()
+    def _figures(self, answer: Message, new: Sample) -> Figures:
+        first, before = self._samples[0], self._before()
         rates = {name: _rate(name, before, new) for name in _COUNTERS}
         p50, p99 = _percentiles(_added_up(first, new), new)
+        has_cache = "blocks" in answer
         return Figures(
             read=rates["bytes_read"],
             written=rates["bytes_written"],
             requests=rates["requests"],
-            fetched=rates["bytes_fetched"] if "blocks" in new.answer else None,
-            hits=_hits(first.counters, new.counters) if "blocks" in new.answer else None,
+            fetched=rates["bytes_fetched"] if has_cache else None,
+            hits=_hits(first.counters, new.counters) if has_cache else None,
             p50=p50,
             p99=p99,
             took={name: _percentiles(buckets, new) for name, buckets in _changes(first, new).items()},
-            cached=_cached(new.answer),
-            waiting=new.answer["queue"]["requests"] if "queue" in new.answer else None,
-            clients=[_client(self._label, key, before, new) for key in new.clients],
+            cached=_cached(answer),
+            waiting=answer["queue"]["requests"] if "queue" in answer else None,
+            clients=[_client(self._label, key, before, new, has_cache=has_cache) for key in new.clients],
         )
 
     def _before(self) -> Optional[Sample]:
-        """The sample that rates count from."""
+        """The sample that rates count from; older ones need not know clients any more."""
         latest = self._samples[-1].at - _SHORTEST * self._interval
-        return next((one for one in reversed(self._samples) if one.at <= latest), None)
+        places = [place for place, one in enumerate(self._samples) if one.at <= latest]
+        if not places:
+            return None
+        for place in places[:-1]:
+            self._samples[place] = self._samples[place]._replace(clients={})
+        return self._samples[places[-1]]
 
 
 def _went_back(old: Sample, new: Sample) -> bool:
@@ -146,7 +150,9 @@ def _cached(answer: Message) -> Optional[float]:
     return blocks["cached"] / blocks["total"] if blocks else None
 
 
-def _client(label: str, key: Tuple[int, str], before: Optional[Sample], new: Sample) -> ClientFigures:
+def _client(
+    label: str, key: Tuple[int, str], before: Optional[Sample], new: Sample, *, has_cache: bool
+) -> ClientFigures:
     told = new.clients[key]
     old: Optional[Message] = None if before is None else before.clients.get(key)
     seconds, since = told["connected_seconds"], 0.0 if before is None else new.at - before.at
@@ -162,7 +168,7 @@ def _client(label: str, key: Tuple[int, str], before: Optional[Sample], new: Sam
         rate("bytes_read"),
         rate("bytes_written"),
         rate("requests"),
-        _hits(old, told) if old is not None and "blocks" in new.answer else None,
+        _hits(old, told) if old is not None and has_cache else None,
         told["queued_requests"],
         seconds,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from time import monotonic
 from typing import Iterable
 
@@ -21,14 +22,13 @@ _ESCAPE = 0.1
 
 def show_live(servers: Servers, interval: float, encoding: str) -> None:
     """Until somebody presses q, or the terminal is gone. A signal ends the process."""
-    signals, terminal = Signals(), Terminal(encoding)
+    signals = Signals()
     try:
-        with signals.heeded():
+        with signals.heeded(), suppress(EOFError):
+            terminal = Terminal(encoding)
             try:
                 terminal.enter()
                 _Live(servers, interval, signals, terminal, encoding).run()
-            except EOFError:
-                pass
             finally:
                 _leave(terminal)
     except Ended as end:

@@ -8,6 +8,7 @@ from ..cache_map import coarser, strip
 from ..quantities import counted, short_size
 from .cells import BOLD, DIM, PLAIN, SELECTED, Styled, pad
 from .columns import client_lines, table_of_clients, table_of_servers
+from .figures import Figures
 from .servers import Server
 from .table import Layout
 
@@ -34,13 +35,13 @@ class Overview:
         """At most *rows* lines, if that is not too few."""
         servers = self.table.sorted(self._servers)
         layout = self.table.layout(servers, columns, _LONGEST_LABEL)
-        clients = [client for server in servers if server.figures for client in server.figures.clients]
+        clients = [client for one in figures_of(servers) for client in one.clients]
         notes = notes_of(servers)
         room = rows - 2 - len(notes)
         shown = min(len(servers), max(1, room - (2 + min(len(clients), _FEWEST_CLIENTS) if clients else 0)))
         first = max(0, min(servers.index(selected) - shown // 2, len(servers) - shown))
         return [
-            Styled(f"{totals(servers)}{_which(first, shown, len(servers))}"),
+            Styled(totals(servers, f", {first + 1} to {first + shown} shown" if shown < len(servers) else "")),
             *self._table_lines(layout, servers[first : first + shown], selected, columns),
             *client_lines(self._clients, clients, columns, room - shown),
             *(Styled(note, BOLD) for note in notes),
@@ -75,15 +76,16 @@ def notes_of(servers: Sequence[Server]) -> List[str]:
     return found if len(found) <= _NOTES else [*found[: _NOTES - 1], f"... and {len(found) - _NOTES + 1} more"]
 
 
-def _which(first: int, shown: int, number: int) -> str:
-    return f"; {first + 1} to {first + shown} are shown" if shown < number else ""
+def figures_of(servers: Sequence[Server]) -> List[Figures]:
+    """Of those that are there."""
+    return [server.figures for server in servers if server.figures is not None and server.is_there]
 
 
-def totals(servers: Sequence[Server]) -> str:
-    """All of them together."""
-    figures = [server.figures for server in servers if server.figures is not None]
+def totals(servers: Sequence[Server], which: str) -> str:
+    """All of them together; *which* of them are in sight."""
+    figures = figures_of(servers)
     away = sum(not server.is_there for server in servers)
-    parts = [counted(len(servers), "server") + (f" ({away} away)" if away else "")]
+    parts = [counted(len(servers), "server") + (f" ({away} away)" if away else "") + which]
     parts.append(f"read {short_size(_sum(one.read for one in figures))}/s")
     parts.append(f"write {short_size(_sum(one.written for one in figures))}/s")
     parts.append(f"{round(_sum(one.requests for one in figures)):,} requests/s")

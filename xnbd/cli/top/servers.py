@@ -14,8 +14,8 @@ from ...control.client import Departed, Message, shown
 from ...errors import ConfigurationError
 from ..quantities import duration
 from ..query_report import sections, title
-from .figures import Figures, History, sample
-from .notes import notes
+from .figures import Figures, History
+from .notes import held_by_limits, notes
 
 CELLS = 1024
 """Parts of a map that a server is asked for."""
@@ -57,6 +57,8 @@ class Server:
         self.title = ""
         self.facts: List[str] = []
         """As ``--query`` has them, but for what has been counted since the start."""
+        self.held = ""
+        """Who has to wait because of limits."""
         self._notes: List[str] = []
         self.disk_size = 0
         self.away: Optional[str] = None
@@ -132,9 +134,9 @@ class Server:
     def take(self, answer: Message, now: float) -> None:
         """What was told at the time *now*. Raises several errors if that makes no sense."""
         self.title, self.facts, self._notes = title(answer), sections(answer, _COUNTED), list(notes(answer))
+        self.held = held_by_limits(answer)
         self.disk_size = int(answer["disk_size"])
-        self._history.add(sample(now, answer))
-        self.figures = self._history.figures()
+        self.figures = self._history.add(now, answer)
         if answer.get("map") or "blocks" not in answer:
             self.map = [float(part) for part in answer.get("map") or ()]
         if self.away is not None:

@@ -6,17 +6,19 @@ and several times.
 
 from __future__ import annotations
 
+import errno
 import os
 import termios
 from contextlib import contextmanager, suppress
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Sequence, Tuple
 
 from .cells import PLAIN, Styled, fit, width_of
 
 _ENTER = "\x1b[?1049h\x1b[?25l\x1b[2J"
 """Another screen, no cursor, nothing on it."""
 
-_LEAVE = "\x1b[0m\x1b[?25h\x1b[?1049l"
+_LEAVE = "\x1b[0m\x1b[999;1H\x1b[K\x1b[?25h\x1b[?1049l"
+"""Also where there is no other screen: then what comes next is below ours."""
 _CLEAR = "\x1b[2J"
 _REST_OF_LINE = "\x1b[K"
 _NORMAL = "\x1b[0m"
@@ -33,6 +35,17 @@ def _present() -> Iterator[None]:
         raise EOFError from error
 
 
+def _set_attributes(fd: int, attributes: List[Any]) -> None:
+    """In the background this process is stopped here; when it comes to the front the call has failed."""
+    while True:
+        try:
+            termios.tcsetattr(fd, termios.TCSANOW, attributes)
+            return
+        except termios.error as error:
+            if error.args[0] != errno.EINTR:
+                raise
+
+
 class Terminal:
     """Standard input and output, both of which are one; *encoding* is that of the output.
 
@@ -43,30 +56,30 @@ class Terminal:
         self.keyboard = 0
         self._screen = 1
         self._encoding = encoding
-        self._former: Optional[List[Any]] = None
+        with _present():
+            self._former: List[Any] = termios.tcgetattr(self.keyboard)
+        self._is_ours = False
 
     def enter(self) -> None:
         """Make it ours."""
+        self._is_ours = True
+        ours = [*self._former[:6], list(self._former[6])]
+        ours[0] &= ~termios.IXON  # Ctrl-S would have the next frame wait for ever
+        ours[3] &= ~(termios.ICANON | termios.ECHO)
+        ours[6][termios.VMIN], ours[6][termios.VTIME] = 1, 0
         with _present():
-            if self._former is None:
-                self._former = termios.tcgetattr(self.keyboard)
-            ours = termios.tcgetattr(self.keyboard)
-            ours[0] &= ~termios.IXON  # Ctrl-S would have the next frame wait for ever
-            ours[3] &= ~(termios.ICANON | termios.ECHO)
-            ours[6][termios.VMIN], ours[6][termios.VTIME] = 1, 0
-            termios.tcsetattr(self.keyboard, termios.TCSANOW, ours)
+            _set_attributes(self.keyboard, ours)
         self._write(_ENTER)
 
     def leave(self) -> None:
         """Everything as it was."""
-        former = self._former
-        if former is None:
+        if not self._is_ours:
             return
         with suppress(EOFError), _present():
-            termios.tcsetattr(self.keyboard, termios.TCSANOW, former)
+            _set_attributes(self.keyboard, self._former)
             termios.tcflush(self._screen, termios.TCOFLUSH)  # a terminal that takes nothing is not waited for
             self._write(_LEAVE)
-        self._former = None
+        self._is_ours = False
 
     def size(self) -> Tuple[int, int]:
         """Columns and rows."""

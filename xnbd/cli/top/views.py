@@ -1,4 +1,4 @@
-"""What is on the screen: the view that was chosen, and what keys do. Pure."""
+"""What is on the screen: the view that was chosen, and what keys do."""
 
 from __future__ import annotations
 

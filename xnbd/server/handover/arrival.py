@@ -6,11 +6,13 @@ import os
 import select
 import socket
 import struct
+from contextlib import ExitStack
 from typing import NamedTuple, Optional, Sequence
 
 from ...logs import about, log
 from ...protocol.constants import FLAG_READ_ONLY
 from ...system.process import closed_on_error
+from ...system.urgency import urgent
 from ..process_loop import ProcessLoop
 from .frozen import FrozenSession, parse_session
 from .letters import (
@@ -18,24 +20,26 @@ from .letters import (
     READY,
     REFUSED,
     SESSION,
-    TAKEN,
     Letter,
+    claim,
     parse_offer,
     receive_letter,
     send_letter,
 )
 
-_RETRY = 0.01
-
 _CREDENTIALS = struct.Struct("3i")
 
 
 class Arrival(NamedTuple):
-    """A client that has come: its descriptor, its session, and the process *pid* that had it before."""
+    """A client that has come: its descriptor, its session, and the process *pid* that had it before.
+
+    When the client is served *rest* is to be closed: the other process sleeps until then, and this one is `urgent`.
+    """
 
     sock: socket.socket
     session: FrozenSession
     pid: int
+    rest: ExitStack
 
     @property
     def peer(self) -> str:
@@ -82,14 +86,19 @@ def receive_client(offer: Letter, loop: ProcessLoop, terms: Terms) -> Optional[A
         channel = _adopt(offer.fds.pop(0))
     except OSError:
         return None  # the other process sees the end of the channel
-    with channel:
-        try:
-            return _take(offer.data, channel, loop, terms)
-        except ValueError as error:
-            _refuse(channel, str(error))
-        except OSError as error:
-            _refuse(channel, error.strerror or str(error))
-    return None
+    rest, arrival = ExitStack(), None
+    try:
+        rest.enter_context(channel)
+        rest.enter_context(urgent())
+        arrival = _take(offer.data, channel, loop, terms, rest)
+    except ValueError as error:
+        _refuse(channel, str(error))
+    except OSError as error:
+        _refuse(channel, error.strerror or str(error))
+    finally:
+        if arrival is None:
+            rest.close()
+    return arrival
 
 
 def refuse_offer(offer: Letter, reason: str) -> None:
@@ -108,7 +117,7 @@ def _refuse(channel: socket.socket, reason: str) -> None:
         pass  # it sees the end of the channel
 
 
-def _take(offer: bytes, channel: socket.socket, loop: ProcessLoop, terms: Terms) -> Optional[Arrival]:
+def _take(offer: bytes, channel: socket.socket, loop: ProcessLoop, terms: Terms, rest: ExitStack) -> Optional[Arrival]:
     """Raises `ValueError` and `OSError` as long as the other process may be told that it cannot be."""
     if parse_offer(offer).get("disk") != list(terms.disk):
         raise ValueError("another disk is served here")
@@ -123,37 +132,25 @@ def _take(offer: bytes, channel: socket.socket, loop: ProcessLoop, terms: Terms)
     try:
         if letter.data[:1] != SESSION or len(letter.fds) != 2:
             raise ValueError("what has come is no session")
-        return _take_session(letter, channel, loop, terms)
+        return _take_session(letter, channel, terms, rest)
     finally:
         letter.close()
 
 
-def _take_session(letter: Letter, channel: socket.socket, loop: ProcessLoop, terms: Terms) -> Optional[Arrival]:
-    session, pid = parse_session(letter.data[1:], letter.fds[1]), _process_behind(channel)
+def _take_session(letter: Letter, channel: socket.socket, terms: Terms, rest: ExitStack) -> Optional[Arrival]:
+    client, file = letter.fds
+    session, pid = parse_session(letter.data[1:], file), _process_behind(channel)
     terms.check(session)
-    arrival = Arrival(_adopt(os.dup(letter.fds[0])), session, pid)
+    sock = _adopt(os.dup(client))
     try:
-        send_letter(channel, TAKEN)
-        ours = _is_ours(channel, loop)
+        ours = claim(file)
     except BaseException:
-        arrival.sock.close()
+        sock.close()
         raise
-    if not ours:
-        arrival.sock.close()
-    return arrival if ours else None
-
-
-def _is_ours(channel: socket.socket, loop: ProcessLoop) -> bool:
-    """Wait until the other process has let go of the client, or has died, or takes it back; it decides."""
-    answer: Optional[Letter] = None
-    while answer is None:
-        loop.wait((channel.fileno(),), select.POLLIN)
-        try:
-            answer = receive_letter(channel)
-        except OSError:  # for want of memory: the client may be nobody else's any more
-            loop.pause(_RETRY)
-    answer.close()
-    return not answer.data
+    if not ours:  # the other process did not wait so long
+        sock.close()
+        return None
+    return Arrival(sock, session, pid, rest)
 
 
 def _adopt(fd: int) -> socket.socket:

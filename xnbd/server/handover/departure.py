@@ -1,14 +1,14 @@
 """The way of a client out of its process: offered to others, and handed to the one that takes it.
 
 The client is served all the while. It waits from the moment when somebody is ready to take
-it until that process has it: for as long as the session needs to be frozen, sent and read.
+it until that process has it: for as long as the session needs to be frozen, sent and read, and
+one process to be woken up for it.
 If nobody takes it, or something goes wrong on the way, its process goes on as if nothing
 had been. `server.handover.letters` says how that is kept safe.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
@@ -18,26 +18,27 @@ from typing import Callable, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 from ...errors import Disconnected
 from ...logs import log
+from ...system.file_locks import do_nothing
 from ...system.process import closed_on_error
-from ..process_loop import ProcessLoop
+from ...system.urgency import urgent
+from ..process_loop import ProcessLoop, Stop
 from ..reports import Report
 from .letters import (
-    MINE,
     NO_KIT,
     PATIENCE,
     READY,
     REFUSED,
     SESSION,
-    TAKEN,
     Kit,
     Letter,
+    claim,
     pack_offer,
     receive_letter,
     send_letter,
 )
 
 _RETRY = 0.02
-_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
+_SILENT = b"the process that was to take it does not answer"
 
 
 class Traveller(Protocol):
@@ -91,6 +92,8 @@ class Departure:
         Or does not serve it yet, and needs the *kit*.
         """
         self.under_way = False
+        self.first: Callable[[], None] = do_nothing
+        """What has to be done before this client goes to yet another process."""
         self.taken_by = 0
         """The process that has the client now."""
         self._loop = loop
@@ -127,6 +130,7 @@ class Departure:
         self.under_way = self._loop.called = False
 
     def _begin(self, reason: str) -> None:
+        self.first()
         if reason or self._offers is None:
             self._give_up(reason or "nobody else can take it")
         elif not self.under_way:
@@ -179,38 +183,39 @@ class Departure:
         """Process *pid* waits for the client."""
         channel = self._channel
         assert channel is not None
-        letter, fd = traveller.freeze()
-        try:
+        with urgent():  # the client waits from now on
+            letter, fd = traveller.freeze()
             with closed_on_error(fd):
-                send_letter(channel, SESSION + letter, (traveller.fileno(), fd))
-        except ConnectionError:
-            return self._react(Letter(b"", []), traveller)
-        answer = Letter(MINE, [])
-        try:  # from here on the other process may believe that the client is its own
-            os.close(fd)
-            self._loop.wait((channel.fileno(),), select.POLLIN, PATIENCE, mid_message=True)
-            answer = receive_letter(channel) or answer
-        finally:
-            if answer.data[:1] != TAKEN:
-                self._take_back(channel)
-        if answer.data[:1] == TAKEN:
-            self._part(traveller, pid)
-        elif answer.data == MINE:
-            self._give_up("the process that was to take it does not answer")
-        else:
-            self._react(answer, traveller)
-        return answer.data[:1] == TAKEN
-
-    def _take_back(self, channel: socket.socket) -> None:
-        """The client stays with this process. Raises `Disconnected` if the other one may believe it is its own."""
+                is_sent = _try_to_send(channel, SESSION + letter, (traveller.fileno(), fd))
         try:
-            send_letter(channel, MINE)
+            answer = self._hear_of(fd, channel) if is_sent else Letter(b"", [])
+        finally:
+            os.close(fd)
+        if answer is None:
+            self._part(traveller, pid)
+            return True
+        return self._react(answer, traveller)
+
+    def _hear_of(self, fd: int, channel: socket.socket) -> Optional[Letter]:
+        """None if the other process has the client of session *fd*; else why it has not. It cannot any more then."""
+        try:
+            self._loop.wait((channel.fileno(),), select.POLLIN, PATIENCE, mid_message=True)
+            answer = receive_letter(channel) or Letter(REFUSED + _SILENT, [])
+        except (Stop, OSError):
+            if self._has_gone(fd):
+                return None
+            raise
+        return None if self._has_gone(fd) else answer
+
+    def _has_gone(self, fd: int) -> bool:
+        """Whether the other process has the client; if not, it cannot any more. Raises `Disconnected` in doubt."""
+        try:
+            return not claim(fd)
         except OSError as error:
-            if error.errno not in _GONE:
-                raise Disconnected(f"it may be served by another process: {error.strerror}") from error
+            raise Disconnected(f"it may be served by another process: {error.strerror}") from error
 
     def _part(self, traveller: Traveller, pid: int) -> None:
-        """The client is another process's as soon as the channel is closed; the master hears of it before that."""
+        """The client is another process's."""
         with suppress(OSError):
             traveller.let_go()
         try:
@@ -232,3 +237,12 @@ class Departure:
         if channel is not None:
             self._loop.heed(None)
             channel.close()
+
+
+def _try_to_send(channel: socket.socket, letter: bytes, fds: Tuple[int, int]) -> bool:
+    """False if nobody has the other end any more. Raises `OSError`."""
+    try:
+        send_letter(channel, letter, fds)
+    except ConnectionError:
+        return False
+    return True

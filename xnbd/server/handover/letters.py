@@ -10,20 +10,21 @@ letter  from      meaning
 R       the new   I wait for your client; my process id
 N       the new   no, for this reason
 S       the old   the session, with the client's descriptor and the file of the session
-T       the new   I have understood it, and could go on
-M       the old   it stays mine all the same
-(end)   the old   the client is yours, if you have said T: I do not have it any more, dead or alive
+(end)   either    I do not wait any more: I have what I wanted, or am dead
 ======  ========  ===================================================================================
 
-So at no time both serve the client. The old process has it until it has received T and closed the client's
-descriptor; whoever dies before takes nothing from the other one. The end of the channel says the same for an old
-process that has let go and for one that has died: it does not serve any more. What it does without a doubt
-before it goes on serving is to say M.
+The session's file is a token, too. Both processes have it, and whoever seals it first has the client: the new
+one does so when it has understood the session, and serves the client at once; the old one when it does not want to
+wait any more. So both never serve the client, and for the client's sake only one process has to be woken
+up. The old process keeps the client's descriptor until it knows: a new one that refuses or dies before it has sealed
+the file takes nothing from it.
 """
 
 from __future__ import annotations
 
 import array
+import errno
+import fcntl
 import os
 import socket
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -33,7 +34,7 @@ from ...system.kept import Kept
 MAGIC = b"XNBDMOVE"
 VERSION = 1
 
-READY, REFUSED, SESSION, TAKEN, MINE = b"R", b"N", b"S", b"T", b"M"
+READY, REFUSED, SESSION = b"R", b"N", b"S"
 
 PATIENCE = 2.0
 """Seconds until the other process has to have answered."""
@@ -111,6 +112,20 @@ def _descriptors_in(ancillary: List[Tuple[int, int, bytes]]) -> List[int]:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
     return list(fds)
+
+
+def claim(fd: int) -> bool:
+    """Seal the session's file *fd*: from now on this process has the client; or False, because the other one has it.
+
+    Raises `OSError` if that cannot be known.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        if error.errno != errno.EPERM:
+            raise
+        return False
+    return True
 
 
 def pack_offer(disk: Sequence[int], kit: Mapping[str, Any] = NO_KIT.fields) -> bytes:

@@ -70,7 +70,7 @@ class Crossing:
         waiting = [request.freeze() for request in self._parking.requests()]
         requests = b"".join(request.pack() for request in waiting)
         received = receive_buffer.view[receive_buffer.start : receive_buffer.end]
-        fd = os.memfd_create("xnbd-session")
+        fd = os.memfd_create("xnbd-session", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with closed_on_error(fd):
             with open(fd, "wb", closefd=False) as file:
                 file.writelines((frozen.MAGIC, requests, received))

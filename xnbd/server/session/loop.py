@@ -102,7 +102,7 @@ class Session:
         replies, timing, slow_log, pace = self._replies, self._timing, self._slow_log, self._pace
         self._parked = Parked(connection, disk, replies, self._commands, self._parking, timing, slow_log, pace)
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
-        self._crossing = Crossing(connection, disk, agreement, self._receive_buffer, replies, self._parking, pace)
+        self.crossing = Crossing(connection, disk, agreement, self._receive_buffer, replies, self._parking, pace)
         self._left = False
         disk.accompany(self._on_wait, self._on_renewed)
 
@@ -139,7 +139,7 @@ class Session:
         more = self._receive_buffer.end > 0 and not self._parking.full  # another process has received it
         while not self._left:
             if loop.called or departure.under_way:
-                if departure.go_on(self._crossing):
+                if departure.go_on(self.crossing):
                     self._disk.abandon()
                     return
                 self._send_rest()
@@ -175,7 +175,7 @@ class Session:
 
     def thaw(self, session: FrozenSession) -> None:
         """Go on from what another process has frozen; raises like `run`, before which it is to be called."""
-        self._crossing.thaw(session, self._parked, self._writes)
+        self.crossing.thaw(session, self._parked, self._writes)
 
     def _send_rest(self) -> None:
         """Replies that another process has left, or this one when it was called."""

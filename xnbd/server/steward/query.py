@@ -163,6 +163,7 @@ class QueryAnswers:
         if with_durations:
             sums = self._context.sums()
             answer["durations"] = None if sums is None else durations_by_command([sums])
+            answer["limited_clients"] = None if sums is None else sums["limited"]
         if self._cache is not None and not switched:
             progress = self._cache.progress
             answer["queue"] = self._queue(lines)

@@ -14,18 +14,15 @@ import os
 import select
 import signal
 import socket
-from collections import Counter
 from contextlib import suppress
 from time import monotonic
 from typing import Any, Callable, Dict, Mapping, Optional
 
-from ... import __version__
 from ...logs import log
 from ..crew import Crew
 from ..master_link import StewardLink
 from .estate import Estate
 from .moves import Moves
-from .outcome import Outcome
 
 _PATIENCE = 20.0
 """Seconds that the old steward may take until it gives way."""
@@ -124,10 +121,7 @@ class Arrival:
             self._steward = None
 
     def _end(self, moves: Moves) -> None:
-        reasons = Counter(moves.staying[pid] for pid in moves.staying if pid in self._crew.clients)
-        pause = None if moves.longest_pause is None else 1000 * moves.longest_pause
-        outcome = Outcome(self._version, __version__, moves.moved, reasons, pause)
-        log.info("upgraded, %s", outcome)
+        outcome = moves.outcome(self._version, {})
         if self._steward is not None:
             self._steward.answer(outcome.message())
         self._drop_steward()

@@ -55,6 +55,10 @@ class Estate(NamedTuple):
     observers: Sequence[int] = ()
     """Process ids of those who answer ``--metrics``, and end when there is another one."""
 
+    @property
+    def number_of_clients(self) -> int:
+        return len(self.crew["clients"])
+
     def write(self) -> int:
         """A descriptor of the file that holds it. Raises `OSError`."""
         return write_fields(_MAGIC, FORMAT, self._asdict())

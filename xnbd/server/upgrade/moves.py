@@ -1,4 +1,4 @@
-"""The clients of the old workers move to new ones, a few at a time."""
+"""The clients of the old workers move to new ones, one after the other; one that takes long keeps no others waiting."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import os
 from collections import Counter
 from contextlib import suppress
 from time import monotonic
-from typing import Collection, Dict, List, Optional, Protocol, Set
+from typing import Collection, Dict, List, Mapping, Optional, Protocol, Set
 
+from ... import __version__
+from ...logs import log
 from ...system.forking import HAND_OVER
 from ..reports import Report
+from .outcome import Outcome
 
 WAITING = 4
 """New workers that wait for clients, so that none has to wait for a fork."""
 
-_UNDER_WAY = 2
-"""Clients that move at once: with more of them the processes take the processors from each other."""
+_QUICK = 0.1
+"""Seconds after an order within which no other one is given: processes take the processors from each other."""
 
 _TRIES = 3
 _PATIENCE = 5.0
@@ -90,18 +93,34 @@ class Moves:
             del self._until[pid]
             if pid in crew.clients:
                 self.staying[pid] = "busy"
-        free = min(_UNDER_WAY, len(crew.spares - crew.unproven)) - len(self._until)
-        for pid in self._waiting()[: max(0, free)]:
-            self._until[pid] = now + _PATIENCE
-            self._tries[pid] += 1
-            with suppress(ProcessLookupError):
-                os.kill(pid, HAND_OVER)
+        is_quick = any(until > now + _PATIENCE - _QUICK for until in self._until.values())
+        if not is_quick and len(crew.spares - crew.unproven) > len(self._until):
+            for pid in self._waiting()[:1]:
+                self._order(pid, now)
+
+    def _order(self, pid: int, now: float) -> None:
+        self._until[pid] = now + _PATIENCE
+        self._tries[pid] += 1
+        with suppress(ProcessLookupError):
+            os.kill(pid, HAND_OVER)
+
+    def outcome(self, before: str, others: Mapping[str, int]) -> Outcome:
+        """What came of the upgrade from the version *before*; so many *others* stay, too, for each reason."""
+        clients = self._crew.clients
+        reasons = Counter(reason for pid, reason in self.staying.items() if pid in clients)
+        reasons.update(others)
+        pause = None if self.longest_pause is None else 1000 * self.longest_pause
+        outcome = Outcome(before, __version__, self.moved, reasons, pause)
+        log.info("upgraded, %s", outcome)
+        return outcome
 
     def _book(self, report: Report) -> None:
-        was_ordered = self._until.pop(report.pid, None) is not None
+        was_ordered = self._until.pop(report.moved_from or report.pid, None) is not None
         if report.moved_to:
-            self._until[report.moved_to] = monotonic() + _PATIENCE
+            if was_ordered:  # the other one has not told of it yet
+                self._until[report.moved_to] = monotonic() + _PATIENCE
         elif report.moved_from:
+            self._until.pop(report.pid, None)
             self.moved += 1
             self.longest_pause = max(report.pause, self.longest_pause or 0.0)
         elif not was_ordered or self._tries[report.pid] >= _TRIES:

@@ -28,6 +28,9 @@ class Leavable(Protocol):
     def descriptors(self) -> List[int]:
         """All that outlive the exec, that of `write` but for one."""
 
+    @property
+    def number_of_clients(self) -> int: ...
+
     def write(self) -> int:
         """A descriptor of a file that holds it. Raises `OSError`."""
 
@@ -43,19 +46,18 @@ class Order:
         request: Message,
         program: Program,
         estate: Leavable,
-        clients: int,
         answer: Callable[[Message], None],
-        disk: Optional[Kept] = None,
+        checked: Kept,
     ) -> None:
-        """Begins the check, which gets the descriptors of the *disk*. Raises `CommandError`, `OSError`."""
+        """Begins the check, which gets the descriptors that are to be *checked*. Raises `CommandError`, `OSError`."""
         self._only_check = flag_argument(request, "check")
         self._program = program.at(text_argument(request, "program"))
         self._answer = answer
-        self._clients = clients
+        self._clients = estate.number_of_clients
         self.verdict: Message = {}
         fd = estate.write()
         try:
-            self._check: Optional[Check] = Check(self._program, fd, disk or Kept())
+            self._check: Optional[Check] = Check(self._program, fd, checked)
         finally:
             os.close(fd)
         self.is_ready = False

@@ -1,7 +1,7 @@
 """The new program's arrival: from the exec until the operator who has ordered the upgrade has an answer.
 
 Old processes go on under the new program as its children, and report as before. Clients move from
-them to new ones, which are forked ahead, a few at a time (`server.upgrade.moves`). An old
+them to new ones, which are forked ahead, one after the other (`server.upgrade.moves`). An old
 process ends when its client has moved or left.
 """
 
@@ -11,8 +11,6 @@ from collections import Counter
 from time import monotonic
 from typing import Optional
 
-from ... import __version__
-from ...logs import log
 from ...server.upgrade.moves import WAITING, Moves
 from ...server.upgrade.outcome import Outcome
 from .movers import Movers
@@ -48,18 +46,17 @@ class Arrival:
         if moves.are_over or monotonic() > self._until:
             self._end()
 
+    @property
+    def is_over(self) -> bool:
+        return self.outcome is not None
+
     def _end(self) -> None:
-        moves, clients = self._moves, self._movers.clients
-        reasons = Counter(moves.staying[pid] for pid in moves.staying if pid in clients)
-        negotiating = len([pid for pid in self._movers.dismissed if pid not in clients])
-        if negotiating:
-            reasons["negotiating"] += negotiating
-        if moves.remaining:
-            reasons["no process for them"] += moves.remaining
-        pause = None if moves.longest_pause is None else 1000 * moves.longest_pause
-        self.outcome = Outcome(self._version, __version__, moves.moved, reasons, pause)
-        log.info("upgraded, %s", self.outcome)
-        self._movers.dismiss()
+        moves, movers = self._moves, self._movers
+        others: Counter[str] = Counter()
+        others["negotiating"] = len([pid for pid in movers.dismissed if pid not in movers.clients])
+        others["no process for them"] = moves.remaining
+        self.outcome = moves.outcome(self._version, +others)
+        movers.dismiss()
 
     def stop(self) -> None:
         """The wrapper ends."""

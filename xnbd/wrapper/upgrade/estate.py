@@ -38,6 +38,11 @@ class WrapperEstate(NamedTuple):
     rates: Optional[int] = None
     """The limits that hold (`scoreboard.rates`)."""
 
+    @property
+    def number_of_clients(self) -> int:
+        """Those that negotiate are among them."""
+        return len(self.clients["reports"])
+
     def write(self) -> int:
         """A descriptor of the file that holds it. Raises `OSError`."""
         return write_fields(_MAGIC, FORMAT, self._asdict())

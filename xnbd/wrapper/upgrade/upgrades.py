@@ -8,9 +8,11 @@ from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 from ... import __version__
 from ...errors import CommandError
 from ...scoreboard.layout import TABLE, VERSION
-from ...server.upgrade.order import Order, block_signals, unblock_signals
+from ...server.upgrade.order import Order
 from ...server.upgrade.program import Program
+from ...server.upgrade.stages import Leave, Stages
 from ...system.kept import Kept
+from ...system.service_manager import ServiceManager
 from ..children import Children
 from .arrival import Arrival
 from .estate import WrapperEstate
@@ -18,16 +20,12 @@ from .estate import WrapperEstate
 _PATIENCE = 5.0
 """Seconds for other commands to come to their end, when the next program is checked already."""
 
-_LOOK_AGAIN = 0.05
-
 Message = Dict[str, Any]
 Reply = Iterator[Optional[Message]]
-Leave = Callable[[Kept, Kept], Message]
-"""The wrapper's part of an estate; takes the descriptors of all but the listeners, and of the listeners."""
 
 
-class Upgrades:
-    """What a wrapper running *program* does for upgrades; one at a time is under way."""
+class Upgrades(Stages):
+    """Upgrades of a wrapper, which are commands of its control socket."""
 
     def __init__(
         self,
@@ -36,40 +34,38 @@ class Upgrades:
         obstacle: Callable[[], str],
         is_calm: Callable[[], bool],
         children: Children,
+        manager: ServiceManager,
     ) -> None:
-        """*obstacle* names what has to end before this program may; *is_calm* says so with signals blocked."""
-        self._program = program
+        """*leave* packs what the wrapper has; the check needs the listeners.
+
+        *obstacle* names what has to come to its end first.
+        """
+        super().__init__(program, manager, is_calm)
         self._wrappers_part = leave
         self._obstacle = obstacle
-        self._is_calm = is_calm
         self._children = children
-        self._order: Optional[Order] = None
-        self._answer: Message = {}
         self._patience = 0.0
-        self._arrival: Optional[Arrival] = None
+        self._arrived: Optional[Arrival] = None
         self._stopped = False
 
     def arrive(self, arrival: Arrival) -> None:
         """This program has been executed by the one before."""
-        self._arrival = arrival
+        self._arrival = self._arrived = arrival
 
     # For the operator
 
     def order(self, request: Message) -> Reply:
         """The command. Raises `CommandError`, `OSError`."""
-        if self.is_under_way:
-            raise CommandError("an upgrade is under way already")
-        estate, listeners = self._leave({})
-        self._answer, self._patience = {}, 0.0
-        number = len(estate.clients["reports"])
-        order = self._order = Order(request, self._program, estate, number, self._answer.update, listeners)
+        answer: Message = {}
+        order = self._begin(request, answer.update)
+        self._patience = 0.0
         pid = order.check_pid
         assert pid is not None
         self._children.adopt(pid, lambda status: self._on_checked(order, pid, status))
-        while not self._answer:
+        while not answer:
             self._check_stop()
             yield None
-        yield self._answer
+        yield answer
 
     def _on_checked(self, order: Order, pid: int, status: int) -> None:
         if self._order is order:
@@ -77,7 +73,7 @@ class Upgrades:
 
     def go_on(self) -> Reply:
         """The command, which the program before has begun."""
-        arrival = self._arrival
+        arrival = self._arrived
         while arrival is not None and arrival.outcome is None:
             self._check_stop()
             yield None
@@ -89,17 +85,7 @@ class Upgrades:
 
     # For the wrapper's loop
 
-    @property
-    def is_arriving(self) -> bool:
-        """Whether clients of the program before move."""
-        return self._arrival is not None
-
-    @property
-    def is_under_way(self) -> bool:
-        return self._order is not None or self._arrival is not None
-
     def _leave(self, verdict: Message) -> Tuple[WrapperEstate, Kept]:
-        """What this program leaves to the next one, and the listeners' descriptors among it."""
         kept, listeners = Kept(), Kept()
         part = self._wrappers_part(kept, listeners)
         return WrapperEstate(
@@ -111,48 +97,18 @@ class Upgrades:
             **part,
         ), listeners
 
-    def deadline(self) -> Optional[float]:
-        """When `progress` wants to be called (monotonic seconds)."""
-        if self._arrival is not None:
-            return self._arrival.deadline()
-        if self._order is None:
-            return None
-        return monotonic() + _LOOK_AGAIN if self._order.is_ready else self._order.deadline()
-
-    def progress(self) -> None:
-        """Take the next step."""
-        if self._arrival is not None:
-            self._arrival.progress()
-            if self._arrival.outcome is not None:
-                self._arrival = None
-        if self._order is not None:
-            self._order.progress()
-            if self._order.is_ready:
-                self._try_to_execute(self._order)
-            if self._order.is_over:
-                self._order = None
-
-    def _try_to_execute(self, order: Order) -> None:
-        """Returns if that is not possible, or not yet: a command that runs is this program's, and so is a signal."""
+    def _may_end(self, order: Order) -> bool:
+        """A command that runs is this program's."""
         obstacle = self._obstacle()
         if obstacle:
             self._patience = self._patience or monotonic() + _PATIENCE
             if monotonic() > self._patience:
                 order.fail(CommandError(f"{obstacle} is under way: upgrade when it has ended"))
-            return
-        block_signals()
-        try:
-            if self._is_calm():
-                order.execute(self._leave(order.verdict)[0])
-        finally:
-            unblock_signals()
+        return not obstacle
 
     def stop(self) -> None:
-        """The wrapper ends."""
+        super().stop()
         self._stopped = True
-        if self._order is not None:
-            self._order.stop()
-            self._order = None
-        if self._arrival is not None:
-            self._arrival.stop()
-            self._arrival = None
+        if self._arrived is not None and self.is_arriving:
+            self._arrived.stop()
+        self._order = self._arrival = None
