@@ -379,11 +379,12 @@ def test_who_waits_because_of_limits_is_told(limited: Limited, tmp_path: Path) -
         waiting(0)
         wait_until(lambda: scrape(port)("xnbd_limited_seconds_total") > before, "the time it has waited")
         assert before <= scrape(port)("xnbd_limited_seconds_total") < time.monotonic() - began + PATIENCE
-        limit(tmp_path, "--limit-iops", 50)
-        for _ in range(20):
-            client.read(0, 512)
-        wait_until(lambda: scrape(port)("xnbd_limited_requests_total") >= 10, "requests that came late")
-        assert scrape(port)("xnbd_limited_requests_total") <= 21
+        limit(tmp_path, "--limit-iops", 4)
+        late = scrape(port)("xnbd_limited_requests_total")
+        client.send(pack_request(READ, 0, 512) * 6)
+        client.receive(6 * (16 + 512))
+        wait_until(lambda: scrape(port)("xnbd_limited_requests_total") > late, "requests that came late")
+        assert scrape(port)("xnbd_limited_requests_total") <= late + 6
     with in_debt(server), raw(server):
         pass
     waiting(0)

@@ -96,16 +96,13 @@ class Session:
             self._parking.on_answer = self._timing.hold_parked
         self._replies.on_unreadable = self._on_unreadable
         self._pace = None if disk.rates is None else Pace(disk.rates, connection, self._counts, tally)
-        encrypted = bool(connection.encryption)
         peer = connection.identity.at(connection.peer)
         remind = connection.loop.remind
-        self._commands = Commands(disk, agreement, self._format, peer, remind, encrypted=encrypted)
+        self._commands = Commands(disk, agreement, self._format, peer, remind, encrypted=bool(connection.encryption))
         replies, timing, slow_log, pace = self._replies, self._timing, self._slow_log, self._pace
         self._parked = Parked(connection, disk, replies, self._commands, self._parking, timing, slow_log, pace)
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
-        self.crossing = Crossing(
-            connection, disk, agreement, self._receive_buffer, self._replies, self._parking, self._pace
-        )
+        self.crossing = Crossing(connection, disk, agreement, self._receive_buffer, replies, self._parking, pace)
         self._left = False
         disk.accompany(self._on_wait, self._on_renewed)
 
