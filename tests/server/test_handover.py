@@ -390,6 +390,23 @@ def test_an_old_client_gets_its_replies_in_order_all_the_same(start: Start, tmp_
             assert client.closed()
 
 
+@pytest.mark.parametrize("used", [True, False])
+def test_the_next_worker_is_connected_to_the_origin_if_the_old_one_was(
+    start: Start, tmp_path: Path, used: bool
+) -> None:
+    """Before the client moves, which would have to wait for that."""
+    disk = make_disk(tmp_path)
+    proxy = Proxy(start, tmp_path, start("--target", "--readonly", disk).uri)
+    with proxy.raw() as client:
+        if used:
+            client.read(0, BLOCK)
+        before = proxy.query()["origin"]["connections"]
+        assert before == used
+        move(proxy.server)
+        assert proxy.query()["origin"]["connections"] == 2 * before
+        assert client.works()
+
+
 def test_the_old_worker_leaves_no_block_locked(start: Start, tmp_path: Path) -> None:
     """What it had asked a silent origin for is its own for a while; all else is the next worker's at once."""
     disk = make_disk(tmp_path)

@@ -26,6 +26,7 @@ from ...protocol import transmission as wire
 from ...protocol.reply_format import reply_format
 from ...protocol.server_handshake import Agreement
 from ...scoreboard.counters import BYTES_READ, BYTES_WRITTEN, REQUESTS
+from ...scoreboard.layout import REACHED
 from ...storage.image import FETCH_STEP, NotLocal
 from ...system.process import closed_on_error
 from ..disk import Disk
@@ -184,6 +185,12 @@ class Session:
     def stays(self) -> str:
         """Why no other process can go on with the client; empty if one can."""
         return self._connection.transport.stays
+
+    @property
+    def has_origin(self) -> bool:
+        """Whether the origin is connected, because blocks had to come from there."""
+        background = self._disk.image.background
+        return background is not None and background.health == REACHED
 
     def fileno(self) -> int:
         """The client's descriptor."""
