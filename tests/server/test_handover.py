@@ -69,6 +69,18 @@ def test_the_old_worker_is_a_spare_one_again(server: Server) -> None:
     assert "died" not in server.log()
 
 
+def test_no_worker_stays_ahead_of_others(server: Server) -> None:
+    with raw(server) as client:
+        for _ in range(3):
+            move(server)
+        assert client.works()
+
+        def priorities() -> set[int]:
+            return {os.getpriority(os.PRIO_PROCESS, pid) for pid in (server.pid, *server.workers())}
+
+        wait_until(lambda: len(priorities()) == 1, "the usual priority of all")
+
+
 def test_what_was_negotiated_holds(start: Start, image: Path) -> None:
     server = start("--target", image)
     with raw(server, allocation=True) as client:
