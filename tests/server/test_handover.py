@@ -69,6 +69,18 @@ def test_the_old_worker_is_a_spare_one_again(server: Server) -> None:
     assert "died" not in server.log()
 
 
+def test_no_worker_stays_ahead_of_others(server: Server) -> None:
+    with raw(server) as client:
+        for _ in range(3):
+            move(server)
+        assert client.works()
+
+        def priorities() -> set[int]:
+            return {os.getpriority(os.PRIO_PROCESS, pid) for pid in (server.pid, *server.workers())}
+
+        wait_until(lambda: len(priorities()) == 1, "the usual priority of all")
+
+
 def test_what_was_negotiated_holds(start: Start, image: Path) -> None:
     server = start("--target", image)
     with raw(server, allocation=True) as client:
@@ -388,6 +400,23 @@ def test_an_old_client_gets_its_replies_in_order_all_the_same(start: Start, tmp_
             assert client.read(7, 3) == b"new"
             client.request(DISC)
             assert client.closed()
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_the_next_worker_is_connected_to_the_origin_if_the_old_one_was(
+    start: Start, tmp_path: Path, used: bool
+) -> None:
+    """Before the client moves, which would have to wait for that."""
+    disk = make_disk(tmp_path)
+    proxy = Proxy(start, tmp_path, start("--target", "--readonly", disk).uri)
+    with proxy.raw() as client:
+        if used:
+            client.read(0, BLOCK)
+        before = proxy.query()["origin"]["connections"]
+        assert before == used
+        move(proxy.server)
+        assert proxy.query()["origin"]["connections"] == 2 * before
+        assert client.works()
 
 
 def test_the_old_worker_leaves_no_block_locked(start: Start, tmp_path: Path) -> None:

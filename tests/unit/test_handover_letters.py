@@ -182,6 +182,7 @@ class Traveller:
     def __init__(self, client: socket.socket) -> None:
         self.stays = ""
         self.client = client
+        self.has_origin = False
         self.failure: Optional[OSError] = None
 
     def fileno(self) -> int:

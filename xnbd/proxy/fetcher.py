@@ -94,11 +94,6 @@ class Fetcher(Background):
         self._zero_queries += 1
         return zero_query
 
-    def approach(self) -> bool:
-        """Connect, if that is not done; whether the origin is there. There is a result when it is."""
-        self._approach = not self._link.ready
-        return self._link.ready
-
     def make_zero(self, first: int, end: int) -> bool:
         """Note that these blocks are zeros at the origin; False if another process has some of them in hand."""
         if not self.locking.borrow(first, end):
@@ -165,6 +160,10 @@ class Fetcher(Background):
             self._ask_again(link.lose(error, len(self._queue.wanted)))
         finally:
             self.arrivals.settle()
+
+    def approach(self) -> bool:
+        self._approach = not self._link.ready
+        return self._link.ready
 
     def abandon(self) -> None:
         """What the origin was asked for still comes, and its locks are held until then."""

@@ -23,6 +23,7 @@ it ends with its proxy.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from time import monotonic
 from typing import Callable, Iterator, Optional
 
 from ..logs import log
@@ -34,8 +35,11 @@ from ..storage.image import Image, Source
 from ..storage.snapshot import Keeper, KeepingImage
 from ..storage.target import reopen
 from ..system.file_locks import do_nothing
-from .process_loop import Companion, Interests
+from .process_loop import Companion, Interests, ProcessLoop
 from .snapshot_files import open_files
+
+_LONGEST_APPROACH = 1.0
+"""Seconds: a client that is offered does not wait for ever (`handover.letters.PATIENCE`)."""
 
 
 class Disk(Companion):
@@ -219,6 +223,15 @@ class Disk(Companion):
             if self.place.tally is not None:
                 self.place.tally.count("returns", background.returns - self._returns)
             self._returns = background.returns
+
+    def approach_origin(self, loop: ProcessLoop) -> None:
+        """Connect to the origin, for a client that may need it and waits for nothing yet. Raises `Stop`."""
+        background, until = self.image.background, monotonic() + _LONGEST_APPROACH
+        if background is None:
+            return
+        while not background.approach() and monotonic() < until:
+            loop.wait((), 0, max(0.0, until - monotonic()), results=True)
+            self.forget_results()
 
     def abandon(self) -> None:
         """The client goes on at another process: nobody waits here any more for the blocks that it needs."""

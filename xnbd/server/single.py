@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional
 
 from ..protocol.server_handshake import Agreement
@@ -69,7 +70,8 @@ def serve_arrival(service: Service, offer: Letter, loop: ProcessLoop, passage: P
         disk = loop.companion = service.open_disk()
         service.rehearse(disk, loop)
         source = service.source
-        arrival = receive_client(offer, loop, Terms(source.identity(), source.size, disk.image.readonly))
+        approach = partial(disk.approach_origin, loop)
+        arrival = receive_client(offer, loop, Terms(source.identity(), source.size, disk.image.readonly, approach))
         if arrival is None:
             return 0
         connection = Connection(arrival.sock, loop, service.spin, arrival.peer)

@@ -17,6 +17,7 @@ import os
 import select
 import socket
 from contextlib import closing
+from functools import partial
 from logging import ERROR
 from time import monotonic
 from typing import Callable, List, NamedTuple, Optional, Sequence, Union
@@ -205,7 +206,8 @@ class Worker:
             return None
         lobby.hand_over(self._pool.writing)  # whoever speaks meanwhile need not wait
         self._warm_up(loop, disk)
-        return receive_client(offered, loop, Terms(source.identity(), source.size, disk.image.readonly))
+        approach = partial(disk.approach_origin, loop)
+        return receive_client(offered, loop, Terms(source.identity(), source.size, disk.image.readonly, approach))
 
     def _warm_up(self, loop: ProcessLoop, disk: Disk) -> None:
         """A client that moves here should not wait for what a process does for the first time."""

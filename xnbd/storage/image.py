@@ -114,6 +114,10 @@ class Background(ABC):
         """Do all that can be done without waiting."""
 
     @abstractmethod
+    def approach(self) -> bool:
+        """Connect to the origin, if that is not done; whether it is there. There is a result when it is."""
+
+    @abstractmethod
     def abandon(self) -> None:
         """Nobody waits any more: let go of everything but what is on its way already."""
 

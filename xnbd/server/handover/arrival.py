@@ -7,10 +7,11 @@ import select
 import socket
 import struct
 from contextlib import ExitStack
-from typing import NamedTuple, Optional, Sequence
+from typing import Callable, NamedTuple, Optional, Sequence
 
 from ...logs import about, log
 from ...protocol.constants import FLAG_READ_ONLY
+from ...system.file_locks import do_nothing
 from ...system.process import closed_on_error
 from ...system.urgency import urgent
 from ..process_loop import ProcessLoop
@@ -48,11 +49,15 @@ class Arrival(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The *disk* that is served here, as `Source.identity` names it; its *size*; whether it is *readonly*."""
+    """The *disk* that is served here, as `Source.identity` names it; its *size*; whether it is *readonly*.
+
+    *approach* connects to its origin, if it has one, for a client that may need it.
+    """
 
     disk: Sequence[int]
     size: int
     readonly: bool
+    approach: Callable[[], None] = do_nothing
 
     def check(self, session: FrozenSession) -> None:
         """Raises `ValueError` for a session that cannot go on here."""
@@ -119,8 +124,11 @@ def _refuse(channel: socket.socket, reason: str) -> None:
 
 def _take(offer: bytes, channel: socket.socket, loop: ProcessLoop, terms: Terms, rest: ExitStack) -> Optional[Arrival]:
     """Raises `ValueError` and `OSError` as long as the other process may be told that it cannot be."""
-    if parse_offer(offer).get("disk") != list(terms.disk):
+    fields = parse_offer(offer)
+    if fields.get("disk") != list(terms.disk):
         raise ValueError("another disk is served here")
+    if fields.get("origin"):
+        terms.approach()
     try:
         send_letter(channel, READY + str(os.getpid()).encode())
     except OSError:

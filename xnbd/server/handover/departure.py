@@ -48,6 +48,10 @@ class Traveller(Protocol):
     def stays(self) -> str:
         """Why no other process can go on with it; empty if one can."""
 
+    @property
+    def has_origin(self) -> bool:
+        """Whether the origin is connected, because blocks had to come from there."""
+
     def fileno(self) -> int:
         """The client's descriptor."""
 
@@ -147,7 +151,7 @@ class Departure:
         if monotonic() > self._until:
             self._give_up("no other process takes it")
         elif self._channel is None:
-            self._make_offer()
+            self._make_offer(origin=traveller.has_origin)
         else:
             self._loop.heed(self._channel.fileno(), self._until)
         return False
@@ -165,11 +169,12 @@ class Departure:
             self._withdraw()  # whoever was ready is gone: somebody else may be
         return False
 
-    def _make_offer(self) -> None:
+    def _make_offer(self, *, origin: bool) -> None:
         assert self._offers is not None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            send_letter(self._offers, pack_offer(self._disk, self._kit.fields), (theirs.fileno(), *self._kit.fds))
+            offer = pack_offer(self._disk, self._kit.fields, origin=origin)
+            send_letter(self._offers, offer, (theirs.fileno(), *self._kit.fds))
         except OSError:  # as long as too many wait there
             ours.close()
             self._loop.heed(None, monotonic() + _RETRY)

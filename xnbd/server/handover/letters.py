@@ -128,11 +128,19 @@ def claim(fd: int) -> bool:
     return True
 
 
-def pack_offer(disk: Sequence[int], kit: Mapping[str, Any] = NO_KIT.fields) -> bytes:
-    """An offer of a client of *disk*, as `Source.identity` names it, with the fields of a *kit* perhaps."""
+def pack_offer(disk: Sequence[int], kit: Mapping[str, Any] = NO_KIT.fields, *, origin: bool = False) -> bytes:
+    """An offer of a client of *disk*, as `Source.identity` names it, with the fields of a *kit* perhaps.
+
+    It may need blocks of the *origin*.
+    """
     import json
 
-    fields = {"format": VERSION, "disk": list(disk), **({"kit": kit} if kit else {})}
+    fields = {
+        "format": VERSION,
+        "disk": list(disk),
+        **({"kit": kit} if kit else {}),
+        **({"origin": 1} if origin else {}),
+    }
     return MAGIC + json.dumps(fields).encode()
 
 

@@ -12,6 +12,7 @@ from typing import Optional, Tuple
 
 from ...protocol import constants as c
 from ...protocol.server_handshake import Agreement
+from ...scoreboard.layout import REACHED
 from ...system.process import closed_on_error
 from ..disk import Disk
 from ..handover import frozen
@@ -49,6 +50,12 @@ class Crossing:
     def stays(self) -> str:
         """Why no other process can go on with the client; empty if one can."""
         return self._connection.transport.stays
+
+    @property
+    def has_origin(self) -> bool:
+        """Whether the origin is connected, because blocks had to come from there."""
+        background = self._disk.image.background
+        return background is not None and background.health == REACHED
 
     def fileno(self) -> int:
         """The client's descriptor."""
