@@ -106,7 +106,7 @@ class Field:
         """By the upgrade; there is no next program if a spare worker of this one is to take the client."""
         server = self.proxy.server
         if victim != "spare":
-            subprocess.run(bgctl_command("--upgrade", self.proxy.control), capture_output=True, timeout=60, check=False)
+            subprocess.run(bgctl_command("--upgrade", self.proxy.control), capture_output=True, check=False)
             return
         told = self._told()
         order(worker_of_only_client(server))

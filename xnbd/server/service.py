@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from time import monotonic
 from typing import Callable, NamedTuple, Optional, Tuple
 
@@ -159,7 +159,8 @@ class Service(NamedTuple):
             log.info("%s: connected%s", connection.peer, known)
             log.debug("%s: agreed on %s", connection.peer, agreement)
             session = self._session(connection, disk, agreement, departure)
-            self._run(session, connection, departure)
+            session.run()
+            _tell_end(connection, departure)
         except Stop as reason:
             log.info("%s: closed: %s", connection.peer, reason)
             connection.loop.farewell()
@@ -208,25 +209,23 @@ class Service(NamedTuple):
             news.callback(came.tell, pause)
             departure.first = news.close
             connection.loop.remind(monotonic() + _NEWS_AFTER, news.close)
-            self._run(session, connection, departure)
+            session.run()
+        _tell_end(connection, departure)
 
     def rehearse(self, disk: Disk, loop: ProcessLoop) -> None:
         """Freeze and thaw a session without a client, because one is about to come.
 
         What a process that was forked does for the first time takes several times as long, because it copies each page
-        of memory that it writes to. Raises `Stop`, `OSError`.
+        of memory that it writes to. Does nothing if there is something short.
         """
-        ours, theirs = socket.socketpair()
-        with theirs, closing(Connection(ours, loop, self.spin, "nobody")) as connection:
-            session = self._session(connection, disk, Agreement(self.export()), Departure(loop))
-            letter, fd = session.crossing.freeze()
-            try:
-                session.thaw(parse_session(letter, fd))
-                claim(fd)
-            finally:
-                os.close(fd)
-            theirs.shutdown(socket.SHUT_WR)
-            session.run()
+        with suppress(OSError):
+            ours, theirs = socket.socketpair()
+            with theirs, closing(Connection(ours, loop, self.spin, "nobody")) as connection:
+                session = self._session(connection, disk, Agreement(self.export()), Departure(loop))
+                letter, fd = session.crossing.freeze()
+                with os.fdopen(fd):
+                    session.thaw(parse_session(letter, fd))
+                    claim(fd)
         disk.part()
 
     def _session(
@@ -234,9 +233,9 @@ class Service(NamedTuple):
     ) -> Session:
         return Session(connection, disk, agreement, self.configuration.queue_limits, departure, self.slow)
 
-    def _run(self, session: Session, connection: Connection, departure: Departure) -> None:
-        session.run()
-        if departure.taken_by:
-            log.info("%s: goes over to process %d", connection.peer, departure.taken_by)
-        else:
-            log.info("%s: left", connection.peer)
+
+def _tell_end(connection: Connection, departure: Departure) -> None:
+    if departure.taken_by:
+        log.info("%s: goes over to process %d", connection.peer, departure.taken_by)
+    else:
+        log.info("%s: left", connection.peer)
