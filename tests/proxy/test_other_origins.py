@@ -105,7 +105,7 @@ def test_one_of_another_size_is_refused_on_the_way(start: Start, proxy: Server, 
 
 
 def test_it_is_probed(origin: Path, tmp_path: Path) -> None:
-    assert probe(address.parse_origin(f"test://{origin}"), timeout=20) == SIZE
+    assert probe(address.parse_origin(f"test://{origin}"), timeout=20).size == SIZE
     with pytest.raises(OriginLost, match="No such file"):
         probe(address.parse_origin(f"test://{tmp_path}/nobody"), timeout=20)
 

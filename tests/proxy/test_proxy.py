@@ -835,7 +835,7 @@ def proxy_fails(directory: Path, *arguments: object, status: int = 1) -> str:
         (["--readahead", "fast", "nbd://127.0.0.1:1"], "--readahead"),
         (["--connect-timeout", "nan", "nbd://127.0.0.1:1"], "--connect-timeout"),
         (["--origin-timeout", "soon", "nbd://127.0.0.1:1"], "--origin-timeout"),
-        (["127.0.0.1"], "127.0.0.1 is no NBD URI"),
+        (["127.0.0.1"], "127.0.0.1 is no URI"),
         (["127.0.0.1", "nbd"], "port nbd: expected a whole number"),
         (["nbds://127.0.0.1?tls-certificate=/x"], "parameter 'tls-certificate' is not known"),
         (["--target-exportname", "a", "nbd://127.0.0.1:1/b"], "name it once"),
