@@ -114,7 +114,7 @@ def test_a_scheme_that_nobody_knows_is_refused_with_those_that_are_known() -> No
     with pytest.raises(
         ConfigurationError, match=r"expected a URI that begins with nbd:// or nbd\+unix:// or .* or test://"
     ):
-        address.parse_origin("s3://bucket/disk")
+        address.parse_origin("ftp://host/disk")
 
 
 # Copies of what is local
