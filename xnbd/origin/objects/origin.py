@@ -186,10 +186,7 @@ class ObjectOrigin(Origin):
         self._sink.on_done(read.token, 0)
 
     def _on_failure(self, number: int, failure: Failure) -> None:
-        if number == _START:
-            text = f"{failure.text} (or it is empty)" if failure.kind is Kind.CHANGED else failure.text
-            self._lose(text, refused=failure.kind is not Kind.PASSING)
-        if failure.kind is not Kind.PASSING:
+        if number == _START or failure.kind is not Kind.PASSING:
             self._lose(failure.text, refused=failure.kind is Kind.REFUSED, changed=failure.kind is Kind.CHANGED)
         read = self._reads[number]
         read.failed += 1
