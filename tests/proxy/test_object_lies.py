@@ -16,7 +16,7 @@ from server_process import Server, wait_until
 from web_origin import Answer, Asked, WebOrigin
 
 from xnbd.origin.address import parse_origin
-from xnbd.origin.base import OriginLost, Terms
+from xnbd.origin.base import Data, OriginLost, Terms
 from xnbd.origin.objects.address import parse_uri
 from xnbd.origin.objects.origin import ObjectOrigin
 from xnbd.origin.probe import probe
@@ -215,7 +215,7 @@ class Sink:
         self.data: Dict[int, bytes] = {}
         self.done: Dict[int, int] = {}
 
-    def on_data(self, token: int, offset: int, data: bytes) -> None:
+    def on_data(self, token: int, offset: int, data: Data) -> None:
         assert token == offset
         assert token not in self.data
         self.data[token] = bytes(data)
