@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Dict, Iterator, List
 
+import nbd
 import pytest
 from caching import BLOCK, CacheFiles, Reading, ask, bgctl, connect, query
 from certificates import Certificates
@@ -14,7 +15,7 @@ from conftest import MIB, Start, StartWrapper
 from launch import fails
 from ledger import Crowd, Ledger
 from model import Model, read_all
-from server_process import Server, title_of, wait_until
+from server_process import Server, command, title_of, wait_until
 from web_server import PASSWORD, WebServer
 
 SIZE = 6 * MIB + 1234
@@ -90,6 +91,23 @@ def test_a_wrapper_serves_it(start_wrapper: StartWrapper, files: CacheFiles, web
     assert read_all(client) == disk
     assert web.tls_uri("a%20disk.raw") in wrapper.ctl("--list")
     client.shutdown()
+
+
+def test_an_upgrade_under_a_client_is_not_noticed(files: CacheFiles, proxy: Server, disk: bytes) -> None:
+    client = connect(proxy.uri)
+    assert client.pread(BLOCK, 0) == disk[:BLOCK]
+    bgctl("--upgrade", files.control)
+    assert read_all(client) == disk
+
+
+def test_a_server_of_one_client_reads_it(files: CacheFiles, tmp_path: Path, web: WebServer, disk: bytes) -> None:
+    client, log = nbd.NBD(), tmp_path / "inetd.log"
+    arguments = files.arguments(web.uri("a%20disk.raw"), "--inetd", "--logpath", log)
+    client.connect_command(command(*arguments))
+    assert read_all(client) == disk
+    client.shutdown()
+    wait_until(files.is_clean, "the end of the server")
+    assert " ERROR: " not in log.read_text()
 
 
 @pytest.mark.parametrize("path", ["moved/a%20disk.raw", "slow/a%20disk.raw"])

@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any, List, NamedTuple, Optional, Tuple
 
 from ..system.forking import fork_with_pipe, reset_signals
+from ..system.process import set_title
 from .base import Data, OriginAddress, OriginLost, Terms
 
 _LONGEST = 32 << 10
@@ -93,6 +94,7 @@ def _receive(reading: int, until: float) -> Optional[Any]:
 
 def _live(address: OriginAddress, timeout: float, writing: int) -> int:
     reset_signals(signal.SIGTERM, signal.SIGINT)
+    set_title("asking", str(address))
     try:
         told = _probe_here(address, timeout)._asdict()
     except OriginLost as lost:
