@@ -1,8 +1,8 @@
 """Threads that make the calls of obstore, which wait, for an origin that must not.
 
-Threads, because they are cheaper than obstore's coroutines: for 4 KiB a half of the processor's time,
-for 256 KiB three quarters. A call cannot be broken off. So `Pool.close` waits for none: a thread that
-is in a call ends after it, and hands its result to nobody.
+Threads, because they are cheaper than obstore's coroutines (``contrib/doc/performance.rst``). A call
+cannot be broken off. So `Pool.close` waits for none: a thread that is in a call ends after it, and
+hands its result to nobody.
 """
 
 from __future__ import annotations
