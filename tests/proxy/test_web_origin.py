@@ -220,6 +220,7 @@ def test_another_object_in_its_place_is_an_error_for_what_is_missing_until_the_f
     assert client.pread(BLOCK, BLOCK) == disk[BLOCK : 2 * BLOCK]
     assert client.pread(100, MIB) == b"w" * 100
     assert query(files.control)["origin"]["changed"] is True
+    assert "the origin has another disk now" in bgctl("--cache-all", files.control, check=False)[2]
     assert proxy.log().count("THE DISK THERE HAS CHANGED") == 1
     proxy.stop()
     again = start(*files.arguments(web.tls_uri("a%20disk.raw")), env=web.env)

@@ -126,6 +126,11 @@ class Fetcher(Background):
             self.locking.give_back(first, end)
         return True
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether the origin has another disk now: nothing more comes of this one."""
+        return self._link.has_changed
+
     # Background
 
     @property
