@@ -279,7 +279,7 @@ def test_an_object_that_has_gone_comes_back(proxy: Server, web: WebOrigin) -> No
 
 
 def test_a_silent_server_is_left_after_the_origin_timeout(start: Start, files: CacheFiles, web: WebOrigin) -> None:
-    proxy = start(*files.arguments(web.uri(), "--origin-timeout", "0.5"))
+    proxy = start(*files.arguments(web.uri(), "--origin-timeout", "3"))
     client, silent = connect(proxy.uri), threading.Event()
     client.pread(1, 0)
 

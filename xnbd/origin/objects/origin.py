@@ -5,6 +5,8 @@
   its range (obstore does that), its length, its object's size, and its own ETag and date.
 - A server that tells neither ETag nor date is refused: nobody would notice another object in its place.
   So is one that sends the whole object where a range is wanted.
+- How many reads are under way at once follows from how long they take: what shares a slow line comes at
+  the end only, all at once, and would pass for silence. obstore tells of no part of a reply.
 - What may pass by itself is asked for again, after a pause that grows. The origin is lost if that has
   happened `_ATTEMPTS` times to a read, and nothing else was answered meanwhile.
 """
@@ -12,10 +14,11 @@
 from __future__ import annotations
 
 import select
+from collections import deque
 from datetime import datetime
 from functools import partial
 from time import monotonic
-from typing import Any, Dict, List, NamedTuple, NoReturn, Optional, Tuple, Union
+from typing import Any, Deque, Dict, List, NamedTuple, NoReturn, Optional, Tuple, Union
 
 from ..base import BLOCK, Data, Origin, OriginLost, Sink, Terms
 from .address import ObjectAddress
@@ -24,7 +27,11 @@ from .pool import Pool
 from .store import open_store
 
 _MAXIMUM_READ = 1 << 20
-_CALLS = 32
+_MOST_CALLS = 32
+_FIRST_CALLS = 2
+_QUICK, _SLOW = 0.5, 2.0
+"""Seconds for a read below which one more is made at once, and above which fewer are."""
+
 
 _ATTEMPTS = 4
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
@@ -56,16 +63,16 @@ _Outcome = Union[_Found, _Piece, Failure]
 
 
 class _Read:
-    """A read that is not done: how often it has *failed*, and since when it is asked for."""
+    """A read that is not done: how often it has *failed*, and since when it is wanted, and was *called* for last."""
 
-    __slots__ = ("failed", "length", "offset", "since", "token")
+    __slots__ = ("called", "failed", "length", "offset", "since", "token")
 
     def __init__(self, token: Any, offset: int, length: int) -> None:
         self.token = token
         self.offset = offset
         self.length = length
         self.failed = 0
-        self.since = monotonic()
+        self.since = self.called = monotonic()
 
 
 class ObjectOrigin(Origin):
@@ -79,12 +86,15 @@ class ObjectOrigin(Origin):
         self._sink = sink
         self._terms = terms
         self._silence = _SILENCE if terms.reply_timeout is None else terms.reply_timeout
-        self._pool: Pool[_Outcome] = Pool(_CALLS)
+        self._pool: Pool[_Outcome] = Pool(_MOST_CALLS)
         self._found: Optional[_Found] = None
         self._start_by: Optional[float] = None
         self._numbers = _START
         self._reads: Dict[int, _Read] = {}
+        self._queue: Deque[int] = deque()  # reads that are to be called for as soon as fewer are under way
         self._again: Dict[int, float] = {}  # reads that are to be asked for again, and when
+        self._calls, self._most_calls = 0, _FIRST_CALLS
+        self._fewer_since = 0.0
 
     # What the owner asks
 
@@ -134,7 +144,8 @@ class ObjectOrigin(Origin):
             self.heard_at = monotonic()
         self._numbers += 1
         self._reads[self._numbers] = _Read(token, offset, length)
-        self._ask(self._numbers)
+        self._queue.append(self._numbers)
+        self._call()
 
     def query_extents(self, token: Any, offset: int, length: int) -> None:
         raise AssertionError("an object has no holes")
@@ -144,6 +155,7 @@ class ObjectOrigin(Origin):
 
     def progress(self) -> None:
         for number, outcome in self._pool.take():
+            self._calls -= number != _START
             if isinstance(outcome, _Found):
                 self._on_found(outcome)
             elif isinstance(outcome, Failure):
@@ -153,12 +165,14 @@ class ObjectOrigin(Origin):
         now = monotonic()
         for number in [number for number, at in self._again.items() if at <= now]:
             del self._again[number]
-            self._ask(number)
+            self._queue.appendleft(number)
+        self._call()
         self._check_time(now)
 
     def close(self) -> None:
         self._pool.close()
         self._found = self._start_by = None
+        self._queue.clear()
         self._again.clear()
 
     # Replies
@@ -181,6 +195,7 @@ class ObjectOrigin(Origin):
             self._on_failure(number, Failure(Kind.PASSING, f"it sent {len(piece.data)} bytes for {read.length}"))
             return
         self.heard_at = monotonic()
+        self._adapt(self.heard_at - read.called)
         del self._reads[number]
         self._sink.on_data(read.token, read.offset, piece.data)
         self._sink.on_done(read.token, 0)
@@ -206,10 +221,22 @@ class ObjectOrigin(Origin):
         self.close()
         raise OriginLost(f"origin {self._address}: {reason}", refused=refused, changed=changed)
 
-    def _ask(self, number: int) -> None:
-        assert self._found
-        read = self._reads[number]
-        self._pool.call(number, partial(_get, self._found, self._address.key, read.offset, read.length))
+    def _adapt(self, took: float) -> None:
+        """A read took so many seconds, of which those that it shared the line with have a part."""
+        if took < _QUICK:
+            self._most_calls = min(_MOST_CALLS, self._most_calls + 1)
+        elif took > _SLOW and self.heard_at - took >= self._fewer_since:
+            self._fewer_since = self.heard_at  # those under way were made before there were fewer
+            self._most_calls = max(1, self._most_calls * 2 // 3)
+
+    def _call(self) -> None:
+        while self._queue and self._calls < self._most_calls:
+            assert self._found
+            number = self._queue.popleft()
+            read = self._reads[number]
+            read.called = monotonic()
+            self._calls += 1
+            self._pool.call(number, partial(_get, self._found, self._address.key, read.offset, read.length))
 
 
 # In the threads
