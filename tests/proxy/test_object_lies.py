@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
 
@@ -17,6 +18,7 @@ from web_origin import Answer, Asked, WebOrigin
 
 from xnbd.origin.address import parse_origin
 from xnbd.origin.base import Data, OriginLost, Terms
+from xnbd.origin.objects import origin as objects
 from xnbd.origin.objects.address import parse_uri
 from xnbd.origin.objects.origin import ObjectOrigin
 from xnbd.origin.probe import probe
@@ -255,6 +257,55 @@ def test_a_reply_may_be_cut_at_every_byte(web: WebOrigin) -> None:
     assert sink.done == dict.fromkeys(asked_for, 0)
     assert sink.data == {offset: web.disk[offset : offset + BLOCK] for offset in asked_for}
     assert len(web.asked) >= 2 * len(cuts) + 1
+
+
+def read_all_of(origin: ObjectOrigin, blocks: range) -> None:
+    """Ask for them all, and wait for all."""
+    for block in blocks:
+        origin.read(block * BLOCK, block * BLOCK, BLOCK)
+    while origin.outstanding:
+        origin.wait()
+
+
+def test_how_many_reads_are_under_way_follows_from_how_long_they_take(
+    web: WebOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many that share a slow line would all come at its end, and pass for silence."""
+    at_once, most, lock, sink = 0, 0, threading.Lock(), Sink()
+
+    def count(_: Asked, answer: Answer) -> Answer:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.1)
+        with lock:
+            at_once -= 1
+        return answer
+
+    origin = ObjectOrigin(parse_uri(web.uri(), None, None), sink, Terms())
+    origin.start()
+    while not origin.ready:
+        origin.wait()
+    web.twist = count
+    monkeypatch.setattr(objects, "_SLOW", 0.05)
+    monkeypatch.setattr(objects, "_QUICK", 0.01)
+    read_all_of(origin, range(1, 9))
+    assert most <= 2
+    web.twist = lambda asked, answer: answer
+    monkeypatch.setattr(objects, "_QUICK", 1000)
+    read_all_of(origin, range(10, 50))
+    together = threading.Barrier(16, timeout=60)
+
+    def meet(_: Asked, answer: Answer) -> Answer:
+        together.wait()
+        return answer
+
+    web.twist = meet
+    read_all_of(origin, range(100, 116))
+    origin.close()
+    assert not together.broken
+    assert len(sink.done) == 8 + 40 + 16
 
 
 def test_a_server_that_only_fails_is_told_as_lost(proxy: Server, files: CacheFiles, web: WebOrigin) -> None:

@@ -15,7 +15,6 @@ from conftest import MIB, Start, StartWrapper
 from launch import fails
 from ledger import Crowd, Ledger
 from model import Model, read_all
-from relay import Relay
 from server_process import Server, command, title_of, wait_until
 from web_server import PASSWORD, WebServer
 
@@ -144,17 +143,6 @@ def test_what_waits_for_too_long_is_an_error(start: Start, files: CacheFiles, we
     assert Reading(client, 3 * MIB, BLOCK).wait() == 5
     assert client.pread(1, 0)
     web.start()
-
-
-def test_a_slow_line_is_not_taken_for_silence(start: Start, files: CacheFiles, web: WebServer, disk: bytes) -> None:
-    """All at once these reads would take six seconds, and come at the end of them."""
-    with Relay(web.port, rate=4) as relay:
-        uri = f"http://127.0.0.1:{relay.port}/a%20disk.raw"
-        proxy = start(*files.arguments(uri, "--origin-timeout", "4", "--readahead", "0"), env=web.env)
-        client = connect(proxy.uri)
-        readings = [Reading(client, at, BLOCK) for at in range(0, 3 * MIB, 256 << 10)]
-        assert [reading.wait() for reading in readings] == [0] * 12
-        proxy.stop()
 
 
 def test_a_start_without_it_serves_what_is_cached(
