@@ -15,7 +15,10 @@ from .values import USAGE_ERROR, CommandLine
 
 
 class ProxyOptions(NamedTuple):
-    """The disk of *origin*, cached here; *readahead* in bytes. With *clear* nothing counts as cached yet."""
+    """The disk of *origin*, cached here; *readahead* and *fetch_size* (None: by its kind) in bytes.
+
+    With *clear* nothing counts as cached yet.
+    """
 
     origin: OriginAddress
     cache_path: str
