@@ -14,15 +14,18 @@ import random
 import re
 import time
 from pathlib import Path
-from typing import List, Optional
+from typing import Dict, List, NamedTuple, Optional
 
+import pytest
 from caching import CacheFiles, ask, by_kind, connect, descendants, kill, query, wait_until_gone
+from certificates import Certificates
 from conftest import MIB, Start
 from ledger import SECTOR, Crowd, Ledger
 from model import read_all
 from origin_programs import is_listening
 from relay import Relay
 from server_process import Server, wait_until
+from web_server import WebServer
 
 SECONDS = 15.0
 SIZE = 24 * MIB + 3 * SECTOR
@@ -37,10 +40,18 @@ EXPECTED = [
 """What kills leave in the log, and no other error may be there."""
 
 
+class Origin(NamedTuple):
+    """Where the disk is: *uri* with the *port* of a way to it, and what the proxies need in their environment."""
+
+    uri: str
+    port: int
+    env: Dict[str, str] = {}
+
+
 class Field:
     """Two proxies of one origin, on one cache, and their clients' *ledger*."""
 
-    def __init__(self, directory: Path, origin: Server, relay: Relay, content: bytes, rng: random.Random) -> None:
+    def __init__(self, directory: Path, origin: Origin, relay: Relay, content: bytes, rng: random.Random) -> None:
         self.kills: List[str] = []
         self._directory = directory
         self._origin = origin
@@ -71,10 +82,11 @@ class Field:
     def _start(self, number: int) -> Server:
         control = self._directory / f"control{number}"
         timeout = 0.5 if self._files.state.exists() else 10  # the size is known, and the origin may be stalled
-        arguments = self._files.arguments(self._relay.uri, "--connect-timeout", timeout, control=control)
+        uri = self._origin.uri.format(port=self._relay.port)
+        arguments = self._files.arguments(uri, "--connect-timeout", timeout, control=control)
         taken = (control, self._directory / f"proxy{number}.sock")  # which a start refuses to take from the living
         wait_until(lambda: not any(map(is_listening, taken)), "the predecessor to listen no more")
-        server = Server(self._directory, f"proxy{number}", arguments)
+        server = Server(self._directory, f"proxy{number}", arguments, env=self._origin.env)
         self._started.append(server)
         return server
 
@@ -188,16 +200,42 @@ class Field:
                     assert any(re.search(pattern, line) for pattern in EXPECTED), line
 
 
-def test_nothing_answered_is_lost_whoever_is_killed(start: Start, tmp_path: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    image = tmp_path / "origin.img"
-    content = bytearray(rng.randbytes(SIZE))
+@pytest.fixture
+def content(seed: int) -> bytes:
+    content = bytearray(random.Random(seed).randbytes(SIZE))
     content[MIB : 2 * MIB] = bytes(MIB)
-    image.write_bytes(content)
-    rounds, until = int(os.environ.get("XNBD_ROUNDS", 0)), time.monotonic() + SECONDS
+    return bytes(content)
+
+
+@pytest.fixture
+def image(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "origin" / "origin.img"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    return path
+
+
+def test_nothing_answered_is_lost_whoever_is_killed(
+    start: Start, tmp_path: Path, image: Path, content: bytes, seed: int
+) -> None:
     origin = start("--target", "--readonly", image, tcp=True)
+    kill_for(SECONDS, tmp_path, Origin("nbd://127.0.0.1:{port}", origin.port), content, seed)
+    assert image.read_bytes() == content
+
+
+def test_nor_with_an_origin_on_a_web_server(
+    tmp_path: Path, image: Path, content: bytes, seed: int, certificates: Certificates
+) -> None:
+    with WebServer(tmp_path, image.parent, certificates.server) as web:
+        origin = Origin("https://localhost:{port}/origin.img", web.tls_port, web.env)
+        kill_for(SECONDS / 3, tmp_path, origin, content, seed)
+
+
+def kill_for(seconds: float, tmp_path: Path, origin: Origin, content: bytes, seed: int) -> None:
+    rng = random.Random(seed)
+    rounds, until = int(os.environ.get("XNBD_ROUNDS", 0)), time.monotonic() + seconds
     with Relay(origin.port) as relay:
-        field = Field(tmp_path, origin, relay, bytes(content), rng)
+        field = Field(tmp_path, origin, relay, content, rng)
         try:
             while len(field.kills) < rounds if rounds else time.monotonic() < until:
                 field.round()
@@ -209,4 +247,3 @@ def test_nothing_answered_is_lost_whoever_is_killed(start: Start, tmp_path: Path
             field.stop()
             print(f"{len(field.kills)} kills: {', '.join(field.kills)}")
     field.check_logs()
-    assert image.read_bytes() == content

@@ -176,6 +176,8 @@ def test_query_tells_what_waits_and_why_the_origin_is_away(start: Start, tmp_pat
             "state": "connected",
             "error": None,
             "connections": 1,
+            "version": None,
+            "changed": False,
         }
         relay.refuse()
         relay.cut()

@@ -141,11 +141,11 @@ NAMES = "localhost, 127.0.0.1, 0:0:0:0:0:0:0:1"
 def test_a_host_is_known_by_its_name_or_by_its_address(origins: Origins, certificates: Certificates) -> None:
     origin, trust = origins("nbdkit", certificates.server), trusting(certificates.alice)
     for name in ("localhost", "LOCALHOST", "127.0.0.1", "::1"):
-        assert probe(parse_origin(origin.tls_uri(trust, f"tls-hostname={name}")), timeout=TIMEOUT) == SIZE
+        assert probe(parse_origin(origin.tls_uri(trust, f"tls-hostname={name}")), timeout=TIMEOUT).size == SIZE
     for name in ("elsewhere.example", "127.0.0.2", "local"):
         uri = origin.tls_uri(trust, f"tls-hostname={name}")
         assert refusal(uri) == f"its certificate is for {NAMES}, not for {name}"
-    assert probe(parse_origin(f"{uri}&tls-verify-peer=false"), timeout=TIMEOUT) == SIZE
+    assert probe(parse_origin(f"{uri}&tls-verify-peer=false"), timeout=TIMEOUT).size == SIZE
 
 
 def test_a_name_that_no_host_has_is_refused(origins: Origins, certificates: Certificates) -> None:
@@ -167,7 +167,7 @@ def test_a_certificate_that_cannot_be_trusted_is_refused(
     certificates.authority.revoke(strict / "ca-crl.pem", certificates.server / "server-cert.pem")
     assert refusal(good.tls_uri(trusting(strict))) == f"its certificate is revoked by {strict / 'ca-crl.pem'}"
     certificates.authority.revoke(strict / "ca-crl.pem")
-    assert probe(parse_origin(good.tls_uri(trusting(strict))), timeout=TIMEOUT) == SIZE
+    assert probe(parse_origin(good.tls_uri(trusting(strict))), timeout=TIMEOUT).size == SIZE
     certificates.other_authority.revoke(strict / "ca-crl.pem")
     assert "has no list of the authority" in refusal(good.tls_uri(trusting(strict)))
 

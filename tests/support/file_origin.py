@@ -43,6 +43,14 @@ class FileAddress(NamedTuple):
         return {self.path: os.R_OK}
 
     @property
+    def fetch_size(self) -> int:
+        return _BLOCK
+
+    @property
+    def starts_threads(self) -> bool:
+        return True
+
+    @property
     def place(self) -> str:
         return str(self)
 

@@ -187,3 +187,47 @@ def test_every_ticket_is_done_in_the_end_and_not_before_its_blocks_are_there(see
         model.finish()
         model.check()
     assert not model.waiting
+
+
+# At least so many blocks
+
+
+@pytest.fixture
+def wide() -> FetchQueue:
+    """Of a disk of 100 blocks; 20 and 40 to 49 are local."""
+    queue = FetchQueue(timed=False, is_local=lambda block: block == 20 or 40 <= block < 50, blocks=100)
+    queue.least = 16
+    return queue
+
+
+def test_a_fetch_is_widened_to_whole_units_as_far_as_blocks_are_missing(wide: FetchQueue) -> None:
+    for block in (5, 18, 21, 50, 98):
+        wide.need_block(block)
+    assert runs(wide.wanted) == [(0, 20), (21, 32), (50, 64), (96, 100)]
+
+
+def test_a_block_that_another_fetch_has_is_not_fetched_twice(wide: FetchQueue) -> None:
+    ticket, other = wide.need_block(5), wide.need_block(9)
+    fetch = wide.wanted.popleft()
+    assert fetch.tickets == [ticket, other]
+    wide.least = 1
+    wide.need_block(60)
+    wide.least = 16
+    wide.need_block(55)
+    wide.need_block(62)
+    assert runs(wide.wanted) == [(60, 61), (50, 60), (61, 64)]
+
+
+def test_runs_and_what_is_read_ahead_are_widened_too(wide: FetchQueue) -> None:
+    ticket = Ticket()
+    wide.need(ticket, 14, 18)
+    wide.bring_ahead(70, 75)
+    assert runs(wide.wanted) == [(0, 20)]
+    assert runs(wide.ahead) == [(64, 80)]
+
+
+def test_a_damaged_piece_is_asked_for_block_by_block(wide: FetchQueue) -> None:
+    wide.note_damage(0, 16)
+    wide.need_block(5)
+    wide.need_block(66)
+    assert runs(wide.wanted) == [(5, 6), (64, 80)]

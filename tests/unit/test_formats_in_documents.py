@@ -9,6 +9,7 @@ from pathlib import Path
 from xnbd.proxy.state import format as state_format
 from xnbd.proxy.state.belonging import ATTRIBUTE, SESSION_SIZE
 from xnbd.proxy.state.format import HEADER_FIELDS, TIE_FIELDS, layout_of
+from xnbd.proxy.state.versions import VERSIONS, VERSIONS_SIZE
 from xnbd.storage.writeback import RECORD_SIZE
 from xnbd.wrapper import database
 
@@ -42,6 +43,7 @@ def test_the_parts_of_the_state_file_are_where_it_says() -> None:
     told = re.findall(r"^(\d+) {10,}(\d+) {2,}", STATE_FILE, re.MULTILINE)
     assert [(int(offset), int(size)) for offset, size in told] == [
         (0, state_format.HEADER_SIZE),
+        (VERSIONS, VERSIONS_SIZE),
         (state_format.BEGUN, state_format.NUMBER.size),
         (state_format.SUCCEEDED, state_format.NUMBER.size),
         (state_format.FAILURE, RECORD_SIZE),

@@ -137,7 +137,7 @@ def test_the_export_may_be_named_beside_a_uri_that_names_none() -> None:
         ("nbds+unix://h/x?socket=/s&tls-certificates=/c", "with three slashes"),
         ("nbds+vsock://1/x", "begins with nbd:// or nbd+unix://"),
         ("nbd+vsock://1/x", "begins with nbd:// or nbd+unix://"),
-        ("http://h/x", "begins with nbd:// or nbd+unix://"),
+        ("ftp://h/x", "begins with nbd:// or nbd+unix://"),
         ("://h/x", "begins with nbd:// or nbd+unix://"),
         ("nbd:///x", "expected nbd://host"),
         ("nbd://:99/x", "expected nbd://host"),

@@ -27,8 +27,8 @@ Commands:
   -c, --cache-all       Copy what is not cached yet, and wait for it. Ctrl-C
                         stops the copy and nothing else; run again, it goes on.
   -C, --cache-all2      The same, but return at once.
-  -r, --reconnect       Use the disk at REMOTE_HOST REMOTE_PORT, or at an NBD
-                        URI, as origin.
+  -r, --reconnect       Use the disk at REMOTE_HOST REMOTE_PORT, or at a URI
+                        (nbd://, https://, s3://, ...), as origin.
   --snapshot            Make an image of the disk as it is now, and print its
                         path. A proxy has to be switched first.
   --upgrade             Have the server become the xnbd-server that is installed

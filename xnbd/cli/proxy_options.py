@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Mapping, NamedTuple
+from typing import Mapping, NamedTuple, Optional
 
 from ..errors import ConfigurationError
 from ..origin.address import parse_origin
 from ..origin.base import OriginAddress
+from ..proxy.fetch_queue import PIECE
 from ..proxy.image import DEFAULT_READAHEAD
 from ..proxy.origin_link import Patience
+from ..storage.blocks import BLOCK
 from .values import USAGE_ERROR, CommandLine
 
 
 class ProxyOptions(NamedTuple):
-    """The disk of *origin*, cached here; *readahead* in bytes. With *clear* nothing counts as cached yet."""
+    """The disk of *origin*, cached here; *readahead* and *fetch_size* (None: by its kind) in bytes.
+
+    With *clear* nothing counts as cached yet.
+    """
 
     origin: OriginAddress
     cache_path: str
@@ -23,6 +28,7 @@ class ProxyOptions(NamedTuple):
     adopt: bool = False
     patience: Patience = Patience()
     readahead: int = DEFAULT_READAHEAD
+    fetch_size: Optional[int] = None
 
 
 def proxy_options(line: CommandLine, paths: Mapping[str, str]) -> ProxyOptions:
@@ -39,7 +45,15 @@ def proxy_options(line: CommandLine, paths: Mapping[str, str]) -> ProxyOptions:
         adopt=line.has("--adopt-cache"),
         patience=Patience(connect, answer),
         readahead=readahead,
+        fetch_size=_fetch_size(line) if line.has("--fetch-size") else None,
     )
+
+
+def _fetch_size(line: CommandLine) -> int:
+    size = line.size_or_zero("--fetch-size")
+    if size & (size - 1) or not BLOCK <= size <= PIECE * BLOCK:
+        raise ConfigurationError("--fetch-size: expected 4K, 8K, 16K, 32K, 64K, 128K or 256K", USAGE_ERROR)
+    return size
 
 
 def _origin(line: CommandLine) -> OriginAddress:
@@ -48,7 +62,7 @@ def _origin(line: CommandLine) -> OriginAddress:
         return parse_origin(line.needed("REMOTE_HOST"), line.needed("REMOTE_PORT"), name)
     if "://" not in uri:
         raise ConfigurationError(
-            f"{uri} is no NBD URI; with a host the arguments are REMOTE_HOST REMOTE_PORT CACHE_DISK_IMAGE "
+            f"{uri} is no URI; with a host the arguments are REMOTE_HOST REMOTE_PORT CACHE_DISK_IMAGE "
             "CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH",
             USAGE_ERROR,
         )

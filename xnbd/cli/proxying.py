@@ -10,8 +10,9 @@ from ..errors import ConfigurationError
 from ..logs import log
 from ..origin.address import parse_origin
 from ..origin.base import OriginAddress, OriginLost
-from ..origin.probe import probe
+from ..origin.probe import Found, probe
 from ..proxy.image import ProxySettings, ProxySource
+from ..proxy.origin_link import CHANGED
 from ..proxy.state.belonging import is_marked_bitmap
 from ..proxy.state.known import Known, has_cached_blocks, known_state
 from ..proxy.state.opening import open_state
@@ -29,10 +30,14 @@ def open_proxy(options: ProxyOptions, *, alone: bool) -> ProxySource:
     """
     cache_path, bitmap_path = options.cache_path, options.bitmap_path
     known = None if options.clear else known_state(bitmap_path)
-    size = _find_size(options.origin, known, options.patience.connect, ask=alone)
+    here = _whereabouts(options.origin, known)
+    found = _find(here, known, options.patience.connect, ask=alone)
+    size = found.size
     cache_fd = _open_cache(cache_path, size, must_exist=not options.clear and has_cached_blocks(bitmap_path))
     grow = space.device_size(cache_fd) < size
     state = _open_state(options, cache_fd, size)
+    if found.version:
+        _pin(state, here, found.version, anew=options.adopt)
     if grow:
         _grow(cache_fd, cache_path, size)
     return ProxySource(cache_fd, state, _settings(options, size))
@@ -51,6 +56,7 @@ def _settings(options: ProxyOptions, size: int) -> ProxySettings:
         address=options.origin,
         patience=options.patience,
         readahead=options.readahead,
+        fetch_size=options.fetch_size,
     )
 
 
@@ -78,24 +84,36 @@ def _open_state(options: ProxyOptions, cache_fd: int, size: int) -> SharedState:
         ) from None
 
 
-def _find_size(address: OriginAddress, known: Optional[Known], timeout: float, *, ask: bool) -> int:
-    """Bytes of the disk: what the origin says, or the state file if the origin is away or need not be asked."""
+def _find(here: OriginAddress, known: Optional[Known], timeout: float, *, ask: bool) -> Found:
+    """What the origin says of the disk, or the state file if the origin is away or need not be asked."""
     if known is not None and not ask:
-        return known.size
-    here = _whereabouts(address, known)
+        return Found(known.size)
     for warning in here.warnings():
         log.warning("%s", warning)
     try:
-        size = probe(here, timeout=timeout)
+        found = probe(here, timeout=timeout)
     except OriginLost as lost:
         if known is None:
             advice = "" if lost.refused else "; a proxy's first start needs its origin"
             raise ConfigurationError(f"{lost}{advice}") from lost
         log.warning("%s; cached blocks are served, the others wait", lost)
-        return known.size
-    if not size:
+        return Found(known.size)
+    if not found.size:
         raise ConfigurationError(f"origin {here}: its disk is empty")
-    return size
+    if known is not None and found.version and found.size != known.size:
+        log.error(CHANGED, f"origin {here}: it has {found.size} bytes, not {known.size} as before")
+        return Found(known.size)
+    return found
+
+
+def _pin(state: SharedState, here: OriginAddress, version: str, *, anew: bool) -> None:
+    """Note the *version* of the disk, or say that it is another one than the cached one; *anew*: it need not be."""
+    try:
+        noted = state.agree_on_version(here.place, version, anew=anew)
+    except OSError as error:
+        raise ConfigurationError(f"the version of the origin's disk cannot be noted: {error.strerror}") from error
+    if noted != version:
+        log.error(CHANGED, f"origin {here}: it has {version}, no more {noted}")
 
 
 def _whereabouts(address: OriginAddress, known: Optional[Known]) -> OriginAddress:

@@ -74,6 +74,9 @@ def _origin(answer: Message) -> Iterator[str]:
     yield f"{state}, {counted(connections, 'connection')}" if connections is not None else state
     if origin.get("error"):
         yield shown(origin["error"])
+    if origin.get("version"):
+        changed = "; ANOTHER ONE IS THERE NOW, what is missing is an error" if origin.get("changed") else ""
+        yield f"version {shown(origin['version'])}{changed}"
 
 
 def _cached(answer: Message) -> Iterator[str]:

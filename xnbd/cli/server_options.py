@@ -42,6 +42,7 @@ _PROXY_OPTIONS = (
     "--max-queue-size",
     "--max-buf-size",
     "--readahead",
+    "--fetch-size",
     "--connect-timeout",
     "--origin-timeout",
 )

@@ -36,7 +36,8 @@ Commands:
   --add-target          Serve FILE, a disk image or a block device, under NAME.
   -a, --add             The same, with FILE as it stands there as its name.
   --add-proxy           Serve the disk of another server, at REMOTE_HOST
-                        REMOTE_PORT or an NBD URI, under NAME; cache it here.
+                        REMOTE_PORT or a URI (nbd://, https://, s3://, ...),
+                        under NAME; cache it here.
   --remove-by-exportname
                         Refuse new clients of NAME; the connected ones stay.
   --remove-by-file      The same for all exports whose disk or cache image is
@@ -47,8 +48,8 @@ Commands:
   --bgctl-cache-all     Copy what is not cached yet, and wait for it.
   --bgctl-switch        Make a proxy, all of which is cached, a target; its
                         clients stay.
-  --bgctl-reconnect     Use the disk at REMOTE_HOST REMOTE_PORT, or at an NBD
-                        URI, as a proxy's origin.
+  --bgctl-reconnect     Use the disk at REMOTE_HOST REMOTE_PORT, or at a URI,
+                        as a proxy's origin.
   --save                Write the database, which the wrapper does at every
                         change anyway.
   --reload              Have the wrapper read the files of its configuration

@@ -23,7 +23,16 @@ def _nbd() -> Parse:
     return parse_uri
 
 
-SCHEMES: Dict[str, Callable[[], Parse]] = {"nbd": _nbd, "nbd+unix": _nbd, "nbds": _nbd, "nbds+unix": _nbd}
+def _objects() -> Parse:
+    from .objects.address import parse_uri
+
+    return parse_uri
+
+
+SCHEMES: Dict[str, Callable[[], Parse]] = {
+    **dict.fromkeys(("nbd", "nbd+unix", "nbds", "nbds+unix"), _nbd),
+    **dict.fromkeys(("http", "https", "s3", "gs", "az"), _objects),
+}
 """What imports the kind of origin that a scheme stands for."""
 
 

@@ -8,7 +8,9 @@ To add a kind of origin, write a module with its `Origin` and an address of its 
 - What has come makes a descriptor of `Origin.interests` ready, an ``eventfd(2)`` for
   example, and is handed to the sink by the next `Origin.progress`, nowhere else.
   Threads of an origin call no method of the sink, and write nothing to the log.
-- Descriptors are closed on exec. Threads block all signals, and none outlives `Origin.close`.
+- Descriptors are closed on exec. Threads block all signals. After `Origin.close` none does
+  anything any more; one may still sleep in a call that cannot be broken off.
+- Whoever forks has no origin that starts threads (`OriginAddress.starts_threads`).
 - The origin is read, never written.
 - The origin is not believed: what comes for a request lies within it, block borders
   are kept (`Sink.on_data`), and errors are those that this system knows.
@@ -25,18 +27,23 @@ from ..errors import ConfigurationError, XnbdError
 
 Data = Union[bytes, memoryview]
 
+BLOCK = 4096
+"""Bytes at whose multiples answers are cut (`Sink.on_data`)."""
+
 _USAGE_ERROR = 2
 
 
 class OriginLost(XnbdError):
     """The origin is no more at hand, or never was; the message names it and says why.
 
-    ``refused`` tells that the origin was there, and that asking again will not help.
+    ``refused`` tells that the origin was there, and that asking again will not help,
+    ``changed`` that another disk is there now: of the one that is cached nothing more comes.
     """
 
-    def __init__(self, message: str, *, refused: bool = False) -> None:
+    def __init__(self, message: str, *, refused: bool = False, changed: bool = False) -> None:
         super().__init__(message)
         self.refused = refused
+        self.changed = changed
 
 
 class Sink(Protocol):
@@ -93,12 +100,20 @@ class Origin(ABC):
     @property
     @abstractmethod
     def ready(self) -> bool:
-        """Whether the disk is known and can be asked for; what the next four tell holds then."""
+        """Whether the disk is known and can be asked for; what the next five tell holds then."""
 
     @property
     @abstractmethod
     def size(self) -> int:
         """The disk's size in bytes."""
+
+    @property
+    def version(self) -> str:
+        """One line that another one replaces as soon as anything on the disk changes; empty if the origin has none.
+
+        An origin that has one hands nothing to the sink that is of another version.
+        """
+        return ""
 
     @property
     @abstractmethod
@@ -182,6 +197,14 @@ class OriginAddress(Protocol):
     @property
     def local_files(self) -> Dict[str, int]:
         """Paths of this computer that a process uses to get there, each with the rights to it (``access(2)``)."""
+
+    @property
+    def fetch_size(self) -> int:
+        """Bytes that are worth asking for at once, where less is missing of them: 4,096 at least, a power of 2."""
+
+    @property
+    def starts_threads(self) -> bool:
+        """Whether an origin from here starts threads."""
 
     @property
     def place(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from time import monotonic
-from typing import Deque, Dict, List, Optional, Set, Tuple
+from typing import Callable, Deque, Dict, List, Optional, Set, Tuple
 
 from ..storage.image import Ticket
 
@@ -50,9 +50,14 @@ class FetchQueue:
     """All fetches of a process. ``wanted`` are those to be asked for, ``ahead`` those nobody waits for, after them.
 
     Those taken out of there go on to exist until `finish` or `forget`. ``since`` is noted if they are *timed*.
+    With a ``least`` of blocks, a power of 2 and at most `PIECE`, a fetch has so many: those around it of which
+    *is_local* says that they are missing, and which no other fetch has, up to the next multiples of it.
     """
 
-    def __init__(self, *, timed: bool) -> None:
+    def __init__(self, *, timed: bool, is_local: Callable[[int], bool] = lambda block: False, blocks: int = 0) -> None:
+        self.least = 1
+        self._is_local = is_local
+        self._blocks = blocks
         self.wanted: Deque[Fetch] = deque()
         self.ahead: Deque[Fetch] = deque()
         self._timed = timed
@@ -71,7 +76,8 @@ class FetchQueue:
         ticket.pending = 1
         fetch = self._by_block.get(block)
         if fetch is None:
-            fetch = self._add(self.wanted, block, block + 1, ahead=False)
+            first, end = self._widened(block, block + 1) if self.least > 1 else (block, block + 1)
+            fetch = self._add(self.wanted, first, end, ahead=False)
         elif fetch.ahead:
             self._prefer(fetch)
         fetch.tickets.append(ticket)
@@ -83,7 +89,7 @@ class FetchQueue:
         while first < end:
             fetch = by_block.get(first)
             if fetch is None:
-                fetch = self._add(self.wanted, first, self._free_until(first, end), ahead=False)
+                fetch = self._add(self.wanted, *self._widened(first, self._free_until(first, end)), ahead=False)
             elif fetch.ahead:
                 self._prefer(fetch)
             if not fetch.tickets or fetch.tickets[-1] is not ticket:
@@ -97,8 +103,8 @@ class FetchQueue:
         while first < end:
             stop = first + 1
             if first not in by_block:
-                stop = self._free_until(first, end)
-                self._add(self.ahead, first, stop, ahead=True)
+                begin, stop = self._widened(first, self._free_until(first, end))
+                self._add(self.ahead, begin, stop, ahead=True)
             first = stop
 
     def _prefer(self, fetch: Fetch) -> None:
@@ -116,6 +122,19 @@ class FetchQueue:
         if stop - first == 1 or by_block.keys().isdisjoint(range(first + 1, stop)):
             return stop
         return next(block for block in range(first + 1, stop) if block in by_block)
+
+    def _widened(self, first: int, end: int) -> Tuple[int, int]:
+        """The blocks to fetch instead of these, which are missing, in no fetch, and of one piece."""
+        least = self.least
+        if end - first >= least or first // PIECE in self._damaged:
+            return first, end
+        by_block, is_local = self._by_block, self._is_local
+        lowest, highest = first // least * least, min(-(-end // least) * least, self._blocks)
+        while first > lowest and first - 1 not in by_block and not is_local(first - 1):
+            first -= 1
+        while end < highest and end not in by_block and not is_local(end):
+            end += 1
+        return first, end
 
     def _add(self, queue: Deque[Fetch], first: int, end: int, *, ahead: bool) -> Fetch:
         last = queue[-1] if queue else None

@@ -16,18 +16,19 @@ that keep the cache right:
 from __future__ import annotations
 
 import errno
+from math import inf
 from time import monotonic
 from typing import Any, List, Optional, Tuple
 
 from ..logs import log
 from ..origin.base import Origin, OriginLost
 from ..scoreboard.layout import TARGET
-from ..storage.blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop
+from ..storage.blocks import BLOCK, BLOCK_SHIFT, block_count, block_start, block_stop
 from ..storage.image import Background, Ticket
 from ..storage.target import TargetImage
 from .arrivals import Arrivals
 from .block_locks import BlockLocks
-from .fetch_queue import Fetch, FetchQueue
+from .fetch_queue import PIECE, Fetch, FetchQueue
 from .flow_window import FlowWindow
 from .locking import HELD, LATER, Locking
 from .origin_link import OriginLink, Patience, Whereabouts
@@ -47,24 +48,39 @@ _PARTING = 1.0
 class Fetcher(Background):
     """Fills *cache* for this process, and is the origin's sink; everything between two sleeps happens in one thread."""
 
-    def __init__(self, cache: TargetImage, state: ProcessState, whereabouts: Whereabouts, patience: Patience) -> None:
+    def __init__(
+        self,
+        cache: TargetImage,
+        state: ProcessState,
+        whereabouts: Whereabouts,
+        patience: Patience,
+        fetch_size: Optional[int] = None,
+    ) -> None:
+        """*fetch_size* is the bytes to ask for at once, at least; None: what suits the kind of origin."""
         self.finished: List[Ticket] = []
         self._size = cache.size
         self._bitmap = state.bitmap
         self._scoreboard = whereabouts.scoreboard
         self._patience = patience.origin
-        self._queue = FetchQueue(timed=patience.origin is not None)
+        is_local = state.bitmap.__contains__
+        self._queue = FetchQueue(timed=patience.origin is not None, is_local=is_local, blocks=block_count(cache.size))
         self.need_block = self._queue.need_block
         """What `need` does, for one block that is not local."""
         self.locking = Locking(cache, state.bitmap, BlockLocks(state.fd), self._queue)
         self.arrivals = Arrivals(cache, state.bitmap, self._queue, whereabouts.scoreboard)
         self.on_data = self.arrivals.on_data
         self.on_hole = self.arrivals.on_hole
-        self._link = OriginLink(whereabouts, patience, cache.size, self)
+        self._link = OriginLink(whereabouts, patience, cache.size, state.versions, self)
         self._in_flight = 0
         self._flow_window = FlowWindow(_LEAST_AHEAD)
         self._zero_queries = 0
         self._approach = False
+        self._fetch_size = fetch_size
+        self._set_least()
+
+    def _set_least(self) -> None:
+        size = self._link.fetch_size if self._fetch_size is None else self._fetch_size
+        self._queue.least = min(PIECE, size >> BLOCK_SHIFT)
 
     # For those who need blocks
 
@@ -87,7 +103,7 @@ class Fetcher(Background):
     def query_zeros(self, first: int, end: int) -> Optional[ZeroQuery]:
         """Ask about these blocks, of less than 4 GiB; None if the origin cannot tell, or is not there."""
         origin = self._link.origin
-        if origin is None or not origin.ready or not origin.can_tell_zeros:
+        if origin is None or not self._link.ready or not origin.can_tell_zeros:
             return None
         zero_query = ZeroQuery(first, end, self._size)
         origin.query_extents(zero_query, block_start(first), block_stop(end - 1, self._size) - block_start(first))
@@ -104,6 +120,11 @@ class Fetcher(Background):
         finally:
             self.locking.give_back(first, end)
         return True
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the origin has another disk now: nothing more comes of this one."""
+        return self._link.has_changed
 
     # Background
 
@@ -132,6 +153,8 @@ class Fetcher(Background):
 
     def deadline(self) -> Optional[float]:
         times = [self.locking.deadline, self._link.deadline(needed=self._has_work)]
+        if self._link.refuses and self._queue.wanted:
+            return 0.0
         if self._patience is not None:
             waiting = (self.locking.oldest, None if self._link.ready else self._queue.waits_since())
             times += [since + self._patience for since in waiting if since is not None]
@@ -149,6 +172,7 @@ class Fetcher(Background):
         if link.is_outdated:
             self._queue.forget_damage()
             self._ask_again(link.move())
+            self._set_least()
         if self._patience is not None:
             self._give_up(monotonic() - self._patience)
         try:
@@ -160,6 +184,8 @@ class Fetcher(Background):
             self._ask_again(link.lose(error, len(self._queue.wanted)))
         finally:
             self.arrivals.settle()
+            if self._link.refuses:
+                self._refuse()
 
     def approach(self) -> bool:
         self._approach = not self._link.ready
@@ -171,10 +197,10 @@ class Fetcher(Background):
         self.finished = []
 
     def _work_with(self, origin: Origin) -> None:
-        if origin.ready:
+        if self._link.ready:
             self._ask(origin)
-        origin.progress()
-        if origin.ready:
+        self._link.progress(origin)
+        if self._link.ready:
             if self._queue.wanted or self._queue.ahead:
                 self._ask(origin)
                 origin.push()
@@ -207,6 +233,12 @@ class Fetcher(Background):
             for fetch in self._queue.take_older(time):
                 self._finish(fetch, errno.EIO)
         self.finished += self.locking.give_up(time)
+
+    def _refuse(self) -> None:
+        """Another disk is where this one was: what is missing does not come."""
+        self._queue.forget_ahead()
+        for fetch in self._queue.take_older(inf):
+            self._finish(fetch, errno.EIO)
 
     def take_leave(self) -> None:
         self._link.leave(0.0)

@@ -40,6 +40,7 @@ from .readahead import Readahead
 from .state.checkpoint import ProcessState
 from .state.format import Steering
 from .state.shared import SharedState
+from .state.versions import Version
 from .state.view import CacheView
 
 DEFAULT_READAHEAD = 8 << 20
@@ -62,12 +63,13 @@ class ProxyImage(Image):
         *,
         readonly: bool,
         readahead: int = DEFAULT_READAHEAD,
+        fetch_size: Optional[int] = None,
     ) -> None:
         self.size = cache.size
         self.readonly = readonly
         self._scoreboard = whereabouts.scoreboard
         self._counts = new_counts()
-        self.fetcher = Fetcher(cache, state, whereabouts, patience)
+        self.fetcher = Fetcher(cache, state, whereabouts, patience, fetch_size)
         self.background = self.fetcher
         self._locking = self.fetcher.locking
         self._cache = cache
@@ -334,6 +336,7 @@ class ProxySource(Source[Scoreboard]):
             settings.patience,
             readonly=settings.readonly,
             readahead=settings.readahead,
+            fetch_size=settings.fetch_size,
         )
 
     def is_whole(self, scoreboard: Scoreboard) -> bool:
@@ -369,6 +372,14 @@ class ProxySource(Source[Scoreboard]):
         """Have servers of another day begin with *steering*; raises like `SharedState.steer`."""
         self._state.steer(steering)
 
+    def agree_on_version(self, address: OriginAddress, version: str) -> str:
+        """The version that counts for the disk at *address*: *version* if none was noted. Raises `OSError`."""
+        return self._state.agree_on_version(address.place, version) if version else version
+
+    def version_at(self, address: OriginAddress) -> Optional[Version]:
+        """What is noted of the disk at *address*."""
+        return self._state.version_of(address.place)
+
     def follow_switch(self, scoreboard: Scoreboard) -> None:
         """Once the server is a plain target, have other servers know: for any of its processes, at any time."""
         if not self._is_disk and scoreboard.mode == TARGET:
@@ -387,7 +398,7 @@ class ProxySource(Source[Scoreboard]):
 
 
 class ProxySettings(NamedTuple):
-    """What does not change while the server runs; *size* and *readahead* in bytes."""
+    """What does not change while the server runs; *size*, *readahead* and *fetch_size* (`Fetcher`) in bytes."""
 
     path: str
     size: int
@@ -395,3 +406,4 @@ class ProxySettings(NamedTuple):
     address: OriginAddress
     patience: Patience
     readahead: int
+    fetch_size: Optional[int] = None

@@ -8,11 +8,17 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any, List, NamedTuple, Optional, Tuple, Union
 
-from ..logs import log
+from ..logs import about, log
 from ..origin.address import parse_origin
 from ..origin.base import Origin, OriginAddress, OriginLost, Sink, Terms
 from ..scoreboard.layout import NOT_NEEDED, REACHED, UNREACHABLE
 from ..scoreboard.scoreboard import Scoreboard
+from .state.versions import Versions
+
+CHANGED = (
+    "%s: THE DISK THERE HAS CHANGED. What is cached here and what was written is served on, the rest is an error: "
+    "bring the former one back, or begin anew (--clear-bitmap)"
+)
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
 _QUIET = 0.005
@@ -43,16 +49,20 @@ class Patience(NamedTuple):
 
 
 class OriginLink:
-    """The origin at *whereabouts* with a disk of *size* bytes; replies go to *sink*.
+    """The origin at *whereabouts* with a disk of *size* bytes, in one of *versions*; replies go to *sink*.
 
     ``origin`` is None while nothing is under way to it; ``trouble`` says why it was lost
     last, until it has answered. ``returns`` counts how often it has answered again after that.
+    ``has_changed``: the disk there is another one; what is missing does not come, unless that changes again.
     """
 
-    def __init__(self, whereabouts: Whereabouts, patience: Patience, size: int, sink: Sink) -> None:
+    def __init__(self, whereabouts: Whereabouts, patience: Patience, size: int, versions: Versions, sink: Sink) -> None:
         self.origin: Optional[Origin] = None
         self.trouble = ""
         self.returns = 0
+        self.has_changed = False
+        self._versions = versions
+        self._is_admitted = False
         self._whereabouts = whereabouts
         self._generation = whereabouts.generation
         self._terms = Terms(expected_size=size, connect_timeout=patience.connect, reply_timeout=patience.origin)
@@ -63,7 +73,17 @@ class OriginLink:
     @property
     def ready(self) -> bool:
         """Whether the origin can be asked."""
-        return self.origin is not None and self.origin.ready
+        return self._is_admitted and self.origin is not None and self.origin.ready
+
+    @property
+    def refuses(self) -> bool:
+        """Whether there is no use in waiting: the disk there was another one, and nobody looks again just now."""
+        return self.has_changed and self.origin is None
+
+    @property
+    def fetch_size(self) -> int:
+        """Bytes that are worth asking the origin for at once."""
+        return self._whereabouts.address.fetch_size
 
     @property
     def quiet(self) -> bool:
@@ -98,6 +118,23 @@ class OriginLink:
             self.origin = self._whereabouts.address.open(self._sink, self._terms)
             self.origin.start()
 
+    def progress(self, origin: Origin) -> None:
+        """What *origin* does next, and what has to be looked at once it is ready. Raises `OriginLost`, `OSError`."""
+        origin.progress()
+        if not self._is_admitted and origin.ready:
+            self._admit(origin)
+
+    def _admit(self, origin: Origin) -> None:
+        """Nothing is asked before it is clear that this is the disk that is cached."""
+        address = self._whereabouts.address
+        if origin.version:
+            noted = self._versions.agree(address.place, origin.version)
+            if origin.version != noted:
+                raise OriginLost(f"origin {address}: it has {origin.version}, no more {noted}", changed=True)
+            if self._versions.note_change(address.place, changed=False):
+                log.warning("origin %s: the disk there is the one again that is cached", address)
+        self._is_admitted, self.has_changed = True, False
+
     def on_answer(self) -> None:
         """The origin has answered a request, and well."""
         if self._delay or self.trouble:
@@ -114,21 +151,33 @@ class OriginLink:
         where = f"origin {self._whereabouts.address}: "
         text = f"{where}{reason.strerror}" if isinstance(reason, OSError) else str(reason)
         trouble = text.removeprefix(where)  # who reads it sees the address beside it, and there is little room
-        if trouble != self.trouble:
+        if isinstance(reason, OriginLost) and reason.changed:
+            self._on_change(text)
+        elif trouble != self.trouble:
             log.warning("%s; %d requests wait for it, trying again", text, waiting + len(unfinished))
         self.trouble = trouble
         self._open_at = monotonic() + self._delay
         self._delay = min(_LONGEST_DELAY, max(_FIRST_DELAY, 2 * self._delay))
         return unfinished
 
+    def _on_change(self, text: str) -> None:
+        """Of all processes one tells it, and loudly: nobody should wait for what does not come."""
+        self.has_changed = True
+        try:
+            if self._versions.note_change(self._whereabouts.address.place, changed=True):
+                log.error(CHANGED, text)
+        except OSError as error:
+            log.error("%s (this cannot be noted: %s)", text, error.strerror, extra=about(error=error))
+
     def move(self) -> List[Any]:
         """Leave the origin for the one that is at its new place; returns what `lose` does."""
         self._generation = self._whereabouts.generation
         self._delay = self._open_at = 0.0
+        self.has_changed = False
         return self._drop()
 
     def _drop(self) -> List[Any]:
-        origin, self.origin = self.origin, None
+        origin, self.origin, self._is_admitted = self.origin, None, False
         if origin is None:
             return []
         unfinished = origin.unfinished()

@@ -108,7 +108,7 @@ class Catalogue:
     def _find_size(self, export: StoredExport) -> int:
         if isinstance(export, ProxyExport):
             size = known_size(export.bitmap_path)
-            return probe(export.origin, timeout=_PROBE_TIME) if size is None else size
+            return probe(export.origin, timeout=_PROBE_TIME).size if size is None else size
         return usable_size(export.image_path, readonly=self._servers.readonly or self._servers.cow)
 
 

@@ -41,6 +41,16 @@ SLOW_RATE = 200
 
 _PIECE = 4 << 20
 
+_NGINX = """daemon off; master_process off; pid {where}/pid; error_log {where}/error.log;
+events {{ worker_connections 512; }}
+http {{
+    access_log off; sendfile on; tcp_nopush on; keepalive_requests 1000000;
+    client_body_temp_path {where}/body; proxy_temp_path {where}/proxy; fastcgi_temp_path {where}/fastcgi;
+    uwsgi_temp_path {where}/uwsgi; scgi_temp_path {where}/scgi;
+    server {{ listen 127.0.0.1:{port}; root {where}; }}
+}}
+"""
+
 
 class Place(NamedTuple):
     """Where a server works: its TCP port, and a directory of its own for what it needs besides the image.
@@ -78,7 +88,7 @@ class Flavour(NamedTuple):
     stay in the foreground: they write ``Place.pid_file``. ``origin`` is the flavour
     that a proxy or a relay has behind it, and which is kept running. ``version`` is
     empty where another flavour's says it. ``compiled`` is for what the benchmark
-    brings along in C. A server with ``tls`` accepts nobody who does not use it.
+    brings along in C. A server with ``tls`` accepts nobody who does not use it, one with ``web`` speaks HTTP.
     """
 
     command: Callable[[Place], List[str]]
@@ -90,6 +100,7 @@ class Flavour(NamedTuple):
     origin: str = ""
     compiled: bool = False
     tls: bool = False
+    web: bool = False
 
 
 def _xnbd(place: Place) -> List[str]:
@@ -208,6 +219,27 @@ def _nbdkit_cache_tls(place: Place) -> List[str]:
     return _nbdkit_cache(place, "tls=require", f"tls-certificates={place.certificates}")
 
 
+def _nginx(place: Place) -> List[str]:
+    """The disk is ``disk.img`` in the place's own directory (`_origin`)."""
+    configuration = place.directory / "nginx.conf"
+    configuration.write_text(_NGINX.format(where=place.directory, port=place.port))
+    return ["nginx", "-c", str(configuration)]
+
+
+def _web_url(place: Place) -> str:
+    return f"http://127.0.0.1:{place.origin_port}/disk.img"
+
+
+def _xnbd_proxy_web(place: Place) -> List[str]:
+    files = [str(place.directory / "cache"), str(place.directory / "bitmap"), str(place.control_socket)]
+    return [*XNBD_SERVER, "--proxy", "--quiet", *_xnbd_listening(place), _web_url(place), *files]
+
+
+def _nbdkit_cache_web(place: Place) -> List[str]:
+    origin = ["curl", f"url={_web_url(place)}", "cache-on-read=true"]
+    return ["env", f"TMPDIR={place.directory}", *_nbdkit_listening(place), "--filter=cache", *origin]
+
+
 def _qemu_nbd_copy_on_read(place: Place) -> List[str]:
     overlay = place.directory / "overlay.qcow2"
     backing = ["-F", "raw", "-b", f"nbd://127.0.0.1:{place.origin_port}/"]
@@ -258,6 +290,7 @@ def _link(*options: object) -> Callable[[Place], List[str]]:
 
 _XNBD_VERSION = [*XNBD_SERVER, "--version"]
 _NBDKIT_VERSION = ["nbdkit", "--version"]
+_NGINX_VERSION = ["nginx", "-v"]
 _QEMU_NBD_VERSION = ["qemu-nbd", "--version"]
 
 
@@ -304,6 +337,14 @@ FLAVOURS: Dict[str, Flavour] = {
     "tls-origin": Flavour(_origin(ORIGIN_SIZE, _xnbd_tls), _XNBD_VERSION, tls=True),
     "xnbd-proxy-tls": Flavour(_xnbd_proxy_tls, _XNBD_VERSION, fresh=True, origin="tls-origin"),
     "nbdkit-cache-tls": Flavour(_nbdkit_cache_tls, _NBDKIT_VERSION, "nbdkit", fresh=True, origin="tls-origin"),
+    "web-origin": Flavour(_origin(ORIGIN_SIZE, _nginx), _NGINX_VERSION, "nginx-light", web=True),
+    "xnbd-proxy-web": Flavour(_xnbd_proxy_web, _XNBD_VERSION, fresh=True, origin="web-origin"),
+    "nbdkit-cache-web": Flavour(_nbdkit_cache_web, _NBDKIT_VERSION, "nbdkit", fresh=True, origin="web-origin"),
+    "web-small-origin": Flavour(_origin(SMALL_ORIGIN_SIZE, _nginx), _NGINX_VERSION, "nginx-light", web=True),
+    "web-slow-origin": Flavour(
+        _link("--delay", ONE_WAY_DELAY, "--rate", SLOW_RATE), [], origin="web-small-origin", web=True
+    ),
+    "xnbd-proxy-web-slow": Flavour(_xnbd_proxy_web, _XNBD_VERSION, fresh=True, origin="web-slow-origin"),
 }
 
 SNAPSHOT_FLAVOURS = frozenset({"xnbd-steered", "qemu-sd"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ import psutil
 from .errors import ProbeFailed
 from .load import MIB, idle_clients
 from .servers import Server, wait_until
-from .trial import Sample, Trial
+from .trial import Probe, Sample, Trial
 
 SETTLE_TIME = 20.0
+_LOOK_EVERY = 0.02
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,39 @@ class WorkerMemory:
         if not unique:
             raise ProbeFailed("no process has a client")
         return {"value": statistics.median(unique), "processes": len(unique)}
+
+
+@dataclass(frozen=True)
+class BusyMemory:
+    """MiB of anonymous memory, without what is mapped of files, of the process that took most while *load* ran."""
+
+    load: Probe
+
+    def __call__(self, trial: Trial) -> Sample:
+        most, done = 0.0, threading.Event()
+
+        def watch() -> None:
+            nonlocal most
+            while not done.wait(_LOOK_EVERY):
+                most = max([most, *(_anonymous(process.pid) for process in trial.target.processes())])
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            self.load(trial)
+        finally:
+            done.set()
+            watcher.join()
+        return {"value": most}
+
+
+def _anonymous(pid: int) -> float:
+    """MiB; 0 if the process has ended."""
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0.0
+    return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Anonymous:")) / 1024
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from .caching import CacheAll, Cold, ColdLatency, FetchedShare, HitLatency, Warmed
 from .flavours import FLAVOURS, ORIGIN_SIZE
-from .footprint import IdleCpu, WorkerMemory
+from .footprint import BusyMemory, IdleCpu, WorkerMemory
 from .load import KIB, MIB, Beside, Crowded, Filled, Fio, FirstRead, FirstSecond, Load
 from .results import LIMIT, Goal, Panel, Unit, at_least, at_most, ratio
 from .snapshots import Writes, take_qemu, take_xnbd
@@ -114,6 +114,15 @@ def cold(name: str, title: str, unit: Unit, goal: Goal, probe: Cold, subject: Op
         _BARE: Contender("origin", probe),
     }
     return Measurement(name, title, unit, goal, contenders, references=(_BARE,))
+
+
+def web(name: str, title: str, unit: Unit, goal: Goal, probe: Cold, subject: Optional[Probe] = None) -> Measurement:
+    """*probe* of new proxies of a file on a web server, of which ours may have a *subject* of its own."""
+    contenders = {
+        "xnbd-proxy": Contender("xnbd-proxy-web", subject or probe),
+        "nbdkit-cache": Contender("nbdkit-cache-web", probe),
+    }
+    return Measurement(name, title, unit, goal, contenders)
 
 
 def warm(name: str, title: str, unit: Unit, load: Load) -> Measurement:
@@ -291,6 +300,25 @@ MEASUREMENTS: List[Measurement] = [
             _BARE: Contender("tls-origin", Cold()),
         },
         references=(_BARE,),
+    ),
+    web("proxy-web-read", "cold read 256 KiB, 8 in flight, from a web server", "MB/s", ratio(2.0), Cold()),
+    web("proxy-web-randread", "cold random read 4 KiB, 32 in flight, from there", "iops", ratio(1.2), _COLD_RANDOM),
+    web("proxy-web-cache-all", "--cache-all from there; nbdkit: cold read", "MB/s", ratio(2.0), Cold(), CacheAll()),
+    proxy_alone(
+        "proxy-web-slow",
+        "--cache-all from a web server, share of a 200 Mbit/s link",
+        "%",
+        at_least(90),
+        _SLOW_COPY,
+        "xnbd-proxy-web-slow",
+    ),
+    proxy_alone(
+        "proxy-web-memory",
+        "cold read from a web server, memory of the worker",
+        "MiB",
+        at_most(80),
+        BusyMemory(Cold()),
+        "xnbd-proxy-web",
     ),
 ]
 

@@ -37,6 +37,7 @@ from ...storage.bitmap import Bitmap
 from ...system.file_locks import RangeLocks, do_nothing
 from .files import write_back
 from .format import BEGUN, CHECKPOINT, NUMBER, PAGE, PAGE_SHIFT, SUCCEEDED, Layout
+from .versions import Versions
 
 _PAGES_AT_ONCE = 4096
 _MARKS = re.compile(rb"[^\x00]+")
@@ -77,6 +78,7 @@ class ProcessState:
         self._fills = RangeLocks(bitmap_fd)
         self._locks = RangeLocks(state_fd)
         self.write_back = write_back(state_fd)
+        self.versions = Versions(state_fd)
 
     @property
     def changed(self) -> bool:

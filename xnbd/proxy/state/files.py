@@ -185,6 +185,16 @@ def write_steering(state_fd: int, steering: Steering) -> None:
     write_back(state_fd).sync(state_fd)
 
 
+def read_section(state_fd: int, at: int, length: int) -> bytes:
+    return os.pread(state_fd, length, at)
+
+
+def write_section(state_fd: int, at: int, data: bytes) -> None:
+    """Replace a section, durably. `OPENING` is locked. Raises `OSError`."""
+    space.write_all(state_fd, memoryview(data), at)
+    write_back(state_fd).sync(state_fd)
+
+
 def write_back(state_fd: int) -> WriteBack:
     """Write-back of the cache and of the files, as far as a process without an image of its own is concerned."""
     return WriteBack(failure_record(state_fd))

@@ -5,6 +5,7 @@ offset                  content
 ======================  ==========================================================
 0                       header, 512 bytes: one sector, so that no power failure can
                         leave half of one
+1024                    versions of the origin's disk, optional: `proxy.state.versions`
 2048, 2056              numbers of the checkpoint begun last and of the last one
                         that succeeded, 8 bytes each, of the machine's own endianness
 2064                    the first write-back that failed, 16 bytes: `writeback.Record`

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 from ...errors import ConfigurationError
 from ...scoreboard.scoreboard import Scoreboard
@@ -17,6 +17,7 @@ from .checkpoint import ProcessState
 from .files import LEAVING_TIME
 from .format import SUFFIX, BadHeader, Header, Layout, Steering, layout_of, pack_header, parse_header
 from .known import was_switched
+from .versions import Version, Versions
 from .view import CacheView
 
 
@@ -88,6 +89,21 @@ class SharedState:
                 files.write_steering(state_fd, steering)
         finally:
             os.close(state_fd)
+
+    def agree_on_version(self, place: str, version: str, *, anew: bool = False) -> str:
+        """As `Versions.agree`; *anew*: as `Versions.replace`. Raises `OSError`."""
+        state_fd = reopen(self._state_fd, readonly=False)
+        try:
+            versions = Versions(state_fd)
+            if anew:
+                versions.replace(place, version)
+            return versions.agree(place, version)
+        finally:
+            os.close(state_fd)
+
+    def version_of(self, place: str) -> Optional[Version]:
+        """What is noted of the disk at *place*."""
+        return Versions(self._state_fd).of(place)
 
     @property
     def steering(self) -> Steering:

@@ -165,6 +165,8 @@ class Copier:
 
     def _wait(self, timeout: Optional[float] = None) -> None:
         self._loop.wait((), 0, _LOOK_AROUND if timeout is None else min(timeout, _LOOK_AROUND), results=True)
+        if self._fetcher.has_changed:
+            raise TaskFailed("the origin has another disk now: what is missing cannot be copied")
         finished, self._fetcher.finished = self._fetcher.finished, []
         now = monotonic()
         for ticket in finished:

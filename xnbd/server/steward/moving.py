@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Generator, Optional
 
@@ -11,7 +12,7 @@ from ...errors import CommandError, TaskFailed
 from ...logs import log
 from ...origin.address import parse_origin
 from ...origin.base import OriginAddress, OriginLost
-from ...origin.probe import probe
+from ...origin.probe import Found, probe
 from ...proxy.state.format import Steering
 from ...scoreboard.layout import TARGET
 from ...system.process import set_title
@@ -40,32 +41,36 @@ class Moving(Duty):
             address = parse_origin(uri, None, name)
         else:
             address = parse_origin(text_argument(request, "host") or "", text_argument(request, "port"), name)
-        size = yield from self._ask_size(address)
-        if size != self._source.size:
-            raise CommandError(f"the disk at {address} has {size} bytes, not {self._source.size}; nothing was changed")
+        found = yield from self._ask_what_is_there(address)
+        if found.size != self._source.size:
+            what = f"has {found.size} bytes, not {self._source.size}"
+            raise CommandError(f"the disk at {address} {what}; nothing was changed")
         yield from self._lock.acquire("reconnect")
         try:
-            self._reconnect_now(str(address))
+            self._reconnect_now(address, found.version)
         finally:
             self._lock.release()
         self._scoreboard.lines.wake_all()
         log.info("the origin is %s now", address)
         yield {"done": True, "address": str(address)}
 
-    def _reconnect_now(self, address: str) -> None:
+    def _reconnect_now(self, address: OriginAddress, version: str) -> None:
         """Raises `CommandError`, and then nothing was changed."""
         if self._scoreboard.mode == TARGET:
             raise CommandError("this is a plain target by now: it has no origin any more")
         try:
-            self._source.steer(Steering(switched=False, address=address))
+            noted = self._source.agree_on_version(address, version)
+            if noted != version:
+                raise CommandError(f"the disk at {address} was {noted} and is {version} now; nothing was changed")
+            self._source.steer(Steering(switched=False, address=str(address)))
         except ValueError as error:
             raise CommandError(str(error)) from error
         except OSError as error:
             raise CommandError(f"the address cannot be noted: {error.strerror}; nothing was changed") from error
-        self._scoreboard.origin.address = address
+        self._scoreboard.origin.address = str(address)
 
-    def _ask_size(self, address: OriginAddress) -> Generator[Optional[Message], None, int]:
-        """Bytes of the disk at *address*, asked by a child: an origin or a name server may take its time."""
+    def _ask_what_is_there(self, address: OriginAddress) -> Generator[Optional[Message], None, Found]:
+        """What *address* has, asked by a child: an origin or a name server may take its time."""
         child = self._children.start(partial(_ask, address, self._source.patience.connect))
         try:
             while not child.is_done():
@@ -75,13 +80,13 @@ class Moving(Duty):
             child.wait()
         if child.status:
             raise CommandError(f"{child.message or 'the process that asked it was stopped'}; nothing was changed")
-        return int(child.message)
+        return Found(*json.loads(child.message))
 
 
 def _ask(address: OriginAddress, timeout: float) -> str:
-    """The work of the child: the disk's size in bytes. Raises `TaskFailed`."""
+    """The work of the child: the `Found`, as JSON. Raises `TaskFailed`."""
     set_title("asking", str(address))
     try:
-        return str(probe(address, timeout=timeout))
+        return json.dumps(probe(address, timeout=timeout))
     except OriginLost as lost:
         raise TaskFailed(str(lost)) from lost

@@ -228,12 +228,15 @@ class QueryAnswers:
 
     def _origin(self, proxy: ProxySource, lines: List[Line]) -> Message:
         connected = sum(line.origin == REACHED for line in lines)
+        noted = proxy.version_at(parse_origin(self._origin_address(proxy)))
         unreachable = any(line.origin == UNREACHABLE for line in lines)
         return {
             "address": self._origin_address(proxy),
             "state": "unreachable" if unreachable else "connected" if connected else "idle",
             "error": next((line.trouble for line in lines if line.trouble), None),
             "connections": connected,
+            "version": noted.version if noted else None,
+            "changed": bool(noted and noted.changed),
         }
 
     def _checkpoint(self, dirty_pages: int) -> Message:

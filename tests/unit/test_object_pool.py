@@ -1,0 +1,72 @@
+"""The threads that make the calls of obstore."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from typing import Iterator, List, Tuple
+
+import pytest
+from server_process import wait_until
+
+from xnbd.origin.objects.pool import Pool
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool[int]]:
+    pool: Pool[int] = Pool(4)
+    yield pool
+    pool.close()
+
+
+def collect(pool: Pool[int], count: int) -> List[Tuple[int, int]]:
+    results: List[Tuple[int, int]] = []
+    poll = select.poll()
+    poll.register(pool.fileno(), select.POLLIN)
+    while len(results) < count:
+        assert poll.poll(30_000)
+        results += pool.take()
+    return results
+
+
+def test_results_come_with_their_numbers(pool: Pool[int]) -> None:
+    for number in range(1000):
+        pool.call(number, lambda number=number: 2 * number)  # type: ignore[misc]
+    assert sorted(collect(pool, 1000)) == [(number, 2 * number) for number in range(1000)]
+    poll = select.poll()
+    poll.register(pool.fileno(), select.POLLIN)
+    assert not poll.poll(0)
+
+
+def test_there_are_as_many_threads_as_calls_and_no_more_than_allowed(pool: Pool[int]) -> None:
+    go = threading.Event()
+    pool.call(0, threading.get_ident)
+    ((_, first),) = collect(pool, 1)
+    for number in range(9):
+        pool.call(number, lambda: go.wait(30) and threading.get_ident())
+    go.set()
+    used = {thread for _, thread in collect(pool, 9)}
+    assert len(used) == 4
+    assert first in used
+
+
+def test_the_threads_take_no_signal(pool: Pool[int]) -> None:
+    pool.call(0, lambda: len(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+    ((_, blocked),) = collect(pool, 1)
+    assert blocked >= 60
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_call_that_ends_after_the_close_writes_to_nobodys_file(pool: Pool[int]) -> None:
+    go, before = threading.Event(), threading.active_count()
+    pool.call(0, lambda: int(go.wait(30)))
+    pool.close()
+    reading, writing = os.pipe2(os.O_NONBLOCK)  # it may have the number that the pool's pipe had
+    go.set()
+    wait_until(lambda: threading.active_count() == before, "the thread's end")
+    with pytest.raises(BlockingIOError):
+        os.read(reading, 1)
+    os.close(reading)
+    os.close(writing)
