@@ -61,17 +61,17 @@ _COUNTED_AT_ONCE = 1 << 20
 
 
 class Bitmap:
-    """The bitmap of *blocks* blocks in the file behind *fd*, which has to have `bitmap_size` bytes.
+    """The bitmap of *blocks* blocks in the file behind *fd*, where `bitmap_size` bytes have to be *at* this offset.
 
     ``octets`` is the mapping itself, for those to whom a whole byte tells enough.
     The mapping duplicates *fd*, which stays the caller's; it has *spare* bytes more. With
     *readonly* no bit can be set.
     """
 
-    def __init__(self, fd: int, blocks: int, spare: int = 0, *, readonly: bool = False) -> None:
+    def __init__(self, fd: int, blocks: int, spare: int = 0, *, at: int = 0, readonly: bool = False) -> None:
         self.blocks = blocks
         rights = mmap.PROT_READ if readonly else mmap.PROT_READ | mmap.PROT_WRITE
-        self.octets = mmap.mmap(fd, bitmap_size(blocks) + spare, prot=rights)
+        self.octets = mmap.mmap(fd, bitmap_size(blocks) + spare, prot=rights, offset=at)
 
     def __contains__(self, block: int) -> bool:
         return bool(self.octets[block >> 3] >> (block & 7) & 1)

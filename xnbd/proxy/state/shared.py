@@ -12,10 +12,10 @@ from ...storage.target import reopen
 from ...storage.writeback import WriteBack, WriteBackFailed
 from ...system.kept import Kept
 from ...system.process import closed_on_error
-from . import belonging, copies, files
+from . import belonging, copies, files, mending
 from .checkpoint import ProcessState
 from .files import LEAVING_TIME
-from .format import SUFFIX, BadHeader, Header, Layout, Steering, layout_of, pack_header, parse_header
+from .format import SUFFIX, VERSION, BadHeader, Header, Layout, Steering, Times, layout_of, pack_header, parse_header
 from .known import was_switched
 from .view import CacheView
 
@@ -49,10 +49,12 @@ class SharedState:
         bitmap_fd, state_fd, scoreboard_fd = packed["fds"]
         layout = layout_of(disk_size)
         try:
-            files.read_header(state_fd)
+            version = files.read_header(state_fd).version
             header = parse_header(bytes.fromhex(packed["header"]))
         except BadHeader as error:
             raise ConfigurationError(f"{packed['path']}{SUFFIX} {error}") from None
+        if version != VERSION:
+            raise ConfigurationError(f"{packed['path']}{SUFFIX} has version {version}, which needs a restart to be read")
         if os.fstat(bitmap_fd).st_size != layout.bitmap_size:
             raise ConfigurationError(f"the bitmap {packed['path']} is of another format")
         return cls(packed["path"], (bitmap_fd, state_fd, scoreboard_fd), layout, header)
@@ -112,10 +114,12 @@ class SharedState:
             alone = files.is_alone(self._state_fd)
             self._checkpoint(cache_fd)
             if alone:
-                self.write_back.sync(self._bitmap_fd)
+                closed = Times(bitmap=files.stamp(self._bitmap_fd))
+                self.write_back.sync(self._bitmap_fd, metadata=True)
                 self.write_back.sync(cache_fd, metadata=True)  # its mark and its time of change, too
                 self._forget_broken_switch()
-                files.write_header(self._state_fd, self._closed_header(cache_fd))
+                mending.end_exposure(self._state_fd, self._layout)
+                files.write_closed_header(self._state_fd, self._closed_header(cache_fd)._replace(closed=closed))
         except WriteBackFailed:
             files.put_header(self._state_fd, self._header)
             raise
