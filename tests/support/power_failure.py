@@ -37,13 +37,16 @@ from xnbd.proxy.state import (
     creation,
     entry,
     files,
+    mending,
     opening,
     resumption,
     scoreboard_file,
     shared,
+    written,
 )
 from xnbd.proxy.state.belonging import ATTRIBUTE
 from xnbd.proxy.state.checkpoint import ProcessState
+from xnbd.proxy.state.format import Layout, layout_of
 from xnbd.proxy.state.opening import open_state
 from xnbd.proxy.state.shared import SharedState
 from xnbd.storage import bitmap, writeback
@@ -54,7 +57,10 @@ from xnbd.system.file_locks import RangeLocks
 
 SECTOR = 512
 ORIGIN = "nbd://origin/disk"
-_STATE = (belonging, checkpoint, copies, creation, entry, files, opening, resumption, scoreboard_file, shared)
+_STATE = (
+    *(belonging, checkpoint, copies, creation, entry, files, mending, opening, resumption, scoreboard_file, shared),
+    written,
+)
 _TRACED = {module.__file__ for module in (*_STATE, bitmap, file_locks, writeback)}
 
 
@@ -111,6 +117,12 @@ class _File:
         os.utime(path, ns=(changed, changed))
 
 
+def _used_pages(layout: Layout) -> List[int]:
+    """The pages of a state file that anything is ever written to."""
+    parts = ((0, layout.former_size), (layout.exposed, layout.sums + 4 * layout.pages), (layout.written, layout.size))
+    return [page for start, stop in parts for page in range(start // BLOCK, -(-stop // BLOCK))]
+
+
 def _mark_of(fd: int) -> Tuple[bytes, int]:
     """The mark of a cache image, and when it was changed."""
     try:
@@ -142,12 +154,20 @@ class Recorder:
         for found in os.scandir(self.directory):
             names[found.name] = found.inode()
             if found.inode() not in self._files:
-                watched = self._watched if found.name == "cache" else [0] if found.name.endswith(".board") else None
-                self._files[found.inode()] = _File(os.open(found.path, os.O_RDONLY), watched)
+                fd = os.open(found.path, os.O_RDONLY)
+                self._files[found.inode()] = _File(fd, self._pages_of(found.name))
         if self._names[-1] != names:
             self._names.append(names)
         for file in self._files.values():
             file.observe()
+
+    def _pages_of(self, name: str) -> Optional[List[int]]:
+        """Those that are looked at; None: all of them."""
+        if name == "cache":
+            return self._watched
+        if name.endswith(".board"):
+            return [0]
+        return _used_pages(layout_of((self.directory / "cache").stat().st_size)) if ".state" in name else None
 
     def synced(self, fd: int, *, marks: bool) -> None:
         if self.paused:

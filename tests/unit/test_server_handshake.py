@@ -150,7 +150,7 @@ def test_export_name_keeps_what_was_negotiated_before() -> None:
     machine = fresh(structured=True)
     ask(machine, raw.SET_META_CONTEXT, context_data("disk", "base:allocation"))
     assert machine.on_option(raw.EXPORT_NAME, b"disk")[8:] == struct.pack(">H", 0x056D | SEND_DF)
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=True, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, contexts=("base:allocation",), ordered=False)
 
 
 # ABORT and LIST
@@ -300,7 +300,7 @@ def test_list_selects_nothing() -> None:
     machine = fresh(structured=True)
     ask(machine, raw.LIST_META_CONTEXT, context_data("disk", "base:allocation"))
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=False, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, ordered=False)
 
 
 def test_list_leaves_what_was_set() -> None:
@@ -308,7 +308,7 @@ def test_list_leaves_what_was_set() -> None:
     ask(machine, raw.SET_META_CONTEXT, context_data("disk", "base:allocation"))
     ask(machine, raw.LIST_META_CONTEXT, context_data("disk"))
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=True, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, contexts=("base:allocation",), ordered=False)
 
 
 def test_set_selects_allocation_once_however_often_it_is_asked_for() -> None:
@@ -316,7 +316,7 @@ def test_set_selects_allocation_once_however_often_it_is_asked_for() -> None:
     data = context_data("disk", "base:allocation", "base:allocation")
     assert ask(machine, raw.SET_META_CONTEXT, data) == [ALLOCATION, OK]
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=True, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, contexts=("base:allocation",), ordered=False)
 
 
 @pytest.mark.parametrize("queries", [(), ("base:",)])
@@ -324,7 +324,7 @@ def test_set_without_a_full_name_selects_nothing(queries: Tuple[str, ...]) -> No
     machine = fresh(structured=True)
     assert ask(machine, raw.SET_META_CONTEXT, context_data("disk", *queries)) == [OK]
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=False, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, ordered=False)
 
 
 @pytest.mark.parametrize("name", ["", "other"])
@@ -332,7 +332,7 @@ def test_contexts_set_for_another_name_than_that_of_go_are_not_active(name: str)
     machine = fresh(structured=True)
     assert ask(machine, raw.SET_META_CONTEXT, context_data(name, "base:allocation"))[-1] == OK
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=False, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, ordered=False)
 
 
 FAILING_SETS = {
@@ -353,7 +353,7 @@ def test_a_failed_set_clears_what_an_earlier_one_set(data: bytes, error: int) ->
     ask(machine, raw.SET_META_CONTEXT, context_data("disk", "base:allocation"))
     assert error_of(ask(machine, raw.SET_META_CONTEXT, data)) == error
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=False, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, ordered=False)
 
 
 def test_a_later_set_replaces_an_earlier_one() -> None:
@@ -361,7 +361,7 @@ def test_a_later_set_replaces_an_earlier_one() -> None:
     ask(machine, raw.SET_META_CONTEXT, context_data("other", "base:allocation"))
     ask(machine, raw.SET_META_CONTEXT, context_data("disk", "base:allocation"))
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=True, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, contexts=("base:allocation",), ordered=False)
 
 
 # Many options, and any
@@ -454,7 +454,7 @@ def test_without_structured_replies_their_options_are_unknown() -> None:
     for option in (raw.STRUCTURED_REPLY, raw.LIST_META_CONTEXT, raw.SET_META_CONTEXT):
         assert error_of(ask(machine, option)) == raw.ERR_UNSUP
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=False, allocation=False, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=False, ordered=False)
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def test_starttls_is_acknowledged_and_all_before_it_is_forgotten() -> None:
     assert len(secured.on_option(raw.EXPORT_NAME, b"disk")) == 10  # no zeros: the flags are remembered
     assert secured.agreement is not None
     assert not secured.agreement.structured
-    assert not secured.agreement.allocation
+    assert not secured.agreement.contexts
 
 
 def test_starttls_with_data_and_without_tls_is_refused() -> None:

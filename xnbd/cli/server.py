@@ -39,9 +39,9 @@ Listening options:
                         request.
   --negotiated FEATURES
                         What that wrapper has negotiated, separated by commas:
-                        newstyle, structured, allocation. Without it replies
-                        are simple ones in the order of the requests, which
-                        suits every client.
+                        newstyle, structured, allocation, cached, written.
+                        Without it replies are simple ones in the order of the
+                        requests, which suits every client.
 
 Access options:
   --tls-authz FILE      Let clients open the disk as FILE says, and nobody else:

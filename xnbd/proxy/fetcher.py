@@ -26,7 +26,6 @@ from ..storage.blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop
 from ..storage.image import Background, Ticket
 from ..storage.target import TargetImage
 from .arrivals import Arrivals
-from .block_locks import BlockLocks
 from .fetch_queue import Fetch, FetchQueue
 from .flow_window import FlowWindow
 from .locking import HELD, LATER, Locking
@@ -56,7 +55,7 @@ class Fetcher(Background):
         self._queue = FetchQueue(timed=patience.origin is not None)
         self.need_block = self._queue.need_block
         """What `need` does, for one block that is not local."""
-        self.locking = Locking(cache, state.bitmap, BlockLocks(state.fd), self._queue)
+        self.locking = Locking(cache, state, self._queue)
         self.arrivals = Arrivals(cache, state.bitmap, self._queue, whereabouts.scoreboard)
         self.on_data = self.arrivals.on_data
         self.on_hole = self.arrivals.on_hole

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..origin.base import OriginAddress
@@ -26,6 +27,7 @@ from ..storage.image import (
     Image,
     NotLocal,
     Parcel,
+    Part,
     Source,
     Ticket,
     file_identity,
@@ -73,7 +75,9 @@ class ProxyImage(Image):
         self._cache = cache
         self._state = state
         self.bitmap = state.bitmap
+        self._written = state.written
         self._octets = state.bitmap.octets
+        self._written_octets = state.written.octets
         self._readahead = Readahead(block_count(self.size), readahead >> BLOCK_SHIFT)
         self._marks = self._readahead.marks
         self._in_hand: Optional[InHand] = None
@@ -148,20 +152,23 @@ class ProxyImage(Image):
         byte = offset >> 15
         if not length:
             return
-        if self._octets[byte] == 0xFF and (offset + length - 1) >> 15 == byte:
+        if self._written_octets[byte] == 0xFF and self._octets[byte] == 0xFF and (offset + length - 1) >> 15 == byte:
             self._cache.write(offset, data)
             return
         first, end = touched(offset, length)
-        if self.bitmap.all_set(first, end):
+        if self._is_ours(first, end):
             self._cache.write(offset, data)
             return
         self._demand_edges(offset, length)
-        self._borrow(first, end)
-        try:
-            self._cache.write(offset, data)
-            self._locking.mark_local(first, end)
-        finally:
-            self._locking.give_back(first, end)
+        if not self._locking.write(first, end, partial(self._cache.write, offset, data)):
+            raise NotLocal(self._locking.next_turn(first, end))
+
+    def _is_ours(self, first: int, end: int) -> bool:
+        """Whether clients have written all of these blocks before, so that they need no more than to be written."""
+        if end - first == 1:
+            mask = 1 << (first & 7)
+            return bool(self._written_octets[first >> 3] & self._octets[first >> 3] & mask)
+        return self._written.all_set(first, end) and self.bitmap.all_set(first, end)
 
     def _demand_edges(self, offset: int, length: int) -> None:
         """Raises `NotLocal` unless the blocks that the range covers in part only are local."""
@@ -222,22 +229,19 @@ class ProxyImage(Image):
         head, tail = block_start(first), block_stop(end - 1, self.size)
         self.write(offset, bytes(head - offset))
         self.write(tail, bytes(stop - tail))
-        for run_first, run_end, local in list(self.bitmap.runs(first, end)):
-            if local:
-                at = block_start(run_first)
-                self._cache.write_zeroes(at, block_stop(run_end - 1, self.size) - at, may_trim=may_trim, fast=fast)
+        for run_first, run_end, written in list(self._written.runs(first, end)):
+            zero = partial(self._zero_blocks, may_trim=may_trim, fast=fast)
+            if written and self.bitmap.all_set(run_first, run_end):
+                zero(run_first, run_end)
                 continue
             for step in range(run_first, run_end, _STEP):
-                self._zero_blocks(step, min(step + _STEP, run_end), may_trim, fast)
+                step_end = min(step + _STEP, run_end)
+                if not self._locking.write(step, step_end, partial(zero, step, step_end)):
+                    raise NotLocal(self._locking.next_turn(step, step_end))
 
-    def _zero_blocks(self, first: int, end: int, may_trim: bool, fast: bool) -> None:
-        self._borrow(first, end)
-        try:
-            at = block_start(first)
-            self._cache.write_zeroes(at, block_stop(end - 1, self.size) - at, may_trim=may_trim, fast=fast)
-            self._locking.mark_local(first, end)
-        finally:
-            self._locking.give_back(first, end)
+    def _zero_blocks(self, first: int, end: int, *, may_trim: bool, fast: bool) -> None:
+        at = block_start(first)
+        self._cache.write_zeroes(at, block_stop(end - 1, self.size) - at, may_trim=may_trim, fast=fast)
 
     def flush(self) -> None:
         self._state.checkpoint(self._cache.fd, self.on_wait)
@@ -262,6 +266,18 @@ class ProxyImage(Image):
                 yield from self._cache.extents(at, count)
             else:
                 yield Extent(count, hole=False)
+
+    def cached(self, offset: int, length: int) -> Iterator[Part]:
+        for _, count, local in self.bitmap.parts(offset, length):
+            yield Part(count, local)
+
+    def written(self, offset: int, length: int) -> Iterator[Part]:
+        """Of a block that is not here yet, a mark says nothing."""
+        for at, count, written in self._written.parts(offset, length):
+            if written:
+                yield from self.cached(at, count)
+            else:
+                yield Part(count, so=False)
 
     def data_until(self, offset: int) -> int:
         first = offset >> BLOCK_SHIFT

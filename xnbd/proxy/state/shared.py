@@ -54,7 +54,7 @@ class SharedState:
         except BadHeader as error:
             raise ConfigurationError(f"{packed['path']}{SUFFIX} {error}") from None
         if version != VERSION:
-            raise ConfigurationError(f"{packed['path']}{SUFFIX} has version {version}, which needs a restart to be read")
+            raise ConfigurationError(f"{packed['path']}{SUFFIX} has version {version}, which only a restart can read")
         if os.fstat(bitmap_fd).st_size != layout.bitmap_size:
             raise ConfigurationError(f"the bitmap {packed['path']} is of another format")
         return cls(packed["path"], (bitmap_fd, state_fd, scoreboard_fd), layout, header)
