@@ -57,9 +57,8 @@ def test_all_that_a_proxy_makes_has_the_mode_that_was_asked_for(
     files = CacheFiles(made)
     options = [*options, "--pidfile", str(made / "pid"), "--logpath", str(made / "log")]
     server = start(*files.arguments(far.uri, *options), prefix=OPEN_UMASK)
-    assert modes(made) == dict.fromkeys(
-        ["cache.img", "cache.bitmap", "cache.bitmap.state", "cache.bitmap.board", "pid", "log"], mode
-    )
+    beside = [f"cache.bitmap{suffix}" for suffix in (".state", ".board", ".sums", ".checked")]
+    assert modes(made) == dict.fromkeys(["cache.img", "cache.bitmap", *beside, "pid", "log"], mode)
     server.stop()
 
 
@@ -119,7 +118,7 @@ def test_what_others_have_put_in_the_way_is_neither_used_nor_followed(
 ) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(b"v" * 5000)
-    names = [f"cache.bitmap{end}" for end in (".new", ".state.new", ".board")]
+    names = [f"cache.bitmap{end}" for end in (".new", ".state.new", ".sums", ".checked", ".board")]
     for name in names:
         obstacles(files.image.parent / name, victim, kind)
     server = start(*files.arguments(far.uri))

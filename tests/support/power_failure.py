@@ -165,7 +165,7 @@ class Recorder:
         """Those that are looked at; None: all of them."""
         if name == "cache":
             return self._watched
-        if name.endswith(".board"):
+        if name.endswith((".board", ".checked")):
             return [0]
         return _used_pages(layout_of((self.directory / "cache").stat().st_size)) if ".state" in name else None
 

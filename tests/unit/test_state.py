@@ -267,6 +267,8 @@ def test_servers_that_start_at_once_agree(cache: Cache) -> None:
             "bitmap",
             "bitmap.state",
             "bitmap.board",
+            "bitmap.sums",
+            "bitmap.checked",
         }
 
 

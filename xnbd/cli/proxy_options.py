@@ -9,6 +9,7 @@ from ..origin.address import parse_origin
 from ..origin.base import OriginAddress
 from ..proxy.image import DEFAULT_READAHEAD
 from ..proxy.origin_link import Patience
+from ..proxy.verification import Verify
 from .values import USAGE_ERROR, CommandLine
 
 
@@ -23,6 +24,7 @@ class ProxyOptions(NamedTuple):
     adopt: bool = False
     patience: Patience = Patience()
     readahead: int = DEFAULT_READAHEAD
+    verify: Verify = Verify.FIRST
 
 
 def proxy_options(line: CommandLine, paths: Mapping[str, str]) -> ProxyOptions:
@@ -39,7 +41,16 @@ def proxy_options(line: CommandLine, paths: Mapping[str, str]) -> ProxyOptions:
         adopt=line.has("--adopt-cache"),
         patience=Patience(connect, answer),
         readahead=readahead,
+        verify=_verify(line),
     )
+
+
+def _verify(line: CommandLine) -> Verify:
+    text = line.text("--verify")
+    try:
+        return Verify.FIRST if text is None else Verify(text)
+    except ValueError:
+        raise ConfigurationError(f"--verify {text}: that is never, first or always", USAGE_ERROR) from None
 
 
 def _origin(line: CommandLine) -> OriginAddress:

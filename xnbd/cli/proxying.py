@@ -51,6 +51,7 @@ def _settings(options: ProxyOptions, size: int) -> ProxySettings:
         address=options.origin,
         patience=options.patience,
         readahead=options.readahead,
+        verify=options.verify,
     )
 
 

@@ -87,6 +87,10 @@ Proxy options:
   --adopt-cache         Believe that CACHE_DISK_IMAGE holds all that
                         CACHE_BITMAP_IMAGE says, whatever speaks against it:
                         after they were restored, moved or changed together.
+  --verify WHEN         Check blocks that were fetched against their checksums:
+                        "first" does when a block is first read after the start,
+                        "always" whenever it is read, "never" not at all. A
+                        damaged one is fetched again (default: first).
   -Q, --max-queue-size N
                         Requests of one client that may wait for the other
                         server before no more are received from it (default: 0,

@@ -42,6 +42,7 @@ _PROXY_OPTIONS = (
     "--max-queue-size",
     "--max-buf-size",
     "--readahead",
+    "--verify",
     "--connect-timeout",
     "--origin-timeout",
 )
@@ -118,9 +119,10 @@ def _files_beside(bitmap_path: Optional[str]) -> Dict[str, str]:
     """What is made beside a proxy's bitmap."""
     if bitmap_path is None:
         return {}
-    from ..proxy.state.format import SCOREBOARD_SUFFIX, SUFFIX
+    from ..proxy.state.format import CHECKED_SUFFIX, SCOREBOARD_SUFFIX, SUFFIX, SUMS_SUFFIX
 
-    return {f"CACHE_BITMAP_IMAGE{suffix}": bitmap_path + suffix for suffix in (SUFFIX, SCOREBOARD_SUFFIX)}
+    suffixes = (SUFFIX, SCOREBOARD_SUFFIX, SUMS_SUFFIX, CHECKED_SUFFIX)
+    return {f"CACHE_BITMAP_IMAGE{suffix}": bitmap_path + suffix for suffix in suffixes}
 
 
 def _log_options(line: CommandLine, path: Optional[str]) -> LogOptions:

@@ -42,7 +42,9 @@ from .readahead import Readahead
 from .state.checkpoint import ProcessState
 from .state.format import Steering
 from .state.shared import SharedState
+from .state.sums import sums_of
 from .state.view import CacheView
+from .verification import Verification, Verify
 
 DEFAULT_READAHEAD = 8 << 20
 
@@ -64,6 +66,8 @@ class ProxyImage(Image):
         *,
         readonly: bool,
         readahead: int = DEFAULT_READAHEAD,
+        verify: Verify = Verify.FIRST,
+        name: str = "",
     ) -> None:
         self.size = cache.size
         self.readonly = readonly
@@ -76,11 +80,15 @@ class ProxyImage(Image):
         self._state = state
         self.bitmap = state.bitmap
         self._written = state.written
-        self._octets = state.bitmap.octets
+        self._sums = state.integrity.sums
+        self.verification = Verification(cache, state, self._locking, verify, name)
+        self._trusted = self.verification.trusted
+        self._octets = self._trusted.octets
         self._written_octets = state.written.octets
         self._readahead = Readahead(block_count(self.size), readahead >> BLOCK_SHIFT)
         self._marks = self._readahead.marks
         self._in_hand: Optional[InHand] = None
+        self._whole = False
         self.readable: Callable[[], int] = self._readable
         self._readable()
 
@@ -88,13 +96,18 @@ class ProxyImage(Image):
         length = self._cache.readable()
         assert self._cache.flat is not None
         self._view = self._cache.flat
-        self.flat = self._view if self._scoreboard.mode else None  # nothing is missing: no need to look at the bitmap
+        # Where nothing is missing, and all is known to be right, there is no need to look at bitmaps.
+        self.flat = self._view if self._scoreboard.mode and (self._whole or self._trusts_all()) else None
         return length
 
-    def count_in(self, counts: List[int]) -> None:
-        self._counts = self.fetcher.arrivals.counts = counts
+    def _trusts_all(self) -> bool:
+        self._whole = self.verification.trusts_all()
+        return self._whole
 
-    # A byte of the bitmap speaks for 32 KiB (1 << 15). Most requests lie within one.
+    def count_in(self, counts: List[int]) -> None:
+        self._counts = self.fetcher.arrivals.counts = self.verification.counts = counts
+
+    # A byte of the map of trusted blocks speaks for 32 KiB (1 << 15). Most requests lie within one.
 
     def read(self, offset: int, length: int) -> List[memoryview]:
         stop = offset + length
@@ -121,7 +134,7 @@ class ProxyImage(Image):
         if length > _SHORT:
             return self.read(offset, length)
         first, end = touched(offset, length)
-        if not (self._octets[first >> 3] >> (first & 7) & 1 if end - first == 1 else self.bitmap.all_set(first, end)):
+        if not (self._octets[first >> 3] >> (first & 7) & 1 if end - first == 1 else self._trusted.all_set(first, end)):
             return self.read(offset, length)
         data = os.pread(self._cache.fd, length, offset)
         return [memoryview(data)] if len(data) == length else self.read(offset, length)
@@ -131,14 +144,13 @@ class ProxyImage(Image):
             self.fetcher.bring_ahead(*blocks)
 
     def _demand(self, first: int, end: int) -> None:
-        """Raises `NotLocal` unless these blocks are all here; then they are on their way."""
+        """Raises `NotLocal` unless these blocks are all here, and right; then they are on their way."""
         ticket: Optional[Ticket]
-        in_hand = self._in_hand
         if end - first == 1:
-            if self._octets[first >> 3] >> (first & 7) & 1 or (in_hand is not None and in_hand.has_missing(first, end)):
+            if self._octets[first >> 3] >> (first & 7) & 1 or self._has(first, end):
                 return
             ticket = self.fetcher.need_block(first)
-        elif self.bitmap.all_set(first, end) or (in_hand is not None and in_hand.has_missing(first, end)):
+        elif self._trusted.all_set(first, end) or self._has(first, end):
             return
         else:
             ticket = self.fetcher.need(first, end)
@@ -146,6 +158,11 @@ class ProxyImage(Image):
         if ticket is not None:
             self._counts[MISSES] += 1
             raise NotLocal(ticket)
+
+    def _has(self, first: int, end: int) -> bool:
+        """Whether these blocks are here, or in hand, once those that nobody has checked are."""
+        self.verification.check(first, end)
+        return self.bitmap.all_set(first, end) or (self._in_hand is not None and self._in_hand.has_missing(first, end))
 
     def write(self, offset: int, data: Buffer) -> None:
         length = len(data)
@@ -159,8 +176,8 @@ class ProxyImage(Image):
         if self._is_ours(first, end):
             self._cache.write(offset, data)
             return
-        self._demand_edges(offset, length)
-        if not self._locking.write(first, end, partial(self._cache.write, offset, data)):
+        partly = self._demand_edges(offset, length)
+        if not self._locking.write(first, end, partial(self._cache.write, offset, data), partly):
             raise NotLocal(self._locking.next_turn(first, end))
 
     def _is_ours(self, first: int, end: int) -> bool:
@@ -168,18 +185,22 @@ class ProxyImage(Image):
         if end - first == 1:
             mask = 1 << (first & 7)
             return bool(self._written_octets[first >> 3] & self._octets[first >> 3] & mask)
-        return self._written.all_set(first, end) and self.bitmap.all_set(first, end)
+        return self._written.all_set(first, end) and self._trusted.all_set(first, end)
 
-    def _demand_edges(self, offset: int, length: int) -> None:
-        """Raises `NotLocal` unless the blocks that the range covers in part only are local."""
+    def _demand_edges(self, offset: int, length: int) -> List[int]:
+        """The blocks that the range covers in part only. Raises `NotLocal` unless they are local, and right."""
         first, end = touched(offset, length)
         inner, inner_end = covered(offset, length, self.size)
-        if inner > first:
-            self._demand_block(first)
+        partly = [first] if inner > first else []
         if inner_end < end and end - 1 >= inner:
-            self._demand_block(end - 1)
+            partly.append(end - 1)
+        for block in partly:
+            self._demand_block(block)
+        return partly
 
     def _demand_block(self, block: int) -> None:
+        if block not in self._trusted:
+            self.verification.check(block, block + 1)
         if self._in_hand is not None and self._in_hand.has_missing(block, block + 1):
             self._keep(block, self._in_hand)
         if block not in self.bitmap:
@@ -202,7 +223,9 @@ class ProxyImage(Image):
         try:
             if block not in self.bitmap:
                 at = block_start(block)
-                self._cache.write(at, b"".join(in_hand.unpack(at, block_stop(block, self.size) - at)))
+                data = b"".join(in_hand.unpack(at, block_stop(block, self.size) - at))
+                self._cache.write(at, data)
+                self._sums.note(block, sums_of(data))
                 self._locking.mark_local(block, block + 1)
         finally:
             self._locking.give_back(block, block + 1)
@@ -231,7 +254,7 @@ class ProxyImage(Image):
         self.write(tail, bytes(stop - tail))
         for run_first, run_end, written in list(self._written.runs(first, end)):
             zero = partial(self._zero_blocks, may_trim=may_trim, fast=fast)
-            if written and self.bitmap.all_set(run_first, run_end):
+            if written and self._trusted.all_set(run_first, run_end):
                 zero(run_first, run_end)
                 continue
             for step in range(run_first, run_end, _STEP):
@@ -287,6 +310,7 @@ class ProxyImage(Image):
 
     def close(self) -> None:
         self.fetcher.close()
+        self.verification.close()
         self._cache.close()
         self._state.close()
 
@@ -350,6 +374,8 @@ class ProxySource(Source[Scoreboard]):
             settings.patience,
             readonly=settings.readonly,
             readahead=settings.readahead,
+            verify=settings.verify,
+            name=self.name,
         )
 
     def is_whole(self, scoreboard: Scoreboard) -> bool:
@@ -411,3 +437,4 @@ class ProxySettings(NamedTuple):
     address: OriginAddress
     patience: Patience
     readahead: int
+    verify: Verify = Verify.FIRST

@@ -10,7 +10,7 @@ import errno
 import os
 from math import inf
 from time import monotonic, thread_time
-from typing import Callable, List, Optional, Union
+from typing import Callable, List, Optional, Sequence, Union
 
 from ..logs import about, log
 from ..storage.image import Ticket
@@ -40,6 +40,7 @@ class Locking:
         self._cache = cache
         self._bitmap = state.bitmap
         self._written = state.written
+        self._checked = state.integrity.checked
         self._locks = BlockLocks(state.fd)
         self._queue = queue
         self._retry: LockRetry[Union[Fetch, Ticket]] = LockRetry()
@@ -59,14 +60,17 @@ class Locking:
             raise stranger
         return False
 
-    def write(self, first: int, end: int, write: Callable[[], None]) -> bool:
-        """Have a client *write* these blocks, whole ones if they are missing; False if another process has some.
+    def write(self, first: int, end: int, write: Callable[[], None], partly: Sequence[int] = ()) -> bool:
+        """Have a client *write* these blocks, whole ones but for those that are written *partly*.
 
+        False if another process has some, or if of those some are not local (any more).
         Raises like `borrow`, and what *write* raises.
         """
         if not self.borrow(first, end):
             return False
         try:
+            if any(block not in self._bitmap for block in partly):
+                return False
             some_here = self._bitmap.any_set(first, end)
             if some_here:  # and may not be taken for the origin's any more
                 self._written.set(first, end)
@@ -81,7 +85,13 @@ class Locking:
     def mark_local(self, first: int, end: int) -> None:
         """These blocks, which are borrowed, have come in another way: what is still fetched of them is not kept."""
         self._bitmap.set(first, end)
+        self._checked.set(first, end)
         self._queue.note_written(first, end)
+
+    def mark_missing(self, block: int) -> None:
+        """This block, which is borrowed, is damaged: it has to be fetched again."""
+        self._checked.clear(block)
+        self._bitmap.clear(block)
 
     def give_back(self, first: int, end: int) -> None:
         """Let go of blocks that were borrowed."""

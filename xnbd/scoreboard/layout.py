@@ -62,6 +62,7 @@ COUNTERS = (
     Counter("bytes_written", "bytes that clients have written"),
     Counter("misses", "requests that had to wait for the origin"),
     Counter("bytes_fetched", "bytes fetched from the origin"),
+    Counter("damaged", "blocks of the cache found damaged, which were fetched again if they were read"),
 )
 
 _NUMBERS = f"{sum(counter.places for counter in COUNTERS)}Q"

@@ -4,9 +4,9 @@ The layout is that of the C xNBD: little-endian 64-bit words, least significant 
 first, the length rounded up to whole words, no header. As bytes: block *n* is bit
 ``n % 8`` of byte ``n // 8``. Bits beyond the last block count nowhere.
 
-A bit that is set stays set. Setting one rewrites its byte, so whoever sets holds
-the lock of that byte (`system.file_locks`); looking needs no lock, and what it finds
-unset may be set a moment later.
+Setting a bit, or taking it away, rewrites its byte, so whoever does that holds the
+lock of that byte (`system.file_locks`); looking needs no lock, and what it finds unset
+may be set a moment later.
 """
 
 from __future__ import annotations
@@ -100,6 +100,10 @@ class Bitmap:
         octets[start + 1 : stop] = b"\xff" * (stop - start - 1)
         if tail:
             octets[stop] |= tail
+
+    def clear(self, block: int) -> None:
+        """Take the bit of *block* away. The caller holds the lock of its byte."""
+        self.octets[block >> 3] &= ~(1 << (block & 7)) & 0xFF
 
     def runs(self, first: int, end: int) -> Iterator[Tuple[int, int, bool]]:
         """The blocks from *first* up to *end* as runs of equal bits: first, end, whether set."""

@@ -5,7 +5,7 @@ their bytes from before the mark until after the bits. A checkpoint, one at a ti
 
 1. claims the dirty pages: notes them as claimed, then takes the mark away;
 2. looks which of them are locked by others, then copies all of them;
-3. syncs the cache image: the data of all bits in the copies;
+3. syncs the cache image, and the checksums: the data of all bits in the copies;
 4. notes the checksums of their pages of the written map, writes the copies to the
    durable copy of the bitmap, and syncs the state file: copy, written map, checksums;
 5. lets go of the claimed pages that were not locked in step 2.
@@ -31,12 +31,13 @@ import math
 import mmap
 import os
 import re
-from typing import Callable, List
+from typing import Callable, List, Optional
 
 from ...storage import space
 from ...system.file_locks import RangeLocks, do_nothing
 from .files import write_back
 from .format import BEGUN, CHECKPOINT, NUMBER, PAGE, SUCCEEDED, Layout
+from .sums import Integrity
 from .written import DirtyMarks, MarkingBitmap, WrittenMap
 
 _PAGES_AT_ONCE = 4096
@@ -50,7 +51,8 @@ class ProcessState:
     ``fd`` is the live bitmap: locks on its bytes have to be taken through it.
     """
 
-    def __init__(self, bitmap_fd: int, state_fd: int, layout: Layout) -> None:
+    def __init__(self, bitmap_fd: int, state_fd: int, layout: Layout, integrity: Optional[Integrity] = None) -> None:
+        """Who only makes checkpoints needs no *integrity*, which is owned too."""
         self.fd = bitmap_fd
         self._state_fd = state_fd
         self._layout = layout
@@ -61,6 +63,13 @@ class ProcessState:
         self._locks = RangeLocks(state_fd)
         self.write_back = write_back(state_fd)
         self.written = WrittenMap(state_fd, layout, marks, self.write_back.sync)
+        self._integrity = integrity
+
+    @property
+    def integrity(self) -> Integrity:
+        """The checksums, and which blocks are known to be right."""
+        assert self._integrity is not None
+        return self._integrity
 
     @property
     def changed(self) -> bool:
@@ -125,6 +134,8 @@ class ProcessState:
         free = [page for page in pages if not self._fills.held_elsewhere(page * PAGE, PAGE)]
         copies = [live[page * PAGE : (page + 1) * PAGE] for page in pages]
         self._sync_cache(cache_fd)
+        if self._integrity is not None:
+            self._integrity.sums.sync(self.write_back.sync)
         for page, copy in zip(pages, copies):
             self.written.note_sum(page)
             space.write_all(self._state_fd, memoryview(copy), layout.durable + page * PAGE)
@@ -144,6 +155,8 @@ class ProcessState:
     def close(self) -> None:
         self.bitmap.octets.close()
         self.written.close()
+        if self._integrity is not None:
+            self._integrity.close()
         self._head.close()
         os.close(self.fd)
         os.close(self._state_fd)

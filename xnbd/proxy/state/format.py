@@ -49,6 +49,8 @@ from .belonging import NO_TIE, Tie
 
 SUFFIX = ".state"
 SCOREBOARD_SUFFIX = ".board"
+SUMS_SUFFIX = ".sums"
+CHECKED_SUFFIX = ".checked"
 """What is appended to the name of the bitmap."""
 
 PAGE = 4096

@@ -23,6 +23,7 @@ from .entry import Entry
 from .format import NO_BOOT, VERSION, BadHeader, Header, identity, readable
 from .known import was_switched
 from .scoreboard_file import refuse_other_version
+from .sums_file import sync_sums
 from .verdict import Facts, Trust, Verdict, judge, trust_in_marks
 
 
@@ -104,6 +105,7 @@ class _Resumption:
         self._entry = entry
         self._state_fd = state_fd
         self._found = found
+        entry.former_sessions = {found.tie.session, found.tie.previous}
         mounts = belonging.mount_of(entry.cache_fd), belonging.mount_of(state_fd)
         same_mounts = found.tie.id == NO_ID or (found.tie.cache_mount, found.tie.state_mount) == mounts
         self._lived = found.boot_id == entry.header.boot_id and same_mounts
@@ -240,6 +242,7 @@ class _Resumption:
         facts = self._facts._replace(failed=files.read_failure(state_fd) is not None)
         told = found.version == VERSION
         trust = trust_in_marks(verdict, facts, told=told, switched=self._switched)
+        entry.has_clean_blocks = trust is not Trust.NOTHING
         if trust is Trust.MAP and self._untouched:
             return
         doubtful = mending.settle(bitmap_fd, state_fd, entry.layout, trust, closed=found.clean)
@@ -253,6 +256,7 @@ class _Resumption:
         state_fd, layout = self._state_fd, self._entry.layout
         for difference in copies.differences(bitmap_fd, state_fd, layout):
             copies.claim(state_fd, layout, difference.page)
+        sync_sums(self._entry)
         process = ProcessState(reopen(bitmap_fd, readonly=False), reopen(state_fd, readonly=False), layout)
         with closing(process):
             if process.changed:

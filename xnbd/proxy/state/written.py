@@ -68,6 +68,11 @@ class MarkingBitmap(Bitmap):
         self._marks.note(first, end)
         Bitmap.set(self, first, end)
 
+    def clear(self, block: int) -> None:
+        """Take the bit of *block* away, likewise."""
+        self._marks.note(block, block + 1)
+        Bitmap.clear(self, block)
+
 
 class WrittenMap(Bitmap):
     """The written map in the state file behind *fd*, which *sync* makes durable: that raises `WriteBackFailed`."""
