@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
 from pathlib import Path
 from typing import Iterable, List
 
@@ -11,6 +13,7 @@ import nbd
 import pytest
 from caching import BLOCK, CacheFiles, bgctl, connect, kill_server, query
 from conftest import MIB, Start
+from proxies import program
 from server_process import Server, wait_until
 
 SIZE = 3 * MIB + 700
@@ -213,3 +216,50 @@ def test_flips_while_clients_read(start: Start, full: CacheFiles, far: Server, c
             servers[1] = start(*full.arguments(far.uri, "--verify", "always", control=full.control.with_suffix(".2")))
             clients[2:] = [connect(servers[1].uri) for _ in range(2)]
     assert read_all(clients[0], 100_000) == want
+
+
+def test_scrub_checks_all_and_repairs(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:
+    server = start(*full.arguments(far.uri))
+    assert read_all(connect(server.uri), MIB) == written(content)
+    blocks = clean_blocks()[::9]
+    flip(full.image, [block * BLOCK for block in blocks])
+    status, out, err = bgctl("--scrub", full.control)
+    told = f"{BLOCKS} blocks checked, {len(blocks)} damaged, {len(blocks)} fetched again\n"
+    assert (status, out, err) == (0, told, "")
+    assert full.image.read_bytes() == written(content)
+    assert f"{len(blocks)} blocks of the cache" in bgctl("--query", full.control)[1]
+    status, out, _ = bgctl("--scrub", "--progress", full.control)
+    assert (status, out) == (0, f"{BLOCKS} blocks checked, none was damaged\n")
+
+
+def test_scrub_without_an_origin_says_what_is_left(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:
+    far.stop()
+    flip(full.image, [7 * BLOCK])
+    server = start(*full.arguments(far.uri, "--connect-timeout", "1", "--origin-timeout", "1"))
+    status, out, err = bgctl("--scrub", full.control, check=False)
+    assert (status, out) == (1, "")
+    assert "1 damaged blocks could not be fetched again, and count as missing" in err
+    assert connect(server.uri).pread(7 * BLOCK, 0) == content[: 7 * BLOCK]
+
+
+def test_one_scrub_at_a_time_which_ends_with_its_operator(
+    start: Start, full: CacheFiles, far: Server, content: bytes
+) -> None:
+    server = start(*full.arguments(far.uri))
+    line = [*program("--scrub", "--limit-rate", "64K"), str(full.control)]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as first:
+        server.wait_for_log("checking all blocks")
+        status, _, err = bgctl("--scrub", full.control, check=False)
+        assert (status, "the cache is being checked already" in err) == (1, True)
+        first.send_signal(signal.SIGINT)
+        assert first.wait() == 130
+        assert first.stderr is not None
+        assert b"stopped; what was found damaged" in first.stderr.read()
+    wait_until(lambda: bgctl("--scrub", full.control, check=False)[0] == 0, "another scrub")
+
+
+def test_scrub_is_refused_after_a_switch(start: Start, full: CacheFiles, far: Server) -> None:
+    start(*full.arguments(far.uri))
+    bgctl("--switch", full.control)
+    status, _, err = bgctl("--scrub", full.control, check=False)
+    assert (status, "this is no proxy any more" in err) == (1, True)

@@ -99,6 +99,12 @@ def _fetched(answer: Message) -> Iterator[str]:
         yield f"{size(fetched)} from the origin"
 
 
+def _damaged(answer: Message) -> Iterator[str]:
+    damaged = answer.get("counters", {}).get("damaged")
+    if damaged:
+        yield f"{counted(damaged, 'block')} of the cache found so; they are fetched again (the log tells more)"
+
+
 def _waiting(answer: Message) -> Iterator[str]:
     queue = answer.get("queue")
     if not queue:
@@ -163,6 +169,7 @@ _SECTIONS = [
     ("origin", _origin),
     ("cached", _cached),
     ("fetched", _fetched),
+    ("damaged", _damaged),
     ("hits", _hits),
     ("requests", _requests),
     ("waiting", _waiting),

@@ -108,6 +108,18 @@ def _cache_all_in_background(options: SteeringOptions) -> None:
     print_outcome(f"process {answer['pid']} copies; --query shows how far it is\n")
 
 
+def _scrub(options: SteeringOptions) -> None:
+    answer: Message = {}
+    interrupted = "stopped; what was found damaged until then is fetched again when it is read"
+    with _interruptible(interrupted), _displayed(options) as display, _connect(options) as server:
+        for answer in server.follow(command="scrub", limit_rate=options.limit_rate):
+            reached = answer.get("progress") or answer
+            display.show(reached["position_bytes"], reached["total_bytes"])
+    checked, damaged = counted(answer["checked_blocks"], "block"), answer["damaged_blocks"]
+    found = f"{damaged:,} damaged, {answer['repaired_blocks']:,} fetched again" if damaged else "none was damaged"
+    print_outcome(f"{checked} checked, {found}\n")
+
+
 def _reconnect(options: SteeringOptions) -> None:
     with _interruptible("interrupted; --query tells which origin the server uses"), _connect(options) as server:
         answer = server.ask(command="reconnect", exportname=options.export_name, **options.new_origin)
@@ -154,6 +166,7 @@ _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--shutdown": _switch,
     "--cache-all": _cache_all,
     "--cache-all2": _cache_all_in_background,
+    "--scrub": _scrub,
     "--reconnect": _reconnect,
     "--snapshot": _snapshot,
     "--upgrade": _upgrade,

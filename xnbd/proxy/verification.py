@@ -17,7 +17,7 @@ import mmap
 import os
 from enum import Enum
 from logging import WARNING
-from typing import Iterator, List, Tuple
+from typing import Iterator, List, Optional, Tuple
 
 from ..log_turns import DAMAGE, Line, RationedLines
 from ..logs import about
@@ -82,22 +82,23 @@ class Verification:
                 self._check_unit(unit, first, stop)
             first = stop
 
-    def check_again(self, first: int, end: int) -> bool:
-        """Check blocks of one unit, also those that are checked; False if another process has some of them in hand.
+    def check_again(self, first: int, end: int) -> Optional[List[int]]:
+        """Check blocks of one unit, also those that are checked: the damaged ones, which count as missing now.
 
-        Raises `OSError`.
+        None if another process has some of them in hand. Raises `OSError`.
         """
         self._read.forget()
         self._read.blocks(first, end)
         if not self._locking.borrow(first, end):
-            return False
+            return None
+        damaged: List[int] = []
         try:
             for run_first, run_end, local in list(self._bitmap.runs(first, end)):
                 if local:
-                    self._check_run(run_first, run_end)
+                    damaged += self._check_run(run_first, run_end)
         finally:
             self._locking.give_back(first, end)
-        return True
+        return damaged
 
     def _check_unit(self, unit: int, first: int, end: int) -> None:
         """Blocks *first* up to *end* of a unit, and those beside them that are in memory."""
@@ -123,8 +124,8 @@ class Verification:
             if self._damaged(run_first, run_end):
                 raise NotLocal(self._locking.next_turn(first, end))
 
-    def _check_run(self, first: int, end: int) -> None:
-        """Local blocks, whose locks this process has."""
+    def _check_run(self, first: int, end: int) -> List[int]:
+        """The damaged ones of local blocks, whose locks this process has. They count as missing from now on."""
         damaged = self._damaged(first, end)
         for block in damaged:
             self._locking.mark_missing(block)
@@ -136,6 +137,7 @@ class Verification:
                 if first < block:
                     self._checked.set(first, block)
                 first = block + 1
+        return damaged
 
     def _unchecked_runs(self, first: int, end: int) -> Iterator[Tuple[int, int]]:
         """Runs of local blocks that are not known to be right."""

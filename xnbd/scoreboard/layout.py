@@ -28,15 +28,15 @@ PROXY, COMPLETE, TARGET = 0, 1, 2
 REACHED, UNREACHABLE, NOT_NEEDED = 1, 2, 0
 """A process and its origin: connected, in vain, never tried."""
 
-GATE, CONTROL, COPYING, SNAPSHOT, COMMAND, PASSAGE = 0, 1, 2, 3, 4, 8
+GATE, CONTROL, COPYING, SNAPSHOT, COMMAND, SCRUBBING, PASSAGE = 0, 1, 2, 3, 4, 5, 8
 LINE_LOCKS = 1 << 16
 NAME_LOCKS = 1 << 17
 """Locks on bytes of the file.
  `GATE` has the process that closes the gate, `CONTROL` the one that answers the control socket, `COPYING` the one
-that copies all blocks, `COMMAND` the one that changes what the files mean, and `SNAPSHOT` the one that makes a
-snapshot. A process takes `PASSAGE` for a moment, to tell the log that there is no room, or room again. A process has
-its byte from `LINE_LOCKS` on as long as it has that line, and the one from `NAME_LOCKS` on since its id is written
-there.
+that copies all blocks, `SCRUBBING` the one that checks them, `COMMAND` the one that changes what the files mean, and
+`SNAPSHOT` the one that makes a snapshot. A process takes `PASSAGE` for a moment, to tell the log that there is no
+room, or room again. A process has its byte from `LINE_LOCKS` on as long as it has that line, and the one from
+`NAME_LOCKS` on since its id is written there.
 """
 
 
