@@ -11,7 +11,8 @@ image of the disk from what is possible, opens it in "another boot" and compares
 with what was promised:
 
 - a block whose bit is set holds its true data: nothing older than the last flush;
-- a block that an answered flush covered has its bit set.
+- a block that an answered flush covered has its bit set;
+- a block that is set and not marked as written holds what the origin has.
 
 After a sync that has failed no flush may succeed before everything was opened anew,
 and what is there then has to keep the same promises.
@@ -268,6 +269,10 @@ class Paused:
         self._thread.join()
 
 
+FETCHED = 0
+"""The serial of what the origin has."""
+
+
 def content_of(block: int, serial: int) -> bytes:
     """What the write number *serial* puts into *block*; never zeros."""
     return struct.pack("<II", block, serial) * (BLOCK // 8)
@@ -281,10 +286,12 @@ class Promises:
         self.answered: Dict[int, int] = {}
         self.flushed: Dict[int, int] = {}
 
-    def trouble(self, block: int, is_set: bool, content: bytes) -> Optional[str]:
+    def trouble(self, block: int, is_set: bool, is_written: bool, content: bytes) -> Optional[str]:
         """What is wrong with *block* as it was found after a power failure."""
         if not is_set:
             return f"block {block} was flushed, and is forgotten" if block in self.flushed else None
+        if not is_written and content != content_of(block, FETCHED):
+            return f"block {block} counts as the origin's and holds {content[:8]!r}"
         allowed = self.contents.get(block, [])[self.flushed.get(block, 0) :]
         for at in range(0, BLOCK, SECTOR):
             if content[at : at + SECTOR] not in [one[at : at + SECTOR] for one in allowed]:
@@ -443,27 +450,41 @@ class World:
         )
 
     def _write(self, process: ProcessState) -> None:
-        """Write a block or two as a proxy does: fill it under its lock, or in place if it is there."""
+        """Write a block or two as a proxy does, or fetch them: under their lock, or in place if they are marked."""
         first = self._rng.choice(self._blocks)
         end = first + 1 + (first + 1 in self._blocks and self._rng.random() < 0.5)
         fills = RangeLocks(process.fd)
         start, count = bytes_of(first, end)
-        view = process.bitmap
-        if view.all_set(first, end):
+        if process.bitmap.all_set(first, end) and process.written.all_set(first, end):
             self._put(first, end)
         elif fills.try_acquire(start, count):
             try:
                 if self._rng.random() < 0.9:
-                    self._put(first, end, done=False)
-                    view.set(first, end)
-                    self._answer(first, end)
+                    self._fill(process, first, end)
             finally:
                 fills.release(start, count)
 
-    def _put(self, first: int, end: int, *, done: bool = True) -> None:
-        self._serial += 1
+    def _fill(self, process: ProcessState, first: int, end: int) -> None:
+        """Some of these blocks are missing or clean; they are locked. Now and then it does not come to its end."""
+        some_here = process.bitmap.any_set(first, end)
+        if not some_here and self._rng.random() < 0.4:
+            self._put(first, end, done=False, serial=FETCHED)
+        elif some_here:
+            process.written.set(first, end)
+            self._put(first, end, done=False)
+        else:
+            self._put(first, end, done=False)
+            process.written.set(first, end)
+        if self._rng.random() < 0.95:
+            process.bitmap.set(first, end)
+            self._answer(first, end)
+
+    def _put(self, first: int, end: int, *, done: bool = True, serial: Optional[int] = None) -> None:
+        if serial is None:
+            self._serial += 1
+            serial = self._serial
         for block in range(first, end):
-            content = content_of(block, self._serial)
+            content = content_of(block, serial)
             self._promises.contents.setdefault(block, []).append(content)
             os.pwrite(self._cache_fd, content, block * BLOCK)
         self._recorder.observe()
@@ -549,7 +570,7 @@ class World:
         if promises is None:
             return ["not promised"]
         found = (
-            promises.trouble(block, block in process.bitmap, os.pread(cache_fd, BLOCK, block * BLOCK))
-            for block in self._blocks
+            promises.trouble(block, block in process.bitmap, block in process.written, content)
+            for block, content in ((block, os.pread(cache_fd, BLOCK, block * BLOCK)) for block in self._blocks)
         )
         return [trouble for trouble in found if trouble]
