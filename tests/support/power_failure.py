@@ -285,6 +285,7 @@ class Promises:
         self.contents: Dict[int, List[bytes]] = {}
         self.answered: Dict[int, int] = {}
         self.flushed: Dict[int, int] = {}
+        self._promised: Dict[int, int] = {}
 
     def trouble(self, block: int, is_set: bool, is_written: bool, content: bytes) -> Optional[str]:
         """What is wrong with *block* as it was found after a power failure."""
@@ -297,6 +298,19 @@ class Promises:
             if content[at : at + SECTOR] not in [one[at : at + SECTOR] for one in allowed]:
                 return f"block {block} is set and holds {content[at : at + 8]!r} at {at}, of {len(allowed)} allowed"
         return None
+
+    def let_go(self, block: int) -> None:
+        """It need not be there any more, and what it has if it is, the origin has too."""
+        for promise in (self.answered, self.flushed, self._promised):
+            promise.pop(block, None)
+
+    def begin_flush(self) -> None:
+        """All that was answered is to become durable."""
+        self._promised = dict(self.answered)
+
+    def end_flush(self) -> None:
+        """It is, but for what was let go meanwhile."""
+        self.flushed.update(self._promised)
 
     def found(self, block: int, is_set: bool, content: bytes) -> None:
         """Go on with what a power failure has left."""
@@ -352,7 +366,12 @@ class World:
     # What happens
 
     def run(self, steps: int) -> None:
-        actions = [self.write] * 14 + [self.flush] * 5 + [self.restart, self.exit_and_start, self.reboot, self.clear]
+        actions = (
+            [self.write] * 12
+            + [self.let_go] * 2
+            + [self.flush] * 5
+            + [self.restart, self.exit_and_start, self.reboot, self.clear]
+        )
         with watching_syncs(lambda fd, whole: self._recorder.synced(fd, marks=whole), self._maybe_fail_sync):
             self.start()
             for _ in range(steps):
@@ -374,6 +393,11 @@ class World:
         process, *self._others = self._rng.sample(self._processes, 3)
         with at_every_line(self._disturb):
             self._flush(process)
+
+    def let_go(self) -> None:
+        process, *self._others = self._rng.sample(self._processes, 3)
+        with at_every_line(self._disturb):
+            self._let_go(process)
 
     def restart(self) -> None:
         """Everything dies, the system stays up."""
@@ -479,6 +503,23 @@ class World:
             process.bitmap.set(first, end)
             self._answer(first, end)
 
+    def _let_go(self, process: ProcessState) -> None:
+        """Let a clean block go, as `proxy.letting_go` does where nobody holds it; now and then not to the end."""
+        block = self._rng.choice(self._blocks)
+        fills = RangeLocks(process.fd)
+        start, count = bytes_of(block, block + 1)
+        if not fills.try_acquire(start, count):
+            return
+        try:
+            if block in process.bitmap and block not in process.written:
+                process.bitmap.clear(block, block + 1)
+                self._promises.let_go(block)
+                if self._rng.random() < 0.8 and self._flush(process) and self._rng.random() < 0.9:
+                    os.pwrite(self._cache_fd, bytes(BLOCK), block * BLOCK)
+                    self._recorder.observe()
+        finally:
+            fills.release(start, count)
+
     def _put(self, first: int, end: int, *, done: bool = True, serial: Optional[int] = None) -> None:
         if serial is None:
             self._serial += 1
@@ -495,20 +536,21 @@ class World:
         for block in range(first, end):
             self._promises.answered[block] = len(self._promises.contents[block]) - 1
 
-    def _flush(self, process: ProcessState) -> None:
-        """Flush; an error is an answer too, promises nothing, and is followed by another one."""
+    def _flush(self, process: ProcessState) -> bool:
+        """Flush; an error is an answer too, promises nothing, and is followed by another one. Whether it was none."""
         failed = self._failed
-        promised = dict(self._promises.answered)
+        self._promises.begin_flush()
         self._flushing = True
         try:
             process.checkpoint(self._cache_fd)
             assert not failed
         except WriteBackFailed:
             assert self._failed
-            return
+            return False
         finally:
             self._flushing = False
-        self._promises.flushed.update(promised)
+        self._promises.end_flush()
+        return True
 
     def _leave(self) -> None:
         for process in self._processes:

@@ -4,9 +4,9 @@ The layout is that of the C xNBD: little-endian 64-bit words, least significant 
 first, the length rounded up to whole words, no header. As bytes: block *n* is bit
 ``n % 8`` of byte ``n // 8``. Bits beyond the last block count nowhere.
 
-A bit that is set stays set. Setting one rewrites its byte, so whoever sets holds
-the lock of that byte (`system.file_locks`); looking needs no lock, and what it finds
-unset may be set a moment later.
+A bit that is set stays set, but for `proxy.letting_go`. Setting one rewrites its byte, so
+whoever sets holds the lock of that byte (`system.file_locks`); looking needs no lock, and
+what it finds unset may be set a moment later.
 """
 
 from __future__ import annotations
@@ -100,6 +100,19 @@ class Bitmap:
         octets[start + 1 : stop] = b"\xff" * (stop - start - 1)
         if tail:
             octets[stop] |= tail
+
+    def clear(self, first: int, end: int) -> None:
+        """Take the bits of these blocks back. The caller holds the lock of their bytes, and nobody reads a block."""
+        octets = self.octets
+        start, stop = first >> 3, end >> 3
+        head, tail = (1 << (first & 7)) - 1, 0xFF << (end & 7) & 0xFF
+        if start == stop:
+            octets[start] &= head | tail
+            return
+        octets[start] &= head
+        octets[start + 1 : stop] = bytes(stop - start - 1)
+        if end & 7:
+            octets[stop] &= tail
 
     def runs(self, first: int, end: int) -> Iterator[Tuple[int, int, bool]]:
         """The blocks from *first* up to *end* as runs of equal bits: first, end, whether set."""

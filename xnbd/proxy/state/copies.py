@@ -61,7 +61,7 @@ class Difference(NamedTuple):
 class Comparison(NamedTuple):
     """How many bits only the live bitmap has, and how many only the durable copy.
 
-    *explained*: so they may differ between two checkpoints, as far as marked pages tell.
+    *explained*: so they may differ between two checkpoints, as far as marked pages tell; what is missing was clean.
     """
 
     forgotten: int
@@ -73,14 +73,22 @@ class Comparison(NamedTuple):
         return not self.forgotten and not self.missing
 
 
-def compare(bitmap_fd: int, state_fd: int, layout: Layout) -> Comparison:
-    """What `differences` finds, in sum."""
+def compare(bitmap_fd: int, state_fd: int, layout: Layout, *, told: bool) -> Comparison:
+    """What `differences` finds, in sum. *told*: there is a written map, so that clean blocks may have been let go."""
     forgotten, missing, explained = 0, 0, True
     for difference in differences(bitmap_fd, state_fd, layout):
         forgotten += difference.forgotten
         missing += difference.missing
-        explained = explained and _is_marked(state_fd, layout, difference.page)
-    return Comparison(forgotten, missing, explained and not missing)
+        let_go = not difference.missing or (told and _are_clean(state_fd, layout, difference))
+        explained = explained and let_go and _is_marked(state_fd, layout, difference.page)
+    return Comparison(forgotten, missing, explained)
+
+
+def _are_clean(state_fd: int, layout: Layout, difference: Difference) -> bool:
+    """Whether clients have written none of the blocks that are set in the durable copy only."""
+    marks = space.read_exactly(state_fd, len(difference.live), layout.written + difference.page * PAGE)
+    live, durable, written = (int.from_bytes(o, "little") for o in (difference.live, difference.durable, marks))
+    return not durable & ~live & written
 
 
 def _is_marked(state_fd: int, layout: Layout, page: int) -> bool:

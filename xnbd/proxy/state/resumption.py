@@ -178,7 +178,7 @@ class _Resumption:
         if self._untouched:
             self._facts = basis._replace(alike=True, explained=True, live_fits=has_checksum, durable_fits=has_checksum)
             return judge(self._facts)
-        comparison = copies.compare(bitmap_fd, self._state_fd, self._entry.layout)
+        comparison = copies.compare(bitmap_fd, self._state_fd, self._entry.layout, told=found.version == VERSION)
         self._facts = self._with_copies(basis, bitmap_fd, comparison)
         verdict = judge(self._facts)
         if verdict is Verdict.REFUSE:

@@ -68,6 +68,11 @@ class MarkingBitmap(Bitmap):
         self._marks.note(first, end)
         Bitmap.set(self, first, end)
 
+    def clear(self, first: int, end: int) -> None:
+        """Take them back: see `Bitmap.clear`."""
+        self._marks.note(first, end)
+        Bitmap.clear(self, first, end)
+
 
 class WrittenMap(Bitmap):
     """The written map in the state file behind *fd*, which *sync* makes durable: that raises `WriteBackFailed`."""

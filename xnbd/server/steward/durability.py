@@ -50,9 +50,12 @@ class Durability(Duty):
         if monotonic() < self._next_checkpoint:
             return
         self._next_checkpoint = monotonic() + _CHECKPOINT_EVERY
-        if self._scoreboard.mode == PROXY and self._progress.complete and self._scoreboard.note_complete():
+        if self._scoreboard.mode == PROXY and self._progress.complete and self._note_complete():
             log.info("every block is cached")
         self._begin()
+
+    def _note_complete(self) -> bool:
+        return self._scoreboard.note_complete(self._progress.look_again)
 
     def leave(self) -> None:
         """The other steward makes the checkpoints from now on."""
