@@ -366,12 +366,8 @@ class World:
     # What happens
 
     def run(self, steps: int) -> None:
-        actions = (
-            [self.write] * 12
-            + [self.let_go] * 2
-            + [self.flush] * 5
-            + [self.restart, self.exit_and_start, self.reboot, self.clear]
-        )
+        actions = [self.write] * 12 + [self.let_go, self.cover] * 2 + [self.flush] * 5
+        actions += [self.restart, self.exit_and_start, self.reboot, self.clear]
         with watching_syncs(lambda fd, whole: self._recorder.synced(fd, marks=whole), self._maybe_fail_sync):
             self.start()
             for _ in range(steps):
@@ -398,6 +394,12 @@ class World:
         process, *self._others = self._rng.sample(self._processes, 3)
         with at_every_line(self._disturb):
             self._let_go(process)
+
+    def cover(self) -> None:
+        """A steward finds that nothing was marked for a while."""
+        process, *self._others = self._rng.sample(self._processes, 3)
+        with at_every_line(self._disturb):
+            process.cover(range(2))
 
     def restart(self) -> None:
         """Everything dies, the system stays up."""

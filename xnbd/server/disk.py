@@ -126,7 +126,8 @@ class Disk(Companion):
 
     def leave(self) -> None:
         """Leave the gate. Replies that are unsent keep the blocks that they point to."""
-        self._tell_holding()
+        if self._holder is not None:
+            self._tell_holding()
         self.place.leave()
 
     def _tell_holding(self) -> None:
@@ -269,7 +270,8 @@ class Disk(Companion):
     def part(self) -> None:
         """The client has left."""
         self.accompany(do_nothing, do_nothing)
-        self.leave()
+        self._tell_holding()
+        self.place.leave()
         self.place.tell()
         self.place.welcome("")
 

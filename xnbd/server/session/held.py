@@ -17,11 +17,14 @@ class Held:
 
     def __init__(self, replies: Replies, parking: Parking) -> None:
         self._replies = replies
+        self._pieces = replies.pieces
         self._parking = parking
 
     def holds(self) -> bool:
-        """Whether there is any."""
-        return self._replies.attached or any(map(_points, self._parking.answers()))
+        """Whether there is any. Asked before every sleep."""
+        if self._pieces and self._replies.attached:
+            return True
+        return self._parking.blocked and any(map(_points, self._parking.answers()))
 
     def detach(self) -> None:
         """Have copies take its place, unless they would be too long, or it cannot be read."""
