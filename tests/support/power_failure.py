@@ -27,6 +27,7 @@ import struct
 import sys
 import threading
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
@@ -70,10 +71,11 @@ class _File:
 
     def __init__(self, fd: int, watched: Optional[List[int]]) -> None:
         self.fd = fd
-        self._watched = watched
+        self._watched = None if watched is None else tuple(watched)
         self.sizes: List[int] = [0]
         self.marks: List[Tuple[bytes, int]] = []
         self.pages: Dict[int, List[bytes]] = {}
+        self._seen: Dict[int, bytes] = {}
 
     def observe(self) -> None:
         size = os.fstat(self.fd).st_size
@@ -82,11 +84,18 @@ class _File:
         mark = _mark_of(self.fd)
         if mark not in self.marks[-1:]:
             self.marks.append(mark)
-        for page in self._watched if self._watched is not None else range(-(-size // BLOCK)):
-            content = os.pread(self.fd, BLOCK, page * BLOCK).ljust(BLOCK, b"\0")
-            versions = self.pages.setdefault(page, [bytes(BLOCK)])
-            if versions[-1] != content:
-                versions.append(content)
+        for first, end in _runs(self._watched) if self._watched is not None else [(0, -(-size // BLOCK))]:
+            content = os.pread(self.fd, (end - first) * BLOCK, first * BLOCK)
+            if self._seen.get(first) != content:
+                self._seen[first] = content
+                self._note(first, content.ljust((end - first) * BLOCK, b"\0"))
+
+    def _note(self, first: int, content: bytes) -> None:
+        """The pages from *first* on have this *content* now."""
+        for at in range(0, len(content), BLOCK):
+            versions = self.pages.setdefault(first + at // BLOCK, [bytes(BLOCK)])
+            if versions[-1] != content[at : at + BLOCK]:
+                versions.append(content[at : at + BLOCK])
 
     def synced(self, *, marks: bool = True) -> None:
         """*marks* are not data: ``fdatasync(2)`` may leave them."""
@@ -116,6 +125,18 @@ class _File:
         if attribute:
             os.setxattr(path, ATTRIBUTE, attribute)
         os.utime(path, ns=(changed, changed))
+
+
+@lru_cache(None)
+def _runs(pages: Tuple[int, ...]) -> List[Tuple[int, int]]:
+    """First and end of each run of pages, which are in order."""
+    runs: List[Tuple[int, int]] = []
+    for page in pages:
+        if runs and runs[-1][1] == page:
+            runs[-1] = (runs[-1][0], page + 1)
+        else:
+            runs.append((page, page + 1))
+    return runs
 
 
 def _used_pages(layout: Layout) -> List[int]:
