@@ -11,7 +11,7 @@ from typing import Iterable, List
 
 import nbd
 import pytest
-from caching import BLOCK, CacheFiles, bgctl, connect, kill_server, query
+from caching import BLOCK, CacheFiles, Reading, bgctl, connect, hold, kill_server, query
 from conftest import MIB, Start
 from proxies import program
 from server_process import Server, wait_until
@@ -186,6 +186,20 @@ def test_checksums_survive_a_kill(start: Start, full: CacheFiles, far: Server, c
     server = start(*full.arguments(far.uri))
     assert read_all(connect(server.uri), MIB) == written(content)
     wait_until(lambda: damaged(full) == 1, "one of them counted")
+
+
+def test_a_kill_while_damaged_blocks_are_missing(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:
+    """The bits are gone from the live bitmap only: a start understands that."""
+    flip(full.image, [block * BLOCK for block in clean_blocks()[::5]])
+    server = start(*full.arguments(far.uri))
+    held = hold(far.pid)
+    reading = Reading(connect(server.uri), 0, SIZE)
+    wait_until(lambda: reading.is_done() or DAMAGED in server.log(), "the damage")
+    kill_server(server)
+    for pid in held:
+        os.kill(pid, signal.SIGCONT)
+    server = start(*full.arguments(far.uri))
+    assert read_all(connect(server.uri), MIB) == written(content)
 
 
 @pytest.mark.timeout(60 + FLIPS // 20)

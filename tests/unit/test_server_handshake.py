@@ -364,6 +364,38 @@ def test_a_later_set_replaces_an_earlier_one() -> None:
     assert machine.agreement == Agreement(DISK, structured=True, contexts=("base:allocation",), ordered=False)
 
 
+CACHED_AND_MORE = Export("cache", 4096, 0x056D, "a proxy", ("base:allocation", "xnbd:cached", "xnbd:written"))
+ALL_CONTEXTS = [(1, b"base:allocation"), (2, b"xnbd:cached"), (3, b"xnbd:written")]
+
+
+def of_a_proxy() -> ServerHandshake:
+    machine = ServerHandshake(Exports(names=lambda: ["cache"], find=lambda name: CACHED_AND_MORE))
+    machine.on_client_flags(3)
+    ask(machine, raw.STRUCTURED_REPLY)
+    return machine
+
+
+@pytest.mark.parametrize(
+    ("queries", "listed", "selected"),
+    [
+        ((), [1, 2, 3], []),
+        (("xnbd:",), [2, 3], []),
+        (("base:", "xnbd:written"), [1, 3], [3]),
+        (("xnbd:written", "base:allocation", "xnbd:written"), [1, 3], [1, 3]),
+        (("xnbd:cached", "xnbd", "xnbd:cach", "other:cached", ""), [2], [2]),
+    ],
+)
+def test_a_proxy_has_contexts_of_its_own(queries: Tuple[str, ...], listed: List[int], selected: List[int]) -> None:
+    machine = of_a_proxy()
+    for option, wanted in ((raw.LIST_META_CONTEXT, listed), (raw.SET_META_CONTEXT, selected)):
+        *contexts, end = ask(machine, option, context_data("cache", *queries))
+        told = [(struct.unpack(">I", data[:4])[0], data[4:]) for _, data in contexts]
+        assert (told, end) == ([one for one in ALL_CONTEXTS if one[0] in wanted], OK)
+    ask(machine, raw.GO, go_data("cache"))
+    assert machine.agreement is not None
+    assert machine.agreement.contexts == tuple(name.decode() for number, name in ALL_CONTEXTS if number in selected)
+
+
 # Many options, and any
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Dict, List
 
 import pytest
+from mounts import small_tmpfs
+from server_process import run
 from state_files import Cache, set_blocks, written_blocks
 
 from xnbd.errors import ConfigurationError
@@ -62,7 +64,7 @@ def made_by_version_2(directory: Path, which: str) -> Cache:
     return cache
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("grown", [0, 1000, layout_of(SIZE).size - STATE_SIZE])
 @pytest.mark.parametrize(
     ("which", "boot", "kept", "said"),
     [
@@ -80,14 +82,13 @@ def test_a_file_of_version_2_is_gone_on_with(
     boot: int,
     kept: List[int],
     said: str,
-    interrupted: bool,
+    grown: int,
 ) -> None:
     """All that is cached counts as written then; so it does if an earlier start has died over this."""
     caplog.set_level("INFO", "xnbd")
     cache = made_by_version_2(tmp_path, which)
-    if interrupted:
-        with cache.state.open("ab") as file:
-            file.write(b"\xa5" * (layout_of(SIZE).size - STATE_SIZE))
+    with cache.state.open("ab") as file:
+        file.write(b"\xa5" * grown)
     shared = cache.open(boot=boot, origin=ORIGIN)
     assert said in caplog.text
     assert set_blocks(shared, BLOCKS) == written_blocks(shared, BLOCKS) == kept
@@ -98,7 +99,21 @@ def test_a_file_of_version_2_is_gone_on_with(
         assert set_blocks(later, BLOCKS) == written_blocks(later, BLOCKS) == kept
 
 
-@pytest.mark.parametrize("size", [STATE_SIZE - 1, STATE_SIZE + 1])
+def test_there_has_to_be_room_for_the_written_map(tmp_path: Path) -> None:
+    """Once there is, nothing is lost."""
+    with small_tmpfs(tmp_path / "small", "100K") as directory:
+        (tmp_path / "cache").touch()
+        (directory / "cache").symlink_to(tmp_path / "cache")
+        cache = made_by_version_2(directory, "clean")
+        with pytest.raises(ConfigurationError, match="version 2 has to grow to 131080 bytes, and there is no room: "):
+            cache.open(origin=ORIGIN)
+        assert cache.state.read_bytes()[8] == 2
+        run("mount", "-o", "remount,size=10M", directory)
+        with closing(cache.open(origin=ORIGIN)) as shared:
+            assert set_blocks(shared, BLOCKS) == written_blocks(shared, BLOCKS) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("size", [STATE_SIZE - 1, layout_of(SIZE).size + 1])
 def test_a_file_of_version_2_of_another_size_is_refused(tmp_path: Path, size: int) -> None:
     cache = made_by_version_2(tmp_path, "clean")
     os.truncate(cache.state, size)

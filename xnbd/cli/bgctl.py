@@ -45,7 +45,8 @@ Commands:
 Options, ignored with a warning by a command that has no use for them:
   --json                With --query, print the server's answer as JSON, for
                         programs.
-  --map                 With --query, draw which parts of the disk are cached.
+  --map                 With --query, draw which parts of the disk are cached,
+                        and which of them clients have written.
   --force               With --switch, do it although blocks are missing: they
                         read as zeros then.
   --progress            With --cache-all, --scrub and --snapshot, show how far it

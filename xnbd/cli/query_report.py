@@ -75,6 +75,13 @@ def _cached(answer: Message) -> Iterator[str]:
     yield f"{percentage(cached, total)}, {cached:,} of {total:,} blocks{rest}"
 
 
+def _written(answer: Message) -> Iterator[str]:
+    written = answer.get("blocks", {}).get("written")
+    if written:
+        block_size = answer.get("block_size", 4096)
+        yield f"{counted(written, 'block')}, {size(written * block_size)} that only exist here"
+
+
 def _requests(answer: Message) -> Iterator[str]:
     counters = answer.get("counters", {})
     if "requests" in counters:
@@ -168,6 +175,7 @@ _SECTIONS = [
     ("server", _server),
     ("origin", _origin),
     ("cached", _cached),
+    ("written", _written),
     ("fetched", _fetched),
     ("damaged", _damaged),
     ("hits", _hits),

@@ -50,6 +50,8 @@ def _query(options: SteeringOptions) -> None:
     if answer.get("map"):
         encoding = sys.stdout.encoding if sys.stdout is not None else "ascii"
         lines += ["", *draw(answer["map"], answer["disk_size"], columns, encoding)]
+        if any(answer.get("map_written", ())):
+            lines += ["", "Written by clients:", *draw(answer["map_written"], answer["disk_size"], columns, encoding)]
     elif cells:
         lines += ["", "No map: only a proxy has one."]
     _print(lines)

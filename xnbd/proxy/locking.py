@@ -90,8 +90,8 @@ class Locking:
 
     def mark_missing(self, block: int) -> None:
         """This block, which is borrowed, is damaged: it has to be fetched again."""
-        self._checked.clear(block)
-        self._bitmap.clear(block)
+        self._checked.clear(block, block + 1)
+        self._bitmap.clear(block, block + 1)
 
     def give_back(self, first: int, end: int) -> None:
         """Let go of blocks that were borrowed."""

@@ -81,6 +81,7 @@ HEAD_FIELDS = (
     Field("reads_through", "B", "whether the log was told that the cache has no room for fetched blocks"),
     Field("changes", "I", "number of changes of mode and snapshot"),
     Field("generation", "I", "number of changes of the origin's address"),
+    Field("lettings", "I", "how often clean blocks were let go: who holds replies that point to some copies them"),
     Field("checkpoints", "dQ", "time of the last checkpoint, in seconds since the boot; number of checkpoints"),
     Field("snapshot", "3I", "process that makes a snapshot; its descriptors of snapshot and bitmap"),
     Field("copy_rate", "Q", "bytes per second of the copy that is wanted; 0: no limit"),
@@ -95,6 +96,7 @@ LINE_FIELDS = (
     Field("pid", "I", "process id; 0: no process has ever had this line"),
     Field("inside", "B", "whether the process is inside the gate"),
     Field("mode", "B", "the mode in which it works"),
+    Field("holding", "I", "0, or another number each time that the process sleeps with replies that point to blocks"),
     Field("since", "d", "when its client came, in seconds since the boot"),
     Field("counters", _NUMBERS, "all counters, of former processes of this line too"),
     Field(

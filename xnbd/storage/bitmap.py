@@ -101,9 +101,18 @@ class Bitmap:
         if tail:
             octets[stop] |= tail
 
-    def clear(self, block: int) -> None:
-        """Take the bit of *block* away. The caller holds the lock of its byte."""
-        self.octets[block >> 3] &= ~(1 << (block & 7)) & 0xFF
+    def clear(self, first: int, end: int) -> None:
+        """Take the bits of these blocks back. The caller holds the lock of their bytes, and nobody reads a block."""
+        octets = self.octets
+        start, stop = first >> 3, end >> 3
+        head, tail = (1 << (first & 7)) - 1, 0xFF << (end & 7) & 0xFF
+        if start == stop:
+            octets[start] &= head | tail
+            return
+        octets[start] &= head
+        octets[start + 1 : stop] = bytes(stop - start - 1)
+        if end & 7:
+            octets[stop] &= tail
 
     def runs(self, first: int, end: int) -> Iterator[Tuple[int, int, bool]]:
         """The blocks from *first* up to *end* as runs of equal bits: first, end, whether set."""

@@ -31,7 +31,7 @@ import math
 import mmap
 import os
 import re
-from typing import Callable, List, Optional
+from typing import Callable, Iterable, List, Optional
 
 from ...storage import space
 from ...system.file_locks import RangeLocks, do_nothing
@@ -99,6 +99,18 @@ class ProcessState:
         finally:
             self._locks.release(CHECKPOINT, 1)
         self.write_back.check()
+
+    def cover(self, pages: Iterable[int]) -> None:
+        """Expose these pages of the written map no longer where nobody is at work, and all is durable.
+
+        For a process that holds no locks on blocks.
+        """
+        head, layout = self._head, self._layout
+        for page in pages:
+            if self._fills.try_acquire(page * PAGE, PAGE):
+                if not head[layout.dirty + page] and not head[layout.claimed + page]:
+                    self.written.cover(page)
+                self._fills.release(page * PAGE, PAGE)
 
     def sync_live(self) -> None:
         """Have the kernel write the live bitmap, and hear whether it can: a page it could not would come back old."""

@@ -12,6 +12,7 @@ from typing import Iterator, List, Tuple
 
 from ...storage import space
 from ...storage.bitmap import count_bits
+from .copies import Region
 from .files import clear, read_failure, write_back
 from .format import PAGE, SUM, Layout
 from .verdict import Trust
@@ -83,11 +84,11 @@ def _sums(state_fd: int, layout: Layout) -> List[int]:
 
 def _pages(bitmap_fd: int, state_fd: int, layout: Layout) -> Iterator[Tuple[int, bytes, bytes]]:
     """All pages: number, content in the written map, content in the bitmap."""
+    marks, bits = Region(state_fd, layout, layout.written), Region(bitmap_fd, layout, 0)
     for first in range(0, layout.pages, _PAGES_AT_ONCE):
         at = first * PAGE
         length = min(_PAGES_AT_ONCE * PAGE, layout.bitmap_size - at)
-        written = space.read_exactly(state_fd, length, layout.written + at)
-        local = space.read_exactly(bitmap_fd, length, at)
+        written, local = marks.read(at, length), bits.read(at, length)
         for start in range(0, length, PAGE):
             yield first + start // PAGE, written[start : start + PAGE], local[start : start + PAGE]
 

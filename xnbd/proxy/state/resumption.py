@@ -13,6 +13,7 @@ from ...errors import ConfigurationError
 from ...logs import log
 from ...origin.address import place_of
 from ...storage.failure import drop_cached
+from ...storage.space import NO_SPACE
 from ...storage.target import reopen
 from ...storage.writeback import WriteBackFailed
 from . import belonging, copies, files, mending
@@ -88,14 +89,11 @@ def _check_state(entry: Entry, state_fd: int) -> Header:
             "if that disk has moved, start with the former address and use xnbd-bgctl --reconnect"
         )
     entry.header = wanted._replace(origin=header.origin)
-    if header.version == VERSION or os.fstat(state_fd).st_size != entry.layout.size:  # else it has grown already
-        entry.check_size(state_fd, entry.state_path, _size_of(header, entry))
+    if header.version == VERSION:
+        entry.check_size(state_fd, entry.state_path, entry.layout.size)
+    elif not entry.layout.former_size < os.fstat(state_fd).st_size <= entry.layout.size:  # else it has begun to grow
+        entry.check_size(state_fd, entry.state_path, entry.layout.former_size)
     return header
-
-
-def _size_of(header: Header, entry: Entry) -> int:
-    """Bytes of the state file with this header."""
-    return entry.layout.size if header.version == VERSION else entry.layout.former_size
 
 
 class _Resumption:
@@ -146,7 +144,7 @@ class _Resumption:
             os.close(bitmap_fd)
 
     def _finish_making(self) -> None:
-        files.allocate(self._state_fd, self._entry.layout.size)
+        self._allocate_state()
         mending.make_empty(self._state_fd, self._entry.layout)
         self._entry.make_bitmap()
         files.publish(self._entry.path)
@@ -180,7 +178,7 @@ class _Resumption:
         if self._untouched:
             self._facts = basis._replace(alike=True, explained=True, live_fits=has_checksum, durable_fits=has_checksum)
             return judge(self._facts)
-        comparison = copies.compare(bitmap_fd, self._state_fd, self._entry.layout)
+        comparison = copies.compare(bitmap_fd, self._state_fd, self._entry.layout, told=found.version == VERSION)
         self._facts = self._with_copies(basis, bitmap_fd, comparison)
         verdict = judge(self._facts)
         if verdict is Verdict.REFUSE:
@@ -225,7 +223,7 @@ class _Resumption:
         entry, state_fd = self._entry, self._state_fd
         entry.remove_unfinished()
         files.allocate(bitmap_fd, entry.layout.bitmap_size)
-        files.allocate(state_fd, entry.layout.size)
+        self._allocate_state()
         files.reset_numbers(state_fd)
         if verdict is Verdict.LIVE:
             with suppress(WriteBackFailed):  # which is noted, so it is the durable copy that counts
@@ -235,6 +233,19 @@ class _Resumption:
                 log.info("cache bitmap %s: resumed", entry.path)
                 return
         self._restore_durable(bitmap_fd)
+
+    def _allocate_state(self) -> None:
+        """A file of an older version grows by this. Raises `ConfigurationError` if there is no room for that."""
+        entry = self._entry
+        try:
+            files.allocate(self._state_fd, entry.layout.size)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise ConfigurationError(
+                f"{entry.state_path} of version {self._found.version} has to grow to {entry.layout.size} bytes, "
+                "and there is no room: make some"
+            ) from error
 
     def _settle_marks(self, bitmap_fd: int, verdict: Verdict) -> None:
         """Have the written map agree with the bitmap, which does not change any more. Raises `OSError`."""

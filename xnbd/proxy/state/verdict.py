@@ -26,10 +26,10 @@ class Facts(NamedTuple):
     *made*: the header names a boot. *clean*: the files were closed in good order.
     *lived*: this is the boot in which they were used last, and these are the mounts, as far
     as that was noted. *failed*: a write-back has failed. *alike*: live bitmap and durable
-    copy are the same; *explained*: they are, or differ only by blocks more in the live
-    bitmap, on pages that are marked. *checksum*: one was noted when the files were closed;
-    *live_fits*, *durable_fits*: it is the one of that copy. *adopt*: the operator vouches
-    for the live bitmap.
+    copy are the same; *explained*: they are, or differ only on pages that are marked, by blocks
+    more in the live bitmap, or by clean blocks less, which were let go. *checksum*: one was
+    noted when the files were closed; *live_fits*, *durable_fits*: it is the one of that copy.
+    *adopt*: the operator vouches for the live bitmap.
     """
 
     made: bool

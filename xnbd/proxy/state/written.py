@@ -12,7 +12,7 @@ the files. The rules:
 - What clients write may be on the disk sooner than its mark. So a page is **exposed**
   before the first mark on it: that is durable before the bit, and before the data of a
   block that was local. After a power failure all that is local on an exposed page counts
-  as written.
+  as written. A page on which nothing was marked for a while is covered again.
 
 What becomes of the map at a start is decided in `proxy.state.verdict` and done in
 `proxy.state.mending`.
@@ -21,9 +21,10 @@ What becomes of the map at a start is decided in `proxy.state.verdict` and done 
 from __future__ import annotations
 
 import mmap
+import re
 import zlib
 from contextlib import suppress
-from typing import Callable
+from typing import Callable, Dict
 
 from ...storage.bitmap import Bitmap
 from ...storage.writeback import WriteBackFailed
@@ -31,6 +32,8 @@ from .format import PAGE, PAGE_SHIFT, SUM, Layout
 
 _PERHAPS, _DURABLY = 1, 2
 """Of a page that is exposed: not yet on the disk for sure, and there."""
+
+_EXPOSED = re.compile(b"\x02")
 
 _MOST_AT_ONCE = 64
 """Pages that are exposed with one sync: 8 GiB of a disk."""
@@ -68,10 +71,10 @@ class MarkingBitmap(Bitmap):
         self._marks.note(first, end)
         Bitmap.set(self, first, end)
 
-    def clear(self, block: int) -> None:
-        """Take the bit of *block* away, likewise."""
-        self._marks.note(block, block + 1)
-        Bitmap.clear(self, block)
+    def clear(self, first: int, end: int) -> None:
+        """Take them back: see `Bitmap.clear`."""
+        self._marks.note(first, end)
+        Bitmap.clear(self, first, end)
 
 
 class WrittenMap(Bitmap):
@@ -98,18 +101,34 @@ class WrittenMap(Bitmap):
     def _expose(self, page: int) -> None:
         """And its neighbours, ever more of them: a sync takes long. After a failed write-back it means nothing."""
         tail, start = self._tail, page - page % self._at_once
-        stop = min(start + self._at_once, self._pages)
+        neighbours = range(start, min(start + self._at_once, self._pages))
         self._at_once = min(2 * self._at_once, _MOST_AT_ONCE)
-        tail[start:stop] = bytes((_PERHAPS,)) * (stop - start)
+        pages = [page, *(other for other in neighbours if not tail[other])]
+        for one in pages:
+            tail[one] = _PERHAPS
         with suppress(WriteBackFailed):
             self._sync(self._fd)
-            tail[start:stop] = bytes((_DURABLY,)) * (stop - start)
+            for one in pages:
+                tail[one] = _DURABLY
+
+    def exposed(self) -> Dict[int, bytes]:
+        """The pages that are, with their checksums: as long as one stays the same, nothing was marked."""
+        found = _EXPOSED.finditer(self._tail[: self._pages])
+        return {match.start(): self._tail[self._sum(match.start())] for match in found}
+
+    def cover(self, page: int) -> None:
+        """Expose *page* no longer. All of its marks are durable, and the caller holds the locks of all its bytes."""
+        if self._tail[page] == _DURABLY:
+            self._tail[page] = 0
 
     def note_sum(self, page: int) -> None:
         """Note the checksum of *page*, for the checkpoint that saves it."""
         content = self.octets[page * PAGE : min((page + 1) * PAGE, self._size)]
+        self._tail[self._sum(page)] = SUM.pack(zlib.crc32(content))
+
+    def _sum(self, page: int) -> slice:
         at = self._sums + SUM.size * page
-        self._tail[at : at + SUM.size] = SUM.pack(zlib.crc32(content))
+        return slice(at, at + SUM.size)
 
     def close(self) -> None:
         """Let go of the mappings."""

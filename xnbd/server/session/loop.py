@@ -34,6 +34,7 @@ from ..handover.departure import Departure
 from .commands import MAXIMUM_REQUEST, Commands
 from .connection import Connection
 from .first_touch import FirstTouch, Reader
+from .held import Held
 from .holes import HOLE_MINIMUM
 from .pace import Pace
 from .page_prefetch import QUICK
@@ -111,7 +112,7 @@ class Session:
         self._parked = Parked(connection, disk, replies, self._commands, self._parking, timing, slow_log, pace)
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
         self._left = False
-        disk.accompany(self._on_wait, self._on_renewed)
+        disk.accompany(self._on_wait, self._on_renewed, Held(self._replies, self._parking))
 
     def _make_slow_log(self, slow: float) -> SlowLog:
         from .slow_log import SlowLog
@@ -199,7 +200,7 @@ class Session:
         The session can go on after that all the same. Raises `OSError`, also if there is too much to be moved.
         """
         frozen_at, receive_buffer, disk = monotonic(), self._receive_buffer, self._disk
-        disk.place.leave()
+        disk.leave()
         if self._parking.buffered + self._replies.unsent > frozen.LARGEST:
             raise OSError(errno.EFBIG, "more waits for it than can be moved in a moment")
         requests = b"".join(request.freeze().pack() for request in self._parking.requests())
