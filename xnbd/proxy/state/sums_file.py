@@ -7,6 +7,7 @@ that: clean blocks without a sum count as damaged, and are fetched again when th
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Tuple
 
@@ -21,6 +22,9 @@ from .entry import Entry
 from .format import CHECKED_SUFFIX, SUMS_SUFFIX, BadHeader
 from .memory_file import MemoryFile
 from .sums import HEADER_SIZE, SumsHeader, pack_sums_header, parse_sums_header, sums_size
+
+_NO_FILE_OF_OURS = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
+"""What opening a link, a FIFO or a directory ends with."""
 
 
 def open_integrity(entry: Entry, state_fd: int) -> Tuple[int, int]:
@@ -75,6 +79,10 @@ def _open_sums(entry: Entry, state_fd: int) -> int:
         reason = "is gone"
     except (BadHeader, ConfigurationError) as error:
         reason = str(error)
+    except OSError as error:
+        if error.errno not in _NO_FILE_OF_OURS:
+            raise
+        reason = "is no regular file"
     if entry.has_clean_blocks:
         told = "%s %s: blocks that clients have not written are fetched again when they are read"
         log.warning(told, entry.path + SUMS_SUFFIX, reason)
