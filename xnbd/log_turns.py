@@ -20,7 +20,7 @@ from zlib import crc32
 
 from .logs import Fields, log
 
-FAILED, SLOW = "failed", "slow"
+FAILED, SLOW, DAMAGE = "failed", "slow", "damage"
 """Kinds of lines, each of which has its own turns."""
 
 INTERVAL = 1.0

@@ -276,6 +276,17 @@ def test_map_in_ascii(serve: Serve) -> None:
     assert out.endswith("a character:  . nothing  -+* a part  # all\n")
 
 
+def test_what_clients_have_written_is_told_and_drawn_if_there_is_any(serve: Serve) -> None:
+    blocks = {"total": 4096, "cached": 1000, "written": 300}
+    answer = proxy_answer(blocks=blocks, map=[1.0, 0.5], map_written=[0.5, 0.0], disk_size=16 << 20)
+    lines = run("env", "PYTHONIOENCODING=ascii", *command("--query", "--map", serve({"query": Canned(answer)})))[1]
+    assert "  written     300 blocks, 1.2 MiB that only exist here\n" in lines
+    assert "|#+|" in lines.partition("Written by clients:")[0]
+    assert "|+.|" in lines.partition("Written by clients:")[2]
+    answer = proxy_answer(blocks={**blocks, "written": 0}, map=[1.0], map_written=[0.0])
+    assert "ritten by" not in bgctl("--query", "--map", serve({"query": Canned(answer)}))
+
+
 def test_map_of_a_server_without_cache(serve: Serve) -> None:
     out = bgctl("--query", "--map", serve({"query": Canned({"done": True, "mode": "target", "name": "x"})}))
     assert out == "x: target\n\nNo map: only a proxy has one.\n"

@@ -55,7 +55,11 @@ def nobody() -> Iterator[Connection]:
 def test_a_server_in_the_wrapper_has_the_options_of_one_with_a_command_line(
     export: StoredExport, nobody: Connection
 ) -> None:
-    agreements = [Agreement(), Agreement(Export("e", 1, 1, "d"), True), Agreement(None, True, True)]
+    agreements = [
+        Agreement(),
+        Agreement(Export("e", 1, 1, "d"), True),
+        Agreement(None, True, ("base:allocation", "xnbd:written")),
+    ]
     choices = itertools.product((False, True), (False, True), (False, True), agreements)
     for cow, readonly, syslog, agreement in choices:
         foreign = ForeignServer(["x"], OWN_OPTIONS, cow, readonly, syslog, None, "9", "8K")

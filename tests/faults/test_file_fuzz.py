@@ -1,7 +1,7 @@
 """A cache's files mutilated at random: a start repairs that, refuses, or serves what it should; never wrong bytes.
 
-What is written into the cache image without a change of its time, and what replaces the
-content of one whose proxy was killed, is left out: nothing but checksums would tell.
+What is changed in the cache image without a change of its time, as by a disk that rots, the
+checksums tell of blocks that clients have not written. Of others nothing can tell.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, Set
 
 import pytest
-from caching import CacheFiles, connect, kill_server
+from caching import BLOCK, CacheFiles, connect, kill_server
 from conftest import MIB, Start, unexpected_lines
 from launch import launched
 from server_process import Server, command, run, wait_until
@@ -33,6 +33,7 @@ class Vault:
         origin.write_bytes(self.content)
         self.far: Server = start("--target", "--readonly", origin)
         self._directory = directory
+        self.written: Set[int] = set()
         files = CacheFiles(directory)
         self._work(start, files, rng)
         self.older = self._copy(files, "older")
@@ -51,17 +52,26 @@ class Vault:
         client.pread(100_000, rng.randrange(SIZE - 100_000))
         client.pwrite(WRITTEN, at)
         self.content[at : at + len(WRITTEN)] = WRITTEN
+        self.written.update(range(at // BLOCK, (at + len(WRITTEN) - 1) // BLOCK + 1))
         client.flush()
         client.shutdown()
 
     def _copy(self, files: CacheFiles, name: str) -> CacheFiles:
         (self._directory / name).mkdir()
-        run("cp", "-a", files.image, files.bitmap, files.state, self._directory / name)
+        run("cp", "-a", files.image, files.bitmap, files.state, files.sums, self._directory / name)
         return CacheFiles(self._directory / name)
 
     def take_out(self, name: str) -> CacheFiles:
         """The files as they were kept, in a directory of their own."""
         return self._copy(self.kept, name)
+
+    def is_right(self, found: bytes, *, rotten: bool) -> bool:
+        """Whether a client may read this; of a *rotten* image what clients have written may be wrong."""
+        differing = {block for block in range(-(-SIZE // BLOCK)) if found[block * BLOCK :][:BLOCK] != self.block(block)}
+        return differing <= (self.written if rotten else set())
+
+    def block(self, number: int) -> bytes:
+        return bytes(self.content[number * BLOCK : (number + 1) * BLOCK])
 
 
 Mutation = Callable[[Path, Path, random.Random], None]
@@ -110,6 +120,14 @@ def write_older(path: Path, older: Path, _rng: random.Random) -> None:
     path.write_bytes(older.read_bytes())
 
 
+def rot(path: Path, older: Path, rng: random.Random) -> None:
+    """The disk does not keep what it had."""
+    status = path.stat()
+    rng.choice([flip, fill, zero, write_older])(path, older, rng)
+    os.truncate(path, status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 STRUCTURE: List[Mutation] = [shorten, lengthen, delete, exchange]
 ANYTHING: List[Mutation] = [*STRUCTURE, flip, flip, fill, fill, zero, write_older]
 
@@ -121,6 +139,7 @@ def mutilate(vault: Vault, files: CacheFiles, rng: random.Random, *, stopped: bo
         files.image: [*STRUCTURE, write_older, zero] if stopped else STRUCTURE,
         files.bitmap: ANYTHING,
         files.state: ANYTHING,
+        files.sums: ANYTHING,
     }
     if scoreboard.exists():
         kinds[scoreboard] = [mutation for mutation in ANYTHING if mutation not in (exchange, write_older)]
@@ -132,7 +151,16 @@ def mutilate(vault: Vault, files: CacheFiles, rng: random.Random, *, stopped: bo
     return ", ".join(told)
 
 
-def outcome(files: CacheFiles, vault: Vault) -> str:
+def rot_image(vault: Vault, files: CacheFiles, rng: random.Random) -> str:
+    """Of the cache image, and perhaps something is wrong with the sums too."""
+    rot(files.image, vault.older.image, rng)
+    mutation = rng.choice([*ANYTHING, None, None])
+    if mutation is not None:
+        mutation(files.sums, vault.older.sums, rng)
+    return f"rotten image{f', {mutation.__name__} sums' if mutation is not None else ''}"
+
+
+def outcome(files: CacheFiles, vault: Vault, *, rotten: bool = False) -> str:
     """``refused`` with one line, or ``right``: what a client reads is what it should be."""
     directory = files.image.parent
     log, sock = directory / "log", directory / "socket"
@@ -144,7 +172,7 @@ def outcome(files: CacheFiles, vault: Vault) -> str:
             assert sum("xnbd-server: " in line for line in server.log().splitlines()) == 1, server.log()
             return "refused"
         client = connect(f"nbd+unix:///?socket={sock}")
-        assert client.pread(SIZE, 0) == vault.content
+        assert vault.is_right(client.pread(SIZE, 0), rotten=rotten)
         client.shutdown()
     assert not unexpected_lines(server.log(), [])
     return "right"
@@ -155,18 +183,19 @@ def outcome(files: CacheFiles, vault: Vault) -> str:
 def test_mutilated_files_give_no_wrong_bytes(start: Start, tmp_path: Path, seed: int, end: str) -> None:
     rng = random.Random(f"{seed} {end}")
     vault = Vault(tmp_path, start, rng)
-    untouched = bytes(vault.content)
+    untouched, written = bytes(vault.content), frozenset(vault.written)
     outcomes = []
     for number in range(ROUNDS):
-        vault.content[:] = untouched
+        vault.content[:], vault.written = untouched, set(written)
         files = vault.take_out(f"round{number}")
         if end == "killed":
             server = start(*files.arguments(vault.far.uri, "--readahead", "0"))
             vault.change(server, rng)
             kill_server(server)
-        what = mutilate(vault, files, rng, stopped=end == "stopped")
+        rotten = rng.random() < 0.3
+        what = rot_image(vault, files, rng) if rotten else mutilate(vault, files, rng, stopped=end == "stopped")
         print(number, what)
-        outcomes.append(outcome(files, vault))
+        outcomes.append(outcome(files, vault, rotten=rotten))
         run("rm", "-r", files.image.parent)
     assert set(outcomes) <= {"refused", "right"}
 

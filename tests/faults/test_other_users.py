@@ -57,9 +57,8 @@ def test_all_that_a_proxy_makes_has_the_mode_that_was_asked_for(
     files = CacheFiles(made)
     options = [*options, "--pidfile", str(made / "pid"), "--logpath", str(made / "log")]
     server = start(*files.arguments(far.uri, *options), prefix=OPEN_UMASK)
-    assert modes(made) == dict.fromkeys(
-        ["cache.img", "cache.bitmap", "cache.bitmap.state", "cache.bitmap.board", "pid", "log"], mode
-    )
+    beside = [f"cache.bitmap{suffix}" for suffix in (".state", ".board", ".sums", ".checked")]
+    assert modes(made) == dict.fromkeys(["cache.img", "cache.bitmap", *beside, "pid", "log"], mode)
     server.stop()
 
 
@@ -117,17 +116,18 @@ def obstacles(path: Path, victim: Path, kind: str) -> None:
 def test_what_others_have_put_in_the_way_is_neither_used_nor_followed(
     start: Start, far: Server, files: CacheFiles, tmp_path: Path, kind: str
 ) -> None:
-    victim = tmp_path / "victim"
-    victim.write_bytes(b"v" * 5000)
-    names = [f"cache.bitmap{end}" for end in (".new", ".state.new", ".board")]
-    for name in names:
+    names = [f"cache.bitmap{end}" for end in (".new", ".state.new", ".sums", ".checked", ".board")]
+    victims = [tmp_path / f"victim{number}" for number in range(len(names))]
+    for name, victim in zip(names, victims):
+        victim.write_bytes(b"v" * 5000)
         obstacles(files.image.parent / name, victim, kind)
     server = start(*files.arguments(far.uri))
     assert bytes(connect(server.uri).pread(SIZE, 0)) == b"o" * SIZE
-    scoreboard = (files.image.parent / names[-1]).lstat()
-    assert (stat.S_ISREG(scoreboard.st_mode), scoreboard.st_uid, scoreboard.st_nlink) == (True, os.geteuid(), 1)
+    for name in names[2:]:
+        made = (files.image.parent / name).lstat()
+        assert (stat.S_ISREG(made.st_mode), made.st_uid, made.st_nlink) == (True, os.geteuid(), 1)
     server.stop()
-    assert victim.read_bytes() == b"v" * 5000
+    assert {victim.read_bytes() for victim in victims} == {b"v" * 5000}
     assert files.is_clean()
 
 

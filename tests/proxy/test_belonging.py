@@ -553,7 +553,7 @@ def test_bits_beyond_the_last_block_count_nowhere(start: Start, files: CacheFile
     assert "blocks are missing" in bgctl("--switch", files.control, check=False)[2]
 
 
-def test_files_of_version_1_are_opened_and_become_version_2(
+def test_files_of_version_1_are_opened_and_become_version_3(
     used: CacheFiles, start: Start, far: Server, content: bytes
 ) -> None:
     header = used.state.read_bytes()[:512]
@@ -562,7 +562,7 @@ def test_files_of_version_1_are_opened_and_become_version_2(
     os.removexattr(used.image, ATTRIBUTE)
     serves(start, used, far, expected(content)).stop()
     current = used.state.read_bytes()
-    assert current[8:12] == struct.pack("<I", 2)
+    assert current[8:12] == struct.pack("<I", 3)
     overwrite(used.state, 0, (one + struct.pack("<I", zlib.crc32(one))).ljust(512, b"\0"))
     assert "is known to a newer state file" in refused(used, far)
     used.state.write_bytes(current)

@@ -116,7 +116,8 @@ def test_a_cache_that_is_served_as_a_disk_is_not_resumed(
     before = [path.read_bytes() for path in (files.bitmap, files.state)]
     refuses_proxy(files, far, *options)
     assert [path.read_bytes() for path in (files.bitmap, files.state)] == before
-    assert sorted(path.suffix for path in files.image.parent.glob("cache.*")) == [".bitmap", ".board", ".img", ".state"]
+    made = [".bitmap", ".board", ".checked", ".img", ".state", ".sums"]
+    assert sorted(path.suffix for path in files.image.parent.glob("cache.*")) == made
 
 
 def test_the_second_of_two_proxies_holds_the_cache_too(

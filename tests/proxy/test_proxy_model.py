@@ -415,7 +415,9 @@ def test_the_report_counts_what_is_there(start: Start, tmp_path: Path, files: Ca
     client = connect(proxy.uri)
     client.pread(1, 5 * BLOCK)
     client.pwrite(bytes(BLOCK), 9 * BLOCK)
-    wait_until(lambda: query(files.control)["blocks"] == {"total": 513, "cached": 2}, "two blocks cached")
+    wait_until(lambda: query(files.control)["blocks"] == {"total": 513, "cached": 2, "written": 1}, "two blocks cached")
     assert files.cached() == [5, 9]
     read_all(client)
-    wait_until(lambda: query(files.control)["blocks"] == {"total": 513, "cached": 513}, "all blocks cached")
+    wait_until(
+        lambda: query(files.control)["blocks"] == {"total": 513, "cached": 513, "written": 1}, "all blocks cached"
+    )

@@ -110,7 +110,7 @@ def test_query_counts_hits_misses_and_bytes(proxy: Proxy) -> None:
         assert worker["pid"] in proxy.server.busy_workers()
         assert worker["client"] == f"unix:pid={os.getpid()},uid={os.getuid()}"
         assert worker["memory_bytes"] > 0
-        assert answer["blocks"] == {"total": BLOCKS, "cached": 11}
+        assert answer["blocks"] == {"total": BLOCKS, "cached": 11, "written": 0}
     wait_until(lambda: not proxy.query()["workers"], "the client's end")
     assert proxy.counter("requests") == 32
 
@@ -121,7 +121,7 @@ def test_query_of_a_new_proxy(proxy: Proxy, origin: Server) -> None:
     assert answer["name"] == "cache.img"
     assert answer["disk_size"] == DISK
     assert answer["pid"] == proxy.server.pid
-    assert answer["blocks"] == {"total": BLOCKS, "cached": 0}
+    assert answer["blocks"] == {"total": BLOCKS, "cached": 0, "written": 0}
     assert answer["origin"]["state"] == "idle"
     assert answer["origin"]["address"] == f"nbd+unix:///?socket={origin.socket}"
     assert answer["cache_all"] is None

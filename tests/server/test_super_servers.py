@@ -285,7 +285,9 @@ def test_what_the_wrapper_has_negotiated_is_spoken(tmp_path: Path, image: Path) 
         assert server.client.chunk().kind == 5
 
 
-@pytest.mark.parametrize("features", ["structure", "allocation", "structured,", "newstyle structured"])
+@pytest.mark.parametrize(
+    "features", ["structure", "allocation", "newstyle,written", "structured,", "newstyle structured"]
+)
 def test_negotiated_features_that_make_no_sense_are_refused(image: Path, features: str) -> None:
     status, message = fails("--target", "--connected-fd", 0, "--negotiated", features, image)
     assert status == 2

@@ -260,12 +260,14 @@ def test_a_cache_that_root_has_made_is_refused_to_the_user(start: Start, place: 
     files = [home / name for name in ("cache.img", "cache.bitmap", "ctl")]
     start("--proxy", origin.uri, *files).stop()
     origin.socket.chmod(0o666)
-    for name in ("cache.img", "cache.bitmap", "cache.bitmap.state", "cache.bitmap.board"):
+    beside = [f"cache.bitmap{suffix}" for suffix in (".state", ".board", ".sums", ".checked")]
+    names = ["cache.img", "cache.bitmap", *beside]
+    for name in names:
         status, message = fails("--proxy", "--quiet", "--user", USER, "--unix", place / "s", origin.uri, *files)
         assert (status, f"that user cannot open {home}/" in message) == (1, True)
         blocked = re.findall(r"cannot open (\S+),", message)[0]
         own(Path(blocked))
-        assert Path(blocked).name in {"cache.img", "cache.bitmap", "cache.bitmap.state", "cache.bitmap.board"}, name
+        assert Path(blocked).name in names, name
     with launched(
         command("--proxy", "--user", USER, "--unix", place / "s", origin.uri, *files), place / "log"
     ) as proxy:

@@ -36,6 +36,7 @@ class CacheFiles:
         self.image = directory / f"{name}.img"
         self.bitmap = directory / f"{name}.bitmap"
         self.state = directory / f"{name}.bitmap.state"
+        self.sums = directory / f"{name}.bitmap.sums"
         self.control = directory / f"{name}.control"
 
     def arguments(self, origin: object, *options: object, control: object = None) -> List[str]:

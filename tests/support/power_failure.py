@@ -11,7 +11,8 @@ image of the disk from what is possible, opens it in "another boot" and compares
 with what was promised:
 
 - a block whose bit is set holds its true data: nothing older than the last flush;
-- a block that an answered flush covered has its bit set.
+- a block that an answered flush covered has its bit set;
+- a block that is set and not marked as written holds what the origin has.
 
 After a sync that has failed no flush may succeed before everything was opened anew,
 and what is there then has to keep the same promises.
@@ -26,6 +27,7 @@ import struct
 import sys
 import threading
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
@@ -37,13 +39,16 @@ from xnbd.proxy.state import (
     creation,
     entry,
     files,
+    mending,
     opening,
     resumption,
     scoreboard_file,
     shared,
+    written,
 )
 from xnbd.proxy.state.belonging import ATTRIBUTE
 from xnbd.proxy.state.checkpoint import ProcessState
+from xnbd.proxy.state.format import Layout, layout_of
 from xnbd.proxy.state.opening import open_state
 from xnbd.proxy.state.shared import SharedState
 from xnbd.storage import bitmap, writeback
@@ -54,7 +59,10 @@ from xnbd.system.file_locks import RangeLocks
 
 SECTOR = 512
 ORIGIN = "nbd://origin/disk"
-_STATE = (belonging, checkpoint, copies, creation, entry, files, opening, resumption, scoreboard_file, shared)
+_STATE = (
+    *(belonging, checkpoint, copies, creation, entry, files, mending, opening, resumption, scoreboard_file, shared),
+    written,
+)
 _TRACED = {module.__file__ for module in (*_STATE, bitmap, file_locks, writeback)}
 
 
@@ -63,10 +71,11 @@ class _File:
 
     def __init__(self, fd: int, watched: Optional[List[int]]) -> None:
         self.fd = fd
-        self._watched = watched
+        self._watched = None if watched is None else tuple(watched)
         self.sizes: List[int] = [0]
         self.marks: List[Tuple[bytes, int]] = []
         self.pages: Dict[int, List[bytes]] = {}
+        self._seen: Dict[int, bytes] = {}
 
     def observe(self) -> None:
         size = os.fstat(self.fd).st_size
@@ -75,11 +84,18 @@ class _File:
         mark = _mark_of(self.fd)
         if mark not in self.marks[-1:]:
             self.marks.append(mark)
-        for page in self._watched if self._watched is not None else range(-(-size // BLOCK)):
-            content = os.pread(self.fd, BLOCK, page * BLOCK).ljust(BLOCK, b"\0")
-            versions = self.pages.setdefault(page, [bytes(BLOCK)])
-            if versions[-1] != content:
-                versions.append(content)
+        for first, end in _runs(self._watched) if self._watched is not None else [(0, -(-size // BLOCK))]:
+            content = os.pread(self.fd, (end - first) * BLOCK, first * BLOCK)
+            if self._seen.get(first) != content:
+                self._seen[first] = content
+                self._note(first, content.ljust((end - first) * BLOCK, b"\0"))
+
+    def _note(self, first: int, content: bytes) -> None:
+        """The pages from *first* on have this *content* now."""
+        for at in range(0, len(content), BLOCK):
+            versions = self.pages.setdefault(first + at // BLOCK, [bytes(BLOCK)])
+            if versions[-1] != content[at : at + BLOCK]:
+                versions.append(content[at : at + BLOCK])
 
     def synced(self, *, marks: bool = True) -> None:
         """*marks* are not data: ``fdatasync(2)`` may leave them."""
@@ -109,6 +125,24 @@ class _File:
         if attribute:
             os.setxattr(path, ATTRIBUTE, attribute)
         os.utime(path, ns=(changed, changed))
+
+
+@lru_cache(None)
+def _runs(pages: Tuple[int, ...]) -> List[Tuple[int, int]]:
+    """First and end of each run of pages, which are in order."""
+    runs: List[Tuple[int, int]] = []
+    for page in pages:
+        if runs and runs[-1][1] == page:
+            runs[-1] = (runs[-1][0], page + 1)
+        else:
+            runs.append((page, page + 1))
+    return runs
+
+
+def _used_pages(layout: Layout) -> List[int]:
+    """The pages of a state file that anything is ever written to."""
+    parts = ((0, layout.former_size), (layout.exposed, layout.sums + 4 * layout.pages), (layout.written, layout.size))
+    return [page for start, stop in parts for page in range(start // BLOCK, -(-stop // BLOCK))]
 
 
 def _mark_of(fd: int) -> Tuple[bytes, int]:
@@ -142,12 +176,20 @@ class Recorder:
         for found in os.scandir(self.directory):
             names[found.name] = found.inode()
             if found.inode() not in self._files:
-                watched = self._watched if found.name == "cache" else [0] if found.name.endswith(".board") else None
-                self._files[found.inode()] = _File(os.open(found.path, os.O_RDONLY), watched)
+                fd = os.open(found.path, os.O_RDONLY)
+                self._files[found.inode()] = _File(fd, self._pages_of(found.name))
         if self._names[-1] != names:
             self._names.append(names)
         for file in self._files.values():
             file.observe()
+
+    def _pages_of(self, name: str) -> Optional[List[int]]:
+        """Those that are looked at; None: all of them."""
+        if name == "cache":
+            return self._watched
+        if name.endswith((".board", ".checked")):
+            return [0]
+        return _used_pages(layout_of((self.directory / "cache").stat().st_size)) if ".state" in name else None
 
     def synced(self, fd: int, *, marks: bool) -> None:
         if self.paused:
@@ -248,6 +290,10 @@ class Paused:
         self._thread.join()
 
 
+FETCHED = 0
+"""The serial of what the origin has."""
+
+
 def content_of(block: int, serial: int) -> bytes:
     """What the write number *serial* puts into *block*; never zeros."""
     return struct.pack("<II", block, serial) * (BLOCK // 8)
@@ -260,16 +306,32 @@ class Promises:
         self.contents: Dict[int, List[bytes]] = {}
         self.answered: Dict[int, int] = {}
         self.flushed: Dict[int, int] = {}
+        self._promised: Dict[int, int] = {}
 
-    def trouble(self, block: int, is_set: bool, content: bytes) -> Optional[str]:
+    def trouble(self, block: int, is_set: bool, is_written: bool, content: bytes) -> Optional[str]:
         """What is wrong with *block* as it was found after a power failure."""
         if not is_set:
             return f"block {block} was flushed, and is forgotten" if block in self.flushed else None
+        if not is_written and content != content_of(block, FETCHED):
+            return f"block {block} counts as the origin's and holds {content[:8]!r}"
         allowed = self.contents.get(block, [])[self.flushed.get(block, 0) :]
         for at in range(0, BLOCK, SECTOR):
             if content[at : at + SECTOR] not in [one[at : at + SECTOR] for one in allowed]:
                 return f"block {block} is set and holds {content[at : at + 8]!r} at {at}, of {len(allowed)} allowed"
         return None
+
+    def let_go(self, block: int) -> None:
+        """It need not be there any more, and what it has if it is, the origin has too."""
+        for promise in (self.answered, self.flushed, self._promised):
+            promise.pop(block, None)
+
+    def begin_flush(self) -> None:
+        """All that was answered is to become durable."""
+        self._promised = dict(self.answered)
+
+    def end_flush(self) -> None:
+        """It is, but for what was let go meanwhile."""
+        self.flushed.update(self._promised)
 
     def found(self, block: int, is_set: bool, content: bytes) -> None:
         """Go on with what a power failure has left."""
@@ -325,7 +387,8 @@ class World:
     # What happens
 
     def run(self, steps: int) -> None:
-        actions = [self.write] * 14 + [self.flush] * 5 + [self.restart, self.exit_and_start, self.reboot, self.clear]
+        actions = [self.write] * 12 + [self.let_go, self.cover] * 2 + [self.flush] * 5
+        actions += [self.restart, self.exit_and_start, self.reboot, self.clear]
         with watching_syncs(lambda fd, whole: self._recorder.synced(fd, marks=whole), self._maybe_fail_sync):
             self.start()
             for _ in range(steps):
@@ -347,6 +410,17 @@ class World:
         process, *self._others = self._rng.sample(self._processes, 3)
         with at_every_line(self._disturb):
             self._flush(process)
+
+    def let_go(self) -> None:
+        process, *self._others = self._rng.sample(self._processes, 3)
+        with at_every_line(self._disturb):
+            self._let_go(process)
+
+    def cover(self) -> None:
+        """A steward finds that nothing was marked for a while."""
+        process, *self._others = self._rng.sample(self._processes, 3)
+        with at_every_line(self._disturb):
+            process.cover(range(2))
 
     def restart(self) -> None:
         """Everything dies, the system stays up."""
@@ -423,27 +497,58 @@ class World:
         )
 
     def _write(self, process: ProcessState) -> None:
-        """Write a block or two as a proxy does: fill it under its lock, or in place if it is there."""
+        """Write a block or two as a proxy does, or fetch them: under their lock, or in place if they are marked."""
         first = self._rng.choice(self._blocks)
         end = first + 1 + (first + 1 in self._blocks and self._rng.random() < 0.5)
         fills = RangeLocks(process.fd)
         start, count = bytes_of(first, end)
-        view = process.bitmap
-        if view.all_set(first, end):
+        if process.bitmap.all_set(first, end) and process.written.all_set(first, end):
             self._put(first, end)
         elif fills.try_acquire(start, count):
             try:
                 if self._rng.random() < 0.9:
-                    self._put(first, end, done=False)
-                    view.set(first, end)
-                    self._answer(first, end)
+                    self._fill(process, first, end)
             finally:
                 fills.release(start, count)
 
-    def _put(self, first: int, end: int, *, done: bool = True) -> None:
-        self._serial += 1
+    def _fill(self, process: ProcessState, first: int, end: int) -> None:
+        """Some of these blocks are missing or clean; they are locked. Now and then it does not come to its end."""
+        some_here = process.bitmap.any_set(first, end)
+        if not some_here and self._rng.random() < 0.4:
+            self._put(first, end, done=False, serial=FETCHED)
+        elif some_here:
+            process.written.set(first, end)
+            self._put(first, end, done=False)
+        else:
+            self._put(first, end, done=False)
+            process.written.set(first, end)
+        if self._rng.random() < 0.95:
+            process.bitmap.set(first, end)
+            self._answer(first, end)
+
+    def _let_go(self, process: ProcessState) -> None:
+        """Let a clean block go, as `proxy.letting_go` does where nobody holds it; now and then not to the end."""
+        block = self._rng.choice(self._blocks)
+        fills = RangeLocks(process.fd)
+        start, count = bytes_of(block, block + 1)
+        if not fills.try_acquire(start, count):
+            return
+        try:
+            if block in process.bitmap and block not in process.written:
+                process.bitmap.clear(block, block + 1)
+                self._promises.let_go(block)
+                if self._rng.random() < 0.8 and self._flush(process) and self._rng.random() < 0.9:
+                    os.pwrite(self._cache_fd, bytes(BLOCK), block * BLOCK)
+                    self._recorder.observe()
+        finally:
+            fills.release(start, count)
+
+    def _put(self, first: int, end: int, *, done: bool = True, serial: Optional[int] = None) -> None:
+        if serial is None:
+            self._serial += 1
+            serial = self._serial
         for block in range(first, end):
-            content = content_of(block, self._serial)
+            content = content_of(block, serial)
             self._promises.contents.setdefault(block, []).append(content)
             os.pwrite(self._cache_fd, content, block * BLOCK)
         self._recorder.observe()
@@ -454,20 +559,21 @@ class World:
         for block in range(first, end):
             self._promises.answered[block] = len(self._promises.contents[block]) - 1
 
-    def _flush(self, process: ProcessState) -> None:
-        """Flush; an error is an answer too, promises nothing, and is followed by another one."""
+    def _flush(self, process: ProcessState) -> bool:
+        """Flush; an error is an answer too, promises nothing, and is followed by another one. Whether it was none."""
         failed = self._failed
-        promised = dict(self._promises.answered)
+        self._promises.begin_flush()
         self._flushing = True
         try:
             process.checkpoint(self._cache_fd)
             assert not failed
         except WriteBackFailed:
             assert self._failed
-            return
+            return False
         finally:
             self._flushing = False
-        self._promises.flushed.update(promised)
+        self._promises.end_flush()
+        return True
 
     def _leave(self) -> None:
         for process in self._processes:
@@ -529,7 +635,7 @@ class World:
         if promises is None:
             return ["not promised"]
         found = (
-            promises.trouble(block, block in process.bitmap, os.pread(cache_fd, BLOCK, block * BLOCK))
-            for block in self._blocks
+            promises.trouble(block, block in process.bitmap, block in process.written, content)
+            for block, content in ((block, os.pread(cache_fd, BLOCK, block * BLOCK)) for block in self._blocks)
         )
         return [trouble for trouble in found if trouble]

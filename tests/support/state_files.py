@@ -78,6 +78,11 @@ class Cache:
         return copy
 
 
+def written_blocks(shared: SharedState, blocks: int) -> List[int]:
+    with closing(shared.open_process()) as process:
+        return [n for n in range(blocks) if n in process.written]
+
+
 def set_blocks(shared: SharedState, blocks: int) -> List[int]:
     with closing(shared.open_process()) as process:
         return [n for first, end, is_set in process.bitmap.runs(0, blocks) if is_set for n in range(first, end)]

@@ -79,6 +79,9 @@ def test_it_is_a_set_of_numbers(ranges: List[Tuple[int, int]], a: int, b: int) -
     assert [n for run_first, run_end, _ in runs for n in range(run_first, run_end)] == list(range(first, end))
     assert all(set(range(f, e)) <= expected if s else expected.isdisjoint(range(f, e)) for f, e, s in runs)
     assert all(left[2] != right[2] for left, right in zip(runs, runs[1:]))
+    if first < end:
+        bitmap.clear(first, end)
+        assert {n for n in range(BLOCKS) if n in bitmap} == expected - set(range(first, end))
 
 
 def test_no_bit_is_lost_when_processes_set_neighbouring_bits_under_locks(bitmap_file: Path, seed: int) -> None:

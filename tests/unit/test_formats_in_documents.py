@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xnbd.proxy.state import format as state_format
 from xnbd.proxy.state.belonging import ATTRIBUTE, SESSION_SIZE
-from xnbd.proxy.state.format import HEADER_FIELDS, TIE_FIELDS, layout_of
+from xnbd.proxy.state.format import HEADER_FIELDS, TIE_FIELDS, TIMES_FIELDS, layout_of
 from xnbd.proxy.state.versions import VERSIONS, VERSIONS_SIZE
 from xnbd.storage.writeback import RECORD_SIZE
 from xnbd.wrapper import database
@@ -26,17 +26,20 @@ STATE_FILE = section("The state file")
 
 
 def test_every_field_of_the_header_is_there_with_its_place_and_version() -> None:
-    told = re.findall(r"^(\d+) +(\d+) +([12]) +(.+)$", STATE_FILE, re.MULTILINE)
+    told = re.findall(r"^(\d+) +(\d+) +([123]) +(.+)$", STATE_FILE, re.MULTILINE)
     at, wanted = 0, []
-    for version, fields in (("1", HEADER_FIELDS), ("2", TIE_FIELDS)):
+    for version, fields in (("1", HEADER_FIELDS), ("2", TIE_FIELDS), ("3", TIMES_FIELDS)):
         for name, kind in fields:
             wanted.append((at, struct.calcsize(f"<{kind}"), version, name))
             at += struct.calcsize(f"<{kind}")
     assert [(int(offset), int(size), version) for offset, size, version, _ in told] == [row[:3] for row in wanted]
     for (*_, text), (*_, name) in zip(told, wanted):
         assert text.startswith(name)
-    end_of_1 = struct.calcsize("<" + "".join(kind for _, kind in HEADER_FIELDS))
-    assert f"at {end_of_1} in version 1, at {at} in version {state_format.VERSION}" in STATE_FILE
+    end_of_1, tie = (
+        struct.calcsize("<" + "".join(kind for _, kind in fields)) for fields in (HEADER_FIELDS, TIE_FIELDS)
+    )
+    ends = f"at {end_of_1} in version 1, at {end_of_1 + tie} in version 2, at {at} in version {state_format.VERSION}"
+    assert ends in " ".join(STATE_FILE.split())
 
 
 def test_the_parts_of_the_state_file_are_where_it_says() -> None:
@@ -53,7 +56,9 @@ def test_the_parts_of_the_state_file_are_where_it_says() -> None:
     layout = layout_of(1 << 40)
     assert layout.dirty == state_format.PAGE == 4096
     assert layout.claimed % 4096 == layout.durable % 4096 == 0
-    assert layout.size == layout.durable + layout.bitmap_size
+    assert layout.former_size == layout.durable + layout.bitmap_size
+    assert layout.exposed % 65536 == layout.written % 65536 == layout.sums % 4096 == 0
+    assert layout.size == layout.written + layout.bitmap_size
 
 
 def test_names_and_versions_are_there() -> None:

@@ -173,9 +173,9 @@ def test_checkpoints_are_counted(family: Family) -> None:
 
 
 def test_complete_is_what_was_a_proxy(family: Family) -> None:
-    assert family.scoreboard.note_complete()
+    assert family.scoreboard.note_complete(lambda: True)
     assert family.scoreboard.mode == COMPLETE
-    assert not family.scoreboard.note_complete()
+    assert not family.scoreboard.note_complete(lambda: True)
 
 
 def test_a_switch_is_not_taken_back_by_another_server_that_finds_the_disk_complete(family: Family) -> None:
@@ -188,10 +188,10 @@ def test_a_switch_is_not_taken_back_by_another_server_that_finds_the_disk_comple
     (wait, go), (told, say) = os.pipe(), os.pipe()
     pid = family.spawn(switch)
     assert os.read(told, 1) == b"!"
-    assert not family.scoreboard.note_complete()
+    assert not family.scoreboard.note_complete(lambda: True)
     os.write(go, b"!")
     family.wait(pid)
-    assert not family.scoreboard.note_complete()
+    assert not family.scoreboard.note_complete(lambda: True)
     assert family.scoreboard.mode == TARGET
     for fd in (wait, go, told, say):
         os.close(fd)

@@ -150,7 +150,7 @@ def test_export_name_keeps_what_was_negotiated_before() -> None:
     machine = fresh(structured=True)
     ask(machine, raw.SET_META_CONTEXT, context_data("disk", "base:allocation"))
     assert machine.on_option(raw.EXPORT_NAME, b"disk")[8:] == struct.pack(">H", 0x056D | SEND_DF)
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=True, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, contexts=("base:allocation",), ordered=False)
 
 
 # ABORT and LIST
@@ -300,7 +300,7 @@ def test_list_selects_nothing() -> None:
     machine = fresh(structured=True)
     ask(machine, raw.LIST_META_CONTEXT, context_data("disk", "base:allocation"))
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=False, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, ordered=False)
 
 
 def test_list_leaves_what_was_set() -> None:
@@ -308,7 +308,7 @@ def test_list_leaves_what_was_set() -> None:
     ask(machine, raw.SET_META_CONTEXT, context_data("disk", "base:allocation"))
     ask(machine, raw.LIST_META_CONTEXT, context_data("disk"))
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=True, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, contexts=("base:allocation",), ordered=False)
 
 
 def test_set_selects_allocation_once_however_often_it_is_asked_for() -> None:
@@ -316,7 +316,7 @@ def test_set_selects_allocation_once_however_often_it_is_asked_for() -> None:
     data = context_data("disk", "base:allocation", "base:allocation")
     assert ask(machine, raw.SET_META_CONTEXT, data) == [ALLOCATION, OK]
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=True, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, contexts=("base:allocation",), ordered=False)
 
 
 @pytest.mark.parametrize("queries", [(), ("base:",)])
@@ -324,7 +324,7 @@ def test_set_without_a_full_name_selects_nothing(queries: Tuple[str, ...]) -> No
     machine = fresh(structured=True)
     assert ask(machine, raw.SET_META_CONTEXT, context_data("disk", *queries)) == [OK]
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=False, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, ordered=False)
 
 
 @pytest.mark.parametrize("name", ["", "other"])
@@ -332,7 +332,7 @@ def test_contexts_set_for_another_name_than_that_of_go_are_not_active(name: str)
     machine = fresh(structured=True)
     assert ask(machine, raw.SET_META_CONTEXT, context_data(name, "base:allocation"))[-1] == OK
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=False, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, ordered=False)
 
 
 FAILING_SETS = {
@@ -353,7 +353,7 @@ def test_a_failed_set_clears_what_an_earlier_one_set(data: bytes, error: int) ->
     ask(machine, raw.SET_META_CONTEXT, context_data("disk", "base:allocation"))
     assert error_of(ask(machine, raw.SET_META_CONTEXT, data)) == error
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=False, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, ordered=False)
 
 
 def test_a_later_set_replaces_an_earlier_one() -> None:
@@ -361,7 +361,39 @@ def test_a_later_set_replaces_an_earlier_one() -> None:
     ask(machine, raw.SET_META_CONTEXT, context_data("other", "base:allocation"))
     ask(machine, raw.SET_META_CONTEXT, context_data("disk", "base:allocation"))
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=True, allocation=True, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=True, contexts=("base:allocation",), ordered=False)
+
+
+CACHED_AND_MORE = Export("cache", 4096, 0x056D, "a proxy", ("base:allocation", "xnbd:cached", "xnbd:written"))
+ALL_CONTEXTS = [(1, b"base:allocation"), (2, b"xnbd:cached"), (3, b"xnbd:written")]
+
+
+def of_a_proxy() -> ServerHandshake:
+    machine = ServerHandshake(Exports(names=lambda: ["cache"], find=lambda name: CACHED_AND_MORE))
+    machine.on_client_flags(3)
+    ask(machine, raw.STRUCTURED_REPLY)
+    return machine
+
+
+@pytest.mark.parametrize(
+    ("queries", "listed", "selected"),
+    [
+        ((), [1, 2, 3], []),
+        (("xnbd:",), [2, 3], []),
+        (("base:", "xnbd:written"), [1, 3], [3]),
+        (("xnbd:written", "base:allocation", "xnbd:written"), [1, 3], [1, 3]),
+        (("xnbd:cached", "xnbd", "xnbd:cach", "other:cached", ""), [2], [2]),
+    ],
+)
+def test_a_proxy_has_contexts_of_its_own(queries: Tuple[str, ...], listed: List[int], selected: List[int]) -> None:
+    machine = of_a_proxy()
+    for option, wanted in ((raw.LIST_META_CONTEXT, listed), (raw.SET_META_CONTEXT, selected)):
+        *contexts, end = ask(machine, option, context_data("cache", *queries))
+        told = [(struct.unpack(">I", data[:4])[0], data[4:]) for _, data in contexts]
+        assert (told, end) == ([one for one in ALL_CONTEXTS if one[0] in wanted], OK)
+    ask(machine, raw.GO, go_data("cache"))
+    assert machine.agreement is not None
+    assert machine.agreement.contexts == tuple(name.decode() for number, name in ALL_CONTEXTS if number in selected)
 
 
 # Many options, and any
@@ -454,7 +486,7 @@ def test_without_structured_replies_their_options_are_unknown() -> None:
     for option in (raw.STRUCTURED_REPLY, raw.LIST_META_CONTEXT, raw.SET_META_CONTEXT):
         assert error_of(ask(machine, option)) == raw.ERR_UNSUP
     ask(machine, raw.GO, go_data("disk"))
-    assert machine.agreement == Agreement(DISK, structured=False, allocation=False, ordered=False)
+    assert machine.agreement == Agreement(DISK, structured=False, ordered=False)
 
 
 @pytest.mark.parametrize(
@@ -500,7 +532,7 @@ def test_starttls_is_acknowledged_and_all_before_it_is_forgotten() -> None:
     assert len(secured.on_option(raw.EXPORT_NAME, b"disk")) == 10  # no zeros: the flags are remembered
     assert secured.agreement is not None
     assert not secured.agreement.structured
-    assert not secured.agreement.allocation
+    assert not secured.agreement.contexts
 
 
 def test_starttls_with_data_and_without_tls_is_refused() -> None:

@@ -30,6 +30,7 @@ from test_bitmap import run_processes
 from xnbd.errors import ConfigurationError
 from xnbd.proxy.state import belonging
 from xnbd.proxy.state.checkpoint import ProcessState
+from xnbd.proxy.state.copies import Region
 from xnbd.proxy.state.files import is_alone
 from xnbd.proxy.state.format import BadHeader, Header, Steering, identity, layout_of, pack_header, parse_header
 from xnbd.proxy.state.known import is_switched, known_size
@@ -101,6 +102,47 @@ def test_all_space_of_both_files_is_allocated(tmp_path: Path) -> None:
     cache.open()
     for path in (cache.bitmap, cache.state):
         assert path.stat().st_blocks * 512 >= path.stat().st_size >= TIB // BLOCK // 8
+
+
+def test_files_that_were_left_alone_are_not_read_at_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one page of the bitmap, its copy and the written map, of a disk as large as there are."""
+    cache = Cache(tmp_path, 15 * TIB)
+    shared = cache.open()
+    with closing(shared.open_process()) as process:
+        cache.fill(process, 7, 9)
+        process.written.set(8, 9)
+    assert shared.mark_clean(cache.fd)
+    shared.close()
+    monkeypatch.setattr(Region, "read", None)
+    for boot in (1, 2):
+        shared = cache.open(boot=boot)
+        with closing(shared.open_process()) as process:
+            assert [(n in process.bitmap, n in process.written) for n in (7, 8, 9)] == [
+                *((True, False), (True, True), (False, False))
+            ]
+        monkeypatch.undo()
+        assert shared.mark_clean(cache.fd)
+        shared.close()
+        monkeypatch.setattr(Region, "read", None)
+    os.utime(cache.bitmap)
+    with pytest.raises(TypeError):
+        cache.open()
+
+
+@pytest.mark.parametrize("name", ["bitmap", "bitmap.state"])
+def test_files_that_were_changed_after_their_end_are_read(cache: Cache, name: str) -> None:
+    """At once: within the tick of the kernel's clock in which they were closed."""
+    shared = cache.open()
+    with closing(shared.open_process()) as process:
+        cache.fill(process, 0, 3)
+    assert shared.mark_clean(cache.fd)
+    at = layout_of(DISK).durable if name.endswith("state") else 0
+    with (cache.directory / name).open("rb+") as file:
+        file.seek(at)
+        file.write(b"\xff")
+    shared.close()
+    with closing(cache.open()) as later:
+        assert set_blocks(later, cache.blocks) == [0, 1, 2]
 
 
 def test_nothing_is_lost_when_all_processes_die(cache: Cache) -> None:
@@ -267,6 +309,8 @@ def test_servers_that_start_at_once_agree(cache: Cache) -> None:
             "bitmap",
             "bitmap.state",
             "bitmap.board",
+            "bitmap.sums",
+            "bitmap.checked",
         }
 
 
@@ -390,7 +434,7 @@ def test_headers_of_version_1_stay_readable() -> None:
         "784e42440d0a1a73" "01000000" "00100000" "01000000" "0000000001000000"
         "00112233445566778899aabbccddeeff" "04000000" "6469736b"
     ).ljust(304, b"\0") + bytes.fromhex("f123194d")  # fmt: skip
-    header = Header(1 << 32, b"disk", bytes.fromhex("00112233445566778899aabbccddeeff"), clean=True)
+    header = Header(1 << 32, b"disk", bytes.fromhex("00112233445566778899aabbccddeeff"), clean=True, version=1)
     assert parse_header(packed.ljust(512, b"\0")) == header
 
 
@@ -435,7 +479,7 @@ def test_a_checkpoint_saves_everything_of_a_large_disk_in_parts(scratch: Path) -
     layout = layout_of(TIB)
     with cache.state.open("rb") as file:
         file.seek(layout.durable)
-        assert file.read() == b"\xff" * layout.bitmap_size
+        assert file.read(layout.bitmap_size) == b"\xff" * layout.bitmap_size
 
 
 def test_a_checkpoint_that_began_while_another_one_waited_serves_both(cache: Cache) -> None:

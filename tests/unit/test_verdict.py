@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Iterator, List
+from typing import Iterator, List, Tuple
 
 import pytest
 
-from xnbd.proxy.state.verdict import Facts, Verdict, judge
+from xnbd.proxy.state.verdict import Facts, Trust, Verdict, judge, trust_in_marks
 
 ASSURING = ["lived", "alike", "explained", "live_fits", "durable_fits", "adopt"]
 
@@ -108,3 +108,42 @@ def test_what_is_not_known_is_the_worst() -> None:
     assert judge(Facts(made=False)) is Verdict.MAKE
     assert judge(Facts(made=True)) is Verdict.DURABLE
     assert judge(Facts(made=True, clean=True)) is Verdict.REFUSE
+
+
+# The written map
+
+
+TOLD_AND_SWITCHED = list(product((False, True), repeat=2))
+LESS_TRUST = [Trust.MAP, Trust.UNEXPOSED, Trust.NOTHING]
+
+
+def settled() -> Iterator[Tuple[Facts, Verdict]]:
+    """What may be known of files that are gone on with, and which copy of the bitmap counts."""
+    for facts in all_facts():
+        verdict = judge(facts)
+        if verdict in (Verdict.LIVE, Verdict.DURABLE):
+            yield facts, verdict
+
+
+def test_the_written_map_is_believed_as_its_table_says() -> None:
+    for (facts, verdict), (told, switched) in product(settled(), TOLD_AND_SWITCHED):
+        wanted = Trust.NOTHING
+        if told and not switched and not facts.adopt and not facts.failed:
+            wanted = Trust.MAP if facts.clean or facts.lived else Trust.UNEXPOSED
+        assert trust_in_marks(verdict, facts, told=told, switched=switched) is wanted
+
+
+@pytest.mark.parametrize("field", ["clean", "lived", "failed", "adopt"])
+def test_less_assurance_never_has_more_of_the_written_map_believed(field: str) -> None:
+    for (facts, verdict), (told, switched) in product(settled(), TOLD_AND_SWITCHED):
+        less = facts._replace(**{field: field in ("failed", "adopt")})
+        if not possible(less) or judge(less) is not verdict:
+            continue
+        before = trust_in_marks(verdict, facts, told=told, switched=switched)
+        assert LESS_TRUST.index(trust_in_marks(verdict, less, told=told, switched=switched)) >= LESS_TRUST.index(before)
+
+
+def test_what_is_not_known_of_marks_is_the_worst() -> None:
+    assert trust_in_marks(Verdict.DURABLE, Facts(made=True), told=False, switched=False) is Trust.NOTHING
+    assert trust_in_marks(Verdict.DURABLE, Facts(made=True), told=True, switched=False) is Trust.NOTHING
+    assert trust_in_marks(Verdict.DURABLE, Facts(made=True, failed=False), told=True, switched=False) is Trust.UNEXPOSED

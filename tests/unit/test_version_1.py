@@ -9,7 +9,7 @@ from typing import Dict, List
 
 import pytest
 from power_failure import ORIGIN
-from state_files import Cache, set_blocks
+from state_files import Cache, set_blocks, written_blocks
 
 from xnbd.errors import ConfigurationError
 from xnbd.proxy.state.belonging import ATTRIBUTE
@@ -65,7 +65,7 @@ def written_by_0_5_0(directory: Path, which: str) -> Cache:
 def test_a_file_of_version_1_is_gone_on_with(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, which: str, boot: int, kept: List[int], said: str
 ) -> None:
-    """And it has version 2 then, and counts in every later boot."""
+    """And it has version 3 then, in which all of it counts as written, and counts in every later boot."""
     caplog.set_level("INFO", "xnbd")
     cache = written_by_0_5_0(tmp_path, which)
     assert known_size(str(cache.bitmap)) == SIZE
@@ -73,12 +73,13 @@ def test_a_file_of_version_1_is_gone_on_with(
     assert said in caplog.text
     assert set_blocks(shared, BLOCKS) == kept
     assert shared.steering == Steering(address=MOVED if which == "moved" else "")
-    assert cache.state.read_bytes()[8] == 2
+    assert cache.state.read_bytes()[8] == 3
+    assert written_blocks(shared, BLOCKS) == kept
     assert os.getxattr(cache.fd, ATTRIBUTE)
     assert shared.mark_clean(cache.fd)
     shared.close()
     with closing(cache.open(boot=3)) as later:
-        assert set_blocks(later, BLOCKS) == kept
+        assert set_blocks(later, BLOCKS) == written_blocks(later, BLOCKS) == kept
 
 
 @pytest.mark.parametrize("origin", [ORIGIN, MOVED])

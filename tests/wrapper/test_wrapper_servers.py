@@ -67,7 +67,7 @@ def test_an_origin_on_a_unix_socket_is_a_uri_on_the_command_line() -> None:
     [(False, False, "newstyle"), (True, False, "newstyle,structured"), (True, True, "newstyle,structured,allocation")],
 )
 def test_our_own_server_is_told_what_was_negotiated(structured: bool, allocation: bool, features: str) -> None:
-    agreement = Agreement(structured=structured, allocation=allocation)
+    agreement = Agreement(structured=structured, contexts=("base:allocation",) if allocation else ())
     assert words(agreement=agreement) == f"--target --connected-fd 7 --negotiated {features} /disk"
 
 

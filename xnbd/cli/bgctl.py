@@ -4,6 +4,7 @@ Usage:
   xnbd-bgctl [options] [--query] CONTROL_SOCKET
   xnbd-bgctl [options] (--switch | --shutdown) CONTROL_SOCKET
   xnbd-bgctl [options] (--cache-all | --cache-all2) CONTROL_SOCKET
+  xnbd-bgctl [options] --scrub CONTROL_SOCKET
   xnbd-bgctl [options] --reconnect CONTROL_SOCKET REMOTE_HOST REMOTE_PORT
   xnbd-bgctl [options] --reconnect CONTROL_SOCKET ORIGIN_URI
   xnbd-bgctl [options] (--snapshot | --reload | --upgrade) CONTROL_SOCKET
@@ -27,6 +28,9 @@ Commands:
   -c, --cache-all       Copy what is not cached yet, and wait for it. Ctrl-C
                         stops the copy and nothing else; run again, it goes on.
   -C, --cache-all2      The same, but return at once.
+  --scrub               Check all that is cached against the checksums of what
+                        was fetched, fetch damaged blocks again, and wait for
+                        it. Ctrl-C stops that and nothing else.
   -r, --reconnect       Use the disk at REMOTE_HOST REMOTE_PORT, or at a URI
                         (nbd://, https://, s3://, ...), as origin.
   --snapshot            Make an image of the disk as it is now, and print its
@@ -48,18 +52,20 @@ Commands:
 Options, ignored with a warning by a command that has no use for them:
   --json                With --query, print the server's answer as JSON, for
                         programs.
-  --map                 With --query, draw which parts of the disk are cached.
+  --map                 With --query, draw which parts of the disk are cached,
+                        and which of them clients have written.
   --interval SECONDS    With --top, the time between two looks (default: 1).
   --force               With --switch, do it although blocks are missing: they
                         read as zeros then.
-  --progress            With --cache-all and --snapshot, show how far it is, how
-                        fast, and how long it will take.
+  --progress            With --cache-all, --scrub and --snapshot, show how far it
+                        is, how fast, and how long it will take.
   --blocks-per-request COUNT
                         With --cache-all and --cache-all2, ask the origin for so
                         many blocks of 4 KiB at once, at most 8192.
-  --limit-rate RATE     With those two, copy no more bytes a second than RATE:
-                        200M, 512K, ... With --limit, let each client read and
-                        write so many, both together; 0 is no limit.
+  --limit-rate RATE     With those two and --scrub, copy or check no more bytes
+                        a second than RATE: 200M, 512K, ... With --limit, let
+                        each client read and write so many, both together; 0 is
+                        no limit.
   --limit-iops N        With --limit, let each client make N requests a second.
   --limit-rate-total RATE
                         With --limit, let all clients together read and write

@@ -20,6 +20,7 @@ _OF_USE = {
     "--shutdown": ("--force",),
     "--cache-all": (*_COPY_OPTIONS, "--progress"),
     "--cache-all2": _COPY_OPTIONS,
+    "--scrub": ("--limit-rate", "--progress"),
     "--reconnect": ("--exportname",),
     "--snapshot": ("--progress",),
     "--upgrade": ("--program", "--check"),

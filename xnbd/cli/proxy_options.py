@@ -10,6 +10,7 @@ from ..origin.base import OriginAddress
 from ..proxy.fetch_queue import PIECE
 from ..proxy.image import DEFAULT_READAHEAD
 from ..proxy.origin_link import Patience
+from ..proxy.verification import Verify
 from ..storage.blocks import BLOCK
 from .values import USAGE_ERROR, CommandLine
 
@@ -29,6 +30,7 @@ class ProxyOptions(NamedTuple):
     patience: Patience = Patience()
     readahead: int = DEFAULT_READAHEAD
     fetch_size: Optional[int] = None
+    verify: Verify = Verify.FIRST
 
 
 def proxy_options(line: CommandLine, paths: Mapping[str, str]) -> ProxyOptions:
@@ -46,6 +48,7 @@ def proxy_options(line: CommandLine, paths: Mapping[str, str]) -> ProxyOptions:
         patience=Patience(connect, answer),
         readahead=readahead,
         fetch_size=_fetch_size(line) if line.has("--fetch-size") else None,
+        verify=_verify(line),
     )
 
 
@@ -54,6 +57,14 @@ def _fetch_size(line: CommandLine) -> int:
     if size & (size - 1) or not BLOCK <= size <= PIECE * BLOCK:
         raise ConfigurationError("--fetch-size: expected 4K, 8K, 16K, 32K, 64K, 128K or 256K", USAGE_ERROR)
     return size
+
+
+def _verify(line: CommandLine) -> Verify:
+    text = line.text("--verify")
+    try:
+        return Verify.FIRST if text is None else Verify(text)
+    except ValueError:
+        raise ConfigurationError(f"--verify {text}: that is never, first or always", USAGE_ERROR) from None
 
 
 def _origin(line: CommandLine) -> OriginAddress:

@@ -57,6 +57,7 @@ def _settings(options: ProxyOptions, size: int) -> ProxySettings:
         patience=options.patience,
         readahead=options.readahead,
         fetch_size=options.fetch_size,
+        verify=options.verify,
     )
 
 

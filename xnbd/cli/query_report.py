@@ -90,6 +90,13 @@ def _cached(answer: Message) -> Iterator[str]:
     yield f"{percentage(cached, total)}, {cached:,} of {total:,} blocks{rest}"
 
 
+def _written(answer: Message) -> Iterator[str]:
+    written = answer.get("blocks", {}).get("written")
+    if written:
+        block_size = answer.get("block_size", 4096)
+        yield f"{counted(written, 'block')}, {size(written * block_size)} that only exist here"
+
+
 def _requests(answer: Message) -> Iterator[str]:
     counters = answer.get("counters", {})
     if "requests" in counters:
@@ -112,6 +119,12 @@ def _fetched(answer: Message) -> Iterator[str]:
     fetched = answer.get("counters", {}).get("bytes_fetched")
     if fetched is not None and "blocks" in answer:
         yield f"{size(fetched)} from the origin"
+
+
+def _damaged(answer: Message) -> Iterator[str]:
+    damaged = answer.get("counters", {}).get("damaged")
+    if damaged:
+        yield f"{counted(damaged, 'block')} of the cache found so; they are fetched again (the log tells more)"
 
 
 def _waiting(answer: Message) -> Iterator[str]:
@@ -177,7 +190,9 @@ _SECTIONS = [
     ("server", _server),
     ("origin", _origin),
     ("cached", _cached),
+    ("written", _written),
     ("fetched", _fetched),
+    ("damaged", _damaged),
     ("hits", _hits),
     ("requests", _requests),
     ("waiting", _waiting),

@@ -41,9 +41,9 @@ Listening options:
                         request.
   --negotiated FEATURES
                         What that wrapper has negotiated, separated by commas:
-                        newstyle, structured, allocation. Without it replies
-                        are simple ones in the order of the requests, which
-                        suits every client.
+                        newstyle, structured, allocation, cached, written.
+                        Without it replies are simple ones in the order of the
+                        requests, which suits every client.
 
 Access options:
   --tls-authz FILE      Let clients open the disk as FILE says, and nobody else:
@@ -89,6 +89,10 @@ Proxy options:
   --adopt-cache         Believe that CACHE_DISK_IMAGE holds all that
                         CACHE_BITMAP_IMAGE says, whatever speaks against it:
                         after they were restored, moved or changed together.
+  --verify WHEN         Check blocks that were fetched against their checksums:
+                        "first" does when a block is first read after the start,
+                        "always" whenever it is read, "never" not at all. A
+                        damaged one is fetched again (default: first).
   -Q, --max-queue-size N
                         Requests of one client that may wait for the other
                         server before no more are received from it (default: 0,

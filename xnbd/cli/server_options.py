@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Dict, Mapping, Optional, Union
 
 from ..errors import ConfigurationError
 from ..protocol.constants import MAXIMUM_STRING
-from ..protocol.server_handshake import Agreement
+from ..protocol.server_handshake import CONTEXTS, Agreement, feature_of
 from ..server.configuration import Configuration, Load
 from ..server.session.connection import LONGEST_SPIN
 from .limits import OF_ALL, OF_MASTERS, OF_PROXIES, OF_RATES, load_limits
@@ -43,11 +43,13 @@ _PROXY_OPTIONS = (
     "--max-buf-size",
     "--readahead",
     "--fetch-size",
+    "--verify",
     "--connect-timeout",
     "--origin-timeout",
 )
 _LISTENING = ("--lport", "--laddr", "--unix")
-_FEATURES = {"newstyle", "structured", "allocation"}
+_CONTEXT_FEATURES = {feature_of(context): context for context in CONTEXTS}
+_FEATURES = ("newstyle", "structured", *_CONTEXT_FEATURES)
 
 
 def server_options(line: CommandLine, begin: Begin) -> ServerOptions:
@@ -118,9 +120,10 @@ def _files_beside(bitmap_path: Optional[str]) -> Dict[str, str]:
     """What is made beside a proxy's bitmap."""
     if bitmap_path is None:
         return {}
-    from ..proxy.state.format import SCOREBOARD_SUFFIX, SUFFIX
+    from ..proxy.state.format import CHECKED_SUFFIX, SCOREBOARD_SUFFIX, SUFFIX, SUMS_SUFFIX
 
-    return {f"CACHE_BITMAP_IMAGE{suffix}": bitmap_path + suffix for suffix in (SUFFIX, SCOREBOARD_SUFFIX)}
+    suffixes = (SUFFIX, SCOREBOARD_SUFFIX, SUMS_SUFFIX, CHECKED_SUFFIX)
+    return {f"CACHE_BITMAP_IMAGE{suffix}": bitmap_path + suffix for suffix in suffixes}
 
 
 def _log_options(line: CommandLine, path: Optional[str]) -> LogOptions:
@@ -148,13 +151,12 @@ def _clients(line: CommandLine, paths: Mapping[str, str], load: Load) -> Union[O
 def _agreement(features: str) -> Agreement:
     """What ``--negotiated FEATURES`` says."""
     words = set(features.split(",")) if features else set()
-    if not words <= _FEATURES:
-        raise ConfigurationError(
-            f"--negotiated {features}: expected some of newstyle, structured, allocation", USAGE_ERROR
-        )
-    if "allocation" in words and "structured" not in words:
-        raise ConfigurationError("--negotiated: allocation comes with structured only", USAGE_ERROR)
-    return Agreement(structured="structured" in words, allocation="allocation" in words, ordered=not words)
+    if not words <= set(_FEATURES):
+        raise ConfigurationError(f"--negotiated {features}: expected some of {', '.join(_FEATURES)}", USAGE_ERROR)
+    contexts = tuple(context for feature, context in _CONTEXT_FEATURES.items() if feature in words)
+    if contexts and "structured" not in words:
+        raise ConfigurationError(f"--negotiated: {feature_of(contexts[0])} comes with structured only", USAGE_ERROR)
+    return Agreement(structured="structured" in words, contexts=contexts, ordered=not words)
 
 
 def _disk(line: CommandLine, paths: Mapping[str, str]) -> Union[TargetOptions, CowOptions, ProxyOptions]:

@@ -50,6 +50,8 @@ def _query(options: SteeringOptions) -> None:
     if answer.get("map"):
         encoding = sys.stdout.encoding if sys.stdout is not None else "ascii"
         lines += ["", *draw(answer["map"], answer["disk_size"], columns, encoding)]
+        if any(answer.get("map_written", ())):
+            lines += ["", "Written by clients:", *draw(answer["map_written"], answer["disk_size"], columns, encoding)]
     elif cells:
         lines += ["", "No map: only a proxy has one."]
     _print(lines)
@@ -106,6 +108,18 @@ def _cache_all_in_background(options: SteeringOptions) -> None:
     with _connect(options) as server:
         answer = server.ask(**request)
     print_outcome(f"process {answer['pid']} copies; --query shows how far it is\n")
+
+
+def _scrub(options: SteeringOptions) -> None:
+    answer: Message = {}
+    interrupted = "stopped; what was found damaged until then is fetched again when it is read"
+    with _interruptible(interrupted), _displayed(options) as display, _connect(options) as server:
+        for answer in server.follow(command="scrub", limit_rate=options.limit_rate):
+            reached = answer.get("progress") or answer
+            display.show(reached["position_bytes"], reached["total_bytes"])
+    checked, damaged = counted(answer["checked_blocks"], "block"), answer["damaged_blocks"]
+    found = f"{damaged:,} damaged, {answer['repaired_blocks']:,} fetched again" if damaged else "none was damaged"
+    print_outcome(f"{checked} checked, {found}\n")
 
 
 def _reconnect(options: SteeringOptions) -> None:
@@ -169,6 +183,7 @@ _COMMANDS: Dict[str, Callable[[SteeringOptions], None]] = {
     "--shutdown": _switch,
     "--cache-all": _cache_all,
     "--cache-all2": _cache_all_in_background,
+    "--scrub": _scrub,
     "--reconnect": _reconnect,
     "--snapshot": _snapshot,
     "--upgrade": _upgrade,

@@ -87,6 +87,11 @@ STATE_ZERO = 1 << 1
 
 BASE_ALLOCATION = "base:allocation"
 
+# Our own meta contexts (``contrib/doc/protocols.rst``), and what one of them says of an extent
+XNBD_CACHED = "xnbd:cached"
+XNBD_WRITTEN = "xnbd:written"
+STATE_SO = 1 << 0
+
 # Errors: the only numbers that may stand in a reply
 EPERM = 1
 EIO = 5

@@ -35,8 +35,10 @@ class ReplyFormat(ABC):
         """A chunk of a READ that says: *length* bytes at *offset* are zeros."""
         raise TypeError("this format has no chunks")
 
-    def block_status(self, cookie: bytes, context: int, extents: Sequence[Tuple[int, int]]) -> bytes:
-        """The whole reply to a BLOCK_STATUS: *extents*, pairs of length in bytes and status flags, for *context*."""
+    def block_status(
+        self, cookie: bytes, context: int, extents: Sequence[Tuple[int, int]], flags: int = c.REPLY_FLAG_DONE
+    ) -> bytes:
+        """A chunk of a BLOCK_STATUS: *extents*, pairs of length in bytes and status, for the id of a *context*."""
         raise TypeError("this format has no chunks")
 
     def success(self, cookie: bytes) -> bytes:

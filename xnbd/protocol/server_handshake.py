@@ -33,29 +33,31 @@ MAXIMUM_QUERIES = 100
 
 _SHOWN_NAME = 200
 
-ALLOCATION_CONTEXT = 1
-"""The id under which ``base:allocation`` is negotiated."""
+CONTEXTS = {c.BASE_ALLOCATION: 1, c.XNBD_CACHED: 2, c.XNBD_WRITTEN: 3}
+"""All meta contexts, with the ids under which they are negotiated."""
 
 
 class Export(NamedTuple):
-    """A disk as the handshake tells of it: *size* in bytes, *flags* without DF."""
+    """A disk as the handshake tells of it: *size* in bytes, *flags* without DF, the names of its meta *contexts*."""
 
     name: str
     size: int
     flags: int
     description: str
+    contexts: Tuple[str, ...] = (c.BASE_ALLOCATION,)
 
 
 class Agreement(NamedTuple):
     """What client and server agreed on; the default is what an old client gets.
 
-    Old clients count on replies in the order of their requests: *ordered*. A client to
-    which the disk was offered as *readonly* cannot write, whether or not the disk can be written.
+    *contexts* are the names of the meta contexts that were set. Old clients count on
+    replies in the order of their requests: *ordered*. A client to which the disk was
+    offered as *readonly* cannot write, whether or not the disk can be written.
     """
 
     export: Optional[Export] = None
     structured: bool = False
-    allocation: bool = False
+    contexts: Tuple[str, ...] = ()
     ordered: bool = True
     readonly: bool = False
 
@@ -91,6 +93,16 @@ def export_flags(*, readonly: bool, multi_conn: bool = True) -> int:
     if multi_conn:
         flags |= c.FLAG_CAN_MULTI_CONN
     return readonly_flags(flags) if readonly else flags
+
+
+def feature_of(context: str) -> str:
+    """What ``--negotiated`` calls a meta context."""
+    return context.partition(":")[2]
+
+
+def contexts_of(mode: str) -> Tuple[str, ...]:
+    """The meta contexts of a disk that is served in this mode."""
+    return tuple(CONTEXTS) if mode == "proxy" else (c.BASE_ALLOCATION,)
 
 
 _WRITERS_FLAGS = c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_FAST_ZERO
@@ -156,7 +168,8 @@ class ServerHandshake:
         self._told: Set[str] = set()
         self._exports = exports
         self._structured = False
-        self._context_name: Optional[str] = None
+        self._context_name = ""
+        self._contexts: Tuple[str, ...] = ()
         self._no_zeroes = False
         self._options = 0
         self._handlers = {
@@ -278,31 +291,28 @@ class ServerHandshake:
         return _pack_reply(option, c.REP_ACK)
 
     def _on_list_meta_context(self, option: int, data: bytes) -> bytes:
-        return self._select_contexts(option, data)[1]
+        return self._select_contexts(option, data)[2]
 
     def _on_set_meta_context(self, option: int, data: bytes) -> bytes:
-        self._context_name = None
-        self._context_name, reply = self._select_contexts(option, data)
+        self._contexts = ()
+        self._context_name, self._contexts, reply = self._select_contexts(option, data)
         return reply
 
-    def _select_contexts(self, option: int, data: bytes) -> Tuple[Optional[str], bytes]:
-        """The export's name if ``base:allocation`` is asked for, and the replies."""
+    def _select_contexts(self, option: int, data: bytes) -> Tuple[str, Tuple[str, ...], bytes]:
+        """The export's name, those of its contexts that are asked for, and the replies."""
         if not self._structured:
             raise _Refused(c.REP_ERR_INVALID, "structured replies have to be negotiated first")
         name, rest = _parse_string(data)
         queries = _parse_queries(rest)
-        self._find(name)
-        wanted = [c.BASE_ALLOCATION]
+        there = self._find(name).contexts
+        chosen = tuple(context for context in there if context in queries)
         if option == c.OPT_LIST_META_CONTEXT:
-            wanted.append("base:")
-        chosen = any(query in wanted for query in queries)
-        if option == c.OPT_LIST_META_CONTEXT and not queries:
-            chosen = True
-        reply = b""
-        if chosen:
-            context = _U32.pack(ALLOCATION_CONTEXT) + c.BASE_ALLOCATION.encode()
-            reply = _pack_reply(option, c.REP_META_CONTEXT, context)
-        return name if chosen else None, reply + _pack_reply(option, c.REP_ACK)
+            chosen = tuple(context for context in there if not queries or _is_listed(context, queries))
+        replies = [
+            _pack_reply(option, c.REP_META_CONTEXT, _U32.pack(CONTEXTS[context]) + context.encode())
+            for context in chosen
+        ]
+        return name, chosen, b"".join(replies) + _pack_reply(option, c.REP_ACK)
 
     # What they share
 
@@ -328,14 +338,18 @@ class ServerHandshake:
         return export.flags | c.FLAG_SEND_DF if self._structured else export.flags
 
     def _agree(self, name: str, export: Export) -> None:
-        self.agreement = agreement_on(export)._replace(
-            structured=self._structured, allocation=self._context_name == name, ordered=False
-        )
+        contexts = self._contexts if self._context_name == name else ()
+        self.agreement = agreement_on(export)._replace(structured=self._structured, contexts=contexts, ordered=False)
 
 
 def agreement_on(export: Export) -> Agreement:
     """That *export* is what the client uses, and no more than that."""
     return Agreement(export, readonly=bool(export.flags & c.FLAG_READ_ONLY))
+
+
+def _is_listed(context: str, queries: Sequence[str]) -> bool:
+    """By its name, or by its namespace alone."""
+    return context in queries or context.partition(":")[0] + ":" in queries
 
 
 def _pack_reply(option: int, kind: int, data: bytes = b"") -> bytes:

@@ -86,7 +86,9 @@ def pack_hole_chunk(cookie: bytes, offset: int, length: int, flags: int = c.REPL
     return HOLE_CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_TYPE_OFFSET_HOLE, cookie, 12, offset, length)
 
 
-def pack_block_status(cookie: bytes, context: int, extents: Iterable[Tuple[int, int]]) -> bytes:
-    """A whole structured reply with *extents*, pairs of length in bytes and status flags."""
+def pack_block_status(
+    cookie: bytes, context: int, extents: Iterable[Tuple[int, int]], flags: int = c.REPLY_FLAG_DONE
+) -> bytes:
+    """A chunk with *extents*, pairs of length in bytes and status, for the id of a meta *context*."""
     body = struct.pack(">I", context) + b"".join(struct.pack(">II", *extent) for extent in extents)
-    return CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, c.REPLY_FLAG_DONE, c.REPLY_TYPE_BLOCK_STATUS, cookie, len(body)) + body
+    return CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_TYPE_BLOCK_STATUS, cookie, len(body)) + body

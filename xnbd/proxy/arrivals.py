@@ -2,7 +2,7 @@
 
 - Data goes only to blocks whose bits are not set: a whole block may be written while
   its fetch is under way, and that counts.
-- Bits are set when the reply is complete and good, after the data.
+- Bits are set when the reply is complete and good, after the data and its checksums.
 - What finds no room in the cache is passed on to those who wait, with their tickets
   (`storage.passage`); no bit is set.
 """
@@ -16,13 +16,16 @@ from ..logs import about, log
 from ..origin.base import Data
 from ..scoreboard.counters import BYTES_FETCHED, new_counts
 from ..scoreboard.scoreboard import Scoreboard
-from ..storage.bitmap import Bitmap
-from ..storage.blocks import block_start, block_stop
+from ..storage.blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop
 from ..storage.space import NO_SPACE
 from ..storage.target import TargetImage
 from .fetch_queue import Fetch, FetchQueue
 from .locking import refuse_if_shrunk
 from .passage import Passage, PassedParcel
+from .state.checkpoint import ProcessState
+from .state.sums import ZERO_SUM, sums_of
+
+_WITHIN = BLOCK - 1
 
 
 class Arrivals:
@@ -31,14 +34,16 @@ class Arrivals:
     ``counts`` are those of `Image.count_in`. Nothing is kept any more once ``closed``.
     """
 
-    def __init__(self, cache: TargetImage, bitmap: Bitmap, queue: FetchQueue, scoreboard: Scoreboard) -> None:
+    def __init__(self, cache: TargetImage, state: ProcessState, queue: FetchQueue, scoreboard: Scoreboard) -> None:
         self.counts: List[int] = new_counts()
         self.passes_on = True
         """Whether what cannot be kept is of use to those who wait; else it is an error."""
         self.closed = False
         self.passage = Passage(cache.fd, scoreboard)
         self._cache = cache
-        self._bitmap = bitmap
+        self._bitmap = state.bitmap
+        self._sums = state.integrity.sums
+        self._checked = state.integrity.checked
         self._queue = queue
         self._error = 0  # of the cache, the one that was told last, until something is written again
         self._has_looked = self._has_kept = False
@@ -63,6 +68,8 @@ class Arrivals:
                 self._on_failure(token, error)
         if token.passing is not None:
             token.passing.append((offset, bytes(data)))
+        elif not offset & _WITHIN:
+            token.sums.append((offset >> BLOCK_SHIFT, sums_of(data)))
 
     def on_hole(self, token: Fetch, offset: int, length: int) -> None:
         if token.error or self.closed:
@@ -70,11 +77,13 @@ class Arrivals:
         if self._may_keep(token):
             try:
                 self._refuse_if_shrunk()
-                self.zero(offset, length)
+                self._zero(offset, length)
             except OSError as error:
                 self._on_failure(token, error)
         if token.passing is not None:
             token.passing.append((offset, bytes(length)))
+        elif not offset & _WITHIN:
+            token.sums.append((offset >> BLOCK_SHIFT, [ZERO_SUM] * (length >> BLOCK_SHIFT)))
 
     def _store(self, fetch: Fetch, offset: int, data: Data) -> None:
         self._refuse_if_shrunk()
@@ -89,7 +98,13 @@ class Arrivals:
             refuse_if_shrunk(self._cache)
             self._has_looked = True
 
-    def zero(self, offset: int, length: int) -> None:
+    def make_zero(self, first: int, end: int) -> None:
+        """Have missing blocks be zeros; their bits are yet to be set. Raises `OSError`."""
+        offset = block_start(first)
+        self._zero(offset, block_stop(end - 1, self._cache.size) - offset)
+        self._sums.note_zeros(first, end)
+
+    def _zero(self, offset: int, length: int) -> None:
         """Zeros where blocks are missing; what is a hole of the cache already is left alone. Raises `OSError`."""
         for at, count in self._missing(offset, length):
             for extent in self._cache.extents(at, count):
@@ -106,11 +121,38 @@ class Arrivals:
         if fetch.error or self.closed:
             return
         if fetch.passing is None:
-            self._bitmap.set(fetch.first, fetch.end)
-            self._error = 0
-            self._has_kept = True
-        elif fetch.tickets:
+            try:
+                self._keep(fetch)
+            except OSError as error:
+                self._on_failure(fetch, error)
+        if fetch.passing is not None and fetch.tickets:
             self._pass_on(fetch, fetch.passing)
+
+    def _keep(self, fetch: Fetch) -> None:
+        """Have its blocks be local, but for those that are so already. Raises `OSError`."""
+        first, end = fetch.first, fetch.end
+        runs = [(first, end)]
+        if fetch.mixed:
+            runs = [(run_first, run_end) for run_first, run_end, local in self._bitmap.runs(first, end) if not local]
+        sums = self._sums_of(fetch)
+        for run_first, run_end in runs:
+            self._sums.note(run_first, sums[run_first - first : run_end - first])
+            self._bitmap.set(run_first, run_end)
+            self._checked.set(run_first, run_end)
+        self._error = 0
+        self._has_kept = True
+
+    def _sums_of(self, fetch: Fetch) -> List[int]:
+        """Of all blocks of *fetch*. What came in pieces that are no blocks is read from the cache. Raises `OSError`."""
+        first, end = fetch.first, fetch.end
+        if len(fetch.sums) == 1 and len(fetch.sums[0][1]) == end - first:
+            return fetch.sums[0][1]
+        known = {at + index: number for at, sums in fetch.sums for index, number in enumerate(sums)}
+        for block in range(first, end):
+            if block not in known:
+                start = block_start(block)
+                known[block] = sums_of(self._cache.pread(start, block_stop(block, self._cache.size) - start))[0]
+        return [known[block] for block in range(first, end)]
 
     # What finds no room
 

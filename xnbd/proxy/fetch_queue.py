@@ -21,11 +21,24 @@ _MOST_DAMAGED = 1 << 12
 class Fetch:
     """The blocks from *first* up to *end*. ``mixed`` tells that some of them may be there already.
 
+    ``sums`` are those of blocks that have come: of so many from a block on.
     ``passing`` is what has come and finds no room in the cache, if anything does not: offsets and data.
     ``locked_at`` is when another process was found to have some of the blocks, if one has.
     """
 
-    __slots__ = ("ahead", "asked_at", "end", "error", "first", "locked_at", "mixed", "passing", "since", "tickets")
+    __slots__ = (
+        "ahead",
+        "asked_at",
+        "end",
+        "error",
+        "first",
+        "locked_at",
+        "mixed",
+        "passing",
+        "since",
+        "sums",
+        "tickets",
+    )
 
     def __init__(self, first: int, end: int, *, ahead: bool) -> None:
         self.first = first
@@ -33,6 +46,7 @@ class Fetch:
         self.ahead = ahead
         self.tickets: List[Ticket] = []
         self.mixed = False
+        self.sums: List[Tuple[int, List[int]]] = []
         self.passing: Optional[List[Tuple[int, bytes]]] = None
         self.error = 0
         self.since = self.asked_at = self.locked_at = 0.0

@@ -27,7 +27,6 @@ from ..storage.blocks import BLOCK, BLOCK_SHIFT, block_count, block_start, block
 from ..storage.image import Background, Ticket
 from ..storage.target import TargetImage
 from .arrivals import Arrivals
-from .block_locks import BlockLocks
 from .fetch_queue import PIECE, Fetch, FetchQueue
 from .flow_window import FlowWindow
 from .locking import HELD, LATER, Locking
@@ -66,8 +65,8 @@ class Fetcher(Background):
         self._queue = FetchQueue(timed=patience.origin is not None, is_local=is_local, blocks=block_count(cache.size))
         self.need_block = self._queue.need_block
         """What `need` does, for one block that is not local."""
-        self.locking = Locking(cache, state.bitmap, BlockLocks(state.fd), self._queue)
-        self.arrivals = Arrivals(cache, state.bitmap, self._queue, whereabouts.scoreboard)
+        self.locking = Locking(cache, state, self._queue)
+        self.arrivals = Arrivals(cache, state, self._queue, whereabouts.scoreboard)
         self.on_data = self.arrivals.on_data
         self.on_hole = self.arrivals.on_hole
         self._link = OriginLink(whereabouts, patience, cache.size, state.versions, self)
@@ -115,8 +114,10 @@ class Fetcher(Background):
         if not self.locking.borrow(first, end):
             return False
         try:
-            self.arrivals.zero(block_start(first), block_stop(end - 1, self._size) - block_start(first))
-            self.locking.mark_local(first, end)
+            for run_first, run_end, local in list(self._bitmap.runs(first, end)):
+                if not local:
+                    self.arrivals.make_zero(run_first, run_end)
+                    self.locking.mark_local(run_first, run_end)
         finally:
             self.locking.give_back(first, end)
         return True
@@ -221,6 +222,7 @@ class Fetcher(Background):
             self.locking.release(fetch)
             fetch.error = 0
             fetch.passing = None
+            fetch.sums.clear()
             if fetch.tickets:
                 self._queue.put_back(fetch)
             else:

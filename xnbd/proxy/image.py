@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..origin.base import OriginAddress
@@ -26,6 +27,7 @@ from ..storage.image import (
     Image,
     NotLocal,
     Parcel,
+    Part,
     Source,
     Ticket,
     file_identity,
@@ -40,8 +42,10 @@ from .readahead import Readahead
 from .state.checkpoint import ProcessState
 from .state.format import Steering
 from .state.shared import SharedState
+from .state.sums import sums_of
 from .state.versions import Version
 from .state.view import CacheView
+from .verification import Verification, Verify
 
 DEFAULT_READAHEAD = 8 << 20
 
@@ -64,6 +68,8 @@ class ProxyImage(Image):
         readonly: bool,
         readahead: int = DEFAULT_READAHEAD,
         fetch_size: Optional[int] = None,
+        verify: Verify = Verify.FIRST,
+        name: str = "",
     ) -> None:
         self.size = cache.size
         self.readonly = readonly
@@ -75,10 +81,16 @@ class ProxyImage(Image):
         self._cache = cache
         self._state = state
         self.bitmap = state.bitmap
-        self._octets = state.bitmap.octets
+        self._written = state.written
+        self._sums = state.integrity.sums
+        self.verification = Verification(cache, state, self._locking, verify, name)
+        self._trusted = self.verification.trusted
+        self._octets = self._trusted.octets
+        self._written_octets = state.written.octets
         self._readahead = Readahead(block_count(self.size), readahead >> BLOCK_SHIFT)
         self._marks = self._readahead.marks
         self._in_hand: Optional[InHand] = None
+        self._whole = False
         self.readable: Callable[[], int] = self._readable
         self._readable()
 
@@ -86,13 +98,18 @@ class ProxyImage(Image):
         length = self._cache.readable()
         assert self._cache.flat is not None
         self._view = self._cache.flat
-        self.flat = self._view if self._scoreboard.mode else None  # nothing is missing: no need to look at the bitmap
+        # Where nothing is missing, and all is known to be right, there is no need to look at bitmaps.
+        self.flat = self._view if self._scoreboard.mode and (self._whole or self._trusts_all()) else None
         return length
 
-    def count_in(self, counts: List[int]) -> None:
-        self._counts = self.fetcher.arrivals.counts = counts
+    def _trusts_all(self) -> bool:
+        self._whole = self.verification.trusts_all()
+        return self._whole
 
-    # A byte of the bitmap speaks for 32 KiB (1 << 15). Most requests lie within one.
+    def count_in(self, counts: List[int]) -> None:
+        self._counts = self.fetcher.arrivals.counts = self.verification.counts = counts
+
+    # A byte of the map of trusted blocks speaks for 32 KiB (1 << 15). Most requests lie within one.
 
     def read(self, offset: int, length: int) -> List[memoryview]:
         stop = offset + length
@@ -119,7 +136,7 @@ class ProxyImage(Image):
         if length > _SHORT:
             return self.read(offset, length)
         first, end = touched(offset, length)
-        if not (self._octets[first >> 3] >> (first & 7) & 1 if end - first == 1 else self.bitmap.all_set(first, end)):
+        if not (self._octets[first >> 3] >> (first & 7) & 1 if end - first == 1 else self._trusted.all_set(first, end)):
             return self.read(offset, length)
         data = os.pread(self._cache.fd, length, offset)
         return [memoryview(data)] if len(data) == length else self.read(offset, length)
@@ -129,14 +146,13 @@ class ProxyImage(Image):
             self.fetcher.bring_ahead(*blocks)
 
     def _demand(self, first: int, end: int) -> None:
-        """Raises `NotLocal` unless these blocks are all here; then they are on their way."""
+        """Raises `NotLocal` unless these blocks are all here, and right; then they are on their way."""
         ticket: Optional[Ticket]
-        in_hand = self._in_hand
         if end - first == 1:
-            if self._octets[first >> 3] >> (first & 7) & 1 or (in_hand is not None and in_hand.has_missing(first, end)):
+            if self._octets[first >> 3] >> (first & 7) & 1 or self._has(first, end):
                 return
             ticket = self.fetcher.need_block(first)
-        elif self.bitmap.all_set(first, end) or (in_hand is not None and in_hand.has_missing(first, end)):
+        elif self._trusted.all_set(first, end) or self._has(first, end):
             return
         else:
             ticket = self.fetcher.need(first, end)
@@ -145,36 +161,48 @@ class ProxyImage(Image):
             self._counts[MISSES] += 1
             raise NotLocal(ticket)
 
+    def _has(self, first: int, end: int) -> bool:
+        """Whether these blocks are here, or in hand, once those that nobody has checked are."""
+        self.verification.check(first, end)
+        return self.bitmap.all_set(first, end) or (self._in_hand is not None and self._in_hand.has_missing(first, end))
+
     def write(self, offset: int, data: Buffer) -> None:
         length = len(data)
         byte = offset >> 15
         if not length:
             return
-        if self._octets[byte] == 0xFF and (offset + length - 1) >> 15 == byte:
+        if self._written_octets[byte] == 0xFF and self._octets[byte] == 0xFF and (offset + length - 1) >> 15 == byte:
             self._cache.write(offset, data)
             return
         first, end = touched(offset, length)
-        if self.bitmap.all_set(first, end):
+        if self._is_ours(first, end):
             self._cache.write(offset, data)
             return
-        self._demand_edges(offset, length)
-        self._borrow(first, end)
-        try:
-            self._cache.write(offset, data)
-            self._locking.mark_local(first, end)
-        finally:
-            self._locking.give_back(first, end)
+        partly = self._demand_edges(offset, length)
+        if not self._locking.write(first, end, partial(self._cache.write, offset, data), partly):
+            raise NotLocal(self._locking.next_turn(first, end))
 
-    def _demand_edges(self, offset: int, length: int) -> None:
-        """Raises `NotLocal` unless the blocks that the range covers in part only are local."""
+    def _is_ours(self, first: int, end: int) -> bool:
+        """Whether clients have written all of these blocks before, so that they need no more than to be written."""
+        if end - first == 1:
+            mask = 1 << (first & 7)
+            return bool(self._written_octets[first >> 3] & self._octets[first >> 3] & mask)
+        return self._written.all_set(first, end) and self._trusted.all_set(first, end)
+
+    def _demand_edges(self, offset: int, length: int) -> List[int]:
+        """The blocks that the range covers in part only. Raises `NotLocal` unless they are local, and right."""
         first, end = touched(offset, length)
         inner, inner_end = covered(offset, length, self.size)
-        if inner > first:
-            self._demand_block(first)
+        partly = [first] if inner > first else []
         if inner_end < end and end - 1 >= inner:
-            self._demand_block(end - 1)
+            partly.append(end - 1)
+        for block in partly:
+            self._demand_block(block)
+        return partly
 
     def _demand_block(self, block: int) -> None:
+        if block not in self._trusted:
+            self.verification.check(block, block + 1)
         if self._in_hand is not None and self._in_hand.has_missing(block, block + 1):
             self._keep(block, self._in_hand)
         if block not in self.bitmap:
@@ -197,7 +225,9 @@ class ProxyImage(Image):
         try:
             if block not in self.bitmap:
                 at = block_start(block)
-                self._cache.write(at, b"".join(in_hand.unpack(at, block_stop(block, self.size) - at)))
+                data = b"".join(in_hand.unpack(at, block_stop(block, self.size) - at))
+                self._cache.write(at, data)
+                self._sums.note(block, sums_of(data))
                 self._locking.mark_local(block, block + 1)
         finally:
             self._locking.give_back(block, block + 1)
@@ -224,22 +254,19 @@ class ProxyImage(Image):
         head, tail = block_start(first), block_stop(end - 1, self.size)
         self.write(offset, bytes(head - offset))
         self.write(tail, bytes(stop - tail))
-        for run_first, run_end, local in list(self.bitmap.runs(first, end)):
-            if local:
-                at = block_start(run_first)
-                self._cache.write_zeroes(at, block_stop(run_end - 1, self.size) - at, may_trim=may_trim, fast=fast)
+        for run_first, run_end, written in list(self._written.runs(first, end)):
+            zero = partial(self._zero_blocks, may_trim=may_trim, fast=fast)
+            if written and self._trusted.all_set(run_first, run_end):
+                zero(run_first, run_end)
                 continue
             for step in range(run_first, run_end, _STEP):
-                self._zero_blocks(step, min(step + _STEP, run_end), may_trim, fast)
+                step_end = min(step + _STEP, run_end)
+                if not self._locking.write(step, step_end, partial(zero, step, step_end)):
+                    raise NotLocal(self._locking.next_turn(step, step_end))
 
-    def _zero_blocks(self, first: int, end: int, may_trim: bool, fast: bool) -> None:
-        self._borrow(first, end)
-        try:
-            at = block_start(first)
-            self._cache.write_zeroes(at, block_stop(end - 1, self.size) - at, may_trim=may_trim, fast=fast)
-            self._locking.mark_local(first, end)
-        finally:
-            self._locking.give_back(first, end)
+    def _zero_blocks(self, first: int, end: int, *, may_trim: bool, fast: bool) -> None:
+        at = block_start(first)
+        self._cache.write_zeroes(at, block_stop(end - 1, self.size) - at, may_trim=may_trim, fast=fast)
 
     def flush(self) -> None:
         self._state.checkpoint(self._cache.fd, self.on_wait)
@@ -265,6 +292,18 @@ class ProxyImage(Image):
             else:
                 yield Extent(count, hole=False)
 
+    def cached(self, offset: int, length: int) -> Iterator[Part]:
+        for _, count, local in self.bitmap.parts(offset, length):
+            yield Part(count, local)
+
+    def written(self, offset: int, length: int) -> Iterator[Part]:
+        """Of a block that is not here yet, a mark says nothing."""
+        for at, count, written in self._written.parts(offset, length):
+            if written:
+                yield from self.cached(at, count)
+            else:
+                yield Part(count, so=False)
+
     def data_until(self, offset: int) -> int:
         first = offset >> BLOCK_SHIFT
         _, end, local = next(self.bitmap.runs(first, block_count(self.size)))
@@ -273,6 +312,7 @@ class ProxyImage(Image):
 
     def close(self) -> None:
         self.fetcher.close()
+        self.verification.close()
         self._cache.close()
         self._state.close()
 
@@ -337,6 +377,8 @@ class ProxySource(Source[Scoreboard]):
             readonly=settings.readonly,
             readahead=settings.readahead,
             fetch_size=settings.fetch_size,
+            verify=settings.verify,
+            name=self.name,
         )
 
     def is_whole(self, scoreboard: Scoreboard) -> bool:
@@ -407,3 +449,4 @@ class ProxySettings(NamedTuple):
     patience: Patience
     readahead: int
     fetch_size: Optional[int] = None
+    verify: Verify = Verify.FIRST

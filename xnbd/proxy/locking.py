@@ -10,15 +10,15 @@ import errno
 import os
 from math import inf
 from time import monotonic, thread_time
-from typing import List, Optional, Union
+from typing import Callable, List, Optional, Sequence, Union
 
 from ..logs import about, log
-from ..storage.bitmap import Bitmap
 from ..storage.image import Ticket
 from ..storage.target import TargetImage
 from .block_locks import BlockLocks, lock_of
 from .fetch_queue import Fetch, FetchQueue
 from .lock_retry import LockRetry
+from .state.checkpoint import ProcessState
 
 HELD, LATER = -1, -2
 """What `Locking.hold` tells besides an errno: no errno is negative."""
@@ -34,12 +34,14 @@ def refuse_if_shrunk(cache: TargetImage) -> None:
 
 
 class Locking:
-    """The blocks of *cache* in the hands of this process; *locks* and *bitmap* are of the same file."""
+    """The blocks of *cache*, whose bitmap is in *state*, in the hands of this process."""
 
-    def __init__(self, cache: TargetImage, bitmap: Bitmap, locks: BlockLocks, queue: FetchQueue) -> None:
+    def __init__(self, cache: TargetImage, state: ProcessState, queue: FetchQueue) -> None:
         self._cache = cache
-        self._bitmap = bitmap
-        self._locks = locks
+        self._bitmap = state.bitmap
+        self._written = state.written
+        self._checked = state.integrity.checked
+        self._locks = BlockLocks(state.fd)
         self._queue = queue
         self._retry: LockRetry[Union[Fetch, Ticket]] = LockRetry()
 
@@ -58,10 +60,38 @@ class Locking:
             raise stranger
         return False
 
+    def write(self, first: int, end: int, write: Callable[[], None], partly: Sequence[int] = ()) -> bool:
+        """Have a client *write* these blocks, whole ones but for those that are written *partly*.
+
+        False if another process has some, or if of those some are not local (any more).
+        Raises like `borrow`, and what *write* raises.
+        """
+        if not self.borrow(first, end):
+            return False
+        try:
+            if any(block not in self._bitmap for block in partly):
+                return False
+            some_here = self._bitmap.any_set(first, end)
+            if some_here:  # and may not be taken for the origin's any more
+                self._written.set(first, end)
+            write()
+            if not some_here:
+                self._written.set(first, end)
+            self.mark_local(first, end)
+        finally:
+            self.give_back(first, end)
+        return True
+
     def mark_local(self, first: int, end: int) -> None:
-        """These blocks, which are borrowed, were written: what is still fetched of them is not."""
+        """These blocks, which are borrowed, have come in another way: what is still fetched of them is not kept."""
         self._bitmap.set(first, end)
+        self._checked.set(first, end)
         self._queue.note_written(first, end)
+
+    def mark_missing(self, block: int) -> None:
+        """This block, which is borrowed, is damaged: it has to be fetched again."""
+        self._checked.clear(block, block + 1)
+        self._bitmap.clear(block, block + 1)
 
     def give_back(self, first: int, end: int) -> None:
         """Let go of blocks that were borrowed."""

@@ -23,6 +23,7 @@ BYTES_READ = PLACES["bytes_read"]
 BYTES_WRITTEN = PLACES["bytes_written"]
 MISSES = PLACES["misses"]
 BYTES_FETCHED = PLACES["bytes_fetched"]
+DAMAGED = PLACES["damaged"]
 
 
 _LARGEST = (1 << 64) - 1

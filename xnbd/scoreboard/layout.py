@@ -28,15 +28,15 @@ PROXY, COMPLETE, TARGET = 0, 1, 2
 REACHED, UNREACHABLE, NOT_NEEDED = 1, 2, 0
 """A process and its origin: connected, in vain, never tried."""
 
-GATE, CONTROL, COPYING, SNAPSHOT, COMMAND, PASSAGE = 0, 1, 2, 3, 4, 8
+GATE, CONTROL, COPYING, SNAPSHOT, COMMAND, SCRUBBING, PASSAGE = 0, 1, 2, 3, 4, 5, 8
 LINE_LOCKS = 1 << 16
 NAME_LOCKS = 1 << 17
 """Locks on bytes of the file.
  `GATE` has the process that closes the gate, `CONTROL` the one that answers the control socket, `COPYING` the one
-that copies all blocks, `COMMAND` the one that changes what the files mean, and `SNAPSHOT` the one that makes a
-snapshot. A process takes `PASSAGE` for a moment, to tell the log that there is no room, or room again. A process has
-its byte from `LINE_LOCKS` on as long as it has that line, and the one from `NAME_LOCKS` on since its id is written
-there.
+that copies all blocks, `SCRUBBING` the one that checks them, `COMMAND` the one that changes what the files mean, and
+`SNAPSHOT` the one that makes a snapshot. A process takes `PASSAGE` for a moment, to tell the log that there is no
+room, or room again. A process has its byte from `LINE_LOCKS` on as long as it has that line, and the one from
+`NAME_LOCKS` on since its id is written there.
 """
 
 
@@ -62,6 +62,7 @@ COUNTERS = (
     Counter("bytes_written", "bytes that clients have written"),
     Counter("misses", "requests that had to wait for the origin"),
     Counter("bytes_fetched", "bytes fetched from the origin"),
+    Counter("damaged", "blocks of the cache found damaged, which were fetched again if they were read"),
 )
 
 _NUMBERS = f"{sum(counter.places for counter in COUNTERS)}Q"
@@ -80,6 +81,7 @@ HEAD_FIELDS = (
     Field("reads_through", "B", "whether the log was told that the cache has no room for fetched blocks"),
     Field("changes", "I", "number of changes of mode and snapshot"),
     Field("generation", "I", "number of changes of the origin's address"),
+    Field("lettings", "I", "how often clean blocks were let go: who holds replies that point to some copies them"),
     Field("checkpoints", "dQ", "time of the last checkpoint, in seconds since the boot; number of checkpoints"),
     Field("snapshot", "3I", "process that makes a snapshot; its descriptors of snapshot and bitmap"),
     Field("copy_rate", "Q", "bytes per second of the copy that is wanted; 0: no limit"),
@@ -94,6 +96,7 @@ LINE_FIELDS = (
     Field("pid", "I", "process id; 0: no process has ever had this line"),
     Field("inside", "B", "whether the process is inside the gate"),
     Field("mode", "B", "the mode in which it works"),
+    Field("holding", "I", "0, or another number each time that the process sleeps with replies that point to blocks"),
     Field("since", "d", "when its client came, in seconds since the boot"),
     Field("counters", _NUMBERS, "all counters, of former processes of this line too"),
     Field(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import mmap
+import os
 from typing import List, NamedTuple, Optional
 
 from ..system.file_locks import RangeLocks
 from .counters import Counts, wrapped
 from .gate import Door
-from .layout import LINE, NOT_NEEDED, REACHED, UNREACHABLE, put
+from .layout import HEAD, LINE, NOT_NEEDED, REACHED, UNREACHABLE, put
 from .lines import Lines, clock
 from .tally import Tally
 
 _MODE_AT = LINE.at["mode"]
 _COUNTERS_AT, _COUNTERS = LINE.at["counters"], LINE.form["counters"]
 _pack_counters = _COUNTERS.pack
+_LETTINGS = slice(HEAD.at["lettings"], HEAD.at["lettings"] + HEAD.form["lettings"].size)
 
 
 COPYING_PEER = "(copying all blocks)"
@@ -43,6 +45,10 @@ class Place(Door):
         """What `tell` publishes; goes on from what an earlier process in this line has counted."""
         if tally is not None:
             tally.begin(self.counts)
+        self.holding = False
+        """Whether it is told that this process holds replies which point into the cache (`scoreboard.holders`)."""
+        self._spell = int.from_bytes(os.urandom(3), "little")  # not that of a dead process in this line
+        self._put("holding", 0)
         self.tell_origin(NOT_NEEDED, "")
         self.welcome("")
         lines.tell_name(at)
@@ -80,6 +86,18 @@ class Place(Door):
         if self.tally is not None:
             self.tally.follow(self.counts)
         self._map[self._counters] = _pack_counters(*self.counts)
+
+    @property
+    def lettings(self) -> bytes:
+        """Another number whenever who holds such replies has to copy them."""
+        return self._map[_LETTINGS]
+
+    def tell_holding(self, holds: bool) -> None:
+        """This process holds such replies, or none any more."""
+        if holds != self.holding:
+            self.holding = holds
+            self._spell = self._spell % 0xFFFFFFFF + 1
+            self._put("holding", self._spell if holds else 0)
 
     def tell_mode(self, mode: int) -> None:
         """This process works in *mode* now."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import Optional
+from typing import Callable, Optional
 
 from ..system.file_locks import RangeLocks
 from ..system.process import closed_on_error, pid_namespace
 from .command_turn import CommandTurn
 from .gate import Gate
+from .holders import Holders
 from .layout import COMPLETE, GATE, HEAD, PASSAGE, PROXY, check_header, put
 from .lines import Lines, clock
 from .origin_address import OriginPlace
@@ -49,6 +50,7 @@ class Scoreboard:
         self._locks = RangeLocks(fd)
         self.lines = Lines(self._map, self._locks, self.namespace)
         self.gate = Gate(self._map, self._locks, self.lines)
+        self.holders = Holders(self._map, self.lines)
         self.turn = CommandTurn(self._map, self._locks, self.namespace)
         self.snapshots = Snapshots(self._map, self._locks, self.gate)
         self.origin = OriginPlace(self._map)
@@ -67,12 +69,15 @@ class Scoreboard:
         self._map[_MODE] = mode
         self.gate.note_change()
 
-    def note_complete(self) -> bool:
-        """No block is missing: `PROXY` becomes `COMPLETE`. False if it does not, for a process switches, or has."""
+    def note_complete(self, is_complete: Callable[[], bool]) -> bool:
+        """No block is missing: `PROXY` becomes `COMPLETE`. False if it does not, for a process switches, or has.
+
+        *is_complete* looks once more, while nobody can let blocks go.
+        """
         if not self._locks.try_acquire(GATE, 1):
             return False
         try:
-            if self.mode != PROXY:
+            if self.mode != PROXY or not is_complete():
                 return False
             self.mode = COMPLETE
             return True

@@ -11,9 +11,9 @@ becomes a target, a snapshot begins or ends. The rules:
   nothing else does. Who calls them holds no image across the call, or compares
   ``generation`` after it. A session is told, by what it gave to `Disk.accompany`.
 
-A process that calls one of these three, and has no unsent replies (those in a line
-included), holds no slice of the disk. That is the point to count for whoever has to wait
-until all processes have passed one, before blocks are let go.
+A process outside the gate that has no unsent replies (those in a line included) holds no
+slice of the disk. One that leaves the gate with some tells so (`scoreboard.holders`), and
+copies them when it is called: blocks are about to be let go.
 
 Three ask ``outdated`` themselves: the request loop (`Session._work`), because a call would
 cost it too much; `Parked`, to send what is ready before it catches up; the copier, because
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from time import monotonic
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator, Optional, Protocol
 
 from ..logs import log
 from ..scoreboard.layout import SNAPSHOT, TARGET
@@ -40,6 +40,16 @@ from .snapshot_files import open_files
 
 _LONGEST_APPROACH = 1.0
 """Seconds: a client that is offered does not wait for ever (`handover.letters.PATIENCE`)."""
+
+
+class Holder(Protocol):
+    """Who has replies to send that point into the disk."""
+
+    def holds(self) -> bool:
+        """Whether there are some."""
+
+    def detach(self) -> None:
+        """Copy them, as far as they are not too long and can be read."""
 
 
 class Disk(Companion):
@@ -67,11 +77,13 @@ class Disk(Companion):
         self._told = (0, "")
         self._returns = 0
         self._on_renewed: Callable[[], None] = do_nothing
+        self._holder: Optional[Holder] = None
         self._inside = False
         self.at_work = False
         self.generation = 0
         self.scoreboard = Scoreboard(reopen(scoreboard_fd, readonly=False))
         self.place = self.scoreboard.take_place(tally)
+        self._lettings = self.place.lettings
         self._open()
 
     def _open(self) -> None:
@@ -93,6 +105,8 @@ class Disk(Companion):
     def enter(self) -> Image:
         """Enter the gate, and go on with the disk as it is now."""
         self.place.enter()
+        if self.place.holding:
+            self._tell_holding()
         if self.outdated:
             self._renew()
         return self.image
@@ -108,11 +122,20 @@ class Disk(Companion):
     @contextmanager
     def outside(self) -> Iterator[None]:
         """Leave the gate in the middle of a request, for what changes nothing and may take long."""
-        self.place.leave()
+        self.leave()
         try:
             yield
         finally:
             self.place.enter()
+
+    def leave(self) -> None:
+        """Leave the gate. Replies that are unsent keep the blocks that they point to."""
+        if self._holder is not None:
+            self._tell_holding()
+        self.place.leave()
+
+    def _tell_holding(self) -> None:
+        self.place.tell_holding(self._holder is not None and self._holder.holds())
 
     def catch_up(self) -> bool:
         """Go on with the disk as it is now; whether it was another one. Stays inside the gate, or outside."""
@@ -168,7 +191,7 @@ class Disk(Companion):
         """Leave the gate."""
         self._inside = self.place.inside
         self.place.tell()
-        self.place.leave()
+        self.leave()
 
     def wake_up(self) -> None:
         """Back to where the process was. What it does next is done on the old image, until it catches up."""
@@ -178,6 +201,8 @@ class Disk(Companion):
     def progress(self) -> bool:
         """Let the image's background work, inside the gate; True if it has results, or the disk is another one."""
         background, self.at_work = self.image.background, False
+        if self.place.holding and self.place.lettings != self._lettings:
+            self._detach()
         if self.place.changes != self.changes:
             if isinstance(self.image, KeepingImage):
                 self.image.let_go()
@@ -196,6 +221,12 @@ class Disk(Companion):
         self.at_work = True
         return bool(background.finished)
 
+    def _detach(self) -> None:
+        self._lettings = self.place.lettings
+        if self._holder is not None:
+            self._holder.detach()
+        self._tell_holding()
+
     def interests(self) -> Interests:
         background = self.image.background
         return () if background is None else background.interests()
@@ -206,10 +237,16 @@ class Disk(Companion):
 
     # A client
 
-    def accompany(self, on_wait: Callable[[], None], on_renewed: Callable[[], None]) -> None:
-        """Until `part` call *on_wait* while the image waits, and *on_renewed* when it has become another one."""
+    def accompany(
+        self, on_wait: Callable[[], None], on_renewed: Callable[[], None], holder: Optional[Holder] = None
+    ) -> None:
+        """Until `part` call *on_wait* while the image waits, and *on_renewed* when it has become another one.
+
+        The *holder* has replies that may point into it.
+        """
         self.image.wait_with(on_wait)
         self._on_renewed = on_renewed
+        self._holder = None if self.image.background is None else holder  # of others no block is let go
 
     def tell_health(self) -> None:
         """Tell of the origin, if there is news."""
@@ -245,10 +282,11 @@ class Disk(Companion):
 
     def part(self) -> None:
         """The client has left."""
+        self.accompany(do_nothing, do_nothing)
+        self._tell_holding()
         self.place.leave()
         self.place.tell()
         self.place.welcome("")
-        self.accompany(do_nothing, do_nothing)
 
     def take_leave(self) -> None:
         """The process is about to end, and its origin hears of that. Does not wait."""

@@ -12,7 +12,7 @@ from ..access.identity import NOBODY, Identity
 from ..access.rights import Access
 from ..errors import Disconnected, ProtocolError
 from ..logs import about, log, set_subject
-from ..protocol.server_handshake import Agreement, Denied, Export, Exports, export_flags
+from ..protocol.server_handshake import Agreement, Denied, Export, Exports, contexts_of, export_flags
 from ..scoreboard.rates import RateBoard, Rates, read_rates
 from ..scoreboard.scoreboard import Scoreboard
 from ..scoreboard.tally import Tally
@@ -103,7 +103,8 @@ class Service(NamedTuple):
 
     def export(self) -> Export:
         source = self.source
-        return Export(self.export_name, source.size, export_flags(readonly=source.readonly), source.description)
+        flags = export_flags(readonly=source.readonly)
+        return Export(self.export_name, source.size, flags, source.description, contexts_of(source.mode))
 
     def exports(self, identity: Identity = NOBODY) -> Exports:
         """One disk, under its own name and the empty one, as far as it is there for a client with *identity*."""

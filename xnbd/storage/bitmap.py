@@ -4,9 +4,9 @@ The layout is that of the C xNBD: little-endian 64-bit words, least significant 
 first, the length rounded up to whole words, no header. As bytes: block *n* is bit
 ``n % 8`` of byte ``n // 8``. Bits beyond the last block count nowhere.
 
-A bit that is set stays set. Setting one rewrites its byte, so whoever sets holds
-the lock of that byte (`system.file_locks`); looking needs no lock, and what it finds
-unset may be set a moment later.
+Setting a bit, or taking it away, rewrites its byte, so whoever does that holds the
+lock of that byte (`system.file_locks`); looking needs no lock, and what it finds unset
+may be set a moment later.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ _COUNTED_AT_ONCE = 1 << 20
 
 
 class Bitmap:
-    """The bitmap of *blocks* blocks in the file behind *fd*, which has to have `bitmap_size` bytes.
+    """The bitmap of *blocks* blocks in the file behind *fd*, where `bitmap_size` bytes have to be *at* this offset.
 
     ``octets`` is the mapping itself, for those to whom a whole byte tells enough.
     The mapping duplicates *fd*, which stays the caller's; it has *spare* bytes more. With
     *readonly* no bit can be set.
     """
 
-    def __init__(self, fd: int, blocks: int, spare: int = 0, *, readonly: bool = False) -> None:
+    def __init__(self, fd: int, blocks: int, spare: int = 0, *, at: int = 0, readonly: bool = False) -> None:
         self.blocks = blocks
         rights = mmap.PROT_READ if readonly else mmap.PROT_READ | mmap.PROT_WRITE
-        self.octets = mmap.mmap(fd, bitmap_size(blocks) + spare, prot=rights)
+        self.octets = mmap.mmap(fd, bitmap_size(blocks) + spare, prot=rights, offset=at)
 
     def __contains__(self, block: int) -> bool:
         return bool(self.octets[block >> 3] >> (block & 7) & 1)
@@ -100,6 +100,19 @@ class Bitmap:
         octets[start + 1 : stop] = b"\xff" * (stop - start - 1)
         if tail:
             octets[stop] |= tail
+
+    def clear(self, first: int, end: int) -> None:
+        """Take the bits of these blocks back. The caller holds the lock of their bytes, and nobody reads a block."""
+        octets = self.octets
+        start, stop = first >> 3, end >> 3
+        head, tail = (1 << (first & 7)) - 1, 0xFF << (end & 7) & 0xFF
+        if start == stop:
+            octets[start] &= head | tail
+            return
+        octets[start] &= head
+        octets[start + 1 : stop] = bytes(stop - start - 1)
+        if end & 7:
+            octets[stop] &= tail
 
     def runs(self, first: int, end: int) -> Iterator[Tuple[int, int, bool]]:
         """The blocks from *first* up to *end* as runs of equal bits: first, end, whether set."""

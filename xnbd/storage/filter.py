@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Callable, Iterator, List, Optional
 
-from .image import Buffer, Extent, Image, Parcel
+from .image import Buffer, Extent, Image, Parcel, Part
 
 
 class FilterImage(Image):
@@ -68,6 +68,12 @@ class FilterImage(Image):
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         return self.image.extents(offset, length)
+
+    def cached(self, offset: int, length: int) -> Iterator[Part]:
+        return self.image.cached(offset, length)
+
+    def written(self, offset: int, length: int) -> Iterator[Part]:
+        return self.image.written(offset, length)
 
     def data_until(self, offset: int) -> int:
         return self.image.data_until(offset)

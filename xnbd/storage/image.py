@@ -32,6 +32,13 @@ class Extent(NamedTuple):
     hole: bool
 
 
+class Part(NamedTuple):
+    """*length* bytes of which something is *so*, or is not."""
+
+    length: int
+    so: bool
+
+
 class Parcel(bytearray):
     """*data* of the blocks from ``first`` up to ``end``, which have come and could not be kept."""
 
@@ -210,6 +217,14 @@ class Image(ABC):
     @abstractmethod
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """What *length* bytes at *offset* are made of, in order, without gaps."""
+
+    def cached(self, offset: int, length: int) -> Iterator[Part]:
+        """Which of *length* bytes at *offset* need no origin, in order, without gaps."""
+        yield Part(length, so=True)
+
+    def written(self, offset: int, length: int) -> Iterator[Part]:
+        """Which of them are nowhere else, likewise."""
+        yield Part(length, so=True)
 
     @abstractmethod
     def data_until(self, offset: int) -> int:

@@ -70,7 +70,8 @@ class Catalogue:
             export = self.switched[real_name] = TargetExport(export.image_path)
         self.offered[real_name] = export
         size = self._size(real_name, export)
-        offer = Offer(real_name, size, self._servers.flags(export), self._servers.describe(export))
+        servers = self._servers
+        offer = Offer(real_name, size, servers.flags(export), servers.describe(export), servers.contexts(export))
         return self._rights.offer(offer)
 
     def _find(self, name: str) -> Optional[Tuple[str, StoredExport]]:

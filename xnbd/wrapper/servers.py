@@ -14,7 +14,7 @@ from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Sequence,
 from ..errors import ConfigurationError
 from ..logs import open_log, standard_stream
 from ..protocol import constants as c
-from ..protocol.server_handshake import Agreement, export_flags
+from ..protocol.server_handshake import Agreement, contexts_of, export_flags, feature_of
 from ..scoreboard.tally import Tally
 from ..server.handover.letters import Letter
 from ..server.process_loop import ProcessLoop
@@ -61,6 +61,10 @@ class Servers(NamedTuple):
             return c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | (c.FLAG_READ_ONLY if self.readonly else 0)
         own_overlay = self.cow and not isinstance(export, ProxyExport)
         return export_flags(readonly=self.readonly, multi_conn=not own_overlay)
+
+    def contexts(self, export: StoredExport) -> Tuple[str, ...]:
+        """The meta contexts that the server knows: another one than ours may be of a version that knows but one."""
+        return contexts_of("target" if self.program else export.mode)
 
     def describe(self, export: StoredExport) -> str:
         """A few words for clients that list the exports."""
@@ -151,8 +155,8 @@ class ForeignServer(NamedTuple):
 
 
 def _features(agreement: Agreement) -> str:
-    features = [("newstyle", True), ("structured", agreement.structured), ("allocation", agreement.allocation)]
-    return ",".join(name for name, agreed in features if agreed)
+    structured = ["structured"] if agreement.structured else []
+    return ",".join(["newstyle", *structured, *(feature_of(context) for context in agreement.contexts)])
 
 
 def abilities(command: List[str]) -> List[str]:

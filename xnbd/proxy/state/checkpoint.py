@@ -1,12 +1,13 @@
-"""The bitmap of a cache in one process, and how its bits become durable.
+"""The bitmap of a cache in one process with its written map, and how their bits become durable.
 
 Whoever sets bits marks their pages dirty **before** the bits, and holds the locks of
 their bytes from before the mark until after the bits. A checkpoint, one at a time:
 
 1. claims the dirty pages: notes them as claimed, then takes the mark away;
 2. looks which of them are locked by others, then copies all of them;
-3. syncs the cache image: the data of all bits in the copies;
-4. writes the copies to the durable copy of the bitmap, and syncs that;
+3. syncs the cache image, and the checksums: the data of all bits in the copies;
+4. notes the checksums of their pages of the written map, writes the copies to the
+   durable copy of the bitmap, and syncs the state file: copy, written map, checksums;
 5. lets go of the claimed pages that were not locked in step 2.
 
 So a bit that anyone can see is in the durable copy, or the next checkpoint finds its
@@ -30,37 +31,19 @@ import math
 import mmap
 import os
 import re
-from typing import Callable, List
+from typing import Callable, Iterable, List, Optional
 
 from ...storage import space
-from ...storage.bitmap import Bitmap
 from ...system.file_locks import RangeLocks, do_nothing
 from .files import write_back
-from .format import BEGUN, CHECKPOINT, NUMBER, PAGE, PAGE_SHIFT, SUCCEEDED, Layout
+from .format import BEGUN, CHECKPOINT, NUMBER, PAGE, SUCCEEDED, Layout
+from .sums import Integrity
 from .versions import Versions
+from .written import DirtyMarks, MarkingBitmap, WrittenMap
 
 _PAGES_AT_ONCE = 4096
 _MARKS = re.compile(rb"[^\x00]+")
 _MARK = re.compile(rb"[^\x00]")
-
-
-class MarkingBitmap(Bitmap):
-    """A bitmap that marks the pages it changes, in *marks* from offset *dirty* on."""
-
-    def __init__(self, fd: int, blocks: int, marks: mmap.mmap, dirty: int) -> None:
-        super().__init__(fd, blocks)
-        self._marks = marks
-        self._dirty = dirty
-
-    def set(self, first: int, end: int) -> None:
-        """Set the bits of these blocks, one at least. The caller holds the lock of their bytes."""
-        start = self._dirty + (first >> PAGE_SHIFT)
-        last = self._dirty + ((end - 1) >> PAGE_SHIFT)
-        if start == last:
-            self._marks[start] = 1
-        else:
-            self._marks[start : last + 1] = b"\x01" * (last + 1 - start)
-        Bitmap.set(self, first, end)
 
 
 class ProcessState:
@@ -69,16 +52,26 @@ class ProcessState:
     ``fd`` is the live bitmap: locks on its bytes have to be taken through it.
     """
 
-    def __init__(self, bitmap_fd: int, state_fd: int, layout: Layout) -> None:
+    def __init__(self, bitmap_fd: int, state_fd: int, layout: Layout, integrity: Optional[Integrity] = None) -> None:
+        """Who only makes checkpoints needs no *integrity*, which is owned too."""
         self.fd = bitmap_fd
         self._state_fd = state_fd
         self._layout = layout
         self._head = mmap.mmap(state_fd, layout.durable)
-        self.bitmap = MarkingBitmap(bitmap_fd, layout.blocks, self._head, layout.dirty)
+        marks = DirtyMarks(self._head, layout.dirty)
+        self.bitmap = MarkingBitmap(bitmap_fd, layout.blocks, marks)
         self._fills = RangeLocks(bitmap_fd)
         self._locks = RangeLocks(state_fd)
         self.write_back = write_back(state_fd)
         self.versions = Versions(state_fd)
+        self.written = WrittenMap(state_fd, layout, marks, self.write_back.sync)
+        self._integrity = integrity
+
+    @property
+    def integrity(self) -> Integrity:
+        """The checksums, and which blocks are known to be right."""
+        assert self._integrity is not None
+        return self._integrity
 
     @property
     def changed(self) -> bool:
@@ -108,6 +101,18 @@ class ProcessState:
         finally:
             self._locks.release(CHECKPOINT, 1)
         self.write_back.check()
+
+    def cover(self, pages: Iterable[int]) -> None:
+        """Expose these pages of the written map no longer where nobody is at work, and all is durable.
+
+        For a process that holds no locks on blocks.
+        """
+        head, layout = self._head, self._layout
+        for page in pages:
+            if self._fills.try_acquire(page * PAGE, PAGE):
+                if not head[layout.dirty + page] and not head[layout.claimed + page]:
+                    self.written.cover(page)
+                self._fills.release(page * PAGE, PAGE)
 
     def sync_live(self) -> None:
         """Have the kernel write the live bitmap, and hear whether it can: a page it could not would come back old."""
@@ -143,7 +148,10 @@ class ProcessState:
         free = [page for page in pages if not self._fills.held_elsewhere(page * PAGE, PAGE)]
         copies = [live[page * PAGE : (page + 1) * PAGE] for page in pages]
         self._sync_cache(cache_fd)
+        if self._integrity is not None:
+            self._integrity.sums.sync(self.write_back.sync)
         for page, copy in zip(pages, copies):
+            self.written.note_sum(page)
             space.write_all(self._state_fd, memoryview(copy), layout.durable + page * PAGE)
         self.write_back.sync(self._state_fd)
         for page in free:
@@ -160,6 +168,9 @@ class ProcessState:
 
     def close(self) -> None:
         self.bitmap.octets.close()
+        self.written.close()
+        if self._integrity is not None:
+            self._integrity.close()
         self._head.close()
         os.close(self.fd)
         os.close(self._state_fd)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from ...errors import ConfigurationError
 from ...logs import log
 from ...storage.writeback import WriteBackFailed
-from . import belonging, copies, files
+from . import belonging, copies, files, mending
 from .belonging import NO_TIE, Tie
 from .entry import Entry
 from .format import NO_BOOT
@@ -81,6 +81,7 @@ def _refuse_to_clear(entry: Entry) -> None:
 def _make(entry: Entry, state_fd: int) -> None:
     files.write_header(state_fd, entry.header._replace(boot_id=NO_BOOT))
     entry.make_bitmap()
+    mending.make_empty(state_fd, entry.layout)
     os.fsync(state_fd)
     files.publish(entry.state_path)
     files.publish(entry.path)
@@ -95,6 +96,7 @@ def _take_over(entry: Entry, state_fd: int) -> None:
         files.write_back(state_fd).sync(entry.cache_fd)
         for difference in copies.differences(bitmap_fd, state_fd, entry.layout):
             copies.save_live(state_fd, entry.layout, difference)
+        mending.make_of_bitmap(bitmap_fd, state_fd, entry.layout)
     except WriteBackFailed:
         files.publish(entry.state_path)  # the next start has to know that nothing is sure
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Set
 
 from ...errors import ConfigurationError
 from ...storage import image_use
@@ -30,6 +31,10 @@ class Entry:
         self.header = header
         self.adopt = adopt
         self.owners = {os.fstat(cache_fd).st_uid}
+        self.former_sessions: Set[bytes] = set()
+        """Those that the files may bear which were there."""
+        self.has_clean_blocks = False
+        """Whether there may be blocks that were fetched, and that no client has written."""
 
     def bind(self, tie: Tie) -> None:
         self.header = self.header._replace(tie=tie)

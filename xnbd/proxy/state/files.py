@@ -8,18 +8,20 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from time import time_ns
 from typing import Container, Iterator, Optional
 
 from ...errors import ConfigurationError
 from ...making import is_at, is_own_file, make_afresh, open_or_make
 from ...storage import space
+from ...storage.blocks import steps
 from ...storage.failure import Failure
 from ...storage.space import NO_SPACE
 from ...storage.writeback import Record, WriteBack
 from ...system.file_locks import RangeLocks, do_nothing
 from ...system.process import closed_on_error
-from .belonging import SESSION_SIZE
+from .belonging import SESSION_SIZE, UNKNOWN
 from .format import (
     BEGUN,
     FAILURE,
@@ -33,6 +35,7 @@ from .format import (
     USERS_COUNT,
     Header,
     Steering,
+    Times,
     pack_header,
     pack_steering,
     parse_header,
@@ -218,6 +221,28 @@ def note_shown(state_fd: int, session: bytes) -> None:
     space.write_all(state_fd, memoryview(session), SHOWN)
 
 
+def stamp(fd: int) -> int:
+    """Give a file a time of change that no later change will give it: in ns, or 0 where that cannot be."""
+    now = time_ns() | 1  # the kernel's own times are those of its ticks
+    with suppress(PermissionError):
+        os.utime(fd, ns=(now, now))
+    return now if os.fstat(fd).st_mtime_ns == now else UNKNOWN
+
+
+def write_closed_header(state_fd: int, header: Header) -> None:
+    """Replace the header for the last time, durably, and with it the time at which it says that this was."""
+    header = header._replace(closed=header.closed._replace(state=stamp(state_fd)))
+    write_header(state_fd, header)
+    if header.closed.state:
+        os.utime(state_fd, ns=(header.closed.state, header.closed.state))
+        write_back(state_fd).sync(state_fd, metadata=True)
+
+
+def times_of(bitmap_fd: int, state_fd: int) -> Times:
+    """When the files were changed last."""
+    return Times(os.fstat(bitmap_fd).st_mtime_ns, os.fstat(state_fd).st_mtime_ns)
+
+
 def allocate(fd: int, size: int) -> None:
     """Have the file system keep space for *size* bytes: storing into the mapping must not fail for want of it."""
     try:
@@ -228,11 +253,11 @@ def allocate(fd: int, size: int) -> None:
             raise
 
 
-def clear(fd: int, size: int) -> None:
-    """Make *size* bytes zeros, which takes no space that is not there already."""
-    for at in range(0, size, _CHUNK):
-        if os.pread(fd, _CHUNK, at).strip(b"\0"):
-            space.write_zero_bytes(fd, at, min(_CHUNK, size - at))
+def clear(fd: int, size: int, offset: int = 0) -> None:
+    """Make *size* bytes at *offset* zeros, which takes no space that is not there already."""
+    for at, length in steps(offset, size, _CHUNK):
+        if os.pread(fd, length, at).strip(b"\0"):
+            space.write_zero_bytes(fd, at, length)
 
 
 def publish(path: str) -> None:

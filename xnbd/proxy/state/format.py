@@ -13,16 +13,23 @@ offset                  content
 2560                    what was changed while servers ran: `Steering`
 4096                    dirty map: one byte for every page of the live bitmap
 then, at a page's start  map of the pages in the hands of a checkpoint, likewise
-then, at a page's start  durable copy of the bitmap; the file ends with it
+then, at a page's start  durable copy of the bitmap; before version 3 the file ends
+                        with it
+then, at a unit's start  exposed map, likewise: `proxy.state.written`
+then, at a page's start  CRC-32 of each page of the written map, 4 bytes each
+then, at a unit's start  written map: which blocks clients have written, as the bitmap;
+                        the file ends with it
 ======================  ==========================================================
 
-A page has 4,096 bytes, whatever the machine thinks. Numbers and maps mean something
-while one system runs, the rest for good. Any byte but 0 is a mark.
+A page has 4,096 bytes, whatever the machine thinks, and a unit 65,536: no machine maps a
+file from anywhere else. Numbers, dirty map and the map of a checkpoint's pages mean
+something while one system runs, the rest for good. Any byte but 0 is a mark.
 
 The header, little-endian: `HEADER_FIELDS` (flag 1: closed cleanly, 2: the cache image
 bears its mark; a boot id of zeros: the bitmap is yet to be made; the origin as `identity`
 makes it), from version 2 on `TIE_FIELDS`, what is known of the cache image
-(`belonging.Tie`), and in the end the CRC-32 of all that precedes (4 bytes).
+(`belonging.Tie`), from version 3 on `TIMES_FIELDS` (`Times`), and in the end the CRC-32
+of all that precedes (4 bytes).
 
 Locks on bytes of this file (`system.file_locks`): `OPENING` by whoever opens, creates or
 closes the files, `CHECKPOINT` during a checkpoint, for a moment `FAILURE` by who logs a
@@ -43,6 +50,8 @@ from .belonging import NO_TIE, Tie
 
 SUFFIX = ".state"
 SCOREBOARD_SUFFIX = ".board"
+SUMS_SUFFIX = ".sums"
+CHECKED_SUFFIX = ".checked"
 """What is appended to the name of the bitmap."""
 
 PAGE = 4096
@@ -63,7 +72,7 @@ STEERING = 2560
 STEERING_SIZE = PAGE - STEERING
 
 MAGIC = b"xNBD\r\n\x1as"
-VERSION = 2
+VERSION = 3
 HEADER_SIZE = 512
 NO_BOOT = bytes(16)
 
@@ -95,6 +104,9 @@ TIE_FIELDS: Fields = (
 )
 """From version 2 on."""
 
+TIMES_FIELDS: Fields = (("bitmap closed", "q"), ("state closed", "q"))
+"""From version 3 on."""
+
 
 def _struct_of(fields: Fields) -> struct.Struct:
     return struct.Struct("<" + "".join(kind for _, kind in fields))
@@ -102,36 +114,76 @@ def _struct_of(fields: Fields) -> struct.Struct:
 
 _HEADER = _struct_of(HEADER_FIELDS)
 _TIE = _struct_of(TIE_FIELDS)
+_TIMES = _struct_of(TIMES_FIELDS)
 _CHECKSUM = struct.Struct("<I")
+SUM = _CHECKSUM
+"""Of a page of the written map."""
+
 _ORIGIN_SIZE = 256
+_UNIT = 1 << 16
 
 
 class Layout(NamedTuple):
-    """Offsets in the state file of a disk of ``disk_size`` bytes; ``size`` is the file's."""
+    """Offsets in the state file of a disk of ``disk_size`` bytes; ``size`` is the file's, ``former_size`` before 3.
+
+    The bitmap has ``bitmap_size`` bytes on so many ``pages``.
+    """
 
     disk_size: int
     blocks: int
     bitmap_size: int
+    pages: int
     dirty: int
     claimed: int
     durable: int
+    former_size: int
+    exposed: int
+    sums: int
+    written: int
     size: int
 
 
 def layout_of(disk_size: int) -> Layout:
     blocks = block_count(disk_size)
     length = bitmap_size(blocks)
-    map_size = _whole_pages(-(-length // PAGE))
+    pages = -(-length // PAGE)
+    map_size = _whole(pages, PAGE)
     durable = PAGE + 2 * map_size
-    return Layout(disk_size, blocks, length, PAGE, PAGE + map_size, durable, durable + length)
+    exposed = _whole(durable + length, _UNIT)
+    sums = exposed + map_size
+    written = _whole(sums + SUM.size * pages, _UNIT)
+    return Layout(
+        disk_size=disk_size,
+        blocks=blocks,
+        bitmap_size=length,
+        pages=pages,
+        dirty=PAGE,
+        claimed=PAGE + map_size,
+        durable=durable,
+        former_size=durable + length,
+        exposed=exposed,
+        sums=sums,
+        written=written,
+        size=written + length,
+    )
 
 
-def _whole_pages(length: int) -> int:
-    return -(-length // PAGE) * PAGE
+def _whole(length: int, unit: int) -> int:
+    return -(-length // unit) * unit
+
+
+class Times(NamedTuple):
+    """When bitmap and state file were changed last, in ns since the epoch; 0: not known, or not closed cleanly."""
+
+    bitmap: int = 0
+    state: int = 0
 
 
 class Header(NamedTuple):
-    """What does not change with every block; *origin* as `identity` makes it, *tie* to the cache image."""
+    """What does not change with every block; *origin* as `identity` makes it, *tie* to the cache image.
+
+    *version* is that of the file from which it was read.
+    """
 
     disk_size: int
     origin: bytes
@@ -139,6 +191,8 @@ class Header(NamedTuple):
     clean: bool
     block_size: int = BLOCK
     tie: Tie = NO_TIE
+    closed: Times = Times()
+    version: int = VERSION
 
 
 _STEERING = struct.Struct("<III")
@@ -208,7 +262,7 @@ def pack_header(header: Header) -> bytes:
         header.origin,
     )
     id_, session, previous, _, *numbers = header.tie
-    packed += _TIE.pack(id_, session, previous, *numbers)
+    packed += _TIE.pack(id_, session, previous, *numbers) + _TIMES.pack(*header.closed)
     return (packed + _CHECKSUM.pack(zlib.crc32(packed))).ljust(HEADER_SIZE, b"\0")
 
 
@@ -228,7 +282,15 @@ def _parse_version_1(data: bytes) -> Header:
 
 
 def _parse_version_2(data: bytes) -> Header:
-    header = _parse(data, _HEADER.size + _TIE.size)
+    return _with_tie(data, _parse(data, _HEADER.size + _TIE.size))
+
+
+def _parse_version_3(data: bytes) -> Header:
+    header = _with_tie(data, _parse(data, _HEADER.size + _TIE.size + _TIMES.size))
+    return header._replace(closed=Times(*_TIMES.unpack_from(data, _HEADER.size + _TIE.size)))
+
+
+def _with_tie(data: bytes, header: Header) -> Header:
     flags = _HEADER.unpack_from(data)[3]
     id_, session, previous, *numbers = _TIE.unpack_from(data, _HEADER.size)
     return header._replace(tie=Tie(id_, session, previous, bool(flags & _MARKED), *numbers))
@@ -238,9 +300,9 @@ def _parse(data: bytes, size: int) -> Header:
     """What all versions begin with; *size* bytes are followed by their checksum."""
     if _CHECKSUM.unpack_from(data, size)[0] != zlib.crc32(data[:size]):
         raise BadHeader("is damaged: its checksum is wrong")
-    _, _, block_size, flags, disk_size, boot_id, length, origin = _HEADER.unpack_from(data)
-    return Header(disk_size, origin[:length], boot_id, bool(flags & _CLEAN), block_size)
+    _, version, block_size, flags, disk_size, boot_id, length, origin = _HEADER.unpack_from(data)
+    return Header(disk_size, origin[:length], boot_id, bool(flags & _CLEAN), block_size, version=version)
 
 
-_PARSERS: Dict[int, Callable[[bytes], Header]] = {1: _parse_version_1, 2: _parse_version_2}
+_PARSERS: Dict[int, Callable[[bytes], Header]] = {1: _parse_version_1, 2: _parse_version_2, 3: _parse_version_3}
 """One for every version ever released: files of all of them stay readable."""

@@ -9,6 +9,7 @@ from typing import NamedTuple, Optional
 from ...errors import ConfigurationError
 from ...scoreboard.layout import TARGET
 from ...scoreboard.scoreboard import Scoreboard
+from ...storage.blocks import steps
 from . import belonging, files
 from .belonging import UNKNOWN
 from .format import NO_BOOT, SCOREBOARD_SUFFIX, SUFFIX, BadHeader, layout_of
@@ -19,17 +20,19 @@ BOOT_ID = "/proc/sys/kernel/random/boot_id"
 def has_cached_blocks(bitmap_path: str) -> bool:
     """Whether some block is cached, as far as the bitmap or its durable copy say."""
     path = os.path.realpath(bitmap_path)
-    return _has_bits(path, 0) or _has_bits(path + SUFFIX, None)
+    return _has_bits(path, durable=False) or _has_bits(path + SUFFIX, durable=True)
 
 
-def _has_bits(path: str, start: Optional[int]) -> bool:
-    """In the bitmap at *start* of the file; None: where its header says."""
+def _has_bits(path: str, *, durable: bool) -> bool:
+    """In the file, which is a bitmap, or has a *durable* one where its header says."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
-            if start is None:
-                start = layout_of(files.read_header(file.fileno()).disk_size).durable
-            file.seek(start)
-            return any(part.count(0) != len(part) for part in iter(lambda: file.read(1 << 20), b""))
+            start, length = 0, os.fstat(file.fileno()).st_size
+            if durable:
+                layout = layout_of(files.read_header(file.fileno()).disk_size)
+                start, length = layout.durable, layout.bitmap_size
+            parts = (os.pread(file.fileno(), count, at) for at, count in steps(start, length, 1 << 20))
+            return any(part.count(0) != len(part) for part in parts)
     except (OSError, BadHeader):
         return False
 

@@ -23,6 +23,8 @@ stable storage (`proxy.state.checkpoint`). Which of them counts, the header tell
 
 The state file names the cache image that it speaks of (`proxy.state.belonging`).
 
+The **checksums** of blocks that were fetched lie in ``CACHE_BITMAP_IMAGE.sums`` (`proxy.state.sums`).
+
 The **scoreboard** (`scoreboard.scoreboard`) lies in ``CACHE_BITMAP_IMAGE.board``. Once no server uses
 it, it means nothing, but its space is kept: on a full disk there is no other for the next.
 
@@ -53,6 +55,7 @@ from .known import BOOT_ID, read_boot_id
 from .resumption import resume
 from .scoreboard_file import open_scoreboard
 from .shared import SharedState
+from .sums_file import open_integrity
 
 
 def open_state(
@@ -132,7 +135,9 @@ def _share(entry: Entry, state_fd: int) -> SharedState:
     with closed_on_error(bitmap_fd):
         scoreboard_fd = open_scoreboard(entry, state_fd)
         with closed_on_error(scoreboard_fd):
-            shared = SharedState(entry.path, (bitmap_fd, state_fd, scoreboard_fd), entry.layout, entry.header)
+            integrity_fds = open_integrity(entry, state_fd)
+            fds = (bitmap_fd, state_fd, scoreboard_fd, *integrity_fds)
+            shared = SharedState(entry.path, fds, entry.layout, entry.header)
             files.become_user(state_fd)
     RangeLocks(state_fd).release(OPENING, 1)
     return shared

@@ -13,17 +13,19 @@ from ...errors import ConfigurationError
 from ...logs import log
 from ...origin.address import place_of
 from ...storage.failure import drop_cached
+from ...storage.space import NO_SPACE
 from ...storage.target import reopen
 from ...storage.writeback import WriteBackFailed
-from . import belonging, copies, files
+from . import belonging, copies, files, mending
 from .belonging import NO_ID
 from .checkpoint import ProcessState
 from .copies import Comparison
 from .entry import Entry
-from .format import NO_BOOT, BadHeader, Header, identity, readable
+from .format import NO_BOOT, VERSION, BadHeader, Header, identity, readable
 from .known import was_switched
 from .scoreboard_file import refuse_other_version
-from .verdict import Facts, Verdict, judge
+from .sums_file import sync_sums
+from .verdict import Facts, Trust, Verdict, judge, trust_in_marks
 
 
 def resume(entry: Entry, state_fd: int) -> None:
@@ -38,7 +40,7 @@ def resume(entry: Entry, state_fd: int) -> None:
 def _join(entry: Entry, state_fd: int, found: Header) -> None:
     if found.boot_id != entry.header.boot_id:
         raise ConfigurationError(f"cache bitmap {entry.path} is in use on another machine: stop that server first")
-    if found.tie.id == NO_ID:
+    if found.version != VERSION:
         raise ConfigurationError(f"cache bitmap {entry.path} is in use by an older xnbd-server: stop that one first")
     refuse_other_version(entry)
     entry.bind(found.tie)
@@ -87,7 +89,10 @@ def _check_state(entry: Entry, state_fd: int) -> Header:
             "if that disk has moved, start with the former address and use xnbd-bgctl --reconnect"
         )
     entry.header = wanted._replace(origin=header.origin)
-    entry.check_size(state_fd, entry.state_path, entry.layout.size)
+    if header.version == VERSION:
+        entry.check_size(state_fd, entry.state_path, entry.layout.size)
+    elif not entry.layout.former_size < os.fstat(state_fd).st_size <= entry.layout.size:  # else it has begun to grow
+        entry.check_size(state_fd, entry.state_path, entry.layout.former_size)
     return header
 
 
@@ -98,29 +103,32 @@ class _Resumption:
         self._entry = entry
         self._state_fd = state_fd
         self._found = found
+        entry.former_sessions = {found.tie.session, found.tie.previous}
         mounts = belonging.mount_of(entry.cache_fd), belonging.mount_of(state_fd)
         same_mounts = found.tie.id == NO_ID or (found.tie.cache_mount, found.tie.state_mount) == mounts
         self._lived = found.boot_id == entry.header.boot_id and same_mounts
+        self._switched = was_switched(entry.path, self._state_fd, entry.header.boot_id)
+        self._untouched = False
+        self._facts = Facts(made=False)
 
     def run(self) -> None:
         entry, found = self._entry, self._found
-        switched = was_switched(entry.path, self._state_fd, entry.header.boot_id)
         entry.bind(belonging.new_tie(entry.cache_fd, self._state_fd) if found.tie.id == NO_ID else found.tie)
         entry.use_cache(alone=True)
-        self._check_cache(switched=switched)
+        self._check_cache()
         if found.boot_id == NO_BOOT:
             self._finish_making()
         else:
-            self._make_agree(switched=switched)
+            self._make_agree()
         self._begin_session()
 
-    def _check_cache(self, *, switched: bool) -> None:
+    def _check_cache(self) -> None:
         """As `_check_cache`, unless there is nothing to lose or somebody vouches for it."""
         if self._entry.adopt:
             return
         try:
             found = _in_this_life(self._found, self._state_fd) if self._lived else self._found
-            _check_cache(self._entry, found, switched=switched)
+            _check_cache(self._entry, found, switched=self._switched)
         except ConfigurationError:
             if not self._is_nothing_cached() or belonging.holds_data(self._entry.cache_fd):
                 raise
@@ -136,18 +144,20 @@ class _Resumption:
             os.close(bitmap_fd)
 
     def _finish_making(self) -> None:
+        self._allocate_state()
+        mending.make_empty(self._state_fd, self._entry.layout)
         self._entry.make_bitmap()
         files.publish(self._entry.path)
         if files.read_failure(self._state_fd) is not None:  # which means nothing: no block is cached
             files.failure_record(self._state_fd).clear()
         log.info("cache bitmap %s: made, which an earlier start did not finish", self._entry.path)
 
-    def _make_agree(self, *, switched: bool) -> None:
+    def _make_agree(self) -> None:
         bitmap_fd = self._entry.open_bitmap()
         try:
             self._hear_of_failures()
             verdict = self._judge(bitmap_fd)
-            if switched:
+            if self._switched:
                 self._refuse_if_incomplete(bitmap_fd, verdict)
             self._settle(bitmap_fd, verdict)
         finally:
@@ -160,27 +170,30 @@ class _Resumption:
 
     def _judge(self, bitmap_fd: int) -> Verdict:
         """Raises `ConfigurationError` if the copies contradict each other."""
-        found, layout = self._found, self._entry.layout
-        comparison = copies.compare(bitmap_fd, self._state_fd, layout)
+        found, failed = self._found, files.read_failure(self._state_fd) is not None
         has_checksum = found.clean and found.tie.id != NO_ID
-        verdict = judge(
-            Facts(
-                made=True,
-                clean=found.clean,
-                lived=self._lived,
-                failed=files.read_failure(self._state_fd) is not None,
-                alike=comparison.alike,
-                explained=comparison.explained,
-                checksum=has_checksum,
-                live_fits=has_checksum and copies.checksum(bitmap_fd, layout, 0) == found.tie.checksum,
-                durable_fits=has_checksum
-                and copies.checksum(self._state_fd, layout, layout.durable) == found.tie.checksum,
-                adopt=self._entry.adopt,
-            )
-        )
+        basis = Facts(True, found.clean, self._lived, failed, checksum=has_checksum, adopt=self._entry.adopt)
+        times = files.times_of(bitmap_fd, self._state_fd)
+        self._untouched = found.clean and not failed and times == found.closed
+        if self._untouched:
+            self._facts = basis._replace(alike=True, explained=True, live_fits=has_checksum, durable_fits=has_checksum)
+            return judge(self._facts)
+        comparison = copies.compare(bitmap_fd, self._state_fd, self._entry.layout, told=found.version == VERSION)
+        self._facts = self._with_copies(basis, bitmap_fd, comparison)
+        verdict = judge(self._facts)
         if verdict is Verdict.REFUSE:
             raise self._contradiction(comparison)
         return verdict
+
+    def _with_copies(self, basis: Facts, bitmap_fd: int, comparison: Comparison) -> Facts:
+        """What is known of the two copies, besides what *basis* has."""
+        layout, noted = self._entry.layout, self._found.tie.checksum
+        return basis._replace(
+            alike=comparison.alike,
+            explained=comparison.explained,
+            live_fits=basis.checksum and copies.checksum(bitmap_fd, layout, 0) == noted,
+            durable_fits=basis.checksum and copies.checksum(self._state_fd, layout, layout.durable) == noted,
+        )
 
     def _contradiction(self, comparison: Comparison) -> ConfigurationError:
         entry = self._entry
@@ -210,20 +223,51 @@ class _Resumption:
         entry, state_fd = self._entry, self._state_fd
         entry.remove_unfinished()
         files.allocate(bitmap_fd, entry.layout.bitmap_size)
-        files.allocate(state_fd, entry.layout.size)
+        self._allocate_state()
         files.reset_numbers(state_fd)
         if verdict is Verdict.LIVE:
             with suppress(WriteBackFailed):  # which is noted, so it is the durable copy that counts
-                self._save_live(bitmap_fd)
+                if not self._untouched:
+                    self._save_live(bitmap_fd)
+                self._settle_marks(bitmap_fd, verdict)
                 log.info("cache bitmap %s: resumed", entry.path)
                 return
         self._restore_durable(bitmap_fd)
+
+    def _allocate_state(self) -> None:
+        """A file of an older version grows by this. Raises `ConfigurationError` if there is no room for that."""
+        entry = self._entry
+        try:
+            files.allocate(self._state_fd, entry.layout.size)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise ConfigurationError(
+                f"{entry.state_path} of version {self._found.version} has to grow to {entry.layout.size} bytes, "
+                "and there is no room: make some"
+            ) from error
+
+    def _settle_marks(self, bitmap_fd: int, verdict: Verdict) -> None:
+        """Have the written map agree with the bitmap, which does not change any more. Raises `OSError`."""
+        entry, state_fd, found = self._entry, self._state_fd, self._found
+        facts = self._facts._replace(failed=files.read_failure(state_fd) is not None)
+        told = found.version == VERSION
+        trust = trust_in_marks(verdict, facts, told=told, switched=self._switched)
+        entry.has_clean_blocks = trust is not Trust.NOTHING
+        if trust is Trust.MAP and self._untouched:
+            return
+        doubtful = mending.settle(bitmap_fd, state_fd, entry.layout, trust, closed=found.clean)
+        if trust is Trust.NOTHING:
+            log.info("cache bitmap %s: all blocks that are cached count as written by clients", entry.path)
+        elif doubtful:
+            log.warning("cache bitmap %s: %d blocks count as written by clients, as they may be", entry.path, doubtful)
 
     def _save_live(self, bitmap_fd: int) -> None:
         """Raises `OSError`."""
         state_fd, layout = self._state_fd, self._entry.layout
         for difference in copies.differences(bitmap_fd, state_fd, layout):
             copies.claim(state_fd, layout, difference.page)
+        sync_sums(self._entry)
         process = ProcessState(reopen(bitmap_fd, readonly=False), reopen(state_fd, readonly=False), layout)
         with closing(process):
             if process.changed:
@@ -236,6 +280,7 @@ class _Resumption:
             copies.restore_durable(bitmap_fd, difference)
             forgotten += difference.forgotten
         reason = self._reason()
+        self._settle_marks(bitmap_fd, Verdict.DURABLE)
         if files.read_failure(self._state_fd) is not None:
             drop_cached(self._entry.cache_fd)
             copies.forget_failure(bitmap_fd, self._state_fd, self._entry.layout)

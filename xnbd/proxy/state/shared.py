@@ -12,11 +12,12 @@ from ...storage.target import reopen
 from ...storage.writeback import WriteBack, WriteBackFailed
 from ...system.kept import Kept
 from ...system.process import closed_on_error
-from . import belonging, copies, files
+from . import belonging, copies, files, mending
 from .checkpoint import ProcessState
 from .files import LEAVING_TIME
-from .format import SUFFIX, BadHeader, Header, Layout, Steering, layout_of, pack_header, parse_header
+from .format import SUFFIX, VERSION, BadHeader, Header, Layout, Steering, Times, layout_of, pack_header, parse_header
 from .known import was_switched
+from .sums import Integrity
 from .versions import Version, Versions
 from .view import CacheView
 
@@ -28,9 +29,9 @@ class SharedState:
     process of the last server is gone, or its master has called `mark_clean`.
     """
 
-    def __init__(self, path: str, fds: Tuple[int, int, int], layout: Layout, header: Header) -> None:
+    def __init__(self, path: str, fds: Tuple[int, int, int, int, int], layout: Layout, header: Header) -> None:
         self._path = path
-        self._bitmap_fd, self._state_fd, self.scoreboard_fd = fds
+        self._bitmap_fd, self._state_fd, self.scoreboard_fd, self._sums_fd, self._checked_fd = fds
         self._layout = layout
         self._header = header
         self.failures = files.failure_record(self._state_fd)
@@ -39,7 +40,8 @@ class SharedState:
     def pack(self, kept: Kept) -> Dict[str, Any]:
         """For the next program of the master."""
         fds = [kept(fd) for fd in (self._bitmap_fd, self._state_fd, self.scoreboard_fd)]
-        return {"path": self._path, "fds": fds, "header": pack_header(self._header).hex()}
+        integrity = [kept(fd) for fd in (self._sums_fd, self._checked_fd)]
+        return {"path": self._path, "fds": fds, "integrity": integrity, "header": pack_header(self._header).hex()}
 
     @classmethod
     def unpack(cls, packed: Mapping[str, Any], disk_size: int) -> SharedState:
@@ -50,13 +52,17 @@ class SharedState:
         bitmap_fd, state_fd, scoreboard_fd = packed["fds"]
         layout = layout_of(disk_size)
         try:
-            files.read_header(state_fd)
+            version = files.read_header(state_fd).version
             header = parse_header(bytes.fromhex(packed["header"]))
         except BadHeader as error:
             raise ConfigurationError(f"{packed['path']}{SUFFIX} {error}") from None
+        if version != VERSION:
+            raise ConfigurationError(f"{packed['path']}{SUFFIX} has version {version}, which only a restart can read")
         if os.fstat(bitmap_fd).st_size != layout.bitmap_size:
             raise ConfigurationError(f"the bitmap {packed['path']} is of another format")
-        return cls(packed["path"], (bitmap_fd, state_fd, scoreboard_fd), layout, header)
+        if "integrity" not in packed:
+            raise ConfigurationError(f"the server keeps no checksums of {packed['path']}, which only a restart can add")
+        return cls(packed["path"], (bitmap_fd, state_fd, scoreboard_fd, *packed["integrity"]), layout, header)
 
     def open_process(self) -> ProcessState:
         """The bitmap for this process. Called after the fork; raises `OSError`."""
@@ -128,10 +134,12 @@ class SharedState:
             alone = files.is_alone(self._state_fd)
             self._checkpoint(cache_fd)
             if alone:
-                self.write_back.sync(self._bitmap_fd)
+                closed = Times(bitmap=files.stamp(self._bitmap_fd))
+                self.write_back.sync(self._bitmap_fd, metadata=True)
                 self.write_back.sync(cache_fd, metadata=True)  # its mark and its time of change, too
                 self._forget_broken_switch()
-                files.write_header(self._state_fd, self._closed_header(cache_fd))
+                mending.end_exposure(self._state_fd, self._layout)
+                files.write_closed_header(self._state_fd, self._closed_header(cache_fd)._replace(closed=closed))
         except WriteBackFailed:
             files.put_header(self._state_fd, self._header)
             raise
@@ -163,8 +171,15 @@ class SharedState:
         with closed_on_error(bitmap_fd):
             state_fd = reopen(self._state_fd, readonly=False)
             with closed_on_error(state_fd):
-                return ProcessState(bitmap_fd, state_fd, self._layout), state_fd
+                return ProcessState(bitmap_fd, state_fd, self._layout, self._open_integrity()), state_fd
+
+    def _open_integrity(self) -> Integrity:
+        sums_fd = reopen(self._sums_fd, readonly=False)
+        with closed_on_error(sums_fd):
+            checked_fd = reopen(self._checked_fd, readonly=False)
+            with closed_on_error(checked_fd):
+                return Integrity(sums_fd, checked_fd, self._layout)
 
     def close(self) -> None:
-        for fd in (self._bitmap_fd, self._state_fd, self.scoreboard_fd):
+        for fd in (self._bitmap_fd, self._state_fd, self.scoreboard_fd, self._sums_fd, self._checked_fd):
             os.close(fd)

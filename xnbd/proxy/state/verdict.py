@@ -1,7 +1,8 @@
-"""Which copy of a bitmap counts: decided here alone, from what is known of files that nobody uses.
+"""Which copy of a bitmap counts, and what the written map tells: decided here alone, of files that nobody uses.
 
 The module reads and writes nothing. It keeps one rule: where what vouches for the bits
-contradicts itself, less is believed, never more.
+contradicts itself, less is believed, never more. Of the written map that is: more counts
+as written, never less.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ class Facts(NamedTuple):
     *made*: the header names a boot. *clean*: the files were closed in good order.
     *lived*: this is the boot in which they were used last, and these are the mounts, as far
     as that was noted. *failed*: a write-back has failed. *alike*: live bitmap and durable
-    copy are the same; *explained*: they are, or differ only by blocks more in the live
-    bitmap, on pages that are marked. *checksum*: one was noted when the files were closed;
-    *live_fits*, *durable_fits*: it is the one of that copy. *adopt*: the operator vouches
-    for the live bitmap.
+    copy are the same; *explained*: they are, or differ only on pages that are marked, by blocks
+    more in the live bitmap, or by clean blocks less, which were let go. *checksum*: one was
+    noted when the files were closed; *live_fits*, *durable_fits*: it is the one of that copy.
+    *adopt*: the operator vouches for the live bitmap.
     """
 
     made: bool
@@ -87,3 +88,33 @@ def _contradict(facts: Facts) -> bool:
     if facts.clean:
         return not facts.alike
     return facts.lived and not facts.failed and not facts.explained
+
+
+class Trust(Enum):
+    """What counts as written besides the blocks that the written map has; on pages with a wrong checksum all does."""
+
+    NOTHING = "all that is local"
+    UNEXPOSED = "what is local on exposed pages"
+    MAP = "nothing"
+
+
+def trust_in_marks(verdict: Verdict, facts: Facts, *, told: bool, switched: bool) -> Trust:
+    """How far to believe the written map, once it is known which copy of the bitmap counts. The first row counts.
+
+    ============================================================  =========
+    what is known                                                 trust
+    ============================================================  =========
+    the state file is of a version without one: not *told*        NOTHING
+    the cache was a plain target: *switched*                      NOTHING
+    the operator vouches for the bitmap: *adopt*                  NOTHING
+    a write-back has *failed*                                     NOTHING
+    the files were closed                                         MAP
+    they were used here: the live bitmap counts                   MAP
+    they were used elsewhere: the durable one counts              UNEXPOSED
+    ============================================================  =========
+    """
+    if not told or switched or facts.adopt or facts.failed:
+        return Trust.NOTHING
+    if facts.clean or verdict is Verdict.LIVE:
+        return Trust.MAP
+    return Trust.UNEXPOSED

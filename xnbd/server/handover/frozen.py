@@ -14,7 +14,7 @@ from itertools import chain, repeat
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from ...access.identity import Identity
-from ...protocol.server_handshake import Agreement, Export
+from ...protocol.server_handshake import CONTEXTS, Agreement, Export
 from ...scoreboard.counters import Counts
 from ...scoreboard.place import Visit
 
@@ -157,20 +157,32 @@ def _read_whole(fd: int, length: int, at: int) -> bytes:
 
 
 def _identity(names: Any) -> Identity:
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+    if "" in _names(names):
         raise TypeError(names)
-    return Identity(tuple(names))
+    return Identity(_names(names))
 
 
 def _agreement(fields: Dict[str, Any]) -> Agreement:
     """Raises `TypeError` for what this program does not know: it might be a promise to the client."""
-    agreement = Agreement(**fields)
+    agreement = Agreement(**fields)._replace(contexts=_names(fields["contexts"]))
+    if not set(agreement.contexts) <= set(CONTEXTS):
+        raise TypeError(agreement.contexts)
     if agreement.export is not None:
-        agreement = agreement._replace(export=Export(**fields["export"]))
+        agreement = agreement._replace(export=_export(fields["export"]))
     for value, default in zip(agreement, Agreement()):
         if default is not None and type(value) is not type(default):
             raise TypeError(value)
     return agreement
+
+
+def _export(fields: Dict[str, Any]) -> Export:
+    return Export(**fields)._replace(contexts=_names(fields["contexts"]))
+
+
+def _names(names: Any) -> Tuple[str, ...]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(names)
+    return tuple(names)
 
 
 def _parse_requests(data: bytes) -> List[FrozenRequest]:

@@ -55,6 +55,11 @@ class _Cache(NamedTuple):
     def progress(self) -> LocalBlocks:
         return self.state.progress
 
+    @property
+    def written(self) -> None:
+        """Nobody has asked for it yet."""
+        return None
+
 
 class ObservedService(Observed):
     """The disk of *service*; made in the observer's process. Raises `OSError`."""

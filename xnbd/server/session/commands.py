@@ -17,11 +17,12 @@ from ...log_turns import FAILED, Line, RationedLines, Remind
 from ...logs import Fields, about, log
 from ...protocol import constants as c
 from ...protocol.reply_format import ReplyFormat
-from ...protocol.server_handshake import ALLOCATION_CONTEXT, Agreement
+from ...protocol.server_handshake import CONTEXTS, Agreement
 from ...protocol.transmission import nbd_error
 from ...scoreboard.counters import BYTES_READ
 from ...text import one_line
 from ..disk import Disk
+from .block_status import status
 from .holes import HOLE_MINIMUM, Holes
 from .page_prefetch import PagePrefetch
 from .parking import Where
@@ -119,7 +120,7 @@ class Commands:
         self._counts = disk.place.counts
         self._tally = disk.place.tally
         self._format = replies
-        self._allocation = agreement.allocation
+        self._contexts = agreement.contexts
         self._readonly = agreement.readonly
         self._told_of_writer = False
         self._peer = peer
@@ -277,10 +278,12 @@ class Commands:
         self.acknowledge(cookie, flags, out)
 
     def _block_status(self, flags: int, cookie: bytes, offset: int, length: int, out: List[Piece]) -> None:
-        if not self._allocation:
+        if not self._contexts:
             raise RequestError(errno.EINVAL, "no meta context was negotiated")
         if not length:
             raise RequestError(errno.EINVAL, "block status of nothing")
         limit = 1 if flags & c.CMD_FLAG_REQ_ONE else _MAXIMUM_EXTENTS
-        extents = self._holes.status(offset, length, limit)
-        out.append(self._format.block_status(cookie, ALLOCATION_CONTEXT, extents))
+        for context in self._contexts:
+            done = c.REPLY_FLAG_DONE if context is self._contexts[-1] else 0
+            extents = status(context, self._image, offset, length, limit)
+            out.append(self._format.block_status(cookie, CONTEXTS[context], extents, done))

@@ -71,7 +71,7 @@ class Crossing:
         The session can go on after that all the same. Raises `OSError`, also if there is too much to be moved.
         """
         frozen_at, receive_buffer, place = monotonic(), self._receive_buffer, self._disk.place
-        place.leave()
+        self._disk.leave()
         if self._parking.buffered + self._replies.unsent > frozen.LARGEST:
             raise OSError(errno.EFBIG, "more waits for it than can be moved in a moment")
         waiting = [request.freeze() for request in self._parking.requests()]

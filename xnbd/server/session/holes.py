@@ -1,10 +1,9 @@
-"""How a client is told of holes: chunks without data in a read, extents in a block status."""
+"""How a client that reads is told of holes: by chunks without data."""
 
 from __future__ import annotations
 
-from typing import Iterator, List, Tuple
+from typing import Iterator, Tuple
 
-from ...protocol import constants as c
 from ...storage.image import Image
 
 HOLE_MINIMUM = 32 << 10
@@ -42,16 +41,3 @@ class Holes:
             position += extent.length
         if position > data_from:
             yield False, data_from, position - data_from
-
-    def status(self, offset: int, length: int, limit: int) -> List[Tuple[int, int]]:
-        """At most *limit* extents from *offset* on: their lengths and ``base:allocation`` flags."""
-        status: List[Tuple[int, int]] = []
-        for extent in self._image.extents(offset, length):
-            flags = c.STATE_HOLE | c.STATE_ZERO if extent.hole else 0
-            if status and status[-1][1] == flags:
-                status[-1] = (status[-1][0] + extent.length, flags)
-                continue
-            if len(status) == limit:
-                break
-            status.append((extent.length, flags))
-        return status

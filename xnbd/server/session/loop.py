@@ -34,6 +34,7 @@ from .commands import MAXIMUM_REQUEST, Commands
 from .connection import Connection
 from .crossing import Crossing
 from .first_touch import FirstTouch, Reader
+from .held import Held
 from .holes import HOLE_MINIMUM
 from .pace import Pace
 from .page_prefetch import QUICK
@@ -104,7 +105,7 @@ class Session:
         self._writes = Writes(self._receive_buffer, disk, self._commands, self._parked)
         self.crossing = Crossing(connection, disk, agreement, self._receive_buffer, replies, self._parking, pace)
         self._left = False
-        disk.accompany(self._on_wait, self._on_renewed)
+        disk.accompany(self._on_wait, self._on_renewed, Held(self._replies, self._parking))
 
     def _make_slow_log(self, slow: float) -> SlowLog:
         from .slow_log import SlowLog

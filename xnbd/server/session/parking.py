@@ -168,6 +168,10 @@ class Parking:
     def tickets(self) -> List[Ticket]:
         return list(self._by_ticket)
 
+    def answers(self) -> List[List[Piece]]:
+        """Those that are complete and stand in line."""
+        return [request.answer for request in self._line if request.ready]
+
     def stand_in_line(self, request: ParkedRequest) -> None:
         """A request of an ordered session takes its place, whether it has to wait itself or for others only."""
         request.in_line = self.blocked = True

@@ -54,7 +54,7 @@ class Replies:
             try:
                 sent = self._send_now(group)
             except BlockingIOError:
-                if not wait or (self._connection.loop.called and self._detach()):
+                if not wait or (self._connection.loop.called and self.detach()):
                     break
                 self._connection.wait_for_room()
                 continue
@@ -75,13 +75,18 @@ class Replies:
         """Bytes that are still to be sent."""
         return sum(map(len, self.pieces))
 
-    def _detach(self) -> bool:
+    @property
+    def attached(self) -> bool:
+        """Whether some of what is unsent may be memory that the disk is mapped to."""
+        first = self.pieces[0] if self.pieces else b""
+        return len(self.pieces) > 1 or (isinstance(first, memoryview) and first.obj is not self._copy)
+
+    def detach(self) -> bool:
         """Let go of the memory that the disk is mapped to; False if that would take too large a copy."""
         length = self.unsent
         if length > MOST_DETACHED:
             return False
-        first = self.pieces[0]
-        if len(self.pieces) == 1 and isinstance(first, memoryview) and first.obj is self._copy:
+        if not self.attached:
             return True
         fd = os.memfd_create("xnbd-replies")
         try:

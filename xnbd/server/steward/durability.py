@@ -6,7 +6,7 @@ import math
 import os
 from logging import ERROR
 from time import monotonic
-from typing import Iterator, Optional
+from typing import Dict, Iterator, Optional
 
 from ...errors import TaskFailed
 from ...logs import ToldOnce, log
@@ -16,6 +16,7 @@ from .child import Child
 from .duty import Cache, Context, Duty
 
 _CHECKPOINT_EVERY = 1.0
+_COVER_EVERY = 60.0
 _FAILURE = "cannot make the cache durable"
 
 
@@ -36,6 +37,8 @@ class Durability(Duty):
         self._checkpoint: Optional[Child] = None
         self._next_checkpoint = monotonic()
         self._began = 0.0
+        self._cover_at = monotonic() + _COVER_EVERY
+        self._exposed: Dict[int, bytes] = {}
         self._failure = ToldOnce()
 
     def deadline(self) -> Optional[float]:
@@ -50,9 +53,21 @@ class Durability(Duty):
         if monotonic() < self._next_checkpoint:
             return
         self._next_checkpoint = monotonic() + _CHECKPOINT_EVERY
-        if self._scoreboard.mode == PROXY and self._progress.complete and self._scoreboard.note_complete():
+        if self._scoreboard.mode == PROXY and self._progress.complete and self._note_complete():
             log.info("every block is cached")
         self._begin()
+        if monotonic() > self._cover_at:
+            self._cover_at = monotonic() + _COVER_EVERY
+            self._cover()
+
+    def _cover(self) -> None:
+        """What was exposed the last time, and has not changed, need not be any more."""
+        exposed = self._state.written.exposed()
+        self._state.cover(page for page, checksum in exposed.items() if self._exposed.get(page) == checksum)
+        self._exposed = exposed
+
+    def _note_complete(self) -> bool:
+        return self._scoreboard.note_complete(self._progress.look_again)
 
     def leave(self) -> None:
         """The other steward makes the checkpoints from now on."""

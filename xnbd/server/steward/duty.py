@@ -108,12 +108,14 @@ class Cache:
         self.source = source
         self.state = source.open_state()
         self.progress = Progress(self.state.bitmap, source.size)
+        self.written = Progress(self.state.written, source.size)
         self._scoreboard = context.scoreboard
         self._children = context.children
 
     def keep_up(self) -> bool:
-        """Keep the figure of what is local up to date; False while a child counts that of a large disk."""
-        return self.progress.keep_up(self._children.start)
+        """Keep the figures of what is local and written up to date; False while children count that of a large disk."""
+        up_to_date = [what.keep_up(self._children.start) for what in (self.progress, self.written)]
+        return all(up_to_date)
 
     def count(self) -> Reply:
         """Wait until there is such a figure."""

@@ -31,6 +31,7 @@ from .moving import Moving
 from .news import News
 from .orders import ControlOrders, MasterOrders, SignalOrders
 from .query import Query
+from .scrubbing import Scrubbing
 from .snapshots import Snapshots
 from .switching import Switching
 from .telling import Telling
@@ -179,6 +180,7 @@ def _duties_of_a_proxy(context: Context, cache: Cache) -> List[Duty]:
     copying = Copying(context, cache, lock)
     return [
         copying,
+        Scrubbing(context, cache),
         Switching(context, cache, lock, durability, copying),
         Moving(context, cache, lock),
         lock,

@@ -52,6 +52,11 @@ class Progress:
         self._missing_at = self._bitmap.first_missing(self._missing_at)
         return self._missing_at == self.blocks
 
+    def look_again(self) -> bool:
+        """What `complete` tells, whatever was found before: blocks may have been let go."""
+        self._missing_at = 0
+        return self.complete
+
     def keep_up(self, start: Callable[[Callable[[], None]], Child]) -> bool:
         """Have the blocks of a large disk counted, if that was long ago, by what *start* makes; False while that lasts.
 

@@ -87,6 +87,10 @@ class AskedCache(Protocol):
     def progress(self) -> HowMuch:
         """How much of it is local."""
 
+    @property
+    def written(self) -> Optional[HowMuch]:
+        """How much of it clients have written, if that is counted."""
+
 
 class Asked(Protocol):
     """What there is to ask about any disk."""
@@ -167,13 +171,19 @@ class QueryAnswers:
         if self._cache is not None and not switched:
             progress = self._cache.progress
             answer["queue"] = self._queue(lines)
-            answer["blocks"] = {"total": progress.blocks, "cached": progress.blocks - progress.missing()}
+            answer["blocks"] = self._blocks(progress, self._cache.written)
             answer["origin"] = self._origin(self._cache.source, lines)
             answer["checkpoint"] = self._checkpoint(self._cache.state.dirty_pages())
             answer["cache_all"] = self._copy(lines, progress)
             if cells is not None:
                 answer["map"] = progress.shares(cells)
+                if self._cache.written is not None:
+                    answer["map_written"] = self._cache.written.shares(cells)
         return answer
+
+    def _blocks(self, cached: HowMuch, written: Optional[HowMuch]) -> Message:
+        blocks = {"total": cached.blocks, "cached": cached.blocks - cached.missing()}
+        return blocks if written is None else {**blocks, "written": written.blocks - written.missing()}
 
     def _limits(self) -> Optional[Message]:
         limits = self._context.limits

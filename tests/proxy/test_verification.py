@@ -1,0 +1,279 @@
+"""Fetched blocks are checked against their checksums before a client reads them; damaged ones are fetched again."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+from pathlib import Path
+from typing import Iterable, List
+
+import nbd
+import pytest
+from caching import BLOCK, CacheFiles, Reading, bgctl, connect, hold, kill_server, query
+from conftest import MIB, Start
+from proxies import program
+from server_process import Server, wait_until
+
+SIZE = 3 * MIB + 700
+BLOCKS = -(-SIZE // BLOCK)
+FLIPS = int(os.environ.get("XNBD_FLIPS", "600"))
+WRITTEN = b"by a client!" * 2000
+AT = 700_001
+"""Where a client has written. 1 MiB from 2 MiB on the origin has zeros."""
+
+DAMAGED = "the cache image is damaged: the block at byte "
+
+
+@pytest.fixture
+def content() -> bytes:
+    content = bytearray(random.Random(18).randbytes(SIZE))
+    content[2 * MIB : 3 * MIB] = bytes(MIB)
+    return bytes(content)
+
+
+@pytest.fixture
+def far(start: Start, tmp_path: Path, content: bytes) -> Server:
+    path = tmp_path / "origin.img"
+    path.write_bytes(content)
+    return start("--target", "--readonly", path)
+
+
+def written(content: bytes) -> bytes:
+    return content[:AT] + WRITTEN + content[AT + len(WRITTEN) :]
+
+
+def clean_blocks() -> List[int]:
+    first, last = AT // BLOCK, (AT + len(WRITTEN) - 1) // BLOCK
+    return [block for block in range(BLOCKS) if not first <= block <= last]
+
+
+@pytest.fixture
+def full(start: Start, files: CacheFiles, far: Server) -> CacheFiles:
+    """Of a proxy that has ended with every block cached, some of them written."""
+    server = start(*files.arguments(far.uri))
+    assert bgctl("--cache-all", files.control)[0] == 0
+    client = connect(server.uri)
+    client.pwrite(WRITTEN, AT)
+    client.shutdown()
+    server.stop()
+    return files
+
+
+def flip(path: Path, offsets: Iterable[int]) -> None:
+    """One bit of each byte, and the file looks as if nobody had touched it."""
+    status = path.stat()
+    with path.open("r+b", buffering=0) as file:
+        for offset in offsets:
+            octet = os.pread(file.fileno(), 1, offset)[0]
+            os.pwrite(file.fileno(), bytes([octet ^ 1 << offset % 8]), offset)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def read_all(client: nbd.NBD, step: int) -> bytes:
+    return b"".join(bytes(client.pread(min(step, SIZE - at), at)) for at in range(0, SIZE, step))
+
+
+def damaged(files: CacheFiles) -> int:
+    return int(query(files.control)["counters"]["damaged"])
+
+
+@pytest.mark.parametrize("step", [BLOCK, 1000, 100_000, SIZE])
+@pytest.mark.parametrize("when", ["first", "always"])
+def test_damaged_blocks_are_fetched_again(
+    start: Start, full: CacheFiles, far: Server, content: bytes, when: str, step: int
+) -> None:
+    blocks = [*random.Random(step).sample(clean_blocks(), 40), BLOCKS - 1, 0]
+    flip(full.image, [block * BLOCK + block % 600 for block in set(blocks)])
+    server = start(*full.arguments(far.uri, "--verify", when))
+    client = connect(server.uri)
+    assert read_all(client, step) == written(content)
+    client.shutdown()
+    wait_until(lambda: damaged(full) == len(set(blocks)), "all of them counted")
+    assert DAMAGED in server.log()
+    server.stop()
+    assert full.image.read_bytes() == written(content)
+
+
+def test_blocks_are_checked_once_after_a_start(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:
+    """And whenever they are read if that is wanted."""
+    server = start(*full.arguments(far.uri))
+    assert read_all(connect(server.uri), MIB) == written(content)
+    flip(full.image, [5])
+    assert connect(server.uri).pread(1, 5)[0] == content[5] ^ 1 << 5
+    server.stop()
+    flip(full.image, [5, 6])
+    server = start(*full.arguments(far.uri, "--verify", "always"))
+    client = connect(server.uri)
+    assert read_all(client, MIB) == written(content)
+    flip(full.image, [7])
+    assert client.pread(10, 0) == content[:10]
+
+
+def test_nothing_is_checked_if_so_wanted(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:
+    flip(full.image, [9])
+    server = start(*full.arguments(far.uri, "--verify", "never"))
+    assert connect(server.uri).pread(1, 9)[0] != content[9]
+
+
+def test_a_written_block_is_not_checked(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:
+    """Nobody knows what it was like: this is documented."""
+    flip(full.image, [AT])
+    server = start(*full.arguments(far.uri))
+    assert connect(server.uri).pread(1, AT)[0] == WRITTEN[0] ^ 1 << AT % 8
+
+
+def test_a_damaged_block_is_fetched_before_a_part_of_it_is_written(
+    start: Start, full: CacheFiles, far: Server, content: bytes
+) -> None:
+    flip(full.image, [3 * BLOCK + 1])
+    server = start(*full.arguments(far.uri))
+    client = connect(server.uri)
+    client.pwrite(b"new", 3 * BLOCK + 100)
+    assert client.pread(100, 3 * BLOCK) == content[3 * BLOCK :][:100]
+    assert client.pread(3, 3 * BLOCK + 100) == b"new"
+
+
+def test_a_damaged_block_is_an_error_without_the_origin(
+    start: Start, full: CacheFiles, far: Server, content: bytes
+) -> None:
+    far.stop()
+    flip(full.image, [50 * BLOCK])
+    server = start(*full.arguments(far.uri, "--origin-timeout", "1", "--connect-timeout", "1"))
+    client = connect(server.uri)
+    with pytest.raises(nbd.Error, match="Input/output error"):
+        client.pread(BLOCK, 50 * BLOCK)
+    assert client.pread(50 * BLOCK, 0) == content[: 50 * BLOCK]
+
+
+@pytest.mark.parametrize("harm", ["gone", "zeros", "short", "long", "flipped", "older", "another's"])
+def test_lost_checksums_mean_that_clean_blocks_are_fetched_again(
+    start: Start, full: CacheFiles, far: Server, content: bytes, harm: str
+) -> None:
+    data = full.sums.read_bytes()
+    start(*full.arguments(far.uri)).stop()
+    newer = bytearray(full.sums.read_bytes())
+    newer[40] ^= 1
+    changed = {
+        "zeros": bytes(len(data)),
+        "short": data[: len(data) // 2],
+        "long": data + b"12345678",
+        "flipped": bytes(newer),
+        "older": data,
+        "another's": b"x" * len(data),
+    }
+    if harm == "gone":
+        full.sums.unlink()
+    else:
+        full.sums.write_bytes(changed[harm])
+    flip(full.image, [block * BLOCK for block in clean_blocks()[::7]])
+    server = start(*full.arguments(far.uri))
+    assert f"{full.sums} " in server.log()
+    client = connect(server.uri)
+    assert read_all(client, 50_000) == written(content)
+    client.shutdown()
+    wait_until(lambda: damaged(full) == len(clean_blocks()), "all of them counted")
+
+
+def test_checksums_survive_a_kill(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:
+    server = start(*full.arguments(far.uri, "--clear-bitmap"))
+    client = connect(server.uri)
+    client.pwrite(WRITTEN, AT)
+    assert read_all(client, MIB) == written(content)
+    kill_server(server)
+    flip(full.image, [0])
+    server = start(*full.arguments(far.uri))
+    assert read_all(connect(server.uri), MIB) == written(content)
+    wait_until(lambda: damaged(full) == 1, "one of them counted")
+
+
+def test_a_kill_while_damaged_blocks_are_missing(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:
+    """The bits are gone from the live bitmap only: a start understands that."""
+    flip(full.image, [block * BLOCK for block in clean_blocks()[::5]])
+    server = start(*full.arguments(far.uri))
+    held = hold(far.pid)
+    reading = Reading(connect(server.uri), 0, SIZE)
+    wait_until(lambda: reading.is_done() or DAMAGED in server.log(), "the damage")
+    kill_server(server)
+    for pid in held:
+        os.kill(pid, signal.SIGCONT)
+    server = start(*full.arguments(far.uri))
+    assert read_all(connect(server.uri), MIB) == written(content)
+
+
+@pytest.mark.timeout(60 + FLIPS // 20)
+def test_flips_while_clients_read(start: Start, full: CacheFiles, far: Server, content: bytes, seed: int) -> None:
+    """Two servers that check always, one that is killed: a client never sees what was flipped before it asked."""
+    rng = random.Random(seed)
+    servers = [
+        start(*full.arguments(far.uri, "--verify", "always", control=full.control.with_suffix(f".{n}"))) for n in (1, 2)
+    ]
+    clients = [connect(server.uri) for server in servers for _ in range(2)]
+    want, clean = written(content), clean_blocks()
+    table = full.sums.stat().st_size - 8 * BLOCKS
+    flips = 0
+    while flips < FLIPS:
+        some = rng.sample(clean, 20)
+        flip(
+            full.image, [block * BLOCK + rng.randrange(BLOCK if block < BLOCKS - 1 else SIZE % BLOCK) for block in some]
+        )
+        flip(full.sums, [rng.randrange(table, table + 8 * BLOCKS) for _ in range(5)])
+        flip(full.sums, [65536 + rng.randrange(BLOCKS // 8) for _ in range(2)])
+        flips += 27
+        for client in clients:
+            at = rng.choice(some) * BLOCK
+            length = min(rng.choice((1, BLOCK, 70_000)), SIZE - at)
+            assert client.pread(length, at) == want[at : at + length]
+        if flips % 270 == 0:
+            kill_server(servers[1])
+            servers[1] = start(*full.arguments(far.uri, "--verify", "always", control=full.control.with_suffix(".2")))
+            clients[2:] = [connect(servers[1].uri) for _ in range(2)]
+    assert read_all(clients[0], 100_000) == want
+
+
+def test_scrub_checks_all_and_repairs(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:
+    server = start(*full.arguments(far.uri))
+    assert read_all(connect(server.uri), MIB) == written(content)
+    blocks = clean_blocks()[::9]
+    flip(full.image, [block * BLOCK for block in blocks])
+    status, out, err = bgctl("--scrub", full.control)
+    told = f"{BLOCKS} blocks checked, {len(blocks)} damaged, {len(blocks)} fetched again\n"
+    assert (status, out, err) == (0, told, "")
+    assert full.image.read_bytes() == written(content)
+    assert f"{len(blocks)} blocks of the cache" in bgctl("--query", full.control)[1]
+    status, out, _ = bgctl("--scrub", "--progress", full.control)
+    assert (status, out) == (0, f"{BLOCKS} blocks checked, none was damaged\n")
+
+
+def test_scrub_without_an_origin_says_what_is_left(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:
+    far.stop()
+    flip(full.image, [7 * BLOCK])
+    server = start(*full.arguments(far.uri, "--connect-timeout", "1", "--origin-timeout", "1"))
+    status, out, err = bgctl("--scrub", full.control, check=False)
+    assert (status, out) == (1, "")
+    assert "1 damaged blocks could not be fetched again, and count as missing" in err
+    assert connect(server.uri).pread(7 * BLOCK, 0) == content[: 7 * BLOCK]
+
+
+def test_one_scrub_at_a_time_which_ends_with_its_operator(
+    start: Start, full: CacheFiles, far: Server, content: bytes
+) -> None:
+    server = start(*full.arguments(far.uri))
+    line = [*program("--scrub", "--limit-rate", "64K"), str(full.control)]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as first:
+        server.wait_for_log("checking all blocks")
+        status, _, err = bgctl("--scrub", full.control, check=False)
+        assert (status, "the cache is being checked already" in err) == (1, True)
+        first.send_signal(signal.SIGINT)
+        assert first.wait() == 130
+        assert first.stderr is not None
+        assert b"stopped; what was found damaged" in first.stderr.read()
+    wait_until(lambda: bgctl("--scrub", full.control, check=False)[0] == 0, "another scrub")
+
+
+def test_scrub_is_refused_after_a_switch(start: Start, full: CacheFiles, far: Server) -> None:
+    start(*full.arguments(far.uri))
+    bgctl("--switch", full.control)
+    status, _, err = bgctl("--scrub", full.control, check=False)
+    assert (status, "this is no proxy any more" in err) == (1, True)

@@ -1,0 +1,104 @@
+"""Letting clean blocks go: the origin has them too, and their space is given back.
+
+But for damaged blocks (`proxy.verification`) a bit is taken back nowhere else. The order,
+in a process that serves nobody:
+
+1. Lock the blocks, so that nobody fills or writes them.
+2. Close the gate: no request is half done. Take the bits back of those that are local and
+   clean now, and see which processes sleep with replies that point to blocks.
+3. Open the gate. From now on the blocks are missing for everybody; who wants one finds it
+   locked, and tries again.
+4. Have those processes copy what they hold (`scoreboard.holders`), and wait until they have.
+   If one does not, the bits are set again, and nothing has happened.
+5. Make a checkpoint: the durable copy loses the bits.
+6. Give the space back, and unlock.
+
+Who dies on the way leaves bits that are gone from the live bitmap only, on a marked page,
+which a start understands (`proxy.state.copies`), or space that is still taken.
+"""
+
+from __future__ import annotations
+
+from time import monotonic, sleep
+from typing import List, Tuple
+
+from ..scoreboard.holders import Hold
+from ..scoreboard.layout import PROXY
+from ..scoreboard.scoreboard import Scoreboard
+from ..storage import space
+from ..storage.blocks import block_start, block_stop, bytes_of
+from ..system.file_locks import RangeLocks
+from .state.checkpoint import ProcessState
+
+_NAP = 1e-3
+
+Run = Tuple[int, int]
+"""The first block, and the end."""
+
+
+class LettingGo:
+    """Lets clean blocks go of the cache of *size* bytes behind *cache_fd*, whose bitmap is in *state*."""
+
+    def __init__(self, cache_fd: int, size: int, state: ProcessState, scoreboard: Scoreboard) -> None:
+        self._cache_fd = cache_fd
+        self._size = size
+        self._state = state
+        self._scoreboard = scoreboard
+        self._locks = RangeLocks(state.fd)
+
+    def let_go(self, wanted: List[Run], timeout: float) -> int:
+        """Let go what is clean of the *wanted* runs; those that others have in hand stay. The number of blocks.
+
+        Raises `TimeoutError` after so many seconds if some process does not come out of the gate, or does not copy
+        what it holds, and `OSError`; then the blocks are there as before, or missing, with their space taken.
+        """
+        until = monotonic() + timeout
+        locked = [run for run in wanted if self._locks.try_acquire(*bytes_of(*run))]
+        try:
+            return self._let_go(locked, until) if locked else 0
+        finally:
+            for run in locked:
+                self._locks.release(*bytes_of(*run))
+
+    def _let_go(self, locked: List[Run], until: float) -> int:
+        taken, holds = self._take_bits(locked, until)
+        try:
+            self._wait_for(holds, until)
+        except TimeoutError:
+            for run in taken:
+                self._state.bitmap.set(*run)
+            raise
+        if taken:
+            self._state.checkpoint(self._cache_fd, timeout=max(0.0, until - monotonic()))
+        for first, end in taken:
+            at = block_start(first)
+            space.punch_hole(self._cache_fd, at, block_stop(end - 1, self._size) - at)
+        return sum(end - first for first, end in taken)
+
+    def _take_bits(self, locked: List[Run], until: float) -> Tuple[List[Run], List[Hold]]:
+        """The runs whose bits are gone, and who may still send them."""
+        scoreboard = self._scoreboard
+        with scoreboard.gate.closed(max(0.0, until - monotonic())):
+            if scoreboard.mode != PROXY:
+                return [], []
+            taken = [run for first, end in locked for run in self._clean(first, end)]
+            for run in taken:
+                self._state.integrity.checked.clear(*run)
+                self._state.bitmap.clear(*run)
+            return taken, scoreboard.holders.now()
+
+    def _clean(self, first: int, end: int) -> List[Run]:
+        """The runs of blocks that are local, and that no client has written."""
+        bitmap, written = self._state.bitmap, self._state.written
+        unmarked = [(start, stop) for start, stop, marked in written.runs(first, end) if not marked]
+        return [(a, b) for start, stop in unmarked for a, b, local in bitmap.runs(start, stop) if local]
+
+    def _wait_for(self, holds: List[Hold], until: float) -> None:
+        """Until nobody holds what was held. Raises `TimeoutError`."""
+        if not holds:
+            return
+        self._scoreboard.holders.call()
+        while self._scoreboard.holders.still(holds):
+            if monotonic() > until:
+                raise TimeoutError("a client does not take replies that point to the blocks")
+            sleep(_NAP)
