@@ -37,6 +37,11 @@ def unexpected_lines(log: str, expected_errors: List[str]) -> List[str]:
     ]
 
 
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """Machines first: with several workers the longest tests would else be the last ones, while nobody else works."""
+    items.sort(key=lambda item: item.get_closest_marker("guest") is None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """What only root can do is skipped for others."""
     for mark in item.iter_markers("root") if os.geteuid() else ():

@@ -41,7 +41,7 @@ def initramfs(packages: Packages, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def guest(packages: Packages, initramfs: Path) -> Iterator[Guest]:
+def machine(packages: Packages, initramfs: Path) -> Iterator[Guest]:
     """With two processors: on one, the kernel would use one of four connections only."""
     with_python = initramfs.with_name("initramfs-with-python")
     with Guest(initramfs.parent, "client", packages, with_python, memory=384, processors=2) as guest:
@@ -49,17 +49,37 @@ def guest(packages: Packages, initramfs: Path) -> Iterator[Guest]:
         yield guest
 
 
+@pytest.fixture
+def guest(machine: Guest, start: Start) -> Iterator[Guest]:
+    """The machine, whose disk is let go of before the servers that *start* has started end: also after a failure."""
+    yield machine
+    let_go(machine)
+
+
 @pytest.fixture(scope="module")
-def small_guest(packages: Packages, initramfs: Path) -> Iterator[Guest]:
+def small_machine(packages: Packages, initramfs: Path) -> Iterator[Guest]:
     """With 16 MB of free memory."""
     with Guest(initramfs.parent, "small", packages, initramfs, memory=96) as guest:
         yield guest
 
 
+@pytest.fixture
+def small_guest(small_machine: Guest, start: Start) -> Iterator[Guest]:
+    """The small machine, whose disk is let go of as *guest*'s is."""
+    yield small_machine
+    let_go(small_machine)
+
+
+def let_go(guest: Guest) -> None:
+    """Disconnect the disk, whatever a test has left on it; the next test is to find the machine as the first did."""
+    guest.run("touch /run/stop; swapoff -a; umount -l /mnt; nbd-client -d /dev/nbd0", check=False)
+    guest.run("until ! nbd-client -c /dev/nbd0; do sleep 0.02; done")
+
+
 @pytest.fixture(scope="module")
-def noise(guest: Guest) -> str:
-    """The MD5 of the guest's /data/noise."""
-    return guest.output("md5sum </data/noise").split()[0]
+def noise(machine: Guest) -> str:
+    """The MD5 of the machine's /data/noise."""
+    return machine.output("md5sum </data/noise").split()[0]
 
 
 def connect(guest: Guest, port: int, connections: int = 1, options: str = "") -> None:
@@ -111,21 +131,30 @@ def test_a_file_system_in_use_mounts_clean_from_a_snapshot(
     disk = Exported(start, tmp_path, "target", 256 * MIB)
     connect(guest, disk.port, 4)
     guest.run("mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt && cp /data/noise /mnt/data && sync")
-    guest.run(f"rm -f /run/stop; ({CHURN}) >/run/churn 2>&1 &")
+    start_churn(guest)
     for count in range(1, 4):
         guest.run(f"until [ $(cat /run/turns) -ge {20 * count} ]; do sleep 0.1; done", timeout=180)
         check_snapshot(take_by_signal(disk.server, disk.image).path, tmp_path / "mounted", noise)
-    guest.run("touch /run/stop; until umount /mnt; do sleep 0.1; done; [ ! -s /run/churn ] || cat /run/churn")
+    stop_churn(guest)
     disconnect(guest)
 
 
 CHURN = """
 i=0; while [ ! -e /run/stop ]; do
 i=$((i+1)); d=/mnt/d$((i%7)); mkdir -p $d; dd if=/data/noise of=$d/f$((i%30)) bs=10k count=$((i%40)) 2>/dev/null
-mv $d/f$((i%30)) $d/g$((i%20)); [ $((i%5)) != 0 ] || sync; rm -rf /mnt/d$(((i+3)%7))/g1*; echo $i >/run/turns
+mv $d/f$((i%30)) $d/g$((i%20)); [ $((i%5)) != 0 ] || sync; rm -rf /mnt/d$(((i+3)%7))/g1*
+echo $i >/run/turns.new; mv /run/turns.new /run/turns
 done
 """
-"""Files come, go, are renamed and overwritten; /run/turns tells how often."""
+"""Files come, go, are renamed and overwritten; /run/turns tells how often, and is never empty."""
+
+
+def start_churn(guest: Guest) -> None:
+    guest.run(f"rm -f /run/stop; echo 0 >/run/turns; ({CHURN}) >/run/churn 2>&1 &")
+
+
+def stop_churn(guest: Guest) -> None:
+    guest.run("touch /run/stop; until umount /mnt; do sleep 0.1; done; [ ! -s /run/churn ] || cat /run/churn")
 
 
 def check_snapshot(path: Path, directory: Path, noise: str) -> None:
@@ -186,13 +215,13 @@ def test_a_mounted_file_system_goes_through_upgrades(
     disk = Exported(start, tmp_path, mode, 256 * MIB)
     connect(guest, disk.port, 4)
     guest.run("mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt && cp /data/noise /mnt/data && sync; dmesg -c >/dev/null")
-    guest.run(f"rm -f /run/stop; echo 0 >/run/turns; ({CHURN}) >/run/churn 2>&1 &")
+    start_churn(guest)
     outcomes = []
     for _ in range(UPGRADES):
         turns = int(guest.output("cat /run/turns"))
         outcomes.append(upgrade(disk.control))
         guest.run(f"until [ $(cat /run/turns) -gt {turns + 1} ]; do sleep 0.1; done", timeout=180)
-    guest.run("touch /run/stop; until umount /mnt; do sleep 0.1; done; [ ! -s /run/churn ] || cat /run/churn")
+    stop_churn(guest)
     drop_caches(guest)
     guest.run("e2fsck -fn /dev/nbd0")
     assert complaints(guest) == ""
@@ -242,15 +271,15 @@ def test_writes_wait_for_a_server_that_was_killed(start: Start, tmp_path: Path, 
     guest.run(f"python3 /kernel_nbd.py connect {HOST} {disk.port}")
     # Again and again, so that it cannot be done before the server is killed.
     write = "dd if=/data/noise of=/dev/nbd0 bs=256k oflag=direct conv=fsync 2>/run/dd"
-    enough = "if [ -e /run/last ]; then echo 0 >/run/status; exit; fi"
-    guest.run(f"rm -f /run/last; (while {write}; do {enough}; done; echo 1 >/run/status) &")
+    enough = "if [ -e /run/last ]; then touch /run/done; exit; fi"
+    guest.run(f"rm -f /run/last /run/done /run/failed; (while {write}; do {enough}; done; touch /run/failed) &")
     wait_until(lambda: disk.image.stat().st_blocks * 512 > 4 * MIB, "the first writes")
     kill_all(disk.server.pid)
     disk.server.process.wait()
     start_again(start, disk)
-    assert guest.run("test -e /run/status", check=False).status != 0
+    guest.run("[ ! -e /run/failed ]")
     guest.run(f"touch /run/last; python3 /kernel_nbd.py reconnect {HOST} {disk.port}")
-    guest.run("until [ -e /run/status ]; do sleep 0.1; done; cat /run/dd; exit $(cat /run/status)")
+    guest.run("until [ -e /run/done ]; do [ ! -e /run/failed ] || { cat /run/dd; exit 1; }; sleep 0.1; done")
     drop_caches(guest)
     assert guest.output(f"head -c {DATA}m /dev/nbd0 | md5sum").split()[0] == noise
     disconnect(guest)

@@ -9,9 +9,9 @@ import signal
 import socket
 import threading
 import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Callable, Iterator, Tuple
+from typing import Tuple
 
 import pytest
 from caching import connect
@@ -36,6 +36,7 @@ from relay import Relay
 from server_process import Server, run, wait_until
 from snapshots import snapshots_of
 from stamps import LANES, check_cut, noise_disk, writers
+from watching import in_threads
 
 from xnbd.scoreboard.counters import REQUESTS
 from xnbd.scoreboard.scoreboard import Scoreboard
@@ -127,7 +128,7 @@ def test_totals_never_go_backwards(start: Start, image: Path, tmp_path: Path, se
                     client.read(0, 512)
 
     latest, readings, until = 0, 0, time.monotonic() + 6
-    with closing(scoreboard), at_once(come_and_go, 4, over), restless(server, seed):
+    with closing(scoreboard), in_threads(over, *[come_and_go] * 4), restless(server, seed):
         while time.monotonic() < until:
             total = query(control)["counters"]["requests"]
             for _ in range(50):
@@ -137,20 +138,6 @@ def test_totals_never_go_backwards(start: Start, image: Path, tmp_path: Path, se
             if workers and rng.random() < 0.05:
                 os.kill(rng.choice(workers), signal.SIGKILL)
     assert readings > 2000
-
-
-@contextmanager
-def at_once(work: Callable[[], None], number: int, over: threading.Event) -> Iterator[None]:
-    """So many threads do the *work*, until they are told that it is *over*."""
-    threads = [threading.Thread(target=work) for _ in range(number)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
 
 
 def scoreboard_of(server: Server) -> Scoreboard:

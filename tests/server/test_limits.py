@@ -85,6 +85,14 @@ class Flood:
         return (self.done - before) * self._length / (time.monotonic() - began)
 
 
+def has_to_wait(client: RawClient) -> None:
+    """Half a second brings no answer."""
+    client.sock.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+        client.receive(16)
+    client.sock.settimeout(60)
+
+
 @pytest.mark.parametrize(
     ("options", "command", "length", "depth", "rate"),
     [
@@ -232,10 +240,7 @@ def test_no_limit_holds_at_once_and_a_limit_for_clients_that_are_connected(limit
         limit(tmp_path, "--limit-rate-total", "1K")
         assert client.write(0, bytes(MIB)) == 0
         client.request(READ, 0, 512, cookie=5)
-        client.sock.settimeout(0.5)
-        with pytest.raises(TimeoutError):
-            client.receive(16)
-        client.sock.settimeout(60)
+        has_to_wait(client)
         limit(tmp_path, "--limit-rate-total", 0)
         assert client.simple_reply(512)[:2] == (0, 5)
 
@@ -275,10 +280,7 @@ def test_a_client_in_debt_moves_and_still_owes(limited: Limited, tmp_path: Path)
     with in_debt(server) as client:
         for _ in range(3):
             move(server)
-        client.sock.settimeout(0.5)
-        with pytest.raises(TimeoutError):
-            client.receive(16)
-        client.sock.settimeout(60)
+        has_to_wait(client)
         limit(tmp_path, "--limit-rate", 0)
         assert client.simple_reply(512)[:2] == (0, 5)
 

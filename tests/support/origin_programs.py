@@ -64,7 +64,8 @@ class OriginProgram:
         return self._daemon() > 0 or self.process.poll() is None
 
     def _daemon(self) -> int:
-        pid = int(self._pid_file.read_text()) if self._pid_file.exists() else 0
+        written = self._pid_file.read_text() if self._pid_file.exists() else ""  # empty for a moment
+        pid = int(written or 0)
         return pid if pid and is_alive(pid) else 0
 
     def stop(self) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 import threading
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 from scraping import Sample, Scrape, Where, ask, connect
@@ -76,6 +77,20 @@ class Watcher:
 
 
 @contextmanager
+def in_threads(over: threading.Event, *works: Callable[[], None]) -> Iterator[None]:
+    """Each of *works* is done in a thread of its own, until it notices that it is *over*."""
+    threads = [threading.Thread(target=work) for work in works]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+@contextmanager
 def visited(*visits: Callable[[], None]) -> Iterator[None]:
     """Each of *visits*, a client's, is made again and again, in a thread of its own, whatever becomes of it."""
     over = threading.Event()
@@ -85,15 +100,8 @@ def visited(*visits: Callable[[], None]) -> Iterator[None]:
             with suppress(OSError, EOFError, AssertionError):
                 visit()
 
-    threads = [threading.Thread(target=come_and_go, args=(visit,)) for visit in visits]
-    for thread in threads:
-        thread.start()
-    try:
+    with in_threads(over, *(partial(come_and_go, visit) for visit in visits)):
         yield
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
 
 
 def happen(happenings: Sequence[Callable[[], object]], number: int, rng: random.Random, watcher: Watcher) -> None:

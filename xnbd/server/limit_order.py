@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import closing
+from typing import Callable, Tuple
 
 from ..control.requests import Message, integer_argument
 from ..errors import CommandError
+from ..logs import log
 from ..scoreboard.rates import LARGEST_LIMIT, LONGEST_BURST, RateBoard, Rates, merged
 from ..scoreboard.scoreboard import Scoreboard
 from ..storage.target import reopen
@@ -25,6 +27,20 @@ def amended(rates: Rates, request: Message) -> Rates:
     if isinstance(burst, bool) or not isinstance(burst, (int, float)) or not 0 < burst <= LONGEST_BURST:
         raise CommandError(f"burst: expected a number of seconds up to {LONGEST_BURST:g}")
     return rates._replace(burst=float(burst))
+
+
+def obey(board: RateBoard, request: Message, wake: Callable[[], None], what: str = "limits") -> Tuple[Rates, bool]:
+    """Have the limits of *board*, *what* in the log, as the *request* wants them; *wake* wakes who is held to them.
+
+    What holds now, and whether it is something else than before. Raises `CommandError`, `OSError`.
+    """
+    before = board.rates
+    rates = amended(before, request)
+    if rates != before:
+        board.change(rates)
+        wake()
+        log.info("%s are now: %s", what, rates)
+    return rates, rates != before
 
 
 def adopt_rates(service: Service, rates: Rates) -> None:

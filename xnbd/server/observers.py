@@ -6,6 +6,7 @@ import os
 import signal
 from contextlib import suppress
 from functools import partial
+from logging import ERROR, INFO
 from time import monotonic
 from typing import TYPE_CHECKING, Callable, Iterable, List, Optional, Set
 
@@ -110,5 +111,5 @@ class Observers:
             self._pauses.failures = 0
         pause = self._pauses.next() if exit_code else FIRST
         what = f"died: {reason_of(exit_code)}" if exit_code else "was told to end"
-        log.log(40 if exit_code else 20, "the process for metrics %s; the next one starts in %g s", what, pause)
+        log.log(ERROR if exit_code else INFO, "the process for metrics %s; the next one starts in %g s", what, pause)
         self._start_at = monotonic() + pause

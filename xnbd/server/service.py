@@ -221,7 +221,7 @@ class Service(NamedTuple):
         """
         with suppress(OSError):
             ours, theirs = socket.socketpair()
-            with theirs, closing(Connection(ours, loop, self.spin, "nobody")) as connection:
+            with ours, theirs, closing(Connection(ours, loop, self.spin, "nobody")) as connection:
                 session = self._session(connection, disk, Agreement(self.export()), Departure(loop))
                 letter, fd = session.crossing.freeze()
                 with os.fdopen(fd):

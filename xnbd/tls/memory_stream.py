@@ -24,10 +24,13 @@ RECORD = 16 << 10
 _ARRIVING = 256 << 10
 """Bytes that one receive may bring. Memory is taken only for what has been used."""
 
-_DEPARTING = 64 << 10
-"""Bytes that leave together: so the other side decrypts them while the next ones are encrypted, and all stay cached."""
+_DEPARTING = 32 << 10
+"""Bytes that leave together: so the other side decrypts them while the next ones are encrypted, and all stay cached.
 
-_LONGEST = 96 << 10
+Half of this is a wake-up too many, twice as much keeps the other side waiting: both were a tenth slower.
+"""
+
+_LONGEST = 48 << 10
 """Bytes that leave together if they are the last: a small rest would be a wake-up of its own."""
 
 _MOST_UNASKED = 64 << 10

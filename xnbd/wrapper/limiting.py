@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 from typing import Callable, Collection, Optional
 
 from ..control.requests import Message
 from ..control.server import Reply
 from ..errors import CommandError
-from ..logs import log
 from ..scoreboard.rates import RateBoard, Rates, merged, read_rates
-from ..server.limit_order import amended
+from ..server.limit_order import obey
 from .database import Database
 
 EXPORTS = 1 << 13
@@ -37,12 +37,7 @@ class Limiting:
         if name is None:
             raise CommandError(f"there is no export {request.get('name')!r}")
         with closing(RateBoard(self.rates_fd, name, self._rates)) as board:
-            before = board.rates
-            rates = amended(before, request)
-            if rates != before:
-                board.change(rates)
-                self._wake(name)
-                log.info("limits of export %r are now: %s", name, rates)
+            rates, _ = obey(board, request, partial(self._wake, name), f"limits of export {name!r}")
         yield {"done": True, "limits": rates._asdict()}
 
     def adopt(self, rates: Rates, served: Collection[str]) -> None:

@@ -16,7 +16,7 @@ from ..proxy.state.view import CacheView, view_of
 from ..scoreboard.scoreboard import Scoreboard
 from ..scoreboard.tally import Sums, TallyReader, durations_by_command
 from ..server.configuration import Configuration
-from ..server.observer.disks import Counting, available_bytes, cache_now
+from ..server.observer.disks import IDLE, Counting, available_bytes, cache_now
 from ..server.observer.figures import About, CacheNow, Exposed, families
 from ..server.observer.process import Observed
 from ..server.observer.wanted import NoSuchExport, Wanted
@@ -27,8 +27,6 @@ from .export_status import Message, status, with_cache
 from .exports import ProxyExport, StoredExport
 
 _SIZE_VALID = 10.0
-_IDLE = 20
-"""Times as long as a step of counting took, nothing is counted: that costs a twentieth of a processor at most."""
 
 
 class _Cache:
@@ -178,7 +176,7 @@ class ObservedWrapper(Observed):
         if counting is not None and counting.due <= began:
             counting.work()
         now = monotonic()
-        self._work_at = now + _IDLE * (now - began)
+        self._work_at = now + IDLE * (now - began)
 
     def _countings(self) -> List[Counting]:
         return [cache.counting for cache in self._caches.values() if cache.counting is not None]

@@ -15,7 +15,7 @@ from ...scoreboard.scoreboard import Scoreboard
 from .figures import CacheNow
 
 _SHORTEST_ROUND = 1.0
-_IDLE = 20
+IDLE = 20
 """Times as long as a step of counting took, nothing is counted: that costs a twentieth of a processor at most."""
 
 
@@ -41,7 +41,7 @@ class Counting:
         self._is_counting = self._is_counting and not is_over
         now = monotonic()
         pause = 0.0 if self._is_counting else _SHORTEST_ROUND
-        self.due = now + max(pause, _IDLE * (now - began))
+        self.due = now + max(pause, IDLE * (now - began))
 
     def _look(self) -> object:
         """Another one when something may have become local."""

@@ -7,8 +7,7 @@ from contextlib import closing
 from ...control.requests import Message
 from ...control.server import CommandTable, Reply
 from ...errors import CommandError
-from ...logs import log
-from ..limit_order import amended
+from ..limit_order import obey
 from .duty import Context, Duty
 
 
@@ -27,10 +26,5 @@ class Limiting(Duty):
         if board is None:
             raise CommandError("this server cannot limit its clients: its log says why")
         with closing(board):
-            before = board.rates
-            rates = amended(before, request)
-            if rates != before:
-                board.change(rates)
-                self._scoreboard.lines.wake_all()
-                log.info("limits are now: %s", rates)
-        yield {"done": True, "limits": rates._asdict(), "changed": rates != before}
+            rates, changed = obey(board, request, self._scoreboard.lines.wake_all)
+        yield {"done": True, "limits": rates._asdict(), "changed": changed}
