@@ -277,10 +277,10 @@ def test_map_in_ascii(serve: Serve) -> None:
 
 
 def test_what_clients_have_written_is_told_and_drawn_if_there_is_any(serve: Serve) -> None:
-    blocks = {"total": 4096, "cached": 1000, "written": 300}
+    blocks = {"total": 4096, "cached": 1000, "written": 256}
     answer = proxy_answer(blocks=blocks, map=[1.0, 0.5], map_written=[0.5, 0.0], disk_size=16 << 20)
     lines = run("env", "PYTHONIOENCODING=ascii", *command("--query", "--map", serve({"query": Canned(answer)})))[1]
-    assert "  written     300 blocks, 1.2 MiB that only exist here\n" in lines
+    assert "  written     256 blocks, 1 MiB that only exist here\n" in lines
     assert "|#+|" in lines.partition("Written by clients:")[0]
     assert "|+.|" in lines.partition("Written by clients:")[2]
     answer = proxy_answer(blocks={**blocks, "written": 0}, map=[1.0], map_written=[0.0])
