@@ -6,10 +6,10 @@ import os
 import select
 import signal
 import threading
+from queue import SimpleQueue
 from typing import Iterator, List, Tuple
 
 import pytest
-from server_process import wait_until
 
 from xnbd.origin.objects.pool import Pool
 
@@ -60,12 +60,19 @@ def test_the_threads_take_no_signal(pool: Pool[int]) -> None:
 
 
 def test_a_call_that_ends_after_the_close_writes_to_nobodys_file(pool: Pool[int]) -> None:
-    go, before = threading.Event(), threading.active_count()
-    pool.call(0, lambda: int(go.wait(30)))
+    go, threads = threading.Event(), SimpleQueue[threading.Thread]()
+
+    def job() -> int:
+        threads.put(threading.current_thread())
+        return int(go.wait(30))
+
+    pool.call(0, job)
+    thread = threads.get(timeout=30)
     pool.close()
     reading, writing = os.pipe2(os.O_NONBLOCK)  # it may have the number that the pool's pipe had
     go.set()
-    wait_until(lambda: threading.active_count() == before, "the thread's end")
+    thread.join(30)
+    assert not thread.is_alive()
     with pytest.raises(BlockingIOError):
         os.read(reading, 1)
     os.close(reading)
