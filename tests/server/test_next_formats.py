@@ -1,6 +1,6 @@
-"""Upgrades between builds of this tree, of which some have a made-up next scoreboard.
+"""Upgrades between builds of this tree, of which some have a made-up next scoreboard, or a next state file.
 
-Two of these become each other and back. Between the two kinds an upgrade is refused before anything has happened,
+Two of one kind become each other and back. Between kinds an upgrade is refused before anything has happened,
 whichever of them runs, and a restart does it.
 """
 
@@ -22,6 +22,7 @@ from upgrades import build, parse
 from wrapper_process import program
 
 from xnbd import __version__
+from xnbd.proxy.state.format import VERSION
 
 NEXT = (
     "scoreboard/layout.py",
@@ -31,6 +32,17 @@ NEXT = (
 """The scoreboard of the next builds: each process counts something more."""
 
 KINDS = ["target", "cow-target", "proxy", "wrapper"]
+
+
+NEXT_STATE = [
+    ("proxy/state/format.py", f"\nVERSION = {VERSION}\n", f"\nVERSION = {VERSION + 1}\n"),
+    (
+        "proxy/state/format.py",
+        "    if parse is None:\n",
+        "    parse = parse or _PARSERS[max(_PARSERS)]\n    if parse is None:\n",
+    ),
+]
+"""A program that reads the state files of this one, and writes others."""
 
 
 class Running(NamedTuple):
@@ -138,12 +150,12 @@ def unharmed(running: Running) -> Iterator[None]:
     client.shutdown()
 
 
-def check_refusals(running: Running, path: Path, old: str, new: str) -> None:
+def check_refusals(running: Running, path: Path, reason: str) -> None:
     before = running.settled()
     for options in ([], ["--check"]):
         line = running.refuses(path, *options)
         assert f"{path} cannot go on with this " in line
-        assert f": the scoreboard of {new} is another one than that of {old}, " in line
+        assert reason in line
         assert line.count("\n") == 1
     assert sorted(children_of(running.process.pid)) == before
 
@@ -154,6 +166,17 @@ def test_builds_with_one_scoreboard_become_each_other_and_others_need_a_restart(
     with place.running(first) as running, unharmed(running):
         assert running.upgrade(second) == ("99.0", "99.1", 1, "")
         assert running.upgrade(first) == ("99.1", "99.0", 1, "")
-        check_refusals(running, own, "99.0", __version__)
+        check_refusals(running, own, f": the scoreboard of {__version__} is another one than that of 99.0, ")
     with place.running(own) as running, unharmed(running):
-        check_refusals(running, first, __version__, "99.0")
+        check_refusals(running, first, f": the scoreboard of 99.0 is another one than that of {__version__}, ")
+
+
+@pytest.mark.parametrize("kind", ["proxy", "wrapper"])
+def test_state_files_that_a_program_does_not_know_need_a_restart(place: Place, builds: Builds, tmp_path: Path) -> None:
+    later = build(tmp_path / "later", "99.2", *NEXT_STATE, name=place.name)
+    own = builds.own / place.name
+    with place.running(later) as running, unharmed(running):
+        check_refusals(running, own, f" version {VERSION + 1}, which ")
+    if place.name == "xnbd-wrapper":  # which does not know its proxies' files
+        with place.running(own) as running, unharmed(running):
+            check_refusals(running, later, f" version {VERSION}, which only a restart can read")
