@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Callable
 
 import pytest
 from certificates import Certificates, copy
@@ -32,6 +33,9 @@ from xnbd.tls.psk import read_keys
         (lambda d: (d / "ca-crl.pem").write_text(""), "ca-crl.pem has no list of revoked"),
         (lambda d: shutil.copy(d / "ca-cert.pem", d / "ca-crl.pem"), "ca-crl.pem has a certificate, where a list"),
         (lambda d: _encrypt(d / "server-key.pem"), "server-key.pem is encrypted"),
+        (lambda d: _replace(d / "ca-crl.pem", os.mkfifo), "cannot read .*ca-crl.pem: this is no regular file"),
+        (lambda d: _replace(d / "ca-cert.pem", os.mkdir), "cannot read .*ca-cert.pem: Is a directory"),
+        (lambda d: os.truncate(d / "server-cert.pem", 65 << 20), "cannot read .*it has more than"),
     ],
 )
 def test_what_is_wrong_with_a_directory_is_one_line(
@@ -47,6 +51,11 @@ def test_what_is_wrong_with_a_directory_is_one_line(
 def _cut(path: Path) -> None:
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1], lines[-1], ""]))
+
+
+def _replace(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink(missing_ok=True)
+    make(path)
 
 
 def _encrypt(key: Path) -> None:

@@ -11,6 +11,7 @@ import ssl
 from typing import Optional, Type
 
 from ..errors import ConfigurationError
+from ..system.settings_file import LARGEST, read_whole
 
 KERNEL_TLS = 8
 """``SSL_OP_ENABLE_KTLS``: the kernel encrypts what is sent, where it can; ``ssl`` has a name for it from 3.12 on."""
@@ -45,8 +46,7 @@ def new_context(
 def read_file(path: str) -> str:
     """The text of *path*. Raises `ConfigurationError`."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        return read_whole(path, LARGEST).decode("utf-8", "surrogateescape")
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
 
