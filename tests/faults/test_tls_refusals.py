@@ -18,7 +18,7 @@ from typing import Iterator, List, Union
 
 import pytest
 from caching import CacheFiles
-from certificates import Certificates
+from certificates import NO_TEXT, Certificates
 from conftest import Start, StartWrapper
 from launch import fails
 from rawclient import ABORT, ACK, EXPORT_NAME, GO, INFO, LIST, SET_META_CONTEXT, STRUCTURED_REPLY, RawClient, go_data
@@ -131,6 +131,17 @@ def test_a_client_with_a_wrong_certificate_is_refused(
     with refuses_in_one_line(server, in_log), RawClient(server.connect()) as client:
         said = refusal_of(client, context)
     assert re.search(at_client, said.replace("_", " "), re.IGNORECASE), said
+    alice_is_served(server, certificates)
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_a_name_that_is_no_text_is_refused(
+    server: Server, certificates: Certificates, tmp_path: Path, version: str
+) -> None:
+    context = context_of(certificates.authority.client(tmp_path / "odd", "odd", sans=[NO_TEXT]))
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    with refuses_in_one_line(server, "has a name that is no UTF-8"), RawClient(server.connect()) as client:
+        assert start_tls(client, context).closed()
     alice_is_served(server, certificates)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable, Iterator, List
 
 import pytest
-from certificates import Certificates, copy, make_psk
+from certificates import NO_TEXT, Certificates, copy, make_psk
 from lying_origin import LyingOrigin, Visitor, export_info, greeting, option_reply, simple
 from origin_owner import Own, Owner, owners
 from origin_programs import OriginProgram
@@ -146,6 +146,14 @@ def test_a_host_is_known_by_its_name_or_by_its_address(origins: Origins, certifi
         uri = origin.tls_uri(trust, f"tls-hostname={name}")
         assert refusal(uri) == f"its certificate is for {NAMES}, not for {name}"
     assert probe(parse_origin(f"{uri}&tls-verify-peer=false"), timeout=TIMEOUT) == SIZE
+
+
+def test_an_origin_whose_name_is_no_text_is_refused(
+    origins: Origins, certificates: Certificates, tmp_path: Path
+) -> None:
+    odd = certificates.authority.server(tmp_path / "odd", sans=[NO_TEXT])
+    uri = origins("nbdkit", odd).tls_uri(trusting(certificates.alice), "tls-hostname=localhost")
+    assert refusal(uri) == "its certificate is for nobody whose name can be read, not for localhost"
 
 
 def test_a_name_that_no_host_has_is_refused(origins: Origins, certificates: Certificates) -> None:

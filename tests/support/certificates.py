@@ -20,6 +20,10 @@ PAST = ("2020-01-01 00:00:00", "2020-02-01 00:00:00")
 _SERVER_SANS = ('dns_name = "localhost"', 'ip_address = "127.0.0.1"', 'ip_address = "::1"')
 
 
+NO_TEXT = 'add_extension = "2.5.29.17 0x300b8209ff2e6578616d706c65"'
+"""A line of a template: a subject alternative name, of the kind ``dns``, that is no UTF-8."""
+
+
 def _certtool(*words: object) -> None:
     subprocess.run(["certtool", *map(str, words)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 

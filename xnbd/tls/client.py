@@ -57,8 +57,11 @@ class ClientStream:
             raise self._words.explain(error, self._name) from error
 
     def names(self) -> List[str]:
-        """The names that the other side's certificate is for, fit for a line."""
-        certificate: Mapping[str, Any] = self._stream.tls.getpeercert() or {}
+        """The names that the other side's certificate is for, fit for a line; none if one of them is no text."""
+        try:
+            certificate: Mapping[str, Any] = self._stream.tls.getpeercert() or {}
+        except ValueError:  # of ``ssl``, which takes all texts for UTF-8
+            return []
         found = [name for _, name in certificate.get("subjectAltName", ())]
         if not found:
             found = [name for part in certificate.get("subject", ()) for key, name in part if key == "commonName"]

@@ -6,6 +6,7 @@ import ssl
 from typing import Any, Dict, Iterator, Tuple, Union
 
 from ..access.identity import Identity
+from ..errors import Refused
 from .psk import ServerKeys, was_used
 
 _KEYWORDS = {
@@ -27,8 +28,12 @@ _Name = Tuple[Tuple[Tuple[str, str], ...], ...]
 
 
 def identity_of(tls: Union[ssl.SSLObject, ssl.SSLSocket], keys: ServerKeys) -> Identity:
-    """The names of the client's certificate, or of the pre-shared key that it has."""
-    names = list(_names_in(dict(tls.getpeercert() or {})))
+    """The names of the client's certificate, or of the pre-shared key that it has. Raises `Refused`."""
+    try:
+        certificate = dict(tls.getpeercert() or {})
+    except ValueError as error:  # of ``ssl``, which takes all texts for UTF-8
+        raise Refused("TLS: the client's certificate has a name that is no UTF-8") from error
+    names = list(_names_in(certificate))
     if not names and keys.user is not None and was_used(tls):
         names = [f"psk:{keys.user}"]
     return Identity(tuple(names))
