@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import re
 import select
+import shutil
 import socket
 import ssl
 import subprocess
@@ -18,9 +19,10 @@ from typing import Iterator, List, Union
 
 import pytest
 from caching import CacheFiles
-from certificates import NO_TEXT, Certificates
+from certificates import NO_TEXT, Certificates, copy
 from conftest import Start, StartWrapper
 from launch import fails
+from proxies import ask
 from rawclient import ABORT, ACK, EXPORT_NAME, GO, INFO, LIST, SET_META_CONTEXT, STRUCTURED_REPLY, RawClient, go_data
 from server_process import PATIENCE, Server, run, wait_until
 from tls_client import (
@@ -151,6 +153,47 @@ def test_libnbd_with_a_wrong_certificate_gets_a_line(server: Server, certificate
     with refuses_in_one_line(server, "certificate"):
         status, _, err = run("nbdinfo", uri, check=False)
     assert (status, err.count("\n")) == (1, 1), err
+
+
+def lists(directory: Path, *lists: Path) -> None:
+    """Put all *lists* of revoked certificates into the server's *directory*."""
+    (directory / "ca-crl.pem").write_text("".join(path.read_text() for path in lists))
+
+
+def test_an_authority_in_between_may_be_revoked(
+    start: Start, image: Path, certificates: Certificates, tmp_path: Path
+) -> None:
+    directory = copy(certificates.server, tmp_path / "tls")
+    nobody = certificates.authority.revoke(tmp_path / "nobody.pem")
+    department = certificates.authority.revoke(tmp_path / "department.pem", certificates.department.certificate)
+    of_department = certificates.department.revoke(tmp_path / "of-department.pem")
+    lists(directory, nobody, of_department)
+    server = start("--target", image, "--tls", directory, "--control", tmp_path / "ctl", tcp=True)
+    with tls_client(server, certificates.clerk) as clerk:
+        assert clerk.works()
+    for files, reason in (
+        ([department, of_department], "certificate revoked"),
+        ([nobody], "unable to get certificate CRL"),
+        ([of_department], "unable to get certificate CRL"),
+    ):
+        lists(directory, *files)
+        assert ask(tmp_path / "ctl", command="reload")["changes"]
+        with refuses_in_one_line(server, reason), RawClient(server.connect()) as client:
+            refusal_of(client, context_of(certificates.clerk))
+
+
+def test_an_authority_may_be_trusted_without_the_one_above(
+    start: Start, image: Path, certificates: Certificates, tmp_path: Path
+) -> None:
+    """As nbdkit and qemu do: clients of the one above, and of others below that, are not let in."""
+    directory = copy(certificates.server, tmp_path / "tls")
+    shutil.copy(certificates.department.certificate, directory / "ca-cert.pem")
+    certificates.department.revoke(directory / "ca-crl.pem")
+    server = start("--target", image, "--tls", directory, tcp=True)
+    with tls_client(server, certificates.clerk) as clerk:
+        assert clerk.works()
+    with refuses_in_one_line(server, "certificate is refused"), RawClient(server.connect()) as client:
+        refusal_of(client, context_of(certificates.alice))
 
 
 @pytest.mark.parametrize("which", ["server_of_other", "server_expired", "server_elsewhere"])
