@@ -138,8 +138,15 @@ def test_keys_are_read_as_psktool_writes_them(certificates: Certificates, tmp_pa
     assert sorted(keys) == ["alice", "bob"]
     assert len(keys["alice"]) == 32
     path = tmp_path / "keys.psk"
-    for text, message in (("", "has no keys"), ("\nalice:0x12\n", "line 2: expected USER:KEY"), (":12", "line 1")):
-        path.write_text(text)
+    for text, message in (
+        ("", "has no keys"),
+        ("\nalice:0x12\n", "line 2: expected USER:KEY"),
+        (":12", "line 1"),
+        ("\ufeffalice:12", "line 1: expected USER:KEY in UTF-8"),
+        ("alice:12\nbob:34\nalice:56", "line 3: another key for 'alice'"),
+        ("alice:" + "00" * 257, "line 1"),
+    ):
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(ConfigurationError, match=message):
             read_keys(str(path))
 
