@@ -24,15 +24,18 @@ _KEYWORDS = {
 
 _KINDS = {"DNS": "dns", "URI": "uri", "email": "email"}
 
-_Name = Tuple[Tuple[Tuple[str, str], ...], ...]
+_Value = Union[str, bytes]
+"""Of an attribute: ``ssl`` has bytes for those that are BIT STRINGs, as ``x500UniqueIdentifier`` is."""
+
+_Name = Tuple[Tuple[Tuple[str, _Value], ...], ...]
 
 
 def identity_of(tls: Union[ssl.SSLObject, ssl.SSLSocket], keys: ServerKeys) -> Identity:
     """The names of the client's certificate, or of the pre-shared key that it has. Raises `Refused`."""
     try:
         certificate = dict(tls.getpeercert() or {})
-    except ValueError as error:  # of ``ssl``, which takes all texts for UTF-8
-        raise Refused("TLS: the client's certificate has a name that is no UTF-8") from error
+    except (ValueError, ssl.SSLError) as error:  # ``ssl`` takes all texts for UTF-8, and does not know all kinds
+        raise Refused("TLS: the client's certificate has a name that cannot be read") from error
     names = list(_names_in(certificate))
     if not names and keys.user is not None and was_used(tls):
         names = [f"psk:{keys.user}"]
@@ -49,13 +52,15 @@ def _names_in(certificate: Dict[str, Any]) -> Iterator[str]:
 
 
 def rfc4514(name: _Name) -> str:
-    """The text of a distinguished name: its last part first."""
+    """The text of a distinguished name: its last part first. What is no text is in hex, without its type."""
     parts = ["+".join(f"{_KEYWORDS.get(kind, kind)}={_escape(value)}" for kind, value in part) for part in name]
     return ",".join(reversed(parts))
 
 
-def _escape(value: str) -> str:
+def _escape(value: _Value) -> str:
     """RFC 4514, section 2.4; what is not printable is written in hex, so that a name is fit for a line."""
+    if isinstance(value, bytes):
+        return f"#{value.hex()}"
     last = len(value) - 1
     return "".join(_escaped(char, first=not at, last=at == last) for at, char in enumerate(value))
 
