@@ -120,6 +120,16 @@ def test_what_expires_soon_is_told_of_once_for_each_file(certificates: Certifica
     assert "in 11 days" in line or "in 12 days" in line
 
 
+def test_of_a_chain_the_first_end_counts(certificates: Certificates, tmp_path: Path) -> None:
+    """Prometheus refuses two values for one file."""
+    soon = certificates.authority.server(tmp_path / "soon", days=12)
+    with (soon / "server-cert.pem").open("a") as chain:
+        chain.write(certificates.authority.certificate.read_text())
+    valid = {Path(path).name: when for path, when in ServerCredentials(str(soon)).valid}
+    assert len(ServerCredentials(str(soon)).valid) == len(valid) == 2
+    assert valid["server-cert.pem"] < valid["ca-cert.pem"]
+
+
 def test_the_end_of_validity_is_what_openssl_says(certificates: Certificates) -> None:
     for path, name in ((certificates.server, "server-cert.pem"), (certificates.server_with_crl, "ca-crl.pem")):
         file = path / name

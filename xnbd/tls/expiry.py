@@ -39,8 +39,12 @@ OURS_AS_CLIENT = "the origin is refused, or refuses this proxy"
 def warnings(valid: Sequence[Expiry], meaning: str = OURS_AS_SERVER) -> List[str]:
     """A line for each file in which something has expired, of which *meaning* tells what it means, or soon will."""
     now = datetime.now(timezone.utc)
-    first = {expiry.path: expiry for expiry in sorted(valid, key=lambda e: e.when, reverse=True)}
-    return [_warning(expiry, now, meaning) for expiry in first.values() if expiry.days_left(now) < SOON]
+    return [_warning(expiry, now, meaning) for expiry in first_of_each_file(valid) if expiry.days_left(now) < SOON]
+
+
+def first_of_each_file(valid: Sequence[Expiry]) -> List[Expiry]:
+    """What is over first in each file: one with a chain has several certificates."""
+    return list({expiry.path: expiry for expiry in sorted(valid, key=lambda e: e.when, reverse=True)}.values())
 
 
 def _warning(expiry: Expiry, now: datetime, meaning: str) -> str:
