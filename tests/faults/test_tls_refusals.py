@@ -136,6 +136,18 @@ def test_a_client_with_a_wrong_certificate_is_refused(
     alice_is_served(server, certificates)
 
 
+def test_a_certificate_with_very_many_names_is_refused(
+    server: Server, certificates: Certificates, tmp_path: Path
+) -> None:
+    """Each would be compared with each rule."""
+    names = b"".join(b"\x82\x04h%03d" % number for number in range(250))
+    extension = f'add_extension = "2.5.29.17 0x3082{len(names):04x}{names.hex()}"'  # certtool's own way ends at 128
+    crowd = certificates.authority.client(tmp_path / "crowd", "crowd", sans=[extension])
+    with refuses_in_one_line(server, "has 251 names"), RawClient(server.connect()) as client:
+        assert start_tls(client, context_of(crowd)).closed()
+    alice_is_served(server, certificates)
+
+
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 def test_a_name_that_is_no_text_is_refused(
     server: Server, certificates: Certificates, tmp_path: Path, version: str

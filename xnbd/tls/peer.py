@@ -9,6 +9,9 @@ from ..access.identity import Identity
 from ..errors import Refused
 from .psk import ServerKeys, was_used
 
+MOST_NAMES = 250
+"""Names of a certificate: each is compared with each rule, which takes the time of who may connect."""
+
 _KEYWORDS = {
     "commonName": "CN",
     "localityName": "L",
@@ -37,6 +40,8 @@ def identity_of(tls: Union[ssl.SSLObject, ssl.SSLSocket], keys: ServerKeys) -> I
     except (ValueError, ssl.SSLError) as error:  # ``ssl`` takes all texts for UTF-8, and does not know all kinds
         raise Refused("TLS: the client's certificate has a name that cannot be read") from error
     names = list(_names_in(certificate))
+    if len(names) > MOST_NAMES:
+        raise Refused(f"TLS: the client's certificate has {len(names)} names, and at most {MOST_NAMES} are looked at")
     if not names and keys.user is not None and was_used(tls):
         names = [f"psk:{keys.user}"]
     return Identity(tuple(names))
