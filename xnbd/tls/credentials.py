@@ -20,6 +20,7 @@ from .socket_stream import kernel_knows_tls
 
 AUTHORITY, REVOKED, KEYS = "ca-cert.pem", "ca-crl.pem", "keys.psk"
 SERVER_CERTIFICATE, SERVER_KEY = "server-cert.pem", "server-key.pem"
+FILES = (AUTHORITY, REVOKED, KEYS, SERVER_CERTIFICATE, SERVER_KEY)
 
 
 class _Loaded(NamedTuple):
@@ -93,7 +94,7 @@ class ServerCredentials:
     def _digest(self) -> bytes:
         """Of all files."""
         found = sha256()
-        for name in (AUTHORITY, REVOKED, KEYS, SERVER_CERTIFICATE, SERVER_KEY):
+        for name in FILES:
             path = exists(self.directory, name)
             content = read_file(path) if path else ""
             found.update(f"{name} {len(content)}\n{content}".encode("utf-8", "surrogateescape"))
