@@ -103,9 +103,9 @@ class Authority:
             directory, "client", subject + "".join(f"{san}\n" for san in sans) + _validity(days, between)
         )
 
-    def revoke(self, out: Path, *certificates: Path) -> Path:
+    def revoke(self, out: Path, *certificates: Path, days: int = 3650) -> Path:
         """The list *out*, by which *certificates* are revoked."""
-        template = self._template("crl", "crl_next_update = 3650\ncrl_number = 1\n")
+        template = self._template("crl", f"crl_next_update = {days}\ncrl_number = 1\n")
         revoked = self.path / "revoked.pem"
         revoked.write_text("".join(certificate.read_text() for certificate in certificates))
         which = ("--load-certificate", revoked) if certificates else ()

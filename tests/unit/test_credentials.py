@@ -15,7 +15,7 @@ from certificates import Certificates, copy
 
 from xnbd.errors import ConfigurationError
 from xnbd.tls.credentials import ServerCredentials
-from xnbd.tls.expiry import expiries
+from xnbd.tls.expiry import expiries, warnings
 from xnbd.tls.psk import read_keys
 
 
@@ -120,12 +120,24 @@ def test_what_expires_soon_is_told_of_once_for_each_file(certificates: Certifica
     assert "in 11 days" in line or "in 12 days" in line
 
 
+def test_of_a_list_is_told_in_the_last_quarter_of_its_time(certificates: Certificates, tmp_path: Path) -> None:
+    """Lists for a week are usual."""
+    directory = copy(certificates.server, tmp_path / "tls")
+    for days in (1, 7, 100, 20):
+        certificates.authority.revoke(directory / "ca-crl.pem", days=days)
+        assert not ServerCredentials(str(directory)).warnings(), days
+    (listed,) = expiries("x", (directory / "ca-crl.pem").read_text())
+    assert listed.notice == timedelta(days=5)
+    almost = [listed._replace(when=datetime.now(timezone.utc) + timedelta(days=4))]
+    assert warnings(almost)[0].startswith("x expires on ")
+
+
 def test_of_a_chain_the_first_end_counts(certificates: Certificates, tmp_path: Path) -> None:
     """Prometheus refuses two values for one file."""
     soon = certificates.authority.server(tmp_path / "soon", days=12)
     with (soon / "server-cert.pem").open("a") as chain:
         chain.write(certificates.authority.certificate.read_text())
-    valid = {Path(path).name: when for path, when in ServerCredentials(str(soon)).valid}
+    valid = {Path(path).name: when for path, when, _ in ServerCredentials(str(soon)).valid}
     assert len(ServerCredentials(str(soon)).valid) == len(valid) == 2
     assert valid["server-cert.pem"] < valid["ca-cert.pem"]
 
