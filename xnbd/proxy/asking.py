@@ -19,7 +19,7 @@ from ..storage.image import Ticket
 from ..system.file_locks import do_nothing
 from .arrivals import Arrivals
 from .fetch_queue import Fetch, FetchQueue
-from .flow_window import FlowWindow
+from ..origin.flow_window import FlowWindow
 from .locking import HELD, LATER, Locking
 from .zero_query import ZeroQuery
 

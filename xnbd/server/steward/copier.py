@@ -14,7 +14,7 @@ from typing import Dict, Iterator, NamedTuple, Optional, Tuple
 
 from ...errors import TaskFailed
 from ...proxy.fetch_queue import PIECE
-from ...proxy.flow_window import FlowWindow
+from ...origin.flow_window import FlowWindow
 from ...proxy.image import ProxyImage
 from ...proxy.zero_query import ZeroQuery
 from ...storage.blocks import BLOCK, block_count
