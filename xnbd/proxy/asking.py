@@ -14,12 +14,12 @@ from typing import Any, Callable, List, Tuple
 
 from ..logs import log
 from ..origin.base import Origin
+from ..origin.flow_window import FlowWindow
 from ..storage.blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop
 from ..storage.image import Ticket
 from ..system.file_locks import do_nothing
 from .arrivals import Arrivals
 from .fetch_queue import Fetch, FetchQueue
-from ..origin.flow_window import FlowWindow
 from .locking import HELD, LATER, Locking
 from .zero_query import ZeroQuery
 

@@ -13,8 +13,8 @@ from time import monotonic
 from typing import Dict, Iterator, NamedTuple, Optional, Tuple
 
 from ...errors import TaskFailed
-from ...proxy.fetch_queue import PIECE
 from ...origin.flow_window import FlowWindow
+from ...proxy.fetch_queue import PIECE
 from ...proxy.image import ProxyImage
 from ...proxy.zero_query import ZeroQuery
 from ...storage.blocks import BLOCK, block_count
