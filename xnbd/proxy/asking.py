@@ -61,7 +61,8 @@ class Asking:
         most = self._most_in_flight(crowded=crowded)
         while wanted and self._in_flight < most:
             self._ask_for(origin, wanted.popleft())
-        while ahead and self._in_flight < self._flow_window.size:
+        window = origin.window or self._flow_window.size
+        while ahead and self._in_flight < window:
             self._ask_for(origin, ahead.popleft())
 
     def _most_in_flight(self, *, crowded: bool) -> int:

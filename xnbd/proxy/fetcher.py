@@ -15,9 +15,9 @@ from __future__ import annotations
 import errno
 from math import inf
 from time import monotonic
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
-from ..origin.base import Origin, OriginLost
+from ..origin.base import Origin, OriginLost, Standing
 from ..scoreboard.layout import TARGET
 from ..storage.blocks import BLOCK_SHIFT, block_count
 from ..storage.image import Background, Ticket
@@ -56,14 +56,14 @@ class Fetcher(Background):
         self.locking = Locking(cache, state, self._queue)
         self.arrivals = Arrivals(cache, state, self._queue, whereabouts.scoreboard)
         self._asking = Asking(cache.size, self._queue, self.locking, self.arrivals, self._note_finished)
-        self._link = OriginLink(whereabouts, patience, cache.size, state.versions, self._asking)
-        self._asking.on_answer = self._link.on_answer
+        self.link = OriginLink(whereabouts, patience, cache.size, state.versions, self._asking)
+        self._asking.on_answer = self.link.on_answer
         self._approach = False
         self._fetch_size = fetch_size
         self._set_least()
 
     def _set_least(self) -> None:
-        size = self._link.fetch_size if self._fetch_size is None else self._fetch_size
+        size = self.link.fetch_size if self._fetch_size is None else self._fetch_size
         self._queue.least = min(PIECE, size >> BLOCK_SHIFT)
 
     # For those who need blocks
@@ -86,8 +86,8 @@ class Fetcher(Background):
 
     def query_zeros(self, first: int, end: int) -> Optional[ZeroQuery]:
         """Ask about these blocks, of less than 4 GiB; None if the origin cannot tell, or is not there."""
-        origin = self._link.origin
-        if origin is None or not self._link.ready or not origin.can_tell_zeros:
+        origin = self.link.origin
+        if origin is None or not self.link.ready or not origin.can_tell_zeros:
             return None
         return self._asking.query_zeros(origin, first, end)
 
@@ -104,11 +104,6 @@ class Fetcher(Background):
             self.locking.give_back(first, end)
         return True
 
-    @property
-    def has_changed(self) -> bool:
-        """Whether the origin has another disk now: nothing more comes of this one."""
-        return self._link.has_changed
-
     def _note_finished(self, tickets: List[Ticket]) -> None:
         self.finished += tickets
 
@@ -116,33 +111,37 @@ class Fetcher(Background):
 
     @property
     def trouble(self) -> str:
-        return self._link.trouble
+        return self.link.trouble
 
     @property
     def busy(self) -> bool:
-        return bool(self._queue or self.locking.busy or self.finished or self._asking.zero_queries or self._approach)
+        waits = self._queue or self.locking.busy or self.finished or self._asking.zero_queries or self._approach
+        return bool(waits or self.link.restless)
 
     @property
     def quiet(self) -> bool:
-        return self._link.quiet
+        return self.link.quiet
 
     @property
     def health(self) -> int:
-        return self._link.health
+        return self.link.health
+
+    def news(self) -> Optional[Sequence[Standing]]:
+        return self.link.news()
 
     @property
     def returns(self) -> int:
-        return self._link.returns
+        return self.link.returns
 
     def interests(self) -> List[Tuple[int, int]]:
-        return self._link.interests()
+        return self.link.interests()
 
     def deadline(self) -> Optional[float]:
-        times = [self.locking.deadline, self._link.deadline(needed=self._has_work)]
-        if self._link.refuses and self._queue.wanted:
+        times = [self.locking.deadline, self.link.deadline(needed=self._has_work)]
+        if self.link.refuses and self._queue.wanted:
             return 0.0
         if self._patience is not None:
-            waiting = (self.locking.oldest, None if self._link.ready else self._queue.waits_since())
+            waiting = (self.locking.oldest, None if self.link.ready else self._queue.waits_since())
             times += [since + self._patience for since in waiting if since is not None]
         return min((time for time in times if time is not None), default=None)
 
@@ -152,7 +151,7 @@ class Fetcher(Background):
         return bool(self._queue.wanted or self._queue.ahead or self._approach)
 
     def progress(self) -> None:
-        link = self._link
+        link = self.link
         if self.locking.busy:
             self.finished += self.locking.take_turn()
         if link.is_outdated:
@@ -170,12 +169,12 @@ class Fetcher(Background):
             self._asking.take_back(link.lose(error, len(self._queue.wanted)))
         finally:
             self.arrivals.settle()
-            if self._link.refuses:
+            if self.link.refuses:
                 self._refuse()
 
     def approach(self) -> bool:
-        self._approach = not self._link.ready
-        return self._link.ready
+        self._approach = not self.link.ready
+        return self.link.ready
 
     def abandon(self) -> None:
         """What the origin was asked for still comes, and its locks are held until then."""
@@ -183,10 +182,10 @@ class Fetcher(Background):
         self.finished = []
 
     def _work_with(self, origin: Origin) -> None:
-        if self._link.ready:
+        if self.link.ready:
             self._asking.ask(origin, crowded=bool(self.finished))
-        self._link.progress(origin)
-        if self._link.ready:
+        self.link.progress(origin)
+        if self.link.ready:
             if self._queue.wanted or self._queue.ahead:
                 self._asking.ask(origin, crowded=bool(self.finished))
                 origin.push()
@@ -196,7 +195,7 @@ class Fetcher(Background):
 
     def _give_up(self, time: float) -> None:
         """End what has waited since *time* or longer, for an origin that is not there or for another process."""
-        if not self._link.ready:
+        if not self.link.ready:
             for fetch in self._queue.take_older(time):
                 self._asking.finish(fetch, errno.EIO)
         self.finished += self.locking.give_up(time)
@@ -208,7 +207,7 @@ class Fetcher(Background):
             self._asking.finish(fetch, errno.EIO)
 
     def take_leave(self) -> None:
-        self._link.leave(0.0)
+        self.link.leave(0.0)
 
     def close(self) -> None:
         """Take leave of the origin, as soon as what it was asked for has come; none of that is kept.
@@ -219,4 +218,4 @@ class Fetcher(Background):
         self.arrivals.closed = True
         self._queue.wanted.clear()
         self._queue.ahead.clear()
-        self._link.leave(0.0 if self._scoreboard.mode == TARGET else _PARTING)
+        self.link.leave(0.0 if self._scoreboard.mode == TARGET else _PARTING)
