@@ -96,9 +96,7 @@ HEAD_FIELDS = (
     Field("failure", "I4xQ", "first write-back that failed, of a disk without a state file (``storage/writeback.py``)"),
     Field("address", "II", "CRC-32 and length of the origin's address"),
     Field("address_text", f"{LONGEST_ADDRESS}s", "the origin's address; several ones have blanks between them"),
-    Field(
-        "origin_troubles", f"{72 * ORIGINS}s", "of several origins, why each could not be reached last"
-    ),
+    Field("origin_troubles", f"{72 * ORIGINS}s", "of several origins, why each could not be reached last"),
     Field("origin_bytes_before", f"{ORIGINS}Q", "sums of ``origin_bytes`` of all lines when the address was changed"),
 )
 
