@@ -13,13 +13,16 @@ from time import monotonic
 from typing import List, Optional, Sequence, Tuple
 
 from ...logs import log
-from ..base import BLOCK, Sink
+from ..base import BLOCK, Health, Sink
 from .member import Member
 from .reads import Race, Read
 
 _ACTIVE = 10.0
 _LOOK = 0.05
 """Seconds between two looks at what is late, at least."""
+
+_HOPE = 5.0
+"""Seconds that a read which nobody there can answer waits for somebody who comes just now."""
 
 _MOST_SECONDS, _SHARE = 8.0, 0.1
 """Requests that may be asked twice though nobody is silent: so many at once, and of all of them this part."""
@@ -32,7 +35,7 @@ class Dispatch:
     """
 
     def __init__(self, sink: Sink) -> None:
-        self.race = Race(sink, self.send)
+        self.race = Race(sink, self._ask_again)
         self.members: Sequence[Member] = ()
         self.broken: List[Tuple[Member, OSError]] = []
         self.look_at = 0.0
@@ -61,9 +64,10 @@ class Dispatch:
         self.send(read)  # `look` sees to what nobody can be asked for just now
 
     def _hurry(self, now: float) -> None:
-        """There is something to do again: who is lost is tried soon."""
+        """Who is lost is tried soon."""
         for member in self.members:
-            member.open_at = min(member.open_at, now)
+            if member.health is not Health.REFUSED:
+                member.open_at = min(member.open_at, now)
 
     def send(self, read: Read, *, healthy: bool = False) -> bool:
         """Have somebody answer *read*, only a *healthy* one perhaps; False if nobody can be asked."""
@@ -100,10 +104,23 @@ class Dispatch:
             else:
                 self._ask_for_late(member, now)
         for read in [read for read in self.race.reads if not read.attempts]:
-            read.refused_by.clear()
-            self.send(read)
+            if not self.send(read) and not self._has_hope(read, now):
+                self.race.finish(read, read.error)
         if len(ready) > 1 and self.is_active:
             self._probe(ready, now)
+
+    def _ask_again(self, read: Read) -> bool:
+        """Others are asked for *read*, which one could not; False if nobody can, and nobody is about to come."""
+        now = monotonic()
+        if self.send(read):
+            return True
+        self._hurry(now)
+        return self._has_hope(read, now)
+
+    def _has_hope(self, read: Read, now: float) -> bool:
+        """Whether somebody may come soon who can answer *read*."""
+        absent = [member for member in self.members if not member.ready]
+        return now < read.since + _HOPE and any(member.is_coming(now) for member in absent)
 
     def _leave(self, member: Member, silence: float) -> None:
         """*member* is silent: others are asked for all that it has not answered."""

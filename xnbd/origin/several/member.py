@@ -77,6 +77,10 @@ class Member:
                 self._told = ""
                 log.info("origin %s: is there again", self.address)
 
+    def is_coming(self, now: float) -> bool:
+        """Whether it is not ready, but on its way, or about to be."""
+        return not self.ready and (self.origin is not None or self.open_at <= now)
+
     def lose(self, lost: OriginLost, *, idle: bool) -> List[Attempt]:
         """It is gone; it comes back after a while, a longer one each time. Returns what it had to answer."""
         attempts = list(self.attempts)

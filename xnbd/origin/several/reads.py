@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import errno
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Union
 
 from ..base import Data, Sink
@@ -22,10 +24,10 @@ _Kept = List[Tuple[int, Union[bytes, int, List[Tuple[int, bool]]]]]
 class Read:
     """What the sink waits for: *length* bytes at *offset*, or with *extents* where they are zeros.
 
-    ``refused_by`` are the members that have answered with an error.
+    ``refused_by`` are the members that have answered with an error, the last of which is ``error``.
     """
 
-    __slots__ = ("attempts", "done", "extents", "length", "offset", "refused_by", "token")
+    __slots__ = ("attempts", "done", "error", "extents", "length", "offset", "refused_by", "since", "token")
 
     def __init__(self, token: Any, offset: int, length: int, *, extents: bool = False) -> None:
         self.token = token
@@ -34,6 +36,8 @@ class Read:
         self.extents = extents
         self.attempts: List[Attempt] = []
         self.refused_by: List[Member] = []
+        self.error = errno.EIO
+        self.since = monotonic()
         self.done = False
 
 
@@ -97,11 +101,12 @@ class Race:
             return
         if not error:
             self._hand_on(read, token.kept or [])
-            self._finish(read, 0)
+            self.finish(read, 0)
             return
         read.refused_by.append(token.member)
+        read.error = error
         if not read.attempts and not self._again(read):
-            self._finish(read, error)
+            self.finish(read, error)
 
     def _hand_on(self, read: Read, kept: _Kept) -> None:
         for offset, what in kept:
@@ -112,7 +117,8 @@ class Race:
             else:
                 self._sink.on_extents(read.token, what)
 
-    def _finish(self, read: Read, error: int) -> None:
+    def finish(self, read: Read, error: int) -> None:
+        """*read* is over, well or with that errno."""
         read.done = True
         del self.reads[read]
         self._sink.on_done(read.token, error)
