@@ -20,6 +20,7 @@ from conftest import MIB, Start
 from launch import fails
 from model import Model, read_all
 from nbdkit_origin import NbdkitOrigin
+from scraping import metrics_port, scrape
 from server_process import Server, wait_until
 from upgrades import upgrade
 from web_server import WebServer
@@ -234,6 +235,20 @@ def test_several_are_kept_by_an_upgrade_and_replaced_by_a_reconnection(
     _, text, _ = bgctl("--query", files.control)
     assert f"2 of the same disk\n              connected, 1 connection\n              {first.uri}\n" in text
     assert "100 % of what has come" in text
+
+
+def test_metrics_tell_of_each(
+    start: Start, files: CacheFiles, first: NbdkitOrigin, second: NbdkitOrigin, disk: bytes
+) -> None:
+    proxy = start(*files.arguments(first.uri, "--origin", second.uri, "--readahead", 0, "--metrics", 0))
+    reader, port = Reader(proxy, disk), metrics_port(proxy.log())
+
+    def told(name: str) -> List[float]:
+        return [scrape(port)(name, origin=origin.uri) for origin in (first, second)]
+
+    reader.read_until(lambda: sum(told("xnbd_place_bytes_total")) > 0, "bytes")
+    second.kill()
+    reader.read_until(lambda: told("xnbd_place_up") == [1, 0], "the loss")
 
 
 # Objects
