@@ -41,7 +41,7 @@ from __future__ import annotations
 import os
 
 from ...errors import ConfigurationError
-from ...origin.address import place_of
+from ...origin.address import places_of
 from ...storage import image_use
 from ...system.file_locks import RangeLocks
 from ...system.process import closed_on_error
@@ -80,7 +80,7 @@ def open_state(
     """
     path = os.path.realpath(bitmap_path)
     try:
-        header = Header(disk_size, identity(place_of(origin)), read_boot_id(boot_id_path), clean=False)
+        header = Header(disk_size, identity(places_of(origin)[0]), read_boot_id(boot_id_path), clean=False)
         for _ in image_use.attempts():
             try:
                 entry = Entry(path, cache_fd, layout_of(disk_size), header, origin=origin, adopt=adopt)

@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 
 from ...errors import ConfigurationError
 from ...logs import log
-from ...origin.address import place_of
+from ...origin.address import place_of, places_of
 from ...storage.failure import drop_cached
 from ...storage.space import NO_SPACE
 from ...storage.target import reopen
@@ -82,8 +82,9 @@ def _check_state(entry: Entry, state_fd: int) -> Header:
         )
     if header.block_size != wanted.block_size:
         raise entry.refusal(f"{entry.path} has blocks of {header.block_size} bytes, not {wanted.block_size}")
-    noted = (header.origin.decode("utf-8", "surrogateescape"), files.read_steering(state_fd).address)
-    if wanted.origin not in [identity(place_of(address)) for address in noted]:
+    first, moved = header.origin.decode("utf-8", "surrogateescape"), files.read_steering(state_fd).address
+    known = {identity(place) for place in (place_of(first), *places_of(moved))}
+    if known.isdisjoint(identity(place) for place in places_of(entry.origin)):
         raise entry.refusal(
             f"{entry.path} is of the origin {readable(header.origin)}, not of {readable(wanted.origin)}; "
             "if that disk has moved, start with the former address and use xnbd-bgctl --reconnect"
