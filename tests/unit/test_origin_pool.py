@@ -68,12 +68,19 @@ def test_the_threads_take_no_signal(pool: Pool[int]) -> None:
 
 
 def test_a_call_that_ends_after_the_close_writes_to_nobodys_file(pool: Pool[int]) -> None:
-    go, before = threading.Event(), threading.active_count()
-    pool.call(0, lambda: int(go.wait(30)))
+    go = threading.Event()
+    threads: List[threading.Thread] = []
+
+    def wait() -> int:
+        threads.append(threading.current_thread())
+        return int(go.wait(30))
+
+    pool.call(0, wait)
+    wait_until(lambda: bool(threads), "the call")
     pool.close()
     reading, writing = os.pipe2(os.O_NONBLOCK)  # it may have the number that the pool's pipe had
     go.set()
-    wait_until(lambda: threading.active_count() == before, "the thread's end")
+    threads[0].join(30)
     with pytest.raises(BlockingIOError):
         os.read(reading, 1)
     os.close(reading)
