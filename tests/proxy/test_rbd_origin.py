@@ -245,3 +245,143 @@ def test_cached_blocks_are_served_while_the_cluster_is_away(
     reading = Reading(client, 3 * MIB, BLOCK)
     ceph.configure(conf)
     assert reading.content() == disk[3 * MIB : 3 * MIB + BLOCK]
+
+
+# The same bytes for ever
+
+
+def test_a_removed_snapshot_is_an_error_for_what_is_missing_and_never_zeros(
+    ceph: SharedCeph, start: Start, files: CacheFiles, disk: bytes
+) -> None:
+    """Its data is gone at once where the image was written to since, and the cluster sends zeros for that."""
+    image = ceph.make(disk)
+    image.write(b"n" * MIB, 0)
+    image.write(b"n" * MIB, HOLE_END)
+    proxy = start(*files.arguments(image.uri(), "--readahead", "0"))
+    client, other = connect(proxy.uri), connect(proxy.uri)
+    assert client.pread(BLOCK, 0) == disk[:BLOCK]
+    assert client.pread(BLOCK, HOLE) == bytes(BLOCK)
+    client.pwrite(b"w" * 100, MIB)
+    image.rbd("snap", "rm", f"{image.name}@snap")
+    proxy.expected_errors = ["THE DISK THERE HAS CHANGED"]
+    assert Reading(client, HOLE_END, BLOCK).wait() == 5
+    assert Reading(other, HOLE + MIB, BLOCK).wait() == 5
+    assert client.pread(BLOCK, BLOCK) == disk[BLOCK : 2 * BLOCK]
+    assert client.pread(100, MIB) == b"w" * 100
+    assert query(files.control)["origin"]["changed"] is True
+    assert "the origin has another disk now" in bgctl("--cache-all", files.control, check=False)[2]
+    assert proxy.log().count("THE DISK THERE HAS CHANGED") == 1
+    assert "the image has no snapshot snap" in proxy.log()
+    assert HOLE_END // BLOCK not in files.cached()
+
+
+def test_another_snapshot_of_the_same_name_is_another_disk(
+    ceph: SharedCeph, start: Start, files: CacheFiles, disk: bytes
+) -> None:
+    image = ceph.make(disk)
+    proxy = start(*files.arguments(image.uri(), "--readahead", "0"))
+    assert "snapshot " in bgctl("--query", files.control)[1]
+    connect(proxy.uri).pread(1, 0)
+    proxy.stop()
+    image.rbd("snap", "rm", f"{image.name}@snap")
+    image.write(b"n" * BLOCK, 2 * MIB)
+    image.snap("snap")
+    again = start(*files.arguments(image.uri()))
+    again.expected_errors = ["THE DISK THERE HAS CHANGED"]
+    client = connect(again.uri)
+    assert client.pread(BLOCK, 0) == disk[:BLOCK]
+    assert Reading(client, 2 * MIB, BLOCK).wait() == 5
+    assert "was image " in ask(files.control, "reconnect", uri=image.uri())["error"]
+    again.stop()
+    adopted = start(*files.arguments(image.uri(), "--adopt-cache"))
+    assert connect(adopted.uri).pread(BLOCK, 2 * MIB) == b"n" * BLOCK
+
+
+def test_an_image_in_the_trash_is_gone_and_comes_back_as_the_same(
+    ceph: SharedCeph, start: Start, files: CacheFiles, disk: bytes
+) -> None:
+    image = ceph.make(disk)
+    identity = image.rbd("info", "--format", "json", image.name).partition('"id":"')[2].partition('"')[0]
+    proxy = start(*files.arguments(image.uri(), "--readahead", "0"))
+    proxy.expected_errors = ["THE DISK THERE HAS CHANGED"]
+    client = connect(proxy.uri)
+    image.rbd("trash", "mv", image.name)
+    assert Reading(client, HOLE, BLOCK).wait() == 5
+    image.rbd("trash", "restore", identity)
+    wait_until(lambda: Reading(client, HOLE, BLOCK).wait() == 0, "the image")
+    proxy.wait_for_log("the disk there is the one again that is cached")
+    assert read_all(client) == disk
+
+
+def test_of_an_image_without_a_snapshot_a_warning_tells_and_a_change_is_seen_at_a_start(
+    ceph: SharedCeph, start: Start, files: CacheFiles, disk: bytes
+) -> None:
+    image = ceph.make(disk)
+    proxy = start(*files.arguments(image.uri(""), "--readahead", "0"))
+    proxy.wait_for_log("an image without a snapshot may change under the cache")
+    assert connect(proxy.uri).pread(BLOCK, 0) == disk[:BLOCK]
+    assert "may change under the cache" in bgctl("--query", files.control)[1]
+    proxy.stop()
+
+    def is_noted() -> bool:
+        image.write(b"n" * BLOCK, 2 * MIB)
+        again = start(*files.arguments(image.uri("")))
+        again.expected_errors = ["THE DISK THERE HAS CHANGED"]
+        told = Reading(connect(again.uri), 3 * MIB, BLOCK).wait()
+        again.stop()
+        return told == 5
+
+    image.rbd("config", "image", "set", image.name, "rbd_mtime_update_interval", "1")  # not every minute only
+    wait_until(is_noted, "a later time of the last write")
+
+
+def test_zeros_that_a_parent_no_longer_has_are_not_believed(
+    ceph: SharedCeph, start: Start, files: CacheFiles, disk: bytes
+) -> None:
+    """A clone's parent is flattened and loses its own parent: who has the clone open does not notice."""
+    grand = ceph.make(disk)
+    parent = grand.clone()
+    parent.snap("snap")
+    child = parent.clone()
+    child.snap("snap")
+    proxy = start(*files.arguments(child.uri(), "--readahead", "0"))
+    client = connect(proxy.uri)
+    assert client.pread(BLOCK, 0) == disk[:BLOCK]
+    parent.rbd("flatten", parent.name)
+    grand.rbd("snap", "unprotect", f"{grand.name}@snap")
+    grand.rbd("snap", "purge", grand.name)
+    grand.rbd("rm", grand.name)
+    assert read_all(client) == disk
+    bgctl("--cache-all", files.control)
+
+
+# Holes
+
+
+def test_what_is_not_there_is_not_transferred(files: CacheFiles, proxy: Server, disk: bytes) -> None:
+    bgctl("--cache-all", files.control)
+    assert files.image.read_bytes()[:SIZE] == disk
+    assert query(files.control)["counters"]["bytes_fetched"] == SIZE - (HOLE_END - HOLE)
+    assert files.image.stat().st_blocks * 512 <= SIZE - (HOLE_END - HOLE) + MIB
+
+
+@pytest.mark.parametrize("features", ["layering", "layering,exclusive-lock,object-map,fast-diff"])
+def test_a_clone_has_its_parents_data_and_its_own_holes(
+    ceph: SharedCeph, start: Start, files: CacheFiles, disk: bytes, features: str
+) -> None:
+    """With a map of the objects, and without one."""
+    clone = ceph.make(disk).clone("--image-feature", features)
+    clone.write(b"c" * BLOCK, HOLE_END)
+    clone.snap("snap")
+    start(*files.arguments(clone.uri()))
+    bgctl("--cache-all", files.control)
+    expected = disk[:HOLE_END] + b"c" * BLOCK + disk[HOLE_END + BLOCK :]
+    assert files.image.read_bytes()[:SIZE] == expected
+    assert query(files.control)["counters"]["bytes_fetched"] == SIZE - (HOLE_END - HOLE)
+
+
+def test_zeros_that_are_read_become_holes_of_the_cache(files: CacheFiles, proxy: Server) -> None:
+    client = connect(proxy.uri)
+    assert client.pread(2 * MIB, HOLE + MIB) == bytes(2 * MIB)
+    assert set(range((HOLE + MIB) // BLOCK, (HOLE + 3 * MIB) // BLOCK)) <= set(files.cached())
+    assert files.image.stat().st_blocks == 0

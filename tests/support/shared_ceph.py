@@ -46,7 +46,7 @@ class SharedCeph:
     def make(self, content: bytes, *options: object, snapshot: str = "snap") -> Image:
         """A new image, with a snapshot."""
         image = Image(self, f"image-{uuid4()}")
-        self.run("rbd", "--no-progress", "import", *options, "-", image.name, content=content)
+        self.run("rbd", "import", *options, "-", image.name, content=content)
         image.snap(snapshot)
         return image
 
@@ -99,7 +99,14 @@ class Image:
         self.rbd("snap", "create", f"{self.name}@{name}")
 
     def rbd(self, *words: object) -> str:
-        return self._ceph.run("rbd", "--no-progress", *words)
+        return self._ceph.run("rbd", *words)
+
+    def clone(self, *options: object) -> Image:
+        """Another image that begins as this one's snapshot, yet without one."""
+        child = Image(self._ceph, f"image-{uuid4()}")
+        self.rbd("snap", "protect", f"{self.name}@snap")
+        self.rbd("clone", *options, f"{self.name}@snap", child.name)
+        return child
 
     def write(self, data: bytes, offset: int) -> None:
         """As somebody does who knows nothing of a proxy."""
