@@ -11,6 +11,7 @@ import pytest
 from caching import BLOCK, CacheFiles, Reading, ask, bgctl, connect, query
 from conftest import MIB, Start, StartWrapper
 from launch import fails
+from ledger import Crowd, Ledger
 from model import Model, read_all
 from server_process import Server, command, title_of, wait_until
 from shared_ceph import POOL, READER, READING, Image, SharedCeph
@@ -55,6 +56,22 @@ def test_two_servers_on_one_cache_agree_with_the_copy(
     assert files.is_clean()
     again = start(*files.arguments(image.uri()))
     assert read_all(connect(again.uri)) == model.content
+
+
+def test_a_switch_under_load_is_seen_by_nobody(
+    ceph: SharedCeph, files: CacheFiles, proxy: Server, disk: bytes, seed: int
+) -> None:
+    ledger = Ledger(disk[: SIZE // 512 * 512])
+    crowd = Crowd([proxy.uri], 5, ledger, random.Random(seed))
+    crowd.wait_for(50)
+    bgctl("--cache-all", files.control)
+    bgctl("--switch", files.control)
+    with ceph.stalled():
+        crowd.wait_for(50)
+        crowd.finish()
+        assert query(files.control)["mode"] == "target"
+        ledger.check_files(files.image, files.bitmap)
+        assert read_all(connect(proxy.uri))[: len(ledger.base)] == ledger.base
 
 
 def test_a_wrapper_serves_it(start_wrapper: StartWrapper, files: CacheFiles, image: Image, disk: bytes) -> None:

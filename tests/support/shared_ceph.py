@@ -85,6 +85,21 @@ class SharedCeph:
                 os.kill(self._osd, signal.SIGCONT)
 
 
+class Line:
+    """The way to *ceph*, as `relay.Relay` is one to a server."""
+
+    def __init__(self, ceph: SharedCeph) -> None:
+        self._ceph = ceph
+        self._stalled = ExitStack()
+
+    def stall(self) -> None:
+        """Once, before `resume`."""
+        self._stalled.enter_context(self._ceph.stalled())
+
+    def resume(self) -> None:
+        self._stalled.close()
+
+
 class Image:
     """The image *name* in the pool of *ceph*."""
 
