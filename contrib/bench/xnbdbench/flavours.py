@@ -257,17 +257,21 @@ def _xnbd_proxy_rbd(place: Place) -> List[str]:
 
 def _qemu_nbd_rbd(place: Place) -> List[str]:
     """It keeps nothing."""
-    return [
-        *_qemu_nbd_listening(place),
-        "--read-only",
-        "--format=raw",
-        f"rbd:rbd/disk@snap:id=admin:conf={_ceph_configuration(place)}",
-    ]
+    return [*_qemu_nbd_listening(place), "--read-only", "--format=raw", _qemu_rbd_disk(place)]
 
 
-def _qemu_nbd_copy_on_read(place: Place) -> List[str]:
+def _qemu_rbd_disk(place: Place) -> str:
+    return f"rbd:rbd/disk@snap:id=admin:conf={_ceph_configuration(place)}"
+
+
+def _qemu_nbd_cor_rbd(place: Place) -> List[str]:
+    return _qemu_nbd_copy_on_read(place, _qemu_rbd_disk(place))
+
+
+def _qemu_nbd_copy_on_read(place: Place, disk: str = "") -> List[str]:
+    """It keeps what is read of *disk*, by default the NBD server behind it."""
     overlay = place.directory / "overlay.qcow2"
-    backing = ["-F", "raw", "-b", f"nbd://127.0.0.1:{place.origin_port}/"]
+    backing = ["-F", "raw", "-b", disk or f"nbd://127.0.0.1:{place.origin_port}/"]
     create = ["qemu-img", "create", "-q", "-f", "qcow2", *backing, str(overlay)]
     made = subprocess.run(create, capture_output=True, text=True, timeout=60)
     if made.returncode:
@@ -371,6 +375,7 @@ FLAVOURS: Dict[str, Flavour] = {
     ),
     "rbd-origin": Flavour(_origin(ORIGIN_SIZE, _ceph), ["ceph-osd", "--version"], "ceph-osd", foreign=True),
     "xnbd-proxy-rbd": Flavour(_xnbd_proxy_rbd, _XNBD_VERSION, fresh=True, origin="rbd-origin"),
+    "qemu-nbd-cor-rbd": Flavour(_qemu_nbd_cor_rbd, _QEMU_NBD_VERSION, "qemu-utils", fresh=True, origin="rbd-origin"),
     "qemu-nbd-rbd": Flavour(_qemu_nbd_rbd, _QEMU_NBD_VERSION, "qemu-utils", fresh=True, origin="rbd-origin"),
     "xnbd-proxy-web-slow": Flavour(_xnbd_proxy_web, _XNBD_VERSION, fresh=True, origin="web-slow-origin"),
 }
