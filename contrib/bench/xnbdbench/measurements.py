@@ -126,7 +126,7 @@ def web(name: str, title: str, unit: Unit, goal: Goal, probe: Cold, subject: Opt
 
 
 def rbd(name: str, title: str, unit: Unit, goal: Goal, probe: Cold, subject: Optional[Probe] = None) -> Measurement:
-    """*probe* of new proxies of an image in Ceph, of which ours may have a *subject* of its own; and without a cache."""
+    """*probe* of new proxies of an image in Ceph, of which ours may have a *subject*; and without a cache."""
     contenders = {
         "xnbd-proxy": Contender("xnbd-proxy-rbd", subject or probe),
         "qemu-nbd-cor": Contender("qemu-nbd-cor-rbd", probe),
