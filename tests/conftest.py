@@ -16,6 +16,7 @@ from certificates import Certificates
 from hypothesis import HealthCheck, settings
 from moving import make_restless
 from server_process import Server
+from shared_ceph import SharedCeph, sharing
 from wrapper_process import Wrapper
 
 MIB = 1 << 20
@@ -106,6 +107,14 @@ def files(tmp_path: Path) -> CacheFiles:
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     """Certificates and keys for TLS."""
     return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedCeph]:
+    """Ceph, which all processes of pytest-xdist share: its start takes five seconds."""
+    own = tmp_path_factory.getbasetemp()
+    with sharing((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "ceph") as ceph:
+        yield ceph
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import random
 import re
 import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Protocol
 
 import pytest
 from caching import CacheFiles, ask, by_kind, connect, descendants, kill, query, wait_until_gone
@@ -25,6 +25,7 @@ from model import read_all
 from origin_programs import is_listening
 from relay import Relay
 from server_process import Server, wait_until
+from shared_ceph import Line, SharedCeph
 from web_server import WebServer
 
 SECONDS = 15.0
@@ -40,22 +41,29 @@ EXPECTED = [
 """What kills leave in the log, and no other error may be there."""
 
 
+class Way(Protocol):
+    """A way to the disk, on which nothing moves after `stall`."""
+
+    def stall(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+
 class Origin(NamedTuple):
-    """Where the disk is: *uri* with the *port* of a way to it, and what the proxies need in their environment."""
+    """Where the disk is, by which *way* the proxies get there, and what they need in their environment."""
 
     uri: str
-    port: int
+    way: Way
     env: Dict[str, str] = {}
 
 
 class Field:
     """Two proxies of one origin, on one cache, and their clients' *ledger*."""
 
-    def __init__(self, directory: Path, origin: Origin, relay: Relay, content: bytes, rng: random.Random) -> None:
+    def __init__(self, directory: Path, origin: Origin, content: bytes, rng: random.Random) -> None:
         self.kills: List[str] = []
         self._directory = directory
         self._origin = origin
-        self._relay = relay
         self._content = content
         self._rng = rng
         self._files = CacheFiles(directory)
@@ -82,8 +90,7 @@ class Field:
     def _start(self, number: int) -> Server:
         control = self._directory / f"control{number}"
         timeout = 0.5 if self._files.state.exists() else 10  # the size is known, and the origin may be stalled
-        uri = self._origin.uri.format(port=self._relay.port)
-        arguments = self._files.arguments(uri, "--connect-timeout", timeout, control=control)
+        arguments = self._files.arguments(self._origin.uri, "--connect-timeout", timeout, control=control)
         taken = (control, self._directory / f"proxy{number}.sock")  # which a start refuses to take from the living
         wait_until(lambda: not any(map(is_listening, taken)), "the predecessor to listen no more")
         server = Server(self._directory, f"proxy{number}", arguments, env=self._origin.env)
@@ -99,12 +106,12 @@ class Field:
         time.sleep(rng.random() * 0.2)
         stalled = rng.random() < 0.5
         if stalled:
-            self._relay.stall()
+            self._origin.way.stall()
             time.sleep(rng.random() * 0.05)
         self._kill_some(servers)
         time.sleep(rng.random() * 0.05)
         if stalled and self._servers != [None, None]:
-            self._relay.resume()  # or the clients of those who live would wait for ever
+            self._origin.way.resume()  # or the clients of those who live would wait for ever
         crowd.finish()
         if rng.random() < 0.5:
             self._wait_for_old_processes()
@@ -114,7 +121,7 @@ class Field:
         self._wait_for_old_processes()
         self._ledger.check_files(self._files.image, self._files.bitmap)
         if stalled:
-            self._relay.resume()
+            self._origin.way.resume()
         self._compare_some()
 
     def _copy_all(self, number: int, rate: int) -> None:
@@ -219,31 +226,36 @@ def test_nothing_answered_is_lost_whoever_is_killed(
     start: Start, tmp_path: Path, image: Path, content: bytes, seed: int
 ) -> None:
     origin = start("--target", "--readonly", image, tcp=True)
-    kill_for(SECONDS, tmp_path, Origin("nbd://127.0.0.1:{port}", origin.port), content, seed)
+    with Relay(origin.port) as relay:
+        kill_for(SECONDS, tmp_path, Origin(relay.uri, relay), content, seed)
     assert image.read_bytes() == content
 
 
 def test_nor_with_an_origin_on_a_web_server(
     tmp_path: Path, image: Path, content: bytes, seed: int, certificates: Certificates
 ) -> None:
-    with WebServer(tmp_path, image.parent, certificates.server) as web:
-        origin = Origin("https://localhost:{port}/origin.img", web.tls_port, web.env)
+    with WebServer(tmp_path, image.parent, certificates.server) as web, Relay(web.tls_port) as relay:
+        origin = Origin(f"https://localhost:{relay.port}/origin.img", relay, web.env)
         kill_for(SECONDS / 3, tmp_path, origin, content, seed)
+
+
+def test_nor_with_an_origin_in_ceph(tmp_path: Path, ceph: SharedCeph, content: bytes, seed: int) -> None:
+    kill_for(SECONDS / 3, tmp_path, Origin(ceph.make(content).uri(), Line(ceph)), content, seed)
 
 
 def kill_for(seconds: float, tmp_path: Path, origin: Origin, content: bytes, seed: int) -> None:
     rng = random.Random(seed)
     rounds, until = int(os.environ.get("XNBD_ROUNDS", 0)), time.monotonic() + seconds
-    with Relay(origin.port) as relay:
-        field = Field(tmp_path, origin, relay, content, rng)
-        try:
-            while len(field.kills) < rounds if rounds else time.monotonic() < until:
-                field.round()
-                if len(field.kills) % ROUNDS_PER_CACHE == 0:
-                    field.end()
-                    field.begin()
-            field.end()
-        finally:
-            field.stop()
-            print(f"{len(field.kills)} kills: {', '.join(field.kills)}")
+    field = Field(tmp_path, origin, content, rng)
+    try:
+        while len(field.kills) < rounds if rounds else time.monotonic() < until:
+            field.round()
+            if len(field.kills) % ROUNDS_PER_CACHE == 0:
+                field.end()
+                field.begin()
+        field.end()
+    finally:
+        origin.way.resume()
+        field.stop()
+        print(f"{len(field.kills)} kills: {', '.join(field.kills)}")
     field.check_logs()

@@ -27,11 +27,14 @@ from typing import Callable, Dict, Iterator, List, Optional
 import nbd
 import pytest
 from caching import BLOCK, CacheFiles, bgctl, connect, hold, kill_server, wait_until_gone
+from certificates import Certificates
 from conftest import MIB, Start
 from ledger import SECTOR, Crowd, Ledger
 from model import read_all
 from mounts import attach, detach, unmount
 from server_process import Server, run, state_of, wait_until
+from shared_ceph import SharedCeph
+from web_server import WebServer
 
 SECONDS = 9.0
 SIZE = 16 * MIB + 3 * SECTOR
@@ -113,13 +116,13 @@ mount --bind "$1" {BOOT_ID} && shift 2 && exec "$@"
 class Boot:
     """A server that lives in a boot of its own, with the *disk* at this path."""
 
-    def __init__(self, directory: Path, disk: Path, arguments: List[str]) -> None:
+    def __init__(self, directory: Path, disk: Path, arguments: List[str], env: Dict[str, str]) -> None:
         boot_id = directory / "boot_id"
         boot_id.write_text(f"{uuid.uuid4()}\n")
         prefix = ["unshare", "--mount", "sh", "-c", MAKE_BOOT, "sh", str(boot_id), str(disk)]
         log_path = directory / "proxy.log"
         self._log_start = log_path.stat().st_size if log_path.exists() else 0
-        self.server = Server(directory, "proxy", arguments, prefix=prefix)
+        self.server = Server(directory, "proxy", arguments, prefix=prefix, env=env)
         self.server.wait_until_ready()
 
     def log(self) -> str:
@@ -135,14 +138,23 @@ class Boot:
 
 
 class Machine:
-    """A proxy whose clients write, flush and read until the power fails."""
+    """A proxy of *origin*, a URI, whose clients write, flush and read until the power fails."""
 
-    def __init__(self, disk: Disk, directory: Path, origin: Server, content: bytes, rng: random.Random) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        directory: Path,
+        origin: str,
+        content: bytes,
+        rng: random.Random,
+        env: Optional[Dict[str, str]] = None,
+    ) -> None:
         self.failures = 0
         self.boot: Optional[Boot] = None
         self._disk = disk
         self._directory = directory
         self._origin = origin
+        self._env = env or {}
         self._content = content
         self._rng = rng
         self._files = CacheFiles(disk.path)
@@ -154,8 +166,8 @@ class Machine:
         self._start()
 
     def _start(self) -> Boot:
-        arguments = self._files.arguments(self._origin.uri, control=self._control)
-        self.boot = Boot(self._directory, self._disk.path, arguments)
+        arguments = self._files.arguments(self._origin, control=self._control)
+        self.boot = Boot(self._directory, self._disk.path, arguments, self._env)
         return self.boot
 
     def play(self) -> None:
@@ -238,8 +250,30 @@ def test_nothing_flushed_is_lost_when_the_power_fails(start: Start, tmp_path: Pa
     content = rng.randbytes(SIZE)
     image = tmp_path / "origin.img"
     image.write_bytes(content)
-    machine = Machine(disk, tmp_path, start("--target", "--readonly", image), content, rng)
-    rounds, until = int(os.environ.get("XNBD_ROUNDS", 0)), time.monotonic() + SECONDS
+    fail_for(SECONDS, Machine(disk, tmp_path, start("--target", "--readonly", image).uri, content, rng))
+    assert "Traceback" not in (tmp_path / "proxy.log").read_text()
+    assert image.read_bytes() == content
+
+
+def test_nor_with_an_origin_on_a_web_server(tmp_path: Path, disk: Disk, seed: int, certificates: Certificates) -> None:
+    rng = random.Random(seed)
+    content, root = rng.randbytes(SIZE), tmp_path / "www"
+    root.mkdir()
+    (root / "origin.img").write_bytes(content)
+    with WebServer(tmp_path, root, certificates.server) as web:
+        fail_for(SECONDS / 3, Machine(disk, tmp_path, web.tls_uri("origin.img"), content, rng, web.env))
+    assert "Traceback" not in (tmp_path / "proxy.log").read_text()
+
+
+def test_nor_with_an_origin_in_ceph(tmp_path: Path, disk: Disk, seed: int, ceph: SharedCeph) -> None:
+    rng = random.Random(seed)
+    content = rng.randbytes(SIZE)
+    fail_for(SECONDS / 3, Machine(disk, tmp_path, ceph.make(content).uri(), content, rng))
+    assert "Traceback" not in (tmp_path / "proxy.log").read_text()
+
+
+def fail_for(seconds: float, machine: Machine) -> None:
+    rounds, until = int(os.environ.get("XNBD_ROUNDS", 0)), time.monotonic() + seconds
     try:
         machine.begin()
         while machine.failures < rounds if rounds else time.monotonic() < until:
@@ -256,8 +290,6 @@ def test_nothing_flushed_is_lost_when_the_power_fails(start: Start, tmp_path: Pa
         if machine.boot is not None:
             machine.boot.die()
         print(f"{machine.failures} power failures")
-    assert "Traceback" not in (tmp_path / "proxy.log").read_text()
-    assert image.read_bytes() == content
 
 
 def test_after_a_switch_all_blocks_are_known_to_be_there(start: Start, tmp_path: Path, disk: Disk, seed: int) -> None:
@@ -266,7 +298,7 @@ def test_after_a_switch_all_blocks_are_known_to_be_there(start: Start, tmp_path:
     content = rng.randbytes(SIZE)
     image.write_bytes(content)
     origin = start("--target", "--readonly", image)
-    machine = Machine(disk, tmp_path, origin, content, rng)
+    machine = Machine(disk, tmp_path, origin.uri, content, rng)
     try:
         machine.begin()
         machine.switch()

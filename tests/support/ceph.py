@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import uuid
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -38,15 +38,16 @@ ms bind msgr1 = false
 ms async op threads = 1
 pid file = {where}/$name.pid
 log file = {where}/$name.log
-admin socket = {where}/$name.asok
 run dir = {where}
 crash dir = {where}/crash
 setuser match path =
 [mon]
+admin socket = {where}/$name.asok
 mon data = {where}/mon
 mon initial members = a
 mon cluster log file = {where}/cluster.log
 [osd]
+admin socket = {where}/$name.asok
 osd data = {where}/osd
 osd objectstore = memstore
 memstore device bytes = 1G
@@ -56,9 +57,13 @@ osd class default list = *
 
 
 class Ceph:
-    """A context in which the cluster runs, with its files in *where*; ``s3()`` adds the gateway."""
+    """A context in which the cluster runs, with its files in *where*; ``s3()`` adds the gateway.
+
+    ``osd`` is the process that has the data.
+    """
 
     def __init__(self, where: Path) -> None:
+        self.osd = 0
         self._where = where
         self.configuration = where / "ceph.conf"
         self._programs: List[subprocess.Popen[bytes]] = []
@@ -97,7 +102,7 @@ class Ceph:
         with (self._where / "keyring").open("a") as keyring:
             keyring.write(key)
         self.run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", identity)
-        self.start("ceph-osd", "-f", "-i", "0")
+        self.osd = self.start("ceph-osd", "-f", "-i", "0")
         wait_until(lambda: "1 up" in self.run("ceph", "osd", "stat"), "the OSD", START)
 
     def s3(self, access_key: str, secret_key: str) -> str:
@@ -111,26 +116,20 @@ class Ceph:
 
     def run(self, *words: object) -> str:
         """Run a program of Ceph to its end: its output."""
-        done = subprocess.run(
-            list(map(str, words)),
-            env=self._env(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=START,
-        )
-        assert done.returncode == 0, f"{words}: {done.stderr}"
-        return done.stdout
+        return run_ceph(self.configuration, *words)
 
-    def start(self, *words: object) -> None:
+    def start(self, *words: object) -> int:
+        """Start a daemon: its process id."""
         with (self._where / "output").open("ab") as output:
             program = subprocess.Popen(
-                list(map(str, words)), env=self._env(), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                list(map(str, words)),
+                env=_env(self.configuration),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
         self._programs.append(program)
-
-    def _env(self) -> Dict[str, str]:
-        return {"CEPH_CONF": str(self.configuration), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        return program.pid
 
     def stop(self) -> None:
         for program in reversed(self._programs):
@@ -141,6 +140,19 @@ class Ceph:
             except subprocess.TimeoutExpired:
                 program.kill()
                 program.wait()
+
+
+def run_ceph(configuration: Path, *words: object, content: Optional[bytes] = None) -> str:
+    """Run a program of Ceph, which has *content* on its standard input, to its end: its output."""
+    done = subprocess.run(
+        list(map(str, words)), env=_env(configuration), input=content or b"", capture_output=True, timeout=START
+    )
+    assert done.returncode == 0, f"{words}: {done.stderr.decode()}"
+    return done.stdout.decode()
+
+
+def _env(configuration: Path) -> Dict[str, str]:
+    return {"CEPH_CONF": str(configuration), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 
 
 def answers(url: str) -> bool:

@@ -33,8 +33,8 @@ Commands:
                         was fetched, fetch damaged blocks again, and wait for
                         it. Ctrl-C stops that and nothing else.
   -r, --reconnect       Use the disk at REMOTE_HOST REMOTE_PORT, or at a URI
-                        (nbd://, https://, s3://, ...), as origin, instead of
-                        all former ones.
+                        (nbd://, https://, s3://, rbd:...), as origin, instead
+                        of all former ones.
   --snapshot            Make an image of the disk as it is now, and print its
                         path. A proxy has to be switched first.
   --upgrade             Have the server become the xnbd-server that is installed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Mapping, NamedTuple, Optional
 
 from ..errors import ConfigurationError
-from ..origin.address import parse_origin, with_others
+from ..origin.address import is_uri, parse_origin, with_others
 from ..origin.base import OriginAddress
 from ..proxy.fetch_queue import PIECE
 from ..proxy.image import DEFAULT_READAHEAD
@@ -71,7 +71,7 @@ def _origin(line: CommandLine) -> OriginAddress:
     uri, name = line.text("REMOTE_URI"), line.text("--target-exportname")
     if uri is None:
         return parse_origin(line.needed("REMOTE_HOST"), line.needed("REMOTE_PORT"), name)
-    if "://" not in uri:
+    if not is_uri(uri):
         raise ConfigurationError(
             f"{uri} is no URI; with a host the arguments are REMOTE_HOST REMOTE_PORT CACHE_DISK_IMAGE "
             "CACHE_BITMAP_IMAGE CONTROL_SOCKET_PATH",

@@ -19,13 +19,14 @@ Mode options:
                         clients write goes to a file without a name, which is
                         gone when the server ends.
   -p, --proxy           Serve the disk of another NBD server, REMOTE_HOST
-                        REMOTE_PORT or an NBD URI, or of a web server or an
-                        object store: https://HOST/PATH, s3://BUCKET/KEY,
-                        gs://BUCKET/KEY, az://CONTAINER/KEY. What clients read
-                        is kept in CACHE_DISK_IMAGE, and so is what they write,
-                        which never goes to the other server. The files are made
-                        if they are not there. xnbd-bgctl steers the proxy
-                        through CONTROL_SOCKET_PATH.
+                        REMOTE_PORT or an NBD URI, or of a web server, an object
+                        store or Ceph: https://HOST/PATH, s3://BUCKET/KEY,
+                        gs://BUCKET/KEY, az://CONTAINER/KEY,
+                        rbd:POOL/IMAGE@SNAPSHOT. What clients read is kept in
+                        CACHE_DISK_IMAGE, and so is what they write, which never
+                        goes to the other server. The files are made if they are
+                        not there. xnbd-bgctl steers the proxy through
+                        CONTROL_SOCKET_PATH.
 
 Listening options:
   -l, --lport PORT      TCP port (default: 8520); 0 picks a free one.
@@ -109,7 +110,8 @@ Proxy options:
                         ahead (default: 8M).
   --fetch-size SIZE     Ask the other server for so much at once, at least,
                         where so much is missing: 4K, 8K, ... 256K (default: 4K
-                        of an NBD server, 256K of a web server or a store).
+                        of an NBD server, 64K of Ceph, 256K of a web server or
+                        a store).
   --connect-timeout SECONDS
                         Try so long to reach the other server, then again
                         (default: 10).

@@ -36,8 +36,8 @@ Commands:
   --add-target          Serve FILE, a disk image or a block device, under NAME.
   -a, --add             The same, with FILE as it stands there as its name.
   --add-proxy           Serve the disk of another server, at REMOTE_HOST
-                        REMOTE_PORT or a URI (nbd://, https://, s3://, ...),
-                        under NAME; cache it here.
+                        REMOTE_PORT or a URI (nbd://, https://, s3://, rbd:,
+                        ...), under NAME; cache it here.
   --remove-by-exportname
                         Refuse new clients of NAME; the connected ones stay.
   --remove-by-file      The same for all exports whose disk or cache image is

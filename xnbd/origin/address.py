@@ -30,14 +30,24 @@ def _objects() -> Parse:
     return parse_uri
 
 
+def _rbd() -> Parse:
+    from .rbd.address import parse_uri
+
+    return parse_uri
+
+
 SCHEMES: Dict[str, Callable[[], Parse]] = {
     **dict.fromkeys(("nbd", "nbd+unix", "nbds", "nbds+unix"), _nbd),
     **dict.fromkeys(("http", "https", "s3", "gs", "az"), _objects),
+    "rbd": _rbd,
 }
 """What imports the kind of origin that a scheme stands for."""
 
 _BETWEEN = re.compile(r" (?=[a-z][a-z0-9+.-]*:)")
 """Between the addresses of one disk that lies in several places."""
+
+_WITHOUT_HOST = ("rbd",)
+"""Schemes that no // follows."""
 
 
 def parse_origin(host_or_uri: str, port: Optional[str] = None, export_name: Optional[str] = None) -> OriginAddress:
@@ -66,14 +76,13 @@ def with_others(address: OriginAddress, uris: Sequence[str]) -> OriginAddress:
 
 
 def _parse(host_or_uri: str, port: Optional[str], export_name: Optional[str]) -> OriginAddress:
-    scheme, separator, _ = host_or_uri.partition("://")
-    if not separator:
+    if not is_uri(host_or_uri):
         from .nbd.address import parse_host
 
         return parse_host(host_or_uri, port, export_name)
-    scheme = scheme.lower()
+    scheme = host_or_uri.partition(":")[0].lower()
     if scheme not in SCHEMES:
-        raise wrong(host_or_uri, f"expected a URI that begins with {' or '.join(f'{known}://' for known in SCHEMES)}")
+        raise wrong(host_or_uri, f"expected a URI that begins with {' or '.join(map(beginning, SCHEMES))}")
     return SCHEMES[scheme]()(host_or_uri, port, export_name)
 
 
@@ -81,6 +90,16 @@ def members_of(address: OriginAddress) -> List[OriginAddress]:
     """The addresses of the places in which the disk at *address* lies, of which there is one mostly."""
     members = _BETWEEN.split(str(address))
     return [address] if len(members) == 1 else [parse_origin(member) for member in members]
+
+
+def is_uri(text: str) -> bool:
+    """Whether *text*, an origin as it stands on a command line, is a URI, perhaps a wrong one, and no host."""
+    return "://" in text or (text.partition(":")[0].lower() in _WITHOUT_HOST and ":" in text)
+
+
+def beginning(scheme: str) -> str:
+    """How a URI of this *scheme* begins."""
+    return f"{scheme}:" if scheme in _WITHOUT_HOST else f"{scheme}://"
 
 
 def place_of(address: str) -> str:

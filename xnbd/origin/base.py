@@ -272,7 +272,7 @@ class OriginAddress(Protocol):
         """
 
     def warnings(self) -> List[str]:
-        """What will soon keep this computer from getting there, in lines for the operator."""
+        """What will soon keep this computer from getting there, or is no good there, in lines for the operator."""
 
     def open(self, sink: Sink, terms: Terms) -> Origin:
         """The origin at this address, yet to be started. Imports what it needs; may raise `OSError`."""

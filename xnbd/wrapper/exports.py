@@ -9,7 +9,7 @@ import os
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, Union
 
 from ..errors import ConfigurationError
-from ..origin.address import parse_origin
+from ..origin.address import is_uri, parse_origin
 from ..origin.base import OriginAddress
 from ..origin.nbd.address import NbdAddress
 from ..protocol.constants import MAXIMUM_STRING
@@ -93,7 +93,7 @@ def _fields_of_uri(values: Dict[str, str]) -> Dict[str, str]:
     uri, name = values["remote_uri"], values.get("remote_export_name")
     if "remote_host" in values or "remote_port" in values:
         raise ConfigurationError("'remote_uri' stands in place of 'remote_host' and 'remote_port'")
-    if "://" not in uri:
+    if not is_uri(uri):
         raise ConfigurationError(f"{uri}: expected an NBD URI like nbd+unix:///name?socket=PATH")
     address = parse_origin(uri, None, name or None)
     if not isinstance(address, NbdAddress) or address.unix_path or address.encryption:
@@ -109,7 +109,7 @@ def _checked(export: StoredExport) -> StoredExport:
     if isinstance(export, ProxyExport):
         if len(set(paths_of(export).values())) != len(_PATHS):
             raise ConfigurationError("cache, bitmap and control socket have to be three different files")
-        if "://" in export.remote_host:
+        if is_uri(export.remote_host):
             raise ConfigurationError(f"{export.remote_host}: a host's name or address is wanted here, not a URI")
         str(export.origin)
     return export

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 XNBD_SERVER = [sys.executable, str(ROOT / "bin" / "xnbd-server")]
 XNBD_BGCTL = [sys.executable, str(ROOT / "bin" / "xnbd-bgctl")]
 LIMIT_SOURCE = ROOT / "contrib" / "bench" / "limit.c"
+_CEPH = [sys.executable, str(ROOT / "contrib" / "bench" / "cephorigin.py")]
 _RELAY = [sys.executable, str(ROOT / "contrib" / "bench" / "wanrelay.py")]
 
 ORIGIN_SIZE = 256 << 20
@@ -88,7 +89,7 @@ class Flavour(NamedTuple):
     stay in the foreground: they write ``Place.pid_file``. ``origin`` is the flavour
     that a proxy or a relay has behind it, and which is kept running. ``version`` is
     empty where another flavour's says it. ``compiled`` is for what the benchmark
-    brings along in C. A server with ``tls`` accepts nobody who does not use it, one with ``web`` speaks HTTP.
+    brings along in C. A server with ``tls`` accepts nobody who does not use it, one with ``foreign`` speaks no NBD.
     """
 
     command: Callable[[Place], List[str]]
@@ -100,7 +101,7 @@ class Flavour(NamedTuple):
     origin: str = ""
     compiled: bool = False
     tls: bool = False
-    web: bool = False
+    foreign: bool = False
 
 
 def _xnbd(place: Place) -> List[str]:
@@ -240,9 +241,37 @@ def _nbdkit_cache_web(place: Place) -> List[str]:
     return ["env", f"TMPDIR={place.directory}", *_nbdkit_listening(place), "--filter=cache", *origin]
 
 
-def _qemu_nbd_copy_on_read(place: Place) -> List[str]:
+def _ceph(place: Place) -> List[str]:
+    return [*_CEPH, str(place.port), str(place.directory / "ceph"), str(place.image)]
+
+
+def _ceph_configuration(place: Place) -> Path:
+    return place.directory.parent / "rbd-origin" / "ceph" / "ceph.conf"
+
+
+def _xnbd_proxy_rbd(place: Place) -> List[str]:
+    files = [str(place.directory / "cache"), str(place.directory / "bitmap"), str(place.control_socket)]
+    origin = f"rbd:rbd/disk@snap?conf={_ceph_configuration(place)}"
+    return [*XNBD_SERVER, "--proxy", "--quiet", *_xnbd_listening(place), origin, *files]
+
+
+def _qemu_nbd_rbd(place: Place) -> List[str]:
+    """It keeps nothing."""
+    return [*_qemu_nbd_listening(place), "--read-only", "--format=raw", _qemu_rbd_disk(place)]
+
+
+def _qemu_rbd_disk(place: Place) -> str:
+    return f"rbd:rbd/disk@snap:id=admin:conf={_ceph_configuration(place)}"
+
+
+def _qemu_nbd_cor_rbd(place: Place) -> List[str]:
+    return _qemu_nbd_copy_on_read(place, _qemu_rbd_disk(place))
+
+
+def _qemu_nbd_copy_on_read(place: Place, disk: str = "") -> List[str]:
+    """It keeps what is read of *disk*, by default the NBD server behind it."""
     overlay = place.directory / "overlay.qcow2"
-    backing = ["-F", "raw", "-b", f"nbd://127.0.0.1:{place.origin_port}/"]
+    backing = ["-F", "raw", "-b", disk or f"nbd://127.0.0.1:{place.origin_port}/"]
     create = ["qemu-img", "create", "-q", "-f", "qcow2", *backing, str(overlay)]
     made = subprocess.run(create, capture_output=True, text=True, timeout=60)
     if made.returncode:
@@ -337,13 +366,17 @@ FLAVOURS: Dict[str, Flavour] = {
     "tls-origin": Flavour(_origin(ORIGIN_SIZE, _xnbd_tls), _XNBD_VERSION, tls=True),
     "xnbd-proxy-tls": Flavour(_xnbd_proxy_tls, _XNBD_VERSION, fresh=True, origin="tls-origin"),
     "nbdkit-cache-tls": Flavour(_nbdkit_cache_tls, _NBDKIT_VERSION, "nbdkit", fresh=True, origin="tls-origin"),
-    "web-origin": Flavour(_origin(ORIGIN_SIZE, _nginx), _NGINX_VERSION, "nginx-light", web=True),
+    "web-origin": Flavour(_origin(ORIGIN_SIZE, _nginx), _NGINX_VERSION, "nginx-light", foreign=True),
     "xnbd-proxy-web": Flavour(_xnbd_proxy_web, _XNBD_VERSION, fresh=True, origin="web-origin"),
     "nbdkit-cache-web": Flavour(_nbdkit_cache_web, _NBDKIT_VERSION, "nbdkit", fresh=True, origin="web-origin"),
-    "web-small-origin": Flavour(_origin(SMALL_ORIGIN_SIZE, _nginx), _NGINX_VERSION, "nginx-light", web=True),
+    "web-small-origin": Flavour(_origin(SMALL_ORIGIN_SIZE, _nginx), _NGINX_VERSION, "nginx-light", foreign=True),
     "web-slow-origin": Flavour(
-        _link("--delay", ONE_WAY_DELAY, "--rate", SLOW_RATE), [], origin="web-small-origin", web=True
+        _link("--delay", ONE_WAY_DELAY, "--rate", SLOW_RATE), [], origin="web-small-origin", foreign=True
     ),
+    "rbd-origin": Flavour(_origin(ORIGIN_SIZE, _ceph), ["ceph-osd", "--version"], "ceph-osd", foreign=True),
+    "xnbd-proxy-rbd": Flavour(_xnbd_proxy_rbd, _XNBD_VERSION, fresh=True, origin="rbd-origin"),
+    "qemu-nbd-cor-rbd": Flavour(_qemu_nbd_cor_rbd, _QEMU_NBD_VERSION, "qemu-utils", fresh=True, origin="rbd-origin"),
+    "qemu-nbd-rbd": Flavour(_qemu_nbd_rbd, _QEMU_NBD_VERSION, "qemu-utils", fresh=True, origin="rbd-origin"),
     "xnbd-proxy-web-slow": Flavour(_xnbd_proxy_web, _XNBD_VERSION, fresh=True, origin="web-slow-origin"),
 }
 

@@ -125,6 +125,16 @@ def web(name: str, title: str, unit: Unit, goal: Goal, probe: Cold, subject: Opt
     return Measurement(name, title, unit, goal, contenders)
 
 
+def rbd(name: str, title: str, unit: Unit, goal: Goal, probe: Cold, subject: Optional[Probe] = None) -> Measurement:
+    """*probe* of new proxies of an image in Ceph, of which ours may have a *subject*; and without a cache."""
+    contenders = {
+        "xnbd-proxy": Contender("xnbd-proxy-rbd", subject or probe),
+        "qemu-nbd-cor": Contender("qemu-nbd-cor-rbd", probe),
+        "qemu-nbd": Contender("qemu-nbd-rbd", probe),
+    }
+    return Measurement(name, title, unit, goal, contenders, references=("qemu-nbd",))
+
+
 def warm(name: str, title: str, unit: Unit, load: Load) -> Measurement:
     """A proxy that has everything, beside a plain target on the same data."""
     probe = Warmed(load)
@@ -319,6 +329,17 @@ MEASUREMENTS: List[Measurement] = [
         at_most(80),
         BusyMemory(Cold()),
         "xnbd-proxy-web",
+    ),
+    rbd("proxy-rbd-read", "cold read 256 KiB, 8 in flight, from Ceph", "MB/s", ratio(2.0), Cold()),
+    rbd("proxy-rbd-randread", "cold random read 4 KiB, 32 in flight, from there", "iops", ratio(1.2), _COLD_RANDOM),
+    rbd("proxy-rbd-cache-all", "--cache-all from there; others: cold read", "MB/s", ratio(2.0), Cold(), CacheAll()),
+    proxy_alone(
+        "proxy-rbd-memory",
+        "cold read from Ceph, memory of the worker",
+        "MiB",
+        at_most(80),
+        BusyMemory(Cold()),
+        "xnbd-proxy-rbd",
     ),
 ]
 

@@ -16,7 +16,7 @@ import psutil
 from .errors import ProbeFailed
 from .flavours import FLAVOURS, Flavour, Place
 
-START_TIME = 20.0
+START_TIME = 60.0
 STOP_TIME = 10.0
 POLL = 0.02
 
@@ -128,7 +128,7 @@ class Server:
     def _greets(self) -> bool:
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=5) as sock:
-                if self._flavour.web:
+                if self._flavour.foreign:
                     return True
                 return sock.recv(8, socket.MSG_WAITALL) == b"NBDMAGIC"
         except OSError:

@@ -7,6 +7,7 @@
   So is one that sends the whole object where a range is wanted.
 - How many reads are under way at once follows from how long they take: what shares a slow line comes at
   the end only, all at once, and would pass for silence. obstore tells of no part of a reply.
+- Threads make the calls, because they are cheaper than obstore's coroutines (``contrib/doc/performance.rst``).
 - What may pass by itself is asked for again, after a pause that grows. The origin is lost if that has
   happened `_ATTEMPTS` times to a read, and nothing else was answered meanwhile.
 """
@@ -21,9 +22,9 @@ from time import monotonic
 from typing import Any, Deque, Dict, List, NamedTuple, NoReturn, Optional, Tuple, Union
 
 from ..base import BLOCK, Data, Origin, OriginLost, Sink, Terms
+from ..pool import Pool
 from .address import ObjectAddress
 from .failures import Failure, Kind, failure_of
-from .pool import Pool
 from .store import open_store
 
 _MAXIMUM_READ = 1 << 20

@@ -1,7 +1,6 @@
-"""Threads that make the calls of obstore, which wait, for an origin that must not.
+"""Threads that make calls which wait, for an origin that must not; and how what threads have comes to the loop.
 
-Threads, because they are cheaper than obstore's coroutines (``contrib/doc/performance.rst``). A call
-cannot be broken off. So `Pool.close` waits for none: a thread that is in a call ends after it, and
+A call cannot be broken off. So `Pool.close` waits for none: a thread that is in a call ends after it, and
 hands its result to nobody.
 """
 
@@ -18,20 +17,56 @@ from typing import Callable, Deque, Generic, List, Optional, Tuple, TypeVar
 T = TypeVar("T")
 
 
-class Pool(Generic[T]):
-    """At most *most* threads, each of which is started when all others are in a call. Used by one thread."""
+class Inbox(Generic[T]):
+    """Results with their numbers. Any thread may `put` one; all else is for the thread that takes them."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._jobs: SimpleQueue[Optional[Tuple[int, Callable[[], T]]]] = SimpleQueue()
+    def __init__(self) -> None:
         self._results: Deque[Tuple[int, T]] = deque()
         self._bell = _Bell()
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when there are results."""
+        return self._bell.reading
+
+    @property
+    def is_closed(self) -> bool:
+        return self._bell.is_closed
+
+    def put(self, number: int, result: T) -> None:
+        """Nobody has it if the inbox is closed."""
+        self._results.append((number, result))
+        self._bell.ring()
+
+    def take(self) -> List[Tuple[int, T]]:
+        """The results that have come since the last time."""
+        self._bell.silence()
+        taken = []
+        while self._results:
+            taken.append(self._results.popleft())
+        return taken
+
+    def close(self) -> None:
+        """Twice does nothing more."""
+        self._bell.close()
+
+
+class Pool(Generic[T]):
+    """At most *most* threads, each of which is started when all others are in a call. Used by one thread.
+
+    Each thread calls *at_end* before it ends, after `close` and after the call that it is in.
+    """
+
+    def __init__(self, most: int, at_end: Callable[[], None] = lambda: None) -> None:
+        self._most = most
+        self._at_end = at_end
+        self._jobs: SimpleQueue[Optional[Tuple[int, Callable[[], T]]]] = SimpleQueue()
+        self._inbox: Inbox[T] = Inbox()
         self._threads = 0
         self._calls = 0
 
     def fileno(self) -> int:
         """A descriptor that is readable when there are results."""
-        return self._bell.reading
+        return self._inbox.fileno()
 
     def call(self, number: int, job: Callable[[], T]) -> None:
         """Have a thread call *job*, which raises nothing; its result comes with *number*.
@@ -45,22 +80,19 @@ class Pool(Generic[T]):
 
     def take(self) -> List[Tuple[int, T]]:
         """The results that have come since the last time."""
-        self._bell.silence()
-        taken = []
-        while self._results:
-            taken.append(self._results.popleft())
+        taken = self._inbox.take()
         self._calls -= len(taken)
         return taken
 
     def close(self) -> None:
         """Forget all calls; twice does nothing more."""
-        self._bell.close()
+        self._inbox.close()
         for _ in range(self._threads):
             self._jobs.put(None)
         self._threads = 0
 
     def _start(self) -> None:
-        """The thread takes no signal, and neither do those that obstore starts in it."""
+        """The thread takes no signal, and neither do those that a library starts in it."""
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             threading.Thread(target=self._live, daemon=True).start()
@@ -74,12 +106,11 @@ class Pool(Generic[T]):
     def _live(self) -> None:
         while True:
             job = self._jobs.get()
-            if job is None or self._bell.is_closed:
+            if job is None or self._inbox.is_closed:
+                self._at_end()
                 return
             number, call = job
-            result = call()
-            self._results.append((number, result))
-            self._bell.ring()
+            self._inbox.put(number, call())
 
 
 class _Bell:

@@ -1,4 +1,4 @@
-"""The threads that make the calls of obstore."""
+"""The threads that make calls which wait, for an origin."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from queue import SimpleQueue
 from typing import Iterator, List, Tuple
 
 import pytest
+from server_process import wait_until
 
-from xnbd.origin.objects.pool import Pool
+from xnbd.origin.pool import Inbox, Pool
 
 
 @pytest.fixture
@@ -44,8 +45,16 @@ def test_there_are_as_many_threads_as_calls_and_no_more_than_allowed(pool: Pool[
     go = threading.Event()
     pool.call(0, threading.get_ident)
     ((_, first),) = collect(pool, 1)
+    entered: List[int] = []
+
+    def wait() -> int:
+        entered.append(1)
+        go.wait(30)
+        return threading.get_ident()
+
     for number in range(9):
-        pool.call(number, lambda: go.wait(30) and threading.get_ident())
+        pool.call(number, wait)
+    wait_until(lambda: len(entered) == 4, "the threads")
     go.set()
     used = {thread for _, thread in collect(pool, 9)}
     assert len(used) == 4
@@ -77,3 +86,26 @@ def test_a_call_that_ends_after_the_close_writes_to_nobodys_file(pool: Pool[int]
         os.read(reading, 1)
     os.close(reading)
     os.close(writing)
+
+
+def test_each_thread_ends_with_what_it_was_told() -> None:
+    go = threading.Event()
+    told: List[str] = []
+    other: Pool[int] = Pool(1, at_end=lambda: told.append("end"))
+    other.call(0, lambda: told.append("call") or int(go.wait(30)))  # type: ignore[func-returns-value]
+    other.call(1, lambda: told.append("forgotten") or 1)  # type: ignore[func-returns-value]
+    wait_until(lambda: bool(told), "the call")
+    other.close()
+    go.set()
+    wait_until(lambda: len(told) == 2, "the end")
+    assert told == ["call", "end"]
+
+
+def test_what_is_put_into_a_closed_inbox_is_nobodys() -> None:
+    inbox: Inbox[str] = Inbox()
+    inbox.put(3, "three")
+    assert select.select([inbox.fileno()], [], [], 0)[0]
+    assert inbox.take() == [(3, "three")]
+    inbox.close()
+    inbox.put(4, "four")
+    inbox.close()

@@ -1,0 +1,404 @@
+"""A proxy of an image in Ceph: a real cluster, its loss, its rights, its holes, and snapshots that go away."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Dict, List
+
+import nbd
+import pytest
+from caching import BLOCK, CacheFiles, Reading, ask, bgctl, connect, query
+from conftest import MIB, Start, StartWrapper
+from launch import fails
+from ledger import Crowd, Ledger
+from model import Model, read_all
+from server_process import Server, command, title_of, wait_until
+from shared_ceph import POOL, READER, READING, Image, SharedCeph
+
+SIZE = 13 * MIB + 1234
+HOLE, HOLE_END = 4 * MIB, 8 * MIB
+"""The second object of the image is not there."""
+
+
+@pytest.fixture(scope="module")
+def disk() -> bytes:
+    noise = random.Random(23).randbytes(SIZE)
+    return noise[:HOLE] + bytes(HOLE_END - HOLE) + noise[HOLE_END:]
+
+
+@pytest.fixture(scope="module")
+def image(ceph: SharedCeph, disk: bytes) -> Image:
+    """For tests that leave it as it is."""
+    return ceph.make(disk)
+
+
+@pytest.fixture
+def proxy(start: Start, files: CacheFiles, image: Image) -> Server:
+    return start(*files.arguments(image.uri()))
+
+
+def test_two_servers_on_one_cache_agree_with_the_copy(
+    start: Start, tmp_path: Path, files: CacheFiles, proxy: Server, image: Image, disk: bytes, seed: int
+) -> None:
+    rng = random.Random(seed)
+    second = tmp_path / "control2"
+    other = start(*files.arguments(image.uri(), "--fetch-size", rng.choice(("4K", "64K", "256K")), control=second))
+    clients = [connect(server.uri) for server in (proxy, other, proxy, other)]
+    model = Model(clients, disk, rng)
+    model.play(30)
+    assert ask(second, "cache-all", wait=False)["done"]
+    model.run(30)
+    for client in clients:
+        client.shutdown()
+    for server in (proxy, other):
+        server.stop()
+    assert files.is_clean()
+    again = start(*files.arguments(image.uri()))
+    assert read_all(connect(again.uri)) == model.content
+
+
+def test_a_switch_under_load_is_seen_by_nobody(
+    ceph: SharedCeph, files: CacheFiles, proxy: Server, disk: bytes, seed: int
+) -> None:
+    ledger = Ledger(disk[: SIZE // 512 * 512])
+    crowd = Crowd([proxy.uri], 5, ledger, random.Random(seed))
+    crowd.wait_for(50)
+    bgctl("--cache-all", files.control)
+    bgctl("--switch", files.control)
+    with ceph.stalled():
+        crowd.wait_for(50)
+        crowd.finish()
+        assert query(files.control)["mode"] == "target"
+        ledger.check_files(files.image, files.bitmap)
+        assert read_all(connect(proxy.uri))[: len(ledger.base)] == ledger.base
+
+
+def test_a_wrapper_serves_it(start_wrapper: StartWrapper, files: CacheFiles, image: Image, disk: bytes) -> None:
+    wrapper = start_wrapper()
+    wrapper.ctl("--add-proxy", "disk", image.uri(), files.image, files.bitmap, files.control)
+    client = connect(wrapper.uri("disk"))
+    assert read_all(client) == disk
+    assert image.uri() in wrapper.ctl("--list")
+    client.shutdown()
+
+
+def test_an_upgrade_under_a_client_is_not_noticed(files: CacheFiles, proxy: Server, disk: bytes) -> None:
+    client = connect(proxy.uri)
+    assert client.pread(BLOCK, 0) == disk[:BLOCK]
+    bgctl("--upgrade", files.control)
+    assert read_all(client) == disk
+
+
+def test_a_server_of_one_client_reads_it(files: CacheFiles, tmp_path: Path, image: Image, disk: bytes) -> None:
+    client, log = nbd.NBD(), tmp_path / "inetd.log"
+    client.connect_command(command(*files.arguments(image.uri(), "--inetd", "--logpath", log)))
+    assert read_all(client) == disk
+    client.shutdown()
+    wait_until(files.is_clean, "the end of the server")
+    assert " ERROR: " not in log.read_text()
+
+
+def test_a_proxy_moves_between_an_nbd_server_and_an_image(
+    start: Start, tmp_path: Path, files: CacheFiles, image: Image, disk: bytes
+) -> None:
+    path = tmp_path / "origin.img"
+    path.write_bytes(disk)
+    far = start("--target", "--readonly", path)
+    client = connect(start(*files.arguments(far.uri, "--readahead", "0")).uri)
+    client.pread(1, 0)
+    assert files.cached() == [0]
+    bgctl("--reconnect", files.control, image.uri())
+    client.pread(1, BLOCK)  # what the worker does first after a move is still as before
+    client.pread(1, MIB)
+    assert files.cached() == [0, 1, *range(256, 272)]
+    bgctl("--reconnect", files.control, far.uri)
+    client.pread(1, 2 * MIB)
+    bgctl("--reconnect", files.control, image.uri())
+    assert read_all(client) == disk
+
+
+def test_an_image_of_another_size_is_refused_on_the_way(ceph: SharedCeph, files: CacheFiles, proxy: Server) -> None:
+    answer = ask(files.control, "reconnect", uri=ceph.make(bytes(MIB)).uri())
+    assert f"has {MIB} bytes, not {SIZE}" in answer["error"]
+
+
+def test_small_requests_become_few_larger_reads(start: Start, files: CacheFiles, image: Image, disk: bytes) -> None:
+    client = connect(start(*files.arguments(image.uri(), "--readahead", "0")).uri)
+    client.pwrite(b"w" * BLOCK, 10 * BLOCK)
+    assert client.pread(BLOCK, 3 * BLOCK) == disk[3 * BLOCK : 4 * BLOCK]
+    assert files.cached() == list(range(11))
+    assert client.pread(BLOCK, 12 * BLOCK) == disk[12 * BLOCK : 13 * BLOCK]
+    assert files.cached() == list(range(16))
+    assert client.pread(BLOCK, 10 * BLOCK) == b"w" * BLOCK
+
+
+@pytest.mark.parametrize("options", [["--stripe-unit", "4096", "--stripe-count", "3"], ["--object-size", "8K"]])
+def test_all_of_a_striped_image_and_of_one_with_small_objects_comes(
+    start: Start, ceph: SharedCeph, files: CacheFiles, disk: bytes, options: List[str]
+) -> None:
+    content = disk[3 * MIB : 5 * MIB] + disk[:100]
+    proxy = start(*files.arguments(ceph.make(content, *options).uri()))
+    assert read_all(connect(proxy.uri)) == content
+    bgctl("--cache-all", files.control)
+    assert files.image.read_bytes()[: len(content)] == content
+
+
+# Who may, and what cannot be had
+
+
+def refusals(image: Image) -> Dict[str, str]:
+    uri, name = image.uri(), image.name.rpartition("/")[2]
+    return {
+        uri.replace(f"{POOL}/", "nopool/", 1): "there is no pool nopool",
+        uri.replace(name, "nobody"): f"there is no image nobody in {POOL}",
+        uri.replace(name, f"space/{name}"): f"there is no image {name} in {POOL}/space",
+        uri.replace("@snap", "@other"): "the image has no snapshot other",
+        uri.replace(f"id={READER}", "id=nobody"): "the cluster does not know client.nobody, or not by its key",
+        f"rbd:{POOL}/x@y?conf=/nowhere.conf": "/nowhere.conf cannot be read: No such file or directory",
+        f"rbd:{POOL}/x@y?conf=/etc/passwd": "/etc/passwd is no configuration of Ceph",
+    }
+
+
+def test_what_cannot_be_had_is_told_at_the_start(tmp_path: Path, image: Image) -> None:
+    for number, (uri, message) in enumerate(refusals(image).items()):
+        told = fails(*CacheFiles(tmp_path, str(number)).arguments(uri))
+        assert told == (1, f"xnbd-server: origin {uri}: {message}\n")
+
+
+def test_a_wrong_key_and_monitors_that_are_away_are_told(
+    tmp_path: Path, ceph: SharedCeph, files: CacheFiles, image: Image
+) -> None:
+    keyring = tmp_path / "keyring"
+    ceph.run("ceph-authtool", "-C", keyring, "--gen-key", "-n", f"client.{READER}")
+    uri = image.uri(conf=ceph.configure(tmp_path / "wrong.conf", keyring=keyring))
+    told = fails(*files.arguments(uri))[1]
+    assert told == f"xnbd-server: origin {uri}: the cluster does not know client.{READER}, or not by its key\n"
+    keyring.unlink()
+    told = fails(*files.arguments(uri))[1]
+    assert told == f"xnbd-server: origin {uri}: there is no keyring with a key of client.{READER} that can be read\n"
+    uri = image.uri(conf=ceph.configure(tmp_path / "away.conf", mon_host="[v2:127.0.0.1:1/0]"))
+    told = fails(*files.arguments(uri, "--connect-timeout", "1"))[1]
+    assert told.startswith(f"xnbd-server: origin {uri}: no answer ")
+    assert "within 1 s; a proxy's first start needs its origin" in told
+
+
+def test_a_client_without_rights_is_told(ceph: SharedCeph, tmp_path: Path, files: CacheFiles, image: Image) -> None:
+    uri = image.uri(conf=ceph.add_client("poor", "mon", "allow r", where=tmp_path), client="poor")
+    assert fails(*files.arguments(uri))[1] == f"xnbd-server: origin {uri}: client.poor has no right to it\n"
+
+
+def test_the_key_is_seen_nowhere(ceph: SharedCeph, files: CacheFiles, image: Image, start: Start) -> None:
+    key = ceph.run("ceph", "auth", "get-key", f"client.{READER}").strip()
+    proxy = start(*files.arguments(image.uri(), "--verbose"))
+    client = connect(proxy.uri)
+    client.pread(BLOCK, 0)
+    wait_until(proxy.busy_workers, "the worker's title")
+    processes = [proxy.pid, *proxy.workers()]
+    seen = [proxy.log(), str(query(files.control)), *map(title_of, processes)]
+    seen.append(files.state.read_bytes().decode("latin1"))
+    assert len(key) > 30
+    assert not any(key in text for text in seen)
+
+
+def test_the_tools_variables_are_heeded(start: Start, files: CacheFiles, ceph: SharedCeph, image: Image) -> None:
+    """CEPH_CONF and CEPH_ARGS."""
+    uri = image.uri().partition("?")[0] + f"?id={READER}"
+    keyring = ceph.configuration.parent / "keyring"
+    variables = {"CEPH_CONF": str(ceph.configuration), "CEPH_ARGS": f"--keyring {keyring}"}
+    assert connect(start(*files.arguments(uri), env=variables).uri).pread(1, 0)
+
+
+def test_without_the_binding_it_is_said_what_to_install(tmp_path: Path, files: CacheFiles, image: Image) -> None:
+    (tmp_path / "rados.py").write_text("raise ImportError\n")
+    told = fails(*files.arguments(image.uri()), prefix=["env", f"PYTHONPATH={tmp_path}"])[1]
+    assert "apt-get install python3-rbd (a venv sees it if it was made with --system-site-packages" in told
+    assert told.count("\n") == 1
+
+
+# Its loss
+
+
+def test_its_silence_is_told_and_its_return_ends_the_wait(
+    ceph: SharedCeph, start: Start, files: CacheFiles, image: Image, disk: bytes
+) -> None:
+    proxy = start(*files.arguments(image.uri(), "--origin-timeout", "1"))
+    client = connect(proxy.uri)
+    assert client.pread(BLOCK, 0) == disk[:BLOCK]
+    with ceph.stalled():
+        assert Reading(client, 3 * MIB, BLOCK).wait() == 5
+        proxy.wait_for_log("silent for 1 s with ")
+        assert client.pread(BLOCK, 0) == disk[:BLOCK]
+    wait_until(lambda: Reading(client, 3 * MIB, BLOCK).wait() == 0, "the origin's return")
+    assert client.pread(BLOCK, 3 * MIB) == disk[3 * MIB : 3 * MIB + BLOCK]
+    proxy.wait_for_log(f"origin {image.uri()}: answers again")
+
+
+def test_a_client_that_the_cluster_has_shut_out_comes_back(
+    start: Start, tmp_path: Path, ceph: SharedCeph, files: CacheFiles, image: Image, disk: bytes
+) -> None:
+    """As happens to clients that were away for too long: reads wait, and go on by another connection."""
+    conf = ceph.add_client("exile", *READING, where=tmp_path)
+    proxy = start(*files.arguments(image.uri(conf=conf, client="exile")))
+    client = connect(proxy.uri)
+    assert client.pread(BLOCK, 0) == disk[:BLOCK]
+    ceph.shut_out("exile")
+    assert client.pread(BLOCK, 3 * MIB) == disk[3 * MIB : 3 * MIB + BLOCK]
+    assert "the cluster has shut this client out; " in proxy.log()
+
+
+def test_cached_blocks_are_served_while_the_cluster_is_away(
+    start: Start, tmp_path: Path, ceph: SharedCeph, files: CacheFiles, image: Image, disk: bytes
+) -> None:
+    conf = ceph.configure(tmp_path / "own.conf")
+    proxy = start(*files.arguments(image.uri(conf=conf)))
+    connect(proxy.uri).pread(1, 0)
+    proxy.stop()
+    ceph.configure(conf, mon_host="[v2:127.0.0.1:1/0]")
+    again = start(*files.arguments(image.uri(conf=conf), "--connect-timeout", "1"))
+    again.wait_for_log("cached blocks are served, the others wait")
+    client = connect(again.uri)
+    assert client.pread(64 << 10, 0) == disk[: 64 << 10]
+    reading = Reading(client, 3 * MIB, BLOCK)
+    ceph.configure(conf)
+    assert reading.content() == disk[3 * MIB : 3 * MIB + BLOCK]
+
+
+# The same bytes for ever
+
+
+def test_a_removed_snapshot_is_an_error_for_what_is_missing_and_never_zeros(
+    ceph: SharedCeph, start: Start, files: CacheFiles, disk: bytes
+) -> None:
+    """Its data is gone at once where the image was written to since, and the cluster sends zeros for that."""
+    image = ceph.make(disk)
+    image.write(b"n" * MIB, 0)
+    image.write(b"n" * MIB, HOLE_END)
+    proxy = start(*files.arguments(image.uri(), "--readahead", "0"))
+    client, other = connect(proxy.uri), connect(proxy.uri)
+    assert client.pread(BLOCK, 0) == disk[:BLOCK]
+    assert client.pread(BLOCK, HOLE) == bytes(BLOCK)
+    client.pwrite(b"w" * 100, MIB)
+    image.rbd("snap", "rm", f"{image.name}@snap")
+    proxy.expected_errors = ["THE DISK THERE HAS CHANGED"]
+    assert Reading(client, HOLE_END, BLOCK).wait() == 5
+    assert Reading(other, HOLE + MIB, BLOCK).wait() == 5
+    assert client.pread(BLOCK, BLOCK) == disk[BLOCK : 2 * BLOCK]
+    assert client.pread(100, MIB) == b"w" * 100
+    assert query(files.control)["origin"]["changed"] is True
+    assert "the origin has another disk now" in bgctl("--cache-all", files.control, check=False)[2]
+    assert proxy.log().count("THE DISK THERE HAS CHANGED") == 1
+    assert "the image has no snapshot snap" in proxy.log()
+    assert HOLE_END // BLOCK not in files.cached()
+
+
+def test_another_snapshot_of_the_same_name_is_another_disk(
+    ceph: SharedCeph, start: Start, files: CacheFiles, disk: bytes
+) -> None:
+    image = ceph.make(disk)
+    proxy = start(*files.arguments(image.uri(), "--readahead", "0"))
+    assert "snapshot " in bgctl("--query", files.control)[1]
+    connect(proxy.uri).pread(1, 0)
+    proxy.stop()
+    image.rbd("snap", "rm", f"{image.name}@snap")
+    image.write(b"n" * BLOCK, 2 * MIB)
+    image.snap("snap")
+    again = start(*files.arguments(image.uri()))
+    again.expected_errors = ["THE DISK THERE HAS CHANGED"]
+    client = connect(again.uri)
+    assert client.pread(BLOCK, 0) == disk[:BLOCK]
+    assert Reading(client, 2 * MIB, BLOCK).wait() == 5
+    assert "was image " in ask(files.control, "reconnect", uri=image.uri())["error"]
+    again.stop()
+    adopted = start(*files.arguments(image.uri(), "--adopt-cache"))
+    assert connect(adopted.uri).pread(BLOCK, 2 * MIB) == b"n" * BLOCK
+
+
+def test_an_image_in_the_trash_is_gone_and_comes_back_as_the_same(
+    ceph: SharedCeph, start: Start, files: CacheFiles, disk: bytes
+) -> None:
+    image = ceph.make(disk)
+    identity = image.rbd("info", "--format", "json", image.name).partition('"id":"')[2].partition('"')[0]
+    proxy = start(*files.arguments(image.uri(), "--readahead", "0"))
+    proxy.expected_errors = ["THE DISK THERE HAS CHANGED"]
+    client = connect(proxy.uri)
+    image.rbd("trash", "mv", image.name)
+    assert Reading(client, HOLE, BLOCK).wait() == 5
+    image.rbd("trash", "restore", identity)
+    wait_until(lambda: Reading(client, HOLE, BLOCK).wait() == 0, "the image")
+    proxy.wait_for_log("the disk there is the one again that is cached")
+    assert read_all(client) == disk
+
+
+def test_of_an_image_without_a_snapshot_a_warning_tells_and_a_change_is_seen_at_a_start(
+    ceph: SharedCeph, start: Start, files: CacheFiles, disk: bytes
+) -> None:
+    image = ceph.make(disk)
+    proxy = start(*files.arguments(image.uri(""), "--readahead", "0"))
+    proxy.wait_for_log("an image without a snapshot may change under the cache")
+    assert connect(proxy.uri).pread(BLOCK, 0) == disk[:BLOCK]
+    assert "may change under the cache" in bgctl("--query", files.control)[1]
+    proxy.stop()
+
+    def is_noted() -> bool:
+        image.write(b"n" * BLOCK, 2 * MIB)
+        again = start(*files.arguments(image.uri("")))
+        again.expected_errors = ["THE DISK THERE HAS CHANGED"]
+        told = Reading(connect(again.uri), 3 * MIB, BLOCK).wait()
+        again.stop()
+        return told == 5
+
+    image.rbd("config", "image", "set", image.name, "rbd_mtime_update_interval", "1")  # not every minute only
+    wait_until(is_noted, "a later time of the last write")
+
+
+def test_zeros_that_a_parent_no_longer_has_are_not_believed(
+    ceph: SharedCeph, start: Start, files: CacheFiles, disk: bytes
+) -> None:
+    """A clone's parent is flattened and loses its own parent: who has the clone open does not notice."""
+    grand = ceph.make(disk)
+    parent = grand.clone()
+    parent.snap("snap")
+    child = parent.clone()
+    child.snap("snap")
+    proxy = start(*files.arguments(child.uri(), "--readahead", "0"))
+    client = connect(proxy.uri)
+    assert client.pread(BLOCK, 0) == disk[:BLOCK]
+    parent.rbd("flatten", parent.name)
+    grand.rbd("snap", "unprotect", f"{grand.name}@snap")
+    grand.rbd("snap", "purge", grand.name)
+    grand.rbd("rm", grand.name)
+    assert read_all(client) == disk
+    bgctl("--cache-all", files.control)
+
+
+# Holes
+
+
+def test_what_is_not_there_is_not_transferred(files: CacheFiles, proxy: Server, disk: bytes) -> None:
+    bgctl("--cache-all", files.control)
+    assert files.image.read_bytes()[:SIZE] == disk
+    assert query(files.control)["counters"]["bytes_fetched"] == SIZE - (HOLE_END - HOLE)
+    assert files.image.stat().st_blocks * 512 <= SIZE - (HOLE_END - HOLE) + MIB
+
+
+@pytest.mark.parametrize("features", ["layering", "layering,exclusive-lock,object-map,fast-diff"])
+def test_a_clone_has_its_parents_data_and_its_own_holes(
+    ceph: SharedCeph, start: Start, files: CacheFiles, disk: bytes, features: str
+) -> None:
+    """With a map of the objects, and without one."""
+    clone = ceph.make(disk).clone("--image-feature", features)
+    clone.write(b"c" * BLOCK, HOLE_END)
+    clone.snap("snap")
+    start(*files.arguments(clone.uri()))
+    bgctl("--cache-all", files.control)
+    expected = disk[:HOLE_END] + b"c" * BLOCK + disk[HOLE_END + BLOCK :]
+    assert files.image.read_bytes()[:SIZE] == expected
+    assert query(files.control)["counters"]["bytes_fetched"] == SIZE - (HOLE_END - HOLE)
+
+
+def test_zeros_that_are_read_become_holes_of_the_cache(files: CacheFiles, proxy: Server) -> None:
+    client = connect(proxy.uri)
+    assert client.pread(2 * MIB, HOLE + MIB) == bytes(2 * MIB)
+    assert set(range((HOLE + MIB) // BLOCK, (HOLE + 3 * MIB) // BLOCK)) <= set(files.cached())
+    assert files.image.stat().st_blocks == 0
