@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import closing, suppress
+from typing import List
 
 from ...errors import ConfigurationError
 from ...logs import log
@@ -109,6 +110,7 @@ class _Resumption:
         self._lived = found.boot_id == entry.header.boot_id and same_mounts
         self._switched = was_switched(entry.path, self._state_fd, entry.header.boot_id)
         self._untouched = False
+        self._different: List[int] = []  # pages
         self._facts = Facts(made=False)
 
     def run(self) -> None:
@@ -179,6 +181,7 @@ class _Resumption:
             self._facts = basis._replace(alike=True, explained=True, live_fits=has_checksum, durable_fits=has_checksum)
             return judge(self._facts)
         comparison = copies.compare(bitmap_fd, self._state_fd, self._entry.layout, told=found.version == VERSION)
+        self._different = comparison.pages
         self._facts = self._with_copies(basis, bitmap_fd, comparison)
         verdict = judge(self._facts)
         if verdict is Verdict.REFUSE:
@@ -265,8 +268,8 @@ class _Resumption:
     def _save_live(self, bitmap_fd: int) -> None:
         """Raises `OSError`."""
         state_fd, layout = self._state_fd, self._entry.layout
-        for difference in copies.differences(bitmap_fd, state_fd, layout):
-            copies.claim(state_fd, layout, difference.page)
+        for page in self._different:
+            copies.claim(state_fd, layout, page)
         sync_sums(self._entry)
         process = ProcessState(reopen(bitmap_fd, readonly=False), reopen(state_fd, readonly=False), layout)
         with closing(process):
