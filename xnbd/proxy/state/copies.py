@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from bisect import bisect_right
-from typing import Iterator, List, NamedTuple, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 from ...storage import space
 from ...storage.bitmap import count_beyond, count_bits
@@ -17,6 +18,8 @@ from .format import PAGE, Layout
 _CHUNK = 256 * PAGE
 """Read at once."""
 
+_MARK = re.compile(rb"[^\x00]")
+
 Span = Tuple[int, int]
 """The first page of some, and the end."""
 
@@ -27,17 +30,13 @@ class Region:
     That has to be found out before: what the kernel reads ahead does not count as a hole any more.
     """
 
-    def __init__(self, fd: int, layout: Layout, offset: int) -> None:
+    def __init__(self, fd: int, layout: Layout, offset: int, data: Optional[List[Span]] = None) -> None:
+        """*data*, if it is given: where to look at all."""
         self._fd = fd
         self._offset = offset
         self._size = layout.bitmap_size
-        self.data: List[Span] = []
+        self.data = _data(fd, layout, offset) if data is None else data
         """Where it may have bits, in ascending order."""
-        at = 0
-        for extent in file_extents(fd, offset, layout.bitmap_size):
-            if not extent.hole:
-                self.data.append((at // PAGE, -(-(at + extent.length) // PAGE)))
-            at += extent.length
 
     def read(self, first: int, end: int) -> bytes:
         """These pages; the last one of all may be shorter. Raises `OSError`."""
@@ -46,6 +45,15 @@ class Region:
         if (at < 0 or self.data[at][1] <= first) and (at + 1 == len(self.data) or self.data[at + 1][0] >= end):
             return bytes(stop - start)
         return space.read_exactly(self._fd, stop - start, self._offset + start)
+
+
+def _data(fd: int, layout: Layout, offset: int) -> List[Span]:
+    at, data = 0, []
+    for extent in file_extents(fd, offset, layout.bitmap_size):
+        if not extent.hole:
+            data.append((at // PAGE, -(-(at + extent.length) // PAGE)))
+        at += extent.length
+    return data
 
 
 def pieces(*regions: Region) -> Iterator[Span]:
@@ -94,16 +102,24 @@ class Comparison(NamedTuple):
         return not self.forgotten and not self.missing
 
 
-def compare(bitmap_fd: int, state_fd: int, layout: Layout, *, told: bool) -> Comparison:
+def compare(
+    bitmap_fd: int, state_fd: int, layout: Layout, *, told: bool, pages: Optional[List[int]] = None
+) -> Comparison:
     """What `differences` finds, in sum. *told*: there is a written map, so that clean blocks may have been let go."""
-    forgotten, missing, explained, pages = 0, 0, True, []
-    for difference in differences(bitmap_fd, state_fd, layout):
-        pages.append(difference.page)
+    forgotten, missing, explained, different = 0, 0, True, []
+    for difference in differences(bitmap_fd, state_fd, layout, pages):
+        different.append(difference.page)
         forgotten += difference.forgotten
         missing += difference.missing
         let_go = not difference.missing or (told and _are_clean(state_fd, layout, difference))
         explained = explained and let_go and _is_marked(state_fd, layout, difference.page)
-    return Comparison(forgotten, missing, explained, pages)
+    return Comparison(forgotten, missing, explained, different)
+
+
+def marked_pages(state_fd: int, layout: Layout) -> List[int]:
+    """Those that were changed since the last checkpoint, or that one has not saved; in ascending order."""
+    maps = [space.read_exactly(state_fd, layout.pages, start) for start in (layout.dirty, layout.claimed)]
+    return sorted({mark.start() for marks in maps for mark in _MARK.finditer(marks)})
 
 
 def _are_clean(state_fd: int, layout: Layout, difference: Difference) -> bool:
@@ -118,9 +134,12 @@ def _is_marked(state_fd: int, layout: Layout, page: int) -> bool:
     return any(mark != b"\0" for mark in marks)
 
 
-def differences(bitmap_fd: int, state_fd: int, layout: Layout) -> Iterator[Difference]:
-    """All pages that differ, by reading all of both that was ever written: some 0.1 s for a disk of 4 TiB."""
-    live_region, durable_region = Region(bitmap_fd, layout, 0), Region(state_fd, layout, layout.durable)
+def differences(
+    bitmap_fd: int, state_fd: int, layout: Layout, pages: Optional[List[int]] = None
+) -> Iterator[Difference]:
+    """Those of *pages* that differ, else of all: some 0.1 s for a disk of 4 TiB whose bits are spread over it."""
+    spans = None if pages is None else [(page, page + 1) for page in pages]
+    live_region, durable_region = Region(bitmap_fd, layout, 0, spans), Region(state_fd, layout, layout.durable, spans)
     for first, end in pieces(live_region, durable_region):
         live, durable = live_region.read(first, end), durable_region.read(first, end)
         if live == durable:
