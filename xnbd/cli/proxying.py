@@ -17,6 +17,7 @@ from ..proxy.state.belonging import is_marked_bitmap
 from ..proxy.state.known import Known, has_cached_blocks, known_state
 from ..proxy.state.opening import open_state
 from ..proxy.state.shared import SharedState
+from ..proxy.verification import Verify
 from ..storage import space
 from ..storage.image_use import BITMAPS, DISK, ImageInUse, OtherBitmap, stranger_in_the_way
 from ..storage.target import create_sparse, open_disk
@@ -71,6 +72,7 @@ def _open_state(options: ProxyOptions, cache_fd: int, size: int) -> SharedState:
             origin=str(options.origin),
             clear=options.clear,
             adopt=options.adopt,
+            thorough=options.verify is Verify.NEVER,  # else whoever reads a block looks at its bits as well
         )
     except OtherBitmap:
         raise ConfigurationError(

@@ -50,6 +50,7 @@ class Verification:
     def __init__(self, cache: TargetImage, state: ProcessState, locking: Locking, verify: Verify, name: str) -> None:
         self.counts: List[int] = new_counts()
         self._cache = cache
+        self._pages = state.pages
         self._bitmap = state.bitmap
         self._written = state.written
         self._sums = state.integrity.sums
@@ -75,6 +76,7 @@ class Verification:
 
         Raises `NotLocal` if that has to wait for another process, and `OSError`.
         """
+        self._pages.look(first, end)
         while first < end:
             unit = first - first % RUN
             stop = min(end, unit + RUN)
