@@ -209,6 +209,13 @@ def test_an_origin_among_those_that_are_given_has_to_be_the_first_one_of_before(
     assert (status, line) == (2, "xnbd-server: a disk has at most 8 origins, not 9\n")
 
 
+def test_no_password_is_taken_or_shown(files: CacheFiles) -> None:
+    status, line = fails(*files.arguments("nbd://h/d", "--origin", "https://me:secret@h/disk.raw"))
+    assert status == 2
+    assert "secret" not in line
+    assert "no user and no password belong in an address" in line
+
+
 def test_it_starts_while_one_is_away(
     start: Start, files: CacheFiles, first: NbdkitOrigin, second: NbdkitOrigin, disk: bytes
 ) -> None:

@@ -50,6 +50,9 @@ def inherit_proxy(options: ProxyOptions, packed: Mapping[str, Any]) -> ProxySour
 
 
 def _settings(options: ProxyOptions, size: int) -> ProxySettings:
+    if len(members_of(options.origin)) > 1:  # others than this process have asked them, and loaded what that takes
+        from ..origin.nbd import connection  # noqa: F401
+        from ..origin.several import origin  # noqa: F401
     return ProxySettings(
         path=options.cache_path,
         size=size,
