@@ -352,6 +352,9 @@ def test_of_an_image_without_a_snapshot_a_warning_tells_and_a_change_is_seen_at_
     assert connect(proxy.uri).pread(BLOCK, 0) == disk[:BLOCK]
     assert "may change under the cache" in bgctl("--query", files.control)[1]
     proxy.stop()
+    elsewhere = start(*files.arguments(image.uri("")), env={"TZ": "Asia/Tokyo"})
+    assert connect(elsewhere.uri).pread(BLOCK, MIB) == disk[MIB : MIB + BLOCK]
+    elsewhere.stop()
 
     def is_noted() -> bool:
         image.write(b"n" * BLOCK, 2 * MIB)
