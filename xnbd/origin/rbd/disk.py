@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import closing, contextmanager, suppress
+from datetime import timezone
 from math import ceil
 from typing import Any, Callable, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
@@ -115,7 +116,10 @@ class Disk:
             if self._address.snapshot:
                 version = f"image {image.id()}, snapshot {image.snap_get_id(self._address.snapshot)}"
             else:
-                version = f"image {image.id()}, written {image.modify_timestamp():%Y-%m-%dT%H:%M:%SZ}"
+                written = image.modify_timestamp().astimezone(
+                    timezone.utc
+                )  # local time without a zone in some versions
+                version = f"image {image.id()}, written {written:%Y-%m-%dT%H:%M:%SZ}"
             return Found(image.size(), version, image.stripe_unit())
 
     def read(self, offset: int, length: int, on_complete: Callable[[Any, Any], None]) -> None:
