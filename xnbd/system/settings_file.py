@@ -36,5 +36,5 @@ def read_whole(path: str, largest: int) -> bytes:
             raise _Unfit(errno.EINVAL, "this is no regular file", path)
         data = file.read(largest + 1)
     if len(data) > largest:
-        raise _Unfit(errno.EFBIG, f"it has more than {largest} bytes", path)
+        raise _Unfit(errno.EINVAL, f"it has more than {largest} bytes", path)
     return data
