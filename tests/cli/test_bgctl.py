@@ -850,7 +850,7 @@ def test_more_blocks_per_request_than_the_server_takes_are_cut(serve: Serve, cou
 
 @pytest.mark.parametrize("words", [["--reconnect", "x"], ["-r", "x"]], ids=" ".join)
 def test_a_senseless_command_line_is_told_the_form_that_was_meant(words: List[str]) -> None:
-    assert "expected xnbd-bgctl [options] --reconnect CONTROL_SOCKET" in fails(*words)[1]
+    assert "expected xnbd-bgctl [options] [--origin URI]... --reconnect CONTROL_SOCKET" in fails(*words)[1]
 
 
 def test_tqdm_and_psutil_are_imported_only_where_used(serve: Serve) -> None:

@@ -1,17 +1,19 @@
 """Proxies that are upgraded, and a process of theirs is killed at a system call: at worst its client is lost.
 
 No byte is wrong, no block stays locked, and what was flushed is there. Requests of the client wait for the origin
-meanwhile. The calls are drawn by chance; XNBD_ROUNDS sets how many times each kind of process is killed.
+meanwhile. A steward that dies costs no client anything, be it the old one or the next one.
+The calls are drawn by chance; XNBD_ROUNDS sets how many times each kind of process is killed.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from caching import CacheFiles, descendants
@@ -21,14 +23,35 @@ from moving import order, worker_of_only_client
 from proxies import BLOCK, Proxy
 from rawclient import FLUSH, READ, RawClient, pack_request
 from relay import Relay
-from server_process import is_alive, title_of, wait_until
+from server_process import is_alive, state_of, title_of, wait_until
 from snapshots import bgctl_command
+from upgrades import build
 
 ROUNDS = int(os.environ.get("XNBD_ROUNDS", "2"))
 WAITING = 8
 """Requests that wait for the origin."""
 
-VICTIMS = ["master", "steward", "worker", "spare"]
+VICTIMS = ["master", "steward", "next steward", "worker", "spare"]
+
+STOPPING = [
+    (
+        "server/upgrade/arrival.py",
+        "            self._start_steward()\n",
+        "            os.environ['XNBD_STOP'] = '1'\n"
+        "            self._start_steward()\n"
+        "            os.environ.pop('XNBD_STOP')\n",
+    ),
+    (
+        "server/steward/process.py",
+        "        try:\n            loop = ProcessLoop(lifeline)\n",
+        "        if os.environ.pop('XNBD_STOP', ''):\n"
+        "            os.kill(os.getpid(), 19)\n"
+        "        try:\n            loop = ProcessLoop(lifeline)\n",
+    ),
+]
+"""The steward that takes over in an upgrade stops when it was forked, so that it can be traced from the beginning."""
+
+Move = Callable[[], None]
 
 
 class Field:
@@ -40,6 +63,7 @@ class Field:
         self._line = line
         self._content = content
         self._rng = rng
+        self._next = build(directory / "next", "99.0", *STOPPING)
         self._blocks = iter(rng.sample(range(len(content) // BLOCK), len(content) // BLOCK))
         self.deaths = self.lost = 0
         self.begin()
@@ -52,9 +76,9 @@ class Field:
     def draw(self, victim: str, number: int) -> List[str]:
         """So many of the calls that a *victim* makes when all goes well, each with its death."""
         with self._client() as (client, places):
-            sufferers = self._sufferers(victim)
+            sufferers, move = self._prepare(victim)
             with listed_calls(sufferers, self._directory / "calls") as calls:
-                self._move(victim, sufferers)
+                move()
                 assert self._all_come(client, places)
         assert len(calls) > 30, calls
         return [f"{name}:signal=KILL:when={count}" for name, count in self._rng.choices(calls, k=number)]
@@ -62,12 +86,12 @@ class Field:
     def play(self, victim: str, fault: str) -> None:
         """Upgrade, and have the *victim* suffer that."""
         with self._client() as (client, places):
-            sufferers = self._sufferers(victim)
+            sufferers, move = self._prepare(victim)
             with injected(sufferers, fault):
-                self._move(victim, sufferers)
+                move()
                 lost = not self._all_come(client, places)
             died = not all(map(is_alive, sufferers))
-            assert died or not lost, (victim, fault)
+            assert (died and "steward" not in victim) or not lost, (victim, fault)
             self.deaths, self.lost = self.deaths + died, self.lost + lost
         if victim == "master" and died:
             self.proxy.server.process.wait()
@@ -89,6 +113,29 @@ class Field:
         client.request(FLUSH, cookie=1)
         assert client.simple_reply() == (0, 1, b"")
         self._content[at : at + len(data)] = data
+
+    def _prepare(self, victim: str) -> Tuple[List[int], Move]:
+        """The processes of which one may die, and what they are to do."""
+        if victim == "next steward":
+            return self._stop_next_steward()
+        sufferers = self._sufferers(victim)
+        return sufferers, lambda: self._move(victim, sufferers)
+
+    def _stop_next_steward(self) -> Tuple[List[int], Move]:
+        """In the middle of an upgrade."""
+        server, words = self.proxy.server, bgctl_command("--upgrade", "--program", self._next, self.proxy.control)
+        asking = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+        def stopped() -> List[int]:
+            return [pid for pid in server.workers() if state_of(pid) == "T"]
+
+        def go_on() -> None:
+            os.kill(pid, signal.SIGCONT)
+            assert "1 client moved" in asking.communicate()[0]
+
+        wait_until(lambda: bool(stopped()), "the next steward")
+        (pid,) = stopped()
+        return [pid], go_on
 
     def _sufferers(self, victim: str) -> List[int]:
         server = self.proxy.server

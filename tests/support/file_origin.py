@@ -57,6 +57,9 @@ class FileAddress(NamedTuple):
     def overrules(self, noted: OriginAddress) -> bool:
         return False
 
+    def common(self, version: str) -> str:
+        return ""
+
     def warnings(self) -> List[str]:
         return []
 

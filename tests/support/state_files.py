@@ -34,7 +34,9 @@ class Cache:
             file.truncate(disk_size)
         self.fd = os.open(directory / "cache", os.O_RDWR)
 
-    def open(self, *, boot: int = 1, clear: bool = False, adopt: bool = False, origin: str = ORIGIN) -> SharedState:
+    def open(
+        self, *, boot: int = 1, clear: bool = False, adopt: bool = False, origin: str = ORIGIN, thorough: bool = True
+    ) -> SharedState:
         return open_state(
             str(self.bitmap),
             self.fd,
@@ -42,6 +44,7 @@ class Cache:
             origin=origin,
             clear=clear,
             adopt=adopt,
+            thorough=thorough,
             boot_id_path=str(self.boot_id_file(boot)),
         )
 

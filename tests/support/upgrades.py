@@ -59,7 +59,6 @@ def build(directory: Path, version: str, *changes: tuple[str, str, str], name: s
     """
     for part in ("bin", "xnbd"):
         shutil.copytree(ROOT / part, directory / part, ignore=shutil.ignore_patterns("__pycache__"))
-    program = directory / "bin" / name
     own = re.search(r'__version__ = "[^"]+"', (ROOT / "xnbd/__init__.py").read_text())
     assert own is not None
     edits = [("__init__.py", own[0], f'__version__ = "{version}"'), *changes]
@@ -67,8 +66,9 @@ def build(directory: Path, version: str, *changes: tuple[str, str, str], name: s
         file = directory / "xnbd" / path
         assert file.read_text().count(before) == 1, (path, before)
         file.write_text(file.read_text().replace(before, after))
-    program.write_text(program.read_text().replace("#!/usr/bin/env python3", f"#!{PYTHON}", 1))
-    return program
+    for script in (directory / "bin").iterdir():
+        script.write_text(script.read_text().replace("#!/usr/bin/env python3", f"#!{PYTHON}", 1))
+    return directory / "bin" / name
 
 
 class Figures(NamedTuple):

@@ -11,7 +11,7 @@ from server_process import ROOT
 
 from xnbd.metrics.exposition import plain
 from xnbd.scoreboard.tally import PLACES, ROWS, Sums
-from xnbd.server.observer.figures import About, CacheNow, Exposed, families
+from xnbd.server.observer.figures import About, CacheNow, Exposed, OriginNow, families
 
 GUIDE = (ROOT / "contrib/doc/operations.rst").read_text()
 
@@ -19,11 +19,12 @@ GUIDE = (ROOT / "contrib/doc/operations.rst").read_text()
 def everything() -> Exposed:
     sums = Sums()
     sums.include({row.name: [1] * row.places for row in ROWS})
-    cache = CacheNow(1, 1, 1.0, copying=True, copied_bytes=1, reads_through=True)
+    origins = [OriginNow("nbd://a:1/", up=True, latency=0.5, sent=1)]
+    cache = CacheNow(1, 1, 1.0, copying=True, copied_bytes=1, reads_through=True, origins=origins)
     return Exposed("disk", sums, 1, 1, True, cache)
 
 
-FAMILIES = families([everything()], About("xnbd-server", os.getpid(), 1, [("file", 1.0)]))
+FAMILIES = families([everything()], About("xnbd-server", os.getpid(), 1, [("file", 1.0, 0.0)]))
 
 
 def test_promtool_finds_nothing_wrong() -> None:

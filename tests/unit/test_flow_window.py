@@ -7,7 +7,7 @@ from typing import Deque, NamedTuple, Tuple
 
 import pytest
 
-from xnbd.proxy.flow_window import FlowWindow
+from xnbd.origin.flow_window import FlowWindow
 
 PIECE = 256 << 10
 LEAST = 512 << 10

@@ -97,18 +97,57 @@ def test_one_moves_after_the_other(clock: Clock) -> None:
     assert clock.ordered == [1, 2]
 
 
+def look(moves: Moves, clock: Clock, seconds: float) -> None:
+    """Every tenth of a second."""
+    for _ in range(round(10 * seconds)):
+        clock.now += 0.1
+        moves.progress()
+
+
 def test_one_that_takes_long_holds_up_no_others(clock: Clock) -> None:
-    """As many as there are processes to go to."""
+    """As many as there are processes to go to; and after a while as many as that again."""
     crew = Roster(*range(1, 10))
     moves = Moves(crew)
-    for _ in range(20):
-        moves.progress()
-        clock.now += 0.11
+    look(moves, clock, 3)
     assert clock.ordered == [1, 2, 3, 4]
-    clock.now += 3
+    look(moves, clock, 6)
+    assert clock.ordered == [*range(1, 9)]
+    assert moves.staying == {}
+
+
+def test_patience_ends_when_nobody_has_said_anything_for_long(clock: Clock) -> None:
+    crew = Roster(1, 2)
+    moves = Moves(crew)
+    look(moves, clock, 9)
+    crew.tell(CAME)
+    look(moves, clock, 9)
+    assert moves.staying == {}
+    assert not moves.are_over
+    look(moves, clock, 2)
+    assert moves.staying == {2: "busy"}
+    crew.tell(Report(902, "client", moved_from=2))
     moves.progress()
-    assert moves.staying == {1: "busy", 2: "busy"}
-    assert clock.ordered == [1, 2, 3, 4, 5]
+    assert moves.outcome("1.0", {}).staying == {}
+
+
+def test_time_in_which_the_master_could_not_look_is_not_held_against_others(clock: Clock) -> None:
+    """It was stopped, or the computer was."""
+    crew = Roster(1)
+    moves = Moves(crew)
+    moves.progress()
+    for _ in range(5):
+        clock.now += 1000
+        moves.progress()
+    assert moves.staying == {}
+
+
+def test_who_has_failed_comes_after_all_others(clock: Clock) -> None:
+    crew = Roster(1, 2, 3)
+    moves = Moves(crew)
+    look(moves, clock, 0.1)
+    crew.tell(Report(1, "client", stays="no other process takes it"))
+    look(moves, clock, 1)
+    assert clock.ordered == [1, 2, 3, 1]
 
 
 def test_a_worker_that_is_refused_three_times_stays(clock: Clock) -> None:

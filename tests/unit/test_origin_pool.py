@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import threading
+from queue import SimpleQueue
 from typing import Iterator, List, Tuple
 
 import pytest
@@ -68,19 +69,19 @@ def test_the_threads_take_no_signal(pool: Pool[int]) -> None:
 
 
 def test_a_call_that_ends_after_the_close_writes_to_nobodys_file(pool: Pool[int]) -> None:
-    go = threading.Event()
-    threads: List[threading.Thread] = []
+    go, threads = threading.Event(), SimpleQueue[threading.Thread]()
 
-    def wait() -> int:
-        threads.append(threading.current_thread())
+    def job() -> int:
+        threads.put(threading.current_thread())
         return int(go.wait(30))
 
-    pool.call(0, wait)
-    wait_until(lambda: bool(threads), "the call")
+    pool.call(0, job)
+    thread = threads.get(timeout=30)
     pool.close()
     reading, writing = os.pipe2(os.O_NONBLOCK)  # it may have the number that the pool's pipe had
     go.set()
-    threads[0].join(30)
+    thread.join(30)
+    assert not thread.is_alive()
     with pytest.raises(BlockingIOError):
         os.read(reading, 1)
     os.close(reading)

@@ -25,6 +25,7 @@ from xnbd.scoreboard.layout import (
     COPYING,
     HEAD,
     LINE_LOCKS,
+    ORIGINS,
     PROXY,
     SNAPSHOT,
     TARGET,
@@ -368,6 +369,7 @@ def test_line_tells_of_its_process(family: Family) -> None:
             os.stat("/proc/self/ns/pid").st_ino,
             "CN=alice",
             "TLSv1.3 A kTLS",
+            origins=((0, 0),) * ORIGINS,
         )
 
 

@@ -376,3 +376,20 @@ def test_an_executed_server_serves_a_proxy_as_well(start_wrapper: StartWrapper, 
         far.wrapper.ctl("--bgctl-switch", "far")
         origin.stop()
         assert client.read(SIZE - 5000, 5000) == content[-5000:]
+
+
+def test_several_origins_of_an_export(start_wrapper: StartWrapper, start: Start, tmp_path: Path) -> None:
+    content = random.Random(4).randbytes(SIZE)
+    disk = tmp_path / "origin.img"
+    disk.write_bytes(content)
+    first, second = (start("--target", "--readonly", disk, tcp=True) for _ in range(2))
+    uris = [f"nbd://127.0.0.1:{server.port}/" for server in (first, second)]
+    far = Far(start_wrapper(), first, content, tmp_path, where=[*uris[:1], "--origin", uris[1]])
+    stored = far.wrapper.stored()["far"]
+    assert stored["remote_uri"] == " ".join(uris)
+    assert " ".join(uris) in far.wrapper.ctl("--list")
+    with far.client() as client:
+        first.stop()
+        assert client.read(MIB, 100) == content[MIB : MIB + 100]
+    far.wrapper.ctl("--bgctl-reconnect", "far", "127.0.0.1", second.port, "--origin", uris[0])
+    assert far.wrapper.stored()["far"]["remote_uri"] == " ".join(reversed(uris))

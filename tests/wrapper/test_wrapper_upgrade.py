@@ -646,7 +646,7 @@ def test_a_wrapper_without_roots_rights_is_upgraded(start_wrapper: StartWrapper)
 def test_clients_for_whom_there_is_no_process_stay(wrapper: Wrapper, tmp_path: Path) -> None:
     """The new program works, but for that."""
     faults = [
-        ("wrapper/upgrade/arrival.py", "_PATIENCE = 10.0", "_PATIENCE = 1.5"),
+        ("wrapper/upgrade/arrival.py", "_MOST_FAILURES = 10", "_MOST_FAILURES = 2"),
         ("wrapper/upgrade/movers.py", '"""Life of the process: its exit status."""', "return 1"),
     ]
     path = build(tmp_path / "next", "99.0", *faults, name="xnbd-wrapper")

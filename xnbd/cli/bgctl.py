@@ -5,8 +5,9 @@ Usage:
   xnbd-bgctl [options] (--switch | --shutdown) CONTROL_SOCKET
   xnbd-bgctl [options] (--cache-all | --cache-all2) CONTROL_SOCKET
   xnbd-bgctl [options] --scrub CONTROL_SOCKET
-  xnbd-bgctl [options] --reconnect CONTROL_SOCKET REMOTE_HOST REMOTE_PORT
-  xnbd-bgctl [options] --reconnect CONTROL_SOCKET ORIGIN_URI
+  xnbd-bgctl [options] [--origin URI]... --reconnect CONTROL_SOCKET
+             REMOTE_HOST REMOTE_PORT
+  xnbd-bgctl [options] [--origin URI]... --reconnect CONTROL_SOCKET ORIGIN_URI
   xnbd-bgctl [options] (--snapshot | --reload | --upgrade) CONTROL_SOCKET
   xnbd-bgctl [options] --limit CONTROL_SOCKET
   xnbd-bgctl [options] --top CONTROL...
@@ -32,7 +33,8 @@ Commands:
                         was fetched, fetch damaged blocks again, and wait for
                         it. Ctrl-C stops that and nothing else.
   -r, --reconnect       Use the disk at REMOTE_HOST REMOTE_PORT, or at a URI
-                        (nbd://, https://, s3://, rbd:...), as origin.
+                        (nbd://, https://, s3://, rbd:...), as origin, instead
+                        of all former ones.
   --snapshot            Make an image of the disk as it is now, and print its
                         path. A proxy has to be switched first.
   --upgrade             Have the server become the xnbd-server that is installed
@@ -77,6 +79,8 @@ Options, ignored with a warning by a command that has no use for them:
                         much as in so many seconds at once.
   --exportname NAME     With --reconnect, the export to ask the new origin for
                         (default: its default one).
+  --origin URI          With --reconnect, the same disk is there, too; may be
+                        given several times.
   --program PATH        With --upgrade, become the program at PATH instead of
                         the one that the server was started with.
   --check               With --upgrade, only say what would happen.

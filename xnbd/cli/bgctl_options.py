@@ -21,7 +21,7 @@ _OF_USE = {
     "--cache-all": (*_COPY_OPTIONS, "--progress"),
     "--cache-all2": _COPY_OPTIONS,
     "--scrub": ("--limit-rate", "--progress"),
-    "--reconnect": ("--exportname",),
+    "--reconnect": ("--exportname", "--origin"),
     "--snapshot": ("--progress",),
     "--upgrade": ("--program", "--check"),
     "--reload": (),
@@ -112,9 +112,10 @@ def _blocks_per_request(program: str, line: CommandLine) -> int:
 
 
 def _new_origin(line: CommandLine) -> Dict[str, str]:
-    from ..origin.address import parse_origin
+    from ..origin.address import parse_origin, with_others
 
     name, port = line.text("--exportname"), line.text("REMOTE_PORT")
     host_or_uri = line.text("REMOTE_HOST") or line.needed("ORIGIN_URI")
-    address = parse_origin(host_or_uri, port, name)
-    return {"host": host_or_uri, "port": port} if port else {"uri": str(address)}
+    others = line.texts("--origin")
+    address = with_others(parse_origin(host_or_uri, port, name), others)
+    return {"host": host_or_uri, "port": port} if port and not others else {"uri": str(address)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Mapping, NamedTuple, Optional
 
 from ..errors import ConfigurationError
-from ..origin.address import is_uri, parse_origin
+from ..origin.address import is_uri, parse_origin, with_others
 from ..origin.base import OriginAddress
 from ..proxy.fetch_queue import PIECE
 from ..proxy.image import DEFAULT_READAHEAD
@@ -39,7 +39,7 @@ def proxy_options(line: CommandLine, paths: Mapping[str, str]) -> ProxyOptions:
     answer = line.seconds("--origin-timeout") if line.has("--origin-timeout") else None
     readahead = line.size_or_zero("--readahead") if line.has("--readahead") else DEFAULT_READAHEAD
     return ProxyOptions(
-        origin=_origin(line),
+        origin=with_others(_origin(line), line.texts("--origin")),
         cache_path=paths["CACHE_DISK_IMAGE"],
         bitmap_path=paths["CACHE_BITMAP_IMAGE"],
         readonly=line.has("--readonly"),

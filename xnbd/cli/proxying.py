@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import ConfigurationError
 from ..logs import log
-from ..origin.address import parse_origin
+from ..origin.address import members_of, parse_origin
 from ..origin.base import OriginAddress, OriginLost
-from ..origin.probe import Found, probe
+from ..origin.probe import Found, probe_each
 from ..proxy.image import ProxySettings, ProxySource
-from ..proxy.origin_link import CHANGED
+from ..proxy.origin_link import CHANGED, contradiction
 from ..proxy.state.belonging import is_marked_bitmap
 from ..proxy.state.known import Known, has_cached_blocks, known_state
 from ..proxy.state.opening import open_state
 from ..proxy.state.shared import SharedState
+from ..proxy.verification import Verify
 from ..storage import space
 from ..storage.image_use import BITMAPS, DISK, ImageInUse, OtherBitmap, stranger_in_the_way
 from ..storage.target import create_sparse, open_disk
@@ -36,8 +37,8 @@ def open_proxy(options: ProxyOptions, *, alone: bool) -> ProxySource:
     cache_fd = _open_cache(cache_path, size, must_exist=not options.clear and has_cached_blocks(bitmap_path))
     grow = space.device_size(cache_fd) < size
     state = _open_state(options, cache_fd, size)
-    if found.version:
-        _pin(state, here, found.version, anew=options.adopt)
+    for place, version in found.versions:
+        _pin(state, place, version, anew=options.adopt)
     if grow:
         _grow(cache_fd, cache_path, size)
     return ProxySource(cache_fd, state, _settings(options, size))
@@ -49,6 +50,9 @@ def inherit_proxy(options: ProxyOptions, packed: Mapping[str, Any]) -> ProxySour
 
 
 def _settings(options: ProxyOptions, size: int) -> ProxySettings:
+    if len(members_of(options.origin)) > 1:  # others than this process have asked them, and loaded what that takes
+        from ..origin.nbd import connection  # noqa: F401
+        from ..origin.several import origin  # noqa: F401
     return ProxySettings(
         path=options.cache_path,
         size=size,
@@ -71,6 +75,7 @@ def _open_state(options: ProxyOptions, cache_fd: int, size: int) -> SharedState:
             origin=str(options.origin),
             clear=options.clear,
             adopt=options.adopt,
+            thorough=options.verify is Verify.NEVER,  # else whoever reads a block looks at its bits as well
         )
     except OtherBitmap:
         raise ConfigurationError(
@@ -85,26 +90,77 @@ def _open_state(options: ProxyOptions, cache_fd: int, size: int) -> SharedState:
         ) from None
 
 
-def _find(here: OriginAddress, known: Optional[Known], timeout: float, *, ask: bool) -> Found:
+class _Finding(NamedTuple):
+    """What there is to cache: the disk's *size* in bytes, and its version in each place that was asked and has one."""
+
+    size: int
+    versions: Sequence[Tuple[OriginAddress, str]] = ()
+
+
+def _find(here: OriginAddress, known: Optional[Known], timeout: float, *, ask: bool) -> _Finding:
     """What the origin says of the disk, or the state file if the origin is away or need not be asked."""
     if known is not None and not ask:
-        return Found(known.size)
+        return _Finding(known.size)
     for warning in here.warnings():
         log.warning("%s", warning)
-    try:
-        found = probe(here, timeout=timeout)
-    except OriginLost as lost:
-        if known is None:
-            advice = "" if lost.refused else "; a proxy's first start needs its origin"
-            raise ConfigurationError(f"{lost}{advice}") from lost
-        log.warning("%s; cached blocks are served, the others wait", lost)
-        return Found(known.size)
-    if not found.size:
-        raise ConfigurationError(f"origin {here}: its disk is empty")
-    if known is not None and found.version and found.size != known.size:
-        log.error(CHANGED, f"origin {here}: it has {found.size} bytes, not {known.size} as before")
-        return Found(known.size)
+    places = members_of(here)
+    found = _those_there(places, known, timeout)
+    if known is not None:
+        found = [(place, what) for place, what in found if _is_of_size(place, what, known.size, alone=len(places) == 1)]
+    size = found[0][1].size if found else known.size if known is not None else 0
+    if len(places) > 1:
+        found = [pair for number, pair in enumerate(found) if _is_same(pair, found[:number], known)]
+    return _Finding(size, [(place, what.version) for place, what in found if what.version])
+
+
+def _those_there(
+    places: Sequence[OriginAddress], known: Optional[Known], timeout: float
+) -> List[Tuple[OriginAddress, Found]]:
+    """What is found at which of *places*. Raises `ConfigurationError` if nothing is, and nothing is *known*."""
+    found, lost = [], []
+    for place, outcome in zip(places, probe_each(places, timeout=timeout)):
+        if isinstance(outcome, Found):
+            found.append((place, outcome))
+        else:
+            lost.append(outcome if isinstance(outcome, OriginLost) else OriginLost(f"origin {place}: {outcome}"))
+    if known is None and not found:
+        advice = "" if lost[0].refused else "; a proxy's first start needs its origin"
+        raise ConfigurationError(f"{lost[0]}{advice}") from lost[0]
+    for reason in lost:
+        log.warning("%s; %s", reason, "the others are asked" if found else "cached blocks are served, the others wait")
+    for place, what in found:
+        if not what.size:
+            raise ConfigurationError(f"origin {place}: its disk is empty")
     return found
+
+
+def _is_of_size(place: OriginAddress, what: Found, size: int, *, alone: bool) -> bool:
+    """Whether *what* was found may be the disk that is known; what is wrong with one *alone* is told later, too."""
+    if what.size == size or (alone and not what.version):
+        return True
+    text = f"origin {place}: it has {what.size} bytes, not {size} as before"
+    if alone:
+        log.error(CHANGED, text)
+    else:
+        log.error("%s; it is not used", text)
+    return False
+
+
+def _is_same(
+    new: Tuple[OriginAddress, Found], others: Sequence[Tuple[OriginAddress, Found]], known: Optional[Known]
+) -> bool:
+    """Whether *new* may be the disk of the *others*. Raises `ConfigurationError` if not, and none is *known*."""
+    place, what = new
+    for other, theirs in others:
+        reason = contradiction(place, what.version, other, theirs.version)
+        if what.size != theirs.size:
+            reason = f"its disk has {what.size} bytes, and that of {other} {theirs.size}"
+        if reason and known is None:
+            raise ConfigurationError(f"origin {place}: {reason}: name origins of one and the same disk")
+        if reason:
+            log.error("origin %s: %s; it is not used", place, reason)
+            return False
+    return True
 
 
 def _pin(state: SharedState, here: OriginAddress, version: str, *, anew: bool) -> None:

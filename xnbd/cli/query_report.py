@@ -68,15 +68,35 @@ def _origin(answer: Message) -> Iterator[str]:
     origin = answer.get("origin")
     if not origin:
         return
-    yield shown(origin.get("address", ""))
+    places = origin.get("places")
+    yield shown(origin.get("address", "")) if not places else f"{len(places)} of the same disk"
     connections = origin.get("connections")
     state = shown(origin.get("state", ""))
     yield f"{state}, {counted(connections, 'connection')}" if connections is not None else state
     if origin.get("error"):
         yield shown(origin["error"])
-    if origin.get("version"):
+    if places:
+        for place in places:
+            yield from _place(place)
+    elif origin.get("version"):
         changed = "; ANOTHER ONE IS THERE NOW, what is missing is an error" if origin.get("changed") else ""
         yield f"version {shown(origin['version'])}{changed}"
+
+
+def _place(place: Message) -> Iterator[str]:
+    """One of several origins."""
+    yield shown(place["address"])
+    parts = [shown(place["state"])]
+    if place.get("latency") is not None:
+        parts.append(f"{place['latency'] * 1000:.1f} ms")
+    if place.get("share") is not None:
+        parts.append(f"{percentage(place['share'], 1)} of what has come")
+    yield f"  {', '.join(parts)}"
+    if place.get("error"):
+        yield f"  {shown(place['error'])}"
+    if place.get("version"):
+        changed = "; ANOTHER ONE IS THERE NOW" if place.get("changed") else ""
+        yield f"  version {shown(place['version'])}{changed}"
 
 
 def _cached(answer: Message) -> Iterator[str]:

@@ -3,10 +3,10 @@
 Usage:
   xnbd-server --target [--laddr ADDRESS]... [options] DISK_IMAGE
   xnbd-server --cow-target [--laddr ADDRESS]... [options] BASE_DISK_IMAGE
-  xnbd-server --proxy [--laddr ADDRESS]... [options]
+  xnbd-server --proxy [--laddr ADDRESS]... [--origin URI]... [options]
               REMOTE_HOST REMOTE_PORT CACHE_DISK_IMAGE CACHE_BITMAP_IMAGE
               CONTROL_SOCKET_PATH
-  xnbd-server --proxy [--laddr ADDRESS]... [options]
+  xnbd-server --proxy [--laddr ADDRESS]... [--origin URI]... [options]
               REMOTE_URI CACHE_DISK_IMAGE CACHE_BITMAP_IMAGE
               CONTROL_SOCKET_PATH
   xnbd-server --help
@@ -84,6 +84,9 @@ Proxy options:
   --target-exportname NAME
                         Name of the disk on the other server (default: the
                         empty one).
+  --origin URI          The same disk is there, too; may be given several times.
+                        Who fails or is slow is left for the others within a
+                        second, and comes back by itself; they share the load.
   --clear-bitmap        Forget which blocks are cached, what clients have
                         written included. Default: go on with what the files
                         hold.

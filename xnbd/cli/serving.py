@@ -122,7 +122,7 @@ def inherited_source(options: ServerOptions, packed: Mapping[str, Any]) -> Sourc
 
 def _serve_one(options: ServerOptions, client: Introduced) -> int:
     """A client that is connected already, in this process."""
-    service = _open_service(options, processes=_BOTH, alone=False)
+    service = _open_service(options, processes=_FEW, alone=False)
     require_descriptors(_DESCRIPTORS[service.source.mode])
     _change_of_user(options, service)()
     return serve_one(service, client.connection, client.agreement, client.passage)
@@ -217,8 +217,10 @@ def _listen_for_operators(service: Service) -> Optional[UnixSocket]:
     return listen_for_operators(service.control_path)
 
 
-_BOTH = 2
-"""Processes for which there is room in the scoreboard of a single client: the one that has it, and the next one."""
+_FEW = 6
+"""Processes for which there is room in the scoreboard of a single client: the one that has it, the next one, and
+those that were to be the next one and came too late.
+"""
 
 _ROOM = 1 << 14
 """Processes for which there is room in the scoreboard at least, so that the limit of clients can be raised later."""

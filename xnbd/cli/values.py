@@ -53,8 +53,8 @@ class CommandLine:
         return value if isinstance(value, str) else None
 
     def texts(self, name: str) -> List[str]:
-        """The values of an option that may be given several times."""
-        return cast(List[str], self._values[name])
+        """The values of an option that may be given several times, each once: docopt repeats some of them itself."""
+        return list(dict.fromkeys(cast(List[str], self._values[name])))
 
     def needed(self, name: str) -> str:
         """The value of what the usage text demands or has a default for; so too in the methods that follow."""

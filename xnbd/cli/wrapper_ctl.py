@@ -4,11 +4,11 @@ Usage:
   xnbd-wrapper-ctl [--socket PATH] --list [--json]
   xnbd-wrapper-ctl [--socket PATH] --add-target [--] NAME FILE
   xnbd-wrapper-ctl [--socket PATH] --add [--] FILE
-  xnbd-wrapper-ctl [--socket PATH]
+  xnbd-wrapper-ctl [--socket PATH] [--origin URI]...
                    [--target-exportname NAME] --add-proxy [--] NAME
                    REMOTE_HOST REMOTE_PORT
                    CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
-  xnbd-wrapper-ctl [--socket PATH]
+  xnbd-wrapper-ctl [--socket PATH] [--origin URI]...
                    [--target-exportname NAME] --add-proxy [--] NAME
                    REMOTE_URI CACHE_IMAGE BITMAP_IMAGE CONTROL_SOCKET_PATH
   xnbd-wrapper-ctl [--socket PATH] --remove-by-exportname [--] NAME
@@ -17,10 +17,10 @@ Usage:
   xnbd-wrapper-ctl [--socket PATH] --bgctl-query [--] NAME
   xnbd-wrapper-ctl [--socket PATH] --bgctl-cache-all [--] NAME
   xnbd-wrapper-ctl [--socket PATH] --bgctl-switch [--] NAME
-  xnbd-wrapper-ctl [--socket PATH]
+  xnbd-wrapper-ctl [--socket PATH] [--origin URI]...
                    [--target-exportname NAME] --bgctl-reconnect [--] NAME
                    REMOTE_HOST REMOTE_PORT
-  xnbd-wrapper-ctl [--socket PATH]
+  xnbd-wrapper-ctl [--socket PATH] [--origin URI]...
                    [--target-exportname NAME] --bgctl-reconnect [--] NAME
                    REMOTE_URI
   xnbd-wrapper-ctl [--socket PATH] (--save | --reload | --orphan | --shutdown)
@@ -49,7 +49,7 @@ Commands:
   --bgctl-switch        Make a proxy, all of which is cached, a target; its
                         clients stay.
   --bgctl-reconnect     Use the disk at REMOTE_HOST REMOTE_PORT, or at a URI,
-                        as a proxy's origin.
+                        as a proxy's origin, instead of all former ones.
   --save                Write the database, which the wrapper does at every
                         change anyway.
   --reload              Have the wrapper read the files of its configuration
@@ -79,6 +79,7 @@ Options:
   --target-exportname NAME
                         The export to ask the origin for (default: its
                         default one).
+  --origin URI          The same disk is there, too; may be given several times.
   --limit-rate RATE     Let each client read and write RATE bytes a second, both
                         together: 30M, 512K, ...; 0 is no limit.
   --limit-iops N        Let each client make N requests a second.

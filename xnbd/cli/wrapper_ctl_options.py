@@ -74,10 +74,14 @@ def _fields(line: CommandLine) -> Dict[str, Union[str, int]]:
         fields["index"] = parse_integer(line.needed("INDEX"), "--remove", 1, sys.maxsize)
     if line.has("--upgrade"):
         fields["check"] = line.has("--check")
-    uri = line.text("REMOTE_URI")
-    if uri is not None:
-        from ..origin.address import parse_origin
+    uri, others = line.text("REMOTE_URI"), line.texts("--origin")
+    if uri is not None or others:
+        from ..origin.address import parse_origin, with_others
 
-        fields.pop("remote_export_name", None)
-        fields["remote_uri"] = str(parse_origin(uri, None, line.text("--target-exportname")))
+        for field in ("remote_export_name", "remote_host", "remote_port"):
+            fields.pop(field, None)
+        first = parse_origin(
+            uri or line.needed("REMOTE_HOST"), line.text("REMOTE_PORT"), line.text("--target-exportname")
+        )
+        fields["remote_uri"] = str(with_others(first, others))
     return fields

@@ -13,6 +13,7 @@ from typing import List
 
 from .. import __version__
 from ..errors import ConfigurationError
+from ..proxy.state.format import VERSION as STATE_VERSION
 from ..scoreboard.layout import TABLE, VERSION
 from ..server.upgrade.program import Program, split_words
 from ..system.kept import Kept
@@ -56,6 +57,8 @@ def _check(options: WrapperOptions, estate: WrapperEstate) -> int:
             f"the scoreboard of {__version__} is another one than that of {estate.version}, "
             "and clients of both could not share a disk: restart the wrapper when its clients allow it"
         )
+    if estate.state not in (None, STATE_VERSION):
+        raise ConfigurationError(f"state files of proxies have version {estate.state}, which only a restart can read")
     parse_database(estate.database["content"].encode())
     knows = list(ask_abilities(options))
     listeners = Listeners()

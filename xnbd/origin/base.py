@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import select
 from abc import ABC, abstractmethod
+from enum import IntEnum
 from time import monotonic
-from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
 
 from ..errors import ConfigurationError, XnbdError
 
@@ -73,6 +74,17 @@ class Sink(Protocol):
         """The request is over, and nothing comes for it any more. What came is good if *error* is 0, else void."""
 
 
+class Witness:
+    """Knows which disk is cached, for an origin that lies in several places. This one knows nothing."""
+
+    def vouch(self, address: OriginAddress, version: str) -> None:
+        """Raises `OriginLost` if the disk at *address* with that `Origin.version` is not the one that is cached."""
+
+    def note_change(self, address: OriginAddress) -> bool:
+        """The disk at *address* has changed; whether that is news for all processes. Raises `OSError`."""
+        return True
+
+
 class Terms(NamedTuple):
     """What an origin has to keep to. Times are seconds.
 
@@ -84,6 +96,29 @@ class Terms(NamedTuple):
     expected_size: Optional[int] = None
     connect_timeout: float = 10.0
     reply_timeout: Optional[float] = None
+    witness: Witness = Witness()
+
+
+class Health(IntEnum):
+    """How one of several origins is."""
+
+    UNTRIED = 0
+    REACHED = 1
+    UNREACHABLE = 2
+    SLOW = 3
+    """It is silent, or answers with errors: asked for nothing, unless no other one is there."""
+
+    REFUSED = 4
+    """It has another disk."""
+
+
+class Standing(NamedTuple):
+    """How one of several origins is: seconds to an answer, *sent* bytes that were of use since the last news."""
+
+    health: Health
+    latency: float = 0.0
+    sent: int = 0
+    trouble: str = ""
 
 
 class Origin(ABC):
@@ -129,6 +164,20 @@ class Origin(ABC):
     @abstractmethod
     def outstanding(self) -> int:
         """Requests that are not done, queued ones included."""
+
+    @property
+    def window(self) -> Optional[int]:
+        """Bytes that are worth asking for at once where nobody waits; None: the times of the replies tell that."""
+        return None
+
+    @property
+    def restless(self) -> bool:
+        """Whether it looks after its connections, and wants `progress` though nothing is asked."""
+        return False
+
+    def news(self) -> Optional[Sequence[Standing]]:
+        """If the disk lies in several places, how they are, each time that there is something to tell."""
+        return None
 
     @abstractmethod
     def unfinished(self) -> List[Any]:
@@ -214,6 +263,12 @@ class OriginAddress(Protocol):
         """Whether this one, of a command line, counts in place of *noted*, to which a running proxy was moved once.
 
         Only one that says anew how the same `place` is reached does.
+        """
+
+    def common(self, version: str) -> str:
+        """What a disk of that `Origin.version` here shares with the same disk elsewhere: another text, another disk.
+
+        Empty if nothing can be told from it.
         """
 
     def warnings(self) -> List[str]:

@@ -8,11 +8,13 @@ import select
 import signal
 from functools import partial
 from time import monotonic
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 from ..system.forking import fork_with_pipe, reset_signals
 from ..system.process import set_title
 from .base import Data, OriginAddress, OriginLost, Terms
+
+T = TypeVar("T")
 
 _LONGEST = 32 << 10
 _LEAVING = 2.0
@@ -48,7 +50,22 @@ def probe(address: OriginAddress, *, timeout: float) -> Found:
     An origin that starts threads is asked by a process of its own: whoever calls this may fork later.
     Raises `OriginLost`, or `OSError` where this computer is short of something.
     """
-    return _probe_elsewhere(address, timeout) if address.starts_threads else _probe_here(address, timeout)
+    return _Asker(address, timeout).answer() if address.starts_threads else _probe_here(address, timeout)
+
+
+def probe_each(addresses: Sequence[OriginAddress], *, timeout: float) -> List[Union[Found, OriginLost, OSError]]:
+    """What the origin at each address has, or why it does not tell: all are asked at once if there are several."""
+    if len(addresses) == 1:
+        return [_outcome(partial(probe, addresses[0], timeout=timeout))]
+    askers = [_outcome(partial(_Asker, address, timeout)) for address in addresses]
+    return [_outcome(asker.answer) if isinstance(asker, _Asker) else asker for asker in askers]
+
+
+def _outcome(ask: Callable[[], T]) -> Union[T, OriginLost, OSError]:
+    try:
+        return ask()
+    except (OriginLost, OSError) as error:
+        return error
 
 
 def _probe_here(address: OriginAddress, timeout: float) -> Found:
@@ -62,19 +79,27 @@ def _probe_here(address: OriginAddress, timeout: float) -> Found:
         origin.close()
 
 
-def _probe_elsewhere(address: OriginAddress, timeout: float) -> Found:
-    pid, reading = fork_with_pipe("the process that asks the origin", partial(_live, address, timeout))
-    try:
-        told = _receive(reading, monotonic() + timeout + _LEAVING)
-    finally:
-        os.close(reading)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    if told is None:
-        raise OriginLost(f"origin {address}: the process that asked it was stopped")
-    if "lost" in told:
-        raise OriginLost(told["lost"], refused=told["refused"])
-    return Found(told["size"], told["version"])
+class _Asker:
+    """A process that asks the origin at *address*, begun at once."""
+
+    def __init__(self, address: OriginAddress, timeout: float) -> None:
+        self._address = address
+        self._until = monotonic() + timeout + _LEAVING
+        self._pid, self._reading = fork_with_pipe("the process that asks the origin", partial(_live, address, timeout))
+
+    def answer(self) -> Found:
+        """What it has found, waited for; it is gone then. Raises `OriginLost`."""
+        try:
+            told = _receive(self._reading, self._until)
+        finally:
+            os.close(self._reading)
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+        if told is None:
+            raise OriginLost(f"origin {self._address}: the process that asked it was stopped")
+        if "lost" in told:
+            raise OriginLost(told["lost"], refused=told["refused"])
+        return Found(told["size"], told["version"])
 
 
 def _receive(reading: int, until: float) -> Optional[Any]:

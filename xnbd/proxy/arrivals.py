@@ -23,7 +23,7 @@ from .fetch_queue import Fetch, FetchQueue
 from .locking import refuse_if_shrunk
 from .passage import Passage, PassedParcel
 from .state.checkpoint import ProcessState
-from .state.sums import ZERO_SUM, sums_of
+from .state.sums import SUM_SIZE, ZERO_SUM, sums_of
 
 _WITHIN = BLOCK - 1
 
@@ -62,14 +62,14 @@ class Arrivals:
         if token.error or self.closed:
             return
         if self._may_keep(token):
+            if not offset & _WITHIN and (not len(data) & _WITHIN or offset + len(data) == self._cache.size):
+                token.sums.append((offset >> BLOCK_SHIFT, sums_of(data)))
             try:
                 self._store(token, offset, data)
             except OSError as error:
                 self._on_failure(token, error)
         if token.passing is not None:
             token.passing.append((offset, bytes(data)))
-        elif not offset & _WITHIN:
-            token.sums.append((offset >> BLOCK_SHIFT, sums_of(data)))
 
     def on_hole(self, token: Fetch, offset: int, length: int) -> None:
         if token.error or self.closed:
@@ -83,7 +83,7 @@ class Arrivals:
         if token.passing is not None:
             token.passing.append((offset, bytes(length)))
         elif not offset & _WITHIN:
-            token.sums.append((offset >> BLOCK_SHIFT, [ZERO_SUM] * (length >> BLOCK_SHIFT)))
+            token.sums.append((offset >> BLOCK_SHIFT, ZERO_SUM * (length >> BLOCK_SHIFT)))
 
     def _store(self, fetch: Fetch, offset: int, data: Data) -> None:
         self._refuse_if_shrunk()
@@ -131,28 +131,37 @@ class Arrivals:
     def _keep(self, fetch: Fetch) -> None:
         """Have its blocks be local, but for those that are so already. Raises `OSError`."""
         first, end = fetch.first, fetch.end
-        runs = [(first, end)]
-        if fetch.mixed:
-            runs = [(run_first, run_end) for run_first, run_end, local in self._bitmap.runs(first, end) if not local]
         sums = self._sums_of(fetch)
-        for run_first, run_end in runs:
-            self._sums.note(run_first, sums[run_first - first : run_end - first])
-            self._bitmap.set(run_first, run_end)
-            self._checked.set(run_first, run_end)
+        if not fetch.mixed:
+            self._make_local(first, end, sums)
+        else:
+            for run_first, run_end, local in list(self._bitmap.runs(first, end)):
+                if not local:
+                    start, stop = SUM_SIZE * (run_first - first), SUM_SIZE * (run_end - first)
+                    self._make_local(run_first, run_end, sums[start:stop])
         self._error = 0
         self._has_kept = True
 
-    def _sums_of(self, fetch: Fetch) -> List[int]:
+    def _make_local(self, first: int, end: int, sums: bytes) -> None:
+        self._sums.note(first, sums)
+        self._bitmap.set(first, end)
+        self._checked.set(first, end)
+
+    def _sums_of(self, fetch: Fetch) -> bytes:
         """Of all blocks of *fetch*. What came in pieces that are no blocks is read from the cache. Raises `OSError`."""
-        first, end = fetch.first, fetch.end
-        if len(fetch.sums) == 1 and len(fetch.sums[0][1]) == end - first:
-            return fetch.sums[0][1]
-        known = {at + index: number for at, sums in fetch.sums for index, number in enumerate(sums)}
+        block, known = fetch.first, b""
+        for at, sums in sorted(fetch.sums) if len(fetch.sums) > 1 else fetch.sums:
+            known += self._sums_of_cached(block, at) + sums
+            block = at + len(sums) // SUM_SIZE
+        return known + self._sums_of_cached(block, fetch.end)
+
+    def _sums_of_cached(self, first: int, end: int) -> bytes:
+        """Of blocks that have just been written, but not as blocks; perhaps there are none."""
+        known = b""
         for block in range(first, end):
-            if block not in known:
-                start = block_start(block)
-                known[block] = sums_of(self._cache.pread(start, block_stop(block, self._cache.size) - start))[0]
-        return [known[block] for block in range(first, end)]
+            start = block_start(block)
+            known += sums_of(self._cache.pread(start, block_stop(block, self._cache.size) - start))
+        return known
 
     # What finds no room
 

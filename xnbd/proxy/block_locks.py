@@ -71,7 +71,11 @@ class BlockLocks:
 
     def give_back(self, first: int, end: int) -> None:
         """The end of a `borrow`."""
-        self._release_but_held(first >> 3, (end + 7) >> 3)
+        start, stop = first >> 3, (end + 7) >> 3
+        if self._held:
+            self._release_but_held(start, stop)
+        else:
+            self._locks.release(start, stop - start)
 
     def held_by_stranger(self, first: int, end: int) -> Optional[LockHeld]:
         """To be asked when `hold` or `borrow` was in vain: what to fail with, instead of trying again.

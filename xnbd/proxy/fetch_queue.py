@@ -46,7 +46,7 @@ class Fetch:
         self.ahead = ahead
         self.tickets: List[Ticket] = []
         self.mixed = False
-        self.sums: List[Tuple[int, List[int]]] = []
+        self.sums: List[Tuple[int, bytes]] = []
         self.passing: Optional[List[Tuple[int, bytes]]] = None
         self.error = 0
         self.since = self.asked_at = self.locked_at = 0.0

@@ -41,6 +41,7 @@ class Locking:
         self._bitmap = state.bitmap
         self._written = state.written
         self._checked = state.integrity.checked
+        self._pages = state.pages
         self._locks = BlockLocks(state.fd)
         self._queue = queue
         self._retry: LockRetry[Union[Fetch, Ticket]] = LockRetry()
@@ -50,9 +51,10 @@ class Locking:
     def borrow(self, first: int, end: int) -> bool:
         """Lock these blocks to write them; False if another process has some. Else always followed by `give_back`.
 
-        Raises `OSError` if the cache is too short, `LockHeld` among them if that process is no server's.
+        Raises `OSError` if the cache is too short, or its bitmap damaged; `LockHeld` if that process is no server's.
         """
         refuse_if_shrunk(self._cache)
+        self._pages.look(first, end)
         if self._locks.borrow(first, end):
             return True
         stranger = self._locks.held_by_stranger(first, end)
@@ -114,6 +116,7 @@ class Locking:
         """
         first, end = fetch.first, fetch.end
         try:
+            self._pages.look(first, end)
             held = self._locks.hold(first, end)
         except OSError as error:
             log.warning("cannot lock blocks in the bitmap: %s", error.strerror, extra=about(error=error))

@@ -6,11 +6,11 @@ What an origin is, and which kind of origin this one is, nobody knows here (`ori
 from __future__ import annotations
 
 from time import monotonic
-from typing import Any, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from ..logs import about, log
-from ..origin.address import parse_origin
-from ..origin.base import Origin, OriginAddress, OriginLost, Sink, Terms
+from ..origin.address import members_of, parse_origin
+from ..origin.base import Origin, OriginAddress, OriginLost, Sink, Standing, Terms, Witness
 from ..scoreboard.layout import NOT_NEEDED, REACHED, UNREACHABLE
 from ..scoreboard.scoreboard import Scoreboard
 from .state.versions import Versions
@@ -48,6 +48,43 @@ class Patience(NamedTuple):
     origin: Optional[float] = None
 
 
+class CachedVersions(Witness):
+    """Knows by *versions* which disk is cached, whose origin is at *whereabouts*."""
+
+    def __init__(self, whereabouts: Whereabouts, versions: Versions) -> None:
+        self._whereabouts = whereabouts
+        self._versions = versions
+
+    def vouch(self, address: OriginAddress, version: str) -> None:
+        if not version:
+            return
+        self._compare(address, version)
+        noted = self._versions.agree(address.place, version)
+        if version != noted:
+            raise OriginLost(f"origin {address}: it has {version}, no more {noted}", changed=True)
+        if self._versions.note_change(address.place, changed=False):
+            log.warning("origin %s: the disk there is the one again that is cached", address)
+
+    def _compare(self, address: OriginAddress, version: str) -> None:
+        """With what is noted of the other places of the disk, where that tells anything of this one."""
+        for other in members_of(self._whereabouts.address):
+            noted = self._versions.of(other.place) if other != address and address.common(version) else None
+            reason = contradiction(address, version, other, noted.version) if noted and not noted.changed else ""
+            if reason:
+                raise OriginLost(f"origin {address}: {reason}", refused=True)
+
+    def note_change(self, address: OriginAddress) -> bool:
+        return self._versions.note_change(address.place, changed=True)
+
+
+def contradiction(address: OriginAddress, version: str, other: OriginAddress, other_version: str) -> str:
+    """Why the disk at *address* cannot be the one at the *other* one, by their versions; empty if that may be."""
+    here, there = address.common(version), other.common(other_version)
+    if not here or here == there or here.partition(" ")[0] != there.partition(" ")[0]:
+        return ""
+    return f"it has another disk, {version}, than {other}, {other_version}"
+
+
 class OriginLink:
     """The origin at *whereabouts* with a disk of *size* bytes, in one of *versions*; replies go to *sink*.
 
@@ -61,11 +98,12 @@ class OriginLink:
         self.trouble = ""
         self.returns = 0
         self.has_changed = False
-        self._versions = versions
+        self._witness = CachedVersions(whereabouts, versions)
+        self._parting_news: Optional[Sequence[Standing]] = None
         self._is_admitted = False
         self._whereabouts = whereabouts
         self._generation = whereabouts.generation
-        self._terms = Terms(expected_size=size, connect_timeout=patience.connect, reply_timeout=patience.origin)
+        self._terms = Terms(size, patience.connect, patience.origin, self._witness)
         self._sink = sink
         self._delay = 0.0
         self._open_at = 0.0
@@ -98,6 +136,21 @@ class OriginLink:
         return UNREACHABLE if self.trouble else NOT_NEEDED
 
     @property
+    def window(self) -> Optional[int]:
+        """See `Origin`."""
+        return self.origin.window if self.origin is not None and self.ready else None
+
+    @property
+    def restless(self) -> bool:
+        """See `Origin`."""
+        return self.origin is not None and self.origin.restless
+
+    def news(self) -> Optional[Sequence[Standing]]:
+        """See `Origin`."""
+        parting, self._parting_news = self._parting_news, None
+        return parting or (self.origin.news() if self.origin is not None else None)
+
+    @property
     def is_outdated(self) -> bool:
         """Whether the origin is elsewhere now: then call `move`."""
         return self._generation != self._whereabouts.generation
@@ -126,13 +179,7 @@ class OriginLink:
 
     def _admit(self, origin: Origin) -> None:
         """Nothing is asked before it is clear that this is the disk that is cached."""
-        address = self._whereabouts.address
-        if origin.version:
-            noted = self._versions.agree(address.place, origin.version)
-            if origin.version != noted:
-                raise OriginLost(f"origin {address}: it has {origin.version}, no more {noted}", changed=True)
-            if self._versions.note_change(address.place, changed=False):
-                log.warning("origin %s: the disk there is the one again that is cached", address)
+        self._witness.vouch(self._whereabouts.address, origin.version)
         self._is_admitted, self.has_changed = True, False
 
     def on_answer(self) -> None:
@@ -147,6 +194,8 @@ class OriginLink:
 
         *waiting* requests wait to be asked for. Returns the tokens of those that were asked for and are not done.
         """
+        if self.origin is not None:
+            self._parting_news = self.origin.news()
         unfinished = self._drop()
         where = f"origin {self._whereabouts.address}: "
         text = f"{where}{reason.strerror}" if isinstance(reason, OSError) else str(reason)
@@ -164,7 +213,7 @@ class OriginLink:
         """Of all processes one tells it, and loudly: nobody should wait for what does not come."""
         self.has_changed = True
         try:
-            if self._versions.note_change(self._whereabouts.address.place, changed=True):
+            if self._witness.note_change(self._whereabouts.address):
                 log.error(CHANGED, text)
         except OSError as error:
             log.error("%s (this cannot be noted: %s)", text, error.strerror, extra=about(error=error))

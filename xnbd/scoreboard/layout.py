@@ -28,6 +28,9 @@ PROXY, COMPLETE, TARGET = 0, 1, 2
 REACHED, UNREACHABLE, NOT_NEEDED = 1, 2, 0
 """A process and its origin: connected, in vain, never tried."""
 
+SLOW, REFUSED = 3, 4
+"""Likewise, of one of several origins: silent or faulty; with another disk."""
+
 GATE, CONTROL, COPYING, SNAPSHOT, COMMAND, SCRUBBING, PASSAGE = 0, 1, 2, 3, 4, 5, 8
 LINE_LOCKS = 1 << 16
 NAME_LOCKS = 1 << 17
@@ -70,6 +73,9 @@ _NUMBERS = f"{sum(counter.places for counter in COUNTERS)}Q"
 LONGEST_ADDRESS = 16000
 """Bytes of an origin's address."""
 
+ORIGINS = 8
+"""As many may hold one disk."""
+
 # Other versions read the first three too.
 HEAD_FIELDS = (
     Field("magic", "8s", "``XNBDSCOR``"),
@@ -89,7 +95,9 @@ HEAD_FIELDS = (
     Field("command", "IQ16s", "process of the command under way; its PID namespace; the command's name"),
     Field("failure", "I4xQ", "first write-back that failed, of a disk without a state file (``storage/writeback.py``)"),
     Field("address", "II", "CRC-32 and length of the origin's address"),
-    Field("address_text", f"{LONGEST_ADDRESS}s", "the origin's address"),
+    Field("address_text", f"{LONGEST_ADDRESS}s", "the origin's address; several ones have blanks between them"),
+    Field("origin_troubles", f"{72 * ORIGINS}s", "of several origins, why each could not be reached last"),
+    Field("origin_bytes_before", f"{ORIGINS}Q", "sums of ``origin_bytes`` of all lines when the address was changed"),
 )
 
 LINE_FIELDS = (
@@ -111,6 +119,12 @@ LINE_FIELDS = (
     Field("namespace", "Q", "PID namespace in which the process id counts"),
     Field("identity", "128s", "who its client has proved to be"),
     Field("encryption", "64s", "how its client is encrypted: version, cipher, ``kTLS`` if the kernel does it"),
+    Field(
+        "origins",
+        f"{2 * ORIGINS}I",
+        "of several origins: 0: not tried, 1: connected, 2: unreachable, 3: slow, 4: refused; microseconds it takes",
+    ),
+    Field("origin_bytes", f"{ORIGINS}Q", "bytes that each of several origins has sent, to former processes too"),
 )
 
 

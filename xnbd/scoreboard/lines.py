@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 from ..system.file_locks import RangeLocks
 from .counters import Counts, new_counts, wrapped
-from .layout import LINE, LINE_LOCKS, LINE_SIZE, LINES_AT, NAME_LOCKS, put
+from .layout import LINE, LINE_LOCKS, LINE_SIZE, LINES_AT, NAME_LOCKS, ORIGINS, put
 
 _UNUSED = 64
 """Lines without a process in a row after which there are no more: the first free one is always taken."""
@@ -55,6 +55,8 @@ class Line(NamedTuple):
     namespace: int
     identity: str
     encryption: str
+    origins: Tuple[Tuple[int, int], ...]
+    """Of several origins, the health (`layout.REACHED` and its like) and the microseconds to an answer."""
 
 
 class Lines:
@@ -89,6 +91,11 @@ class Lines:
         for at in self.used():
             total = total.plus(Counts(_COUNTERS.unpack_from(self._map, at + _COUNTERS_AT)))
         return total
+
+    def origin_bytes(self) -> List[int]:
+        """What each of several origins has sent to all processes, dead ones too."""
+        rows = [self._get(at, "origin_bytes") for at in self.used()]
+        return [sum(numbers) for numbers in zip(*rows)] if rows else [0] * ORIGINS
 
     def used(self) -> Iterator[int]:
         """The offsets of the lines that a process has, or has had."""
@@ -149,7 +156,9 @@ def _line(told: Dict[str, Tuple[Any, ...]]) -> Line:
     fields: Dict[str, Any] = {name: told[name][0] for name in ("pid", "mode", "since", "origin", "namespace")}
     fields.update({name: text_of(told[name][0]) for name in ("peer", "trouble", "identity", "encryption")})
     counts = wrapped(Counts(told["counters"]).minus(Counts(told["counters_before"])))
-    return Line(counts=counts, queued_requests=requests, queued_bytes=buffered, **fields)
+    numbers = told["origins"]
+    origins = tuple(zip(numbers[::2], numbers[1::2]))
+    return Line(counts=counts, origins=origins, queued_requests=requests, queued_bytes=buffered, **fields)
 
 
 def _number(at: int) -> int:

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import mmap
 import zlib
-from typing import Optional
+from typing import List, Optional
 
-from .layout import HEAD, LONGEST_ADDRESS, put
+from .layout import HEAD, LONGEST_ADDRESS, ORIGINS, put
 
 _AT, _FORM = HEAD.at["address"], HEAD.form["address"]
 _TEXT_AT = HEAD.at["address_text"]
+_BEFORE_AT, _BEFORE = HEAD.at["origin_bytes_before"], HEAD.form["origin_bytes_before"]
 _GENERATION_AT, _GENERATION = HEAD.at["generation"], HEAD.form["generation"]
+
+
+_TROUBLES_AT = HEAD.at["origin_troubles"]
+TROUBLE = HEAD.form["origin_troubles"].size // ORIGINS
+"""Bytes for what is told of each of several origins."""
 
 
 class OriginPlace:
@@ -40,6 +46,20 @@ class OriginPlace:
             raise ValueError("address too long")
         self._map[_AT : _TEXT_AT + len(text)] = _FORM.pack(zlib.crc32(text), len(text)) + text
         put(self._map, _GENERATION_AT, _GENERATION, (self.generation + 1) & 0xFFFFFFFF)
+
+    def troubles(self) -> List[str]:
+        """Why each of several origins could not be reached last."""
+        starts = range(_TROUBLES_AT, _TROUBLES_AT + ORIGINS * TROUBLE, TROUBLE)
+        return [self._map[at : at + TROUBLE].rstrip(b"\0").decode("utf-8", "replace") for at in starts]
+
+    @property
+    def bytes_before(self) -> List[int]:
+        """What each of several origins had sent (`Lines.origin_bytes`) when they became the origins."""
+        return list(_BEFORE.unpack_from(self._map, _BEFORE_AT))
+
+    @bytes_before.setter
+    def bytes_before(self, sums: List[int]) -> None:
+        put(self._map, _BEFORE_AT, _BEFORE, *sums)
 
     def whole_address(self) -> Optional[str]:
         """The origin's address, empty if none is noted; None if its writer died before the end."""

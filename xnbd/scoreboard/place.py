@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from ..system.file_locks import RangeLocks
 from .counters import Counts, wrapped
 from .gate import Door
-from .layout import HEAD, LINE, NOT_NEEDED, REACHED, UNREACHABLE, put
+from .layout import HEAD, LINE, NOT_NEEDED, ORIGINS, REACHED, UNREACHABLE, put
 from .lines import Lines, clock
+from .origin_address import TROUBLE
 from .tally import Tally
 
 _MODE_AT = LINE.at["mode"]
@@ -50,6 +51,8 @@ class Place(Door):
         self._spell = int.from_bytes(os.urandom(3), "little")  # not that of a dead process in this line
         self._put("holding", 0)
         self.tell_origin(NOT_NEEDED, "")
+        self._put("origins", *[0] * (2 * ORIGINS))
+        self._sent = list(LINE.form["origin_bytes"].unpack_from(memory, at + LINE.at["origin_bytes"]))
         self.welcome("")
         lines.tell_name(at)
 
@@ -117,6 +120,19 @@ class Place(Door):
             self.tally.tell("origin_connected", int(health == REACHED))
             self.tally.tell("origin_unreachable", int(health == UNREACHABLE))
         self._put("trouble", trouble.encode("utf-8", "backslashreplace")[: LINE.form["trouble"].size])
+
+    def tell_origins(self, standings: Sequence[Tuple[int, float, int, str]]) -> None:
+        """How several origins are (`Background.news`); what they have sent is added to what they had."""
+        figures = [0] * (2 * ORIGINS)
+        for number, (health, latency, sent, trouble) in enumerate(standings):
+            figures[2 * number : 2 * number + 2] = health, min(int(latency * 1e6), 0xFFFFFFFF)
+            self._sent[number] += sent
+            if trouble:
+                at = HEAD.at["origin_troubles"] + number * TROUBLE
+                text = trouble.encode("utf-8", "backslashreplace")[:TROUBLE]
+                self._map[at : at + TROUBLE] = text.ljust(TROUBLE, b"\0")
+        self._put("origins", *figures)
+        self._put("origin_bytes", *self._sent)
 
     def _put(self, name: str, *values: object) -> None:
         put(self._map, self._at + LINE.at[name], LINE.form[name], *values)

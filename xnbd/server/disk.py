@@ -256,6 +256,9 @@ class Disk(Companion):
         if (background.health, background.trouble) != self._told:
             self._told = background.health, background.trouble
             self.place.tell_origin(*self._told)
+        news = background.news()
+        if news is not None:
+            self.place.tell_origins(news)
         if background.returns != self._returns:
             if self.place.tally is not None:
                 self.place.tally.count("returns", background.returns - self._returns)

@@ -13,7 +13,21 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from typing import Any, Callable, Dict, Generic, Iterator, List, NamedTuple, Optional, Protocol, Tuple, TypeVar, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Generic,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+    TypeVar,
+    Union,
+)
 
 from ..system.file_locks import do_nothing
 from ..system.kept import Kept
@@ -102,6 +116,13 @@ class Background(ABC):
     @abstractmethod
     def health(self) -> int:
         """What is told of the origin: `layout.REACHED` of the scoreboard, and its like."""
+
+    @abstractmethod
+    def news(self) -> Optional[Sequence[Tuple[int, float, int, str]]]:
+        """If the disk has several origins, how they are, each time that there is something to tell.
+
+        Each is a health as in `layout`, the seconds to an answer, the bytes that it has sent since, and its trouble.
+        """
 
     @property
     @abstractmethod

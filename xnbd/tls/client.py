@@ -57,12 +57,15 @@ class ClientStream:
             raise self._words.explain(error, self._name) from error
 
     def names(self) -> List[str]:
-        """The names that the other side's certificate is for, fit for a line."""
-        certificate: Mapping[str, Any] = self._stream.tls.getpeercert() or {}
+        """The names that the other side's certificate is for, fit for a line; none if one of them cannot be read."""
+        try:
+            certificate: Mapping[str, Any] = self._stream.tls.getpeercert() or {}
+        except (ValueError, ssl.SSLError):  # ``ssl`` takes all texts for UTF-8, and does not know all kinds
+            return []
         found = [name for _, name in certificate.get("subjectAltName", ())]
         if not found:
             found = [name for part in certificate.get("subject", ()) for key, name in part if key == "commonName"]
-        return [one_line(name) for name in found]
+        return [one_line(name) for name in found if isinstance(name, str)]  # a bit string is one of bytes
 
     def close(self) -> None:
         """Say goodbye, without waiting for an answer."""

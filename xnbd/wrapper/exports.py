@@ -52,7 +52,10 @@ class ProxyExport(NamedTuple):
 
     @property
     def origin_words(self) -> List[str]:
-        """Where the origin is, as our programs take it: host and port, or a URI. The export's name is extra."""
+        """Where the origin is, as our programs take it: host and port, or a URI. The export's name is extra.
+
+        Several URIs with blanks between them are one word.
+        """
         return [self.remote_uri] if self.remote_uri else [self.remote_host, self.remote_port]
 
 

@@ -32,8 +32,9 @@ _SIZE_VALID = 10.0
 class _Cache:
     """The files of one proxy export, as far as they are there."""
 
-    def __init__(self, bitmap_path: str) -> None:
-        self._path = os.path.realpath(bitmap_path)
+    def __init__(self, export: ProxyExport) -> None:
+        self._path = os.path.realpath(export.bitmap_path)
+        self._origin = str(export.origin)
         self.view: Optional[CacheView] = None
         self.counting: Optional[Counting] = None
         self.copy_rate = Rate()
@@ -51,7 +52,7 @@ class _Cache:
                 self.counting = Counting(self.view, self.scoreboard)
 
     def now(self) -> CacheNow:
-        return cache_now(self.scoreboard, self.view, self.counting)
+        return cache_now(self.scoreboard, self.view, self.counting, self._origin)
 
     def close(self) -> None:
         for what in (self.view, self.scoreboard):
@@ -118,7 +119,7 @@ class ObservedWrapper(Observed):
     def _cache(self, export: ProxyExport) -> _Cache:
         cache = self._caches.get(export)
         if cache is None:
-            cache = self._caches[export] = _Cache(export.bitmap_path)
+            cache = self._caches[export] = _Cache(export)
         cache.look()
         return cache
 

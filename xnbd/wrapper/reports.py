@@ -46,9 +46,12 @@ def receive_report(reports: socket.socket) -> Optional[ClientReport]:
         return None
 
 
-def send_report(reports: socket.socket, report: ClientReport) -> None:
+def send_report(reports: socket.socket, report: ClientReport) -> bool:
+    """Whether the wrapper will hear it; it may be gone, or hang, and this client has a server all the same."""
     reports.settimeout(_TIME)
     try:
         reports.send(json.dumps(report.fields()).encode())
-    except OSError as error:  # the wrapper is gone or hangs: this client has a server all the same
+    except OSError as error:
         log.info("the wrapper does not listen: %s", error)
+        return False
+    return True

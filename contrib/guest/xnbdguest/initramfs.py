@@ -105,7 +105,7 @@ def add_xnbd(archive: Archive, root: Path) -> None:
     add_package(archive, root / "xnbd", "/opt/xnbd")
     for program in sorted((root / "bin").iterdir()):
         archive.add_file(program, f"/opt/xnbd/bin/{program.name}")
-    for name in ("docopt", "psutil", "setproctitle"):
+    for name in ("docopt", "psutil", "setproctitle", "xxhash"):
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             raise GuestError(f"the Python module {name} is not installed")

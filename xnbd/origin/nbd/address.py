@@ -87,6 +87,10 @@ class NbdAddress(NamedTuple):
         socket = {self.unix_path: os.W_OK} if self.unix_path.startswith("/") else {}
         return {**socket, **dict.fromkeys(self.encryption.files() if self.encryption else [], os.R_OK)}
 
+    def common(self, version: str) -> str:
+        """See `OriginAddress`."""
+        return ""
+
     def warnings(self) -> List[str]:
         """See `OriginAddress`."""
         return self.encryption.warnings() if self.encryption else []

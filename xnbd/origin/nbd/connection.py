@@ -180,7 +180,8 @@ class OriginConnection(Origin):
         export = approach.export
         self._approach, self._stream = None, approach.take_stream()
         if self._terms.expected_size not in (None, export.size):
-            raise self._lost(f"its disk has {export.size} bytes, not {self._terms.expected_size} as before")
+            what = f"its disk has {export.size} bytes, not {self._terms.expected_size} as before"
+            raise self._lost(what, refused=True)
         self.export = export
         self._replies.agree(self.export.structured, self.export.allocation_context)
         self.heard_at = monotonic()

@@ -26,6 +26,7 @@ _PARAMETERS: Mapping[str, Tuple[str, ...]] = {
 _SWITCHES = ("anonymous", "virtual-host")
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f]")
 _BROKEN_ESCAPE = re.compile("%(?![0-9a-fA-F]{2})")
+_MD5 = re.compile('ETag "?[0-9a-f]{32}"?')
 _BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._$-]*")
 _CREDENTIALS = re.compile(r"//[^/?#]*@|\?.*|#.*")
 
@@ -80,6 +81,12 @@ class ObjectAddress(NamedTuple):
     def local_files(self) -> Dict[str, int]:
         """See `OriginAddress`."""
         return dict.fromkeys(credential_files(self.scheme), os.R_OK)
+
+    def common(self, version: str) -> str:
+        """See `OriginAddress`: S3 has the MD5 of what was sent in one part, and web servers date and size mostly."""
+        if self.scheme == "s3":
+            return f"s3 {version}" if _MD5.fullmatch(version) else ""
+        return f"web {version}" if self.scheme in _WEB and version.startswith('ETag "') else ""
 
     def warnings(self) -> List[str]:
         """See `OriginAddress`."""

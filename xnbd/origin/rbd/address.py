@@ -65,6 +65,10 @@ class RbdAddress(NamedTuple):
         """See `OriginAddress`."""
         return noted.place == self.place
 
+    def common(self, version: str) -> str:
+        """See `OriginAddress`: the numbers of an image and its snapshot are another cluster's in a copy of it."""
+        return ""
+
     @property
     def local_files(self) -> Dict[str, int]:
         """See `OriginAddress`; which keyring is read only Ceph's configuration tells."""

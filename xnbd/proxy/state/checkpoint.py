@@ -37,6 +37,7 @@ from ...storage import space
 from ...system.file_locks import RangeLocks, do_nothing
 from .files import write_back
 from .format import BEGUN, CHECKPOINT, NUMBER, PAGE, SUCCEEDED, Layout
+from .pages import Pages
 from .sums import Integrity
 from .versions import Versions
 from .written import DirtyMarks, MarkingBitmap, WrittenMap
@@ -66,6 +67,9 @@ class ProcessState:
         self.versions = Versions(state_fd)
         self.written = WrittenMap(state_fd, layout, marks, self.write_back.sync)
         self._integrity = integrity
+        if integrity is not None:
+            self.pages = Pages(state_fd, layout, marks, self.bitmap, self.written, integrity.checked)
+            marks.require = self.pages.require
 
     @property
     def integrity(self) -> Integrity:

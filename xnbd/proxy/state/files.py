@@ -16,6 +16,7 @@ from ...errors import ConfigurationError
 from ...making import is_at, is_own_file, make_afresh, open_or_make
 from ...storage import space
 from ...storage.blocks import steps
+from ...storage.extents import file_extents
 from ...storage.failure import Failure
 from ...storage.space import NO_SPACE
 from ...storage.writeback import Record, WriteBack
@@ -255,9 +256,12 @@ def allocate(fd: int, size: int) -> None:
 
 def clear(fd: int, size: int, offset: int = 0) -> None:
     """Make *size* bytes at *offset* zeros, which takes no space that is not there already."""
-    for at, length in steps(offset, size, _CHUNK):
-        if os.pread(fd, length, at).strip(b"\0"):
-            space.write_zero_bytes(fd, at, length)
+    start = offset
+    for extent in list(file_extents(fd, offset, size)):
+        for at, length in () if extent.hole else steps(start, extent.length, _CHUNK):
+            if os.pread(fd, length, at).strip(b"\0"):
+                space.write_zero_bytes(fd, at, length)
+        start += extent.length
 
 
 def publish(path: str) -> None:

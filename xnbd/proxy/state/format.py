@@ -32,8 +32,8 @@ makes it), from version 2 on `TIE_FIELDS`, what is known of the cache image
 of all that precedes (4 bytes).
 
 Locks on bytes of this file (`system.file_locks`): `OPENING` by whoever opens, creates or
-closes the files, `CHECKPOINT` during a checkpoint, for a moment `FAILURE` by who logs a
-failure, and by every process that may set
+closes the files, `CHECKPOINT` during a checkpoint, `LOOKING` by who mends a page that was
+damaged, for a moment `FAILURE` by who logs a failure, and by every process that may set
 bits one byte picked at random from `USERS`: who can lock all of those is alone.
 """
 
@@ -60,6 +60,7 @@ PAGE_SHIFT = 15
 
 OPENING = 0
 CHECKPOINT = 1
+LOOKING = 2
 USERS = 1 << 32
 USERS_COUNT = 1 << 60
 

@@ -7,30 +7,34 @@ not exposed any more.
 from __future__ import annotations
 
 import os
+import re
 import zlib
-from typing import Iterator, List, Tuple
+from typing import Iterator
 
 from ...storage import space
 from ...storage.bitmap import count_bits
-from .copies import Region
+from .copies import Region, pieces
 from .files import clear, read_failure, write_back
 from .format import PAGE, SUM, Layout
 from .verdict import Trust
 
-_PAGES_AT_ONCE = 256
+_MARK = re.compile(rb"[^\x00]")
 
 
 def make_empty(state_fd: int, layout: Layout) -> None:
     """The map of a new bitmap, in a state file of zeros. Not yet durable."""
-    whole = SUM.pack(zlib.crc32(bytes(PAGE))) * (layout.pages - 1)
-    last = SUM.pack(zlib.crc32(bytes(_length_of(layout, layout.pages - 1))))
-    space.write_all(state_fd, memoryview(whole + last), layout.sums)
+    _note_zeros(state_fd, layout, 0, layout.pages)
 
 
 def make_of_bitmap(bitmap_fd: int, state_fd: int, layout: Layout) -> None:
     """Count all that is local as written. Durable on return. Raises `OSError`."""
-    for page, _, local in _pages(bitmap_fd, state_fd, layout):
-        _replace(state_fd, layout, page, local)
+    marks, bits = Region(state_fd, layout, layout.written), Region(bitmap_fd, layout, 0)
+    done = 0
+    for first, end in pieces(marks, bits):
+        _note_zeros(state_fd, layout, done, first)
+        _replace(state_fd, layout, first, bits.read(first, end))
+        done = end
+    _note_zeros(state_fd, layout, done, layout.pages)
     _end_exposure(state_fd, layout)
 
 
@@ -44,14 +48,17 @@ def settle(bitmap_fd: int, state_fd: int, layout: Layout, trust: Trust, *, close
         make_of_bitmap(bitmap_fd, state_fd, layout)
         return 0
     exposed = space.read_exactly(state_fd, layout.pages, layout.exposed)
-    doubtful = exposed if trust is Trust.UNEXPOSED else bytes(layout.pages)
-    excused = bytes(layout.pages) if closed or trust is Trust.UNEXPOSED else _marked(state_fd, layout)
-    sums = _sums(state_fd, layout)
+    marks, bits = Region(state_fd, layout, layout.written), Region(bitmap_fd, layout, 0)
+    doubtful = set(_misfits(marks, state_fd, layout))
+    if trust is Trust.UNEXPOSED:
+        doubtful.update(match.start() for match in _MARK.finditer(exposed))
+    elif not closed:
+        doubtful = {page for page in doubtful if not _is_marked(state_fd, layout, page)}
     blocks = 0
-    for page, written, local in _pages(bitmap_fd, state_fd, layout):
-        if doubtful[page] or (not excused[page] and zlib.crc32(written) != sums[page]):
-            blocks += max(0, count_bits(local) - count_bits(written))
-            _replace(state_fd, layout, page, local)
+    for page in doubtful:
+        local, written = bits.read(page, page + 1), marks.read(page, page + 1)
+        blocks += max(0, count_bits(local) - count_bits(written))
+        _replace(state_fd, layout, page, local)
     if any(exposed) and (closed or trust is Trust.UNEXPOSED):
         _end_exposure(state_fd, layout)
     return blocks
@@ -71,32 +78,50 @@ def _end_exposure(state_fd: int, layout: Layout) -> None:
     end_exposure(state_fd, layout)
 
 
-def _marked(state_fd: int, layout: Layout) -> bytes:
-    """The pages that no checkpoint has saved since they were changed: their checksums are of another day."""
-    dirty, claimed = (space.read_exactly(state_fd, layout.pages, at) for at in (layout.dirty, layout.claimed))
-    return bytes(one | other for one, other in zip(dirty, claimed))
+def _is_marked(state_fd: int, layout: Layout, page: int) -> bool:
+    """Whether no checkpoint has saved *page* since it was changed: its checksum is of another day."""
+    return any(os.pread(state_fd, 1, start + page) != b"\0" for start in (layout.dirty, layout.claimed))
 
 
-def _sums(state_fd: int, layout: Layout) -> List[int]:
-    table = space.read_exactly(state_fd, SUM.size * layout.pages, layout.sums)
-    return [checksum for (checksum,) in SUM.iter_unpack(table)]
+def _misfits(marks: Region, state_fd: int, layout: Layout) -> Iterator[int]:
+    """The pages that do not have their checksums."""
+    noted = space.read_exactly(state_fd, SUM.size * layout.pages, layout.sums)
+    done = 0
+    for first, end in pieces(marks):
+        yield from _differing(noted, done, _sums_of_zeros(layout, done, first))
+        yield from _differing(noted, first, _sums_of(marks.read(first, end)))
+        done = end
+    yield from _differing(noted, done, _sums_of_zeros(layout, done, layout.pages))
 
 
-def _pages(bitmap_fd: int, state_fd: int, layout: Layout) -> Iterator[Tuple[int, bytes, bytes]]:
-    """All pages: number, content in the written map, content in the bitmap."""
-    marks, bits = Region(state_fd, layout, layout.written), Region(bitmap_fd, layout, 0)
-    for first in range(0, layout.pages, _PAGES_AT_ONCE):
-        at = first * PAGE
-        length = min(_PAGES_AT_ONCE * PAGE, layout.bitmap_size - at)
-        written, local = marks.read(at, length), bits.read(at, length)
-        for start in range(0, length, PAGE):
-            yield first + start // PAGE, written[start : start + PAGE], local[start : start + PAGE]
+def _differing(noted: bytes, first: int, sums: bytes) -> Iterator[int]:
+    """The pages from *first* on with these *sums* that have others in *noted*, which is of all."""
+    start = SUM.size * first
+    if noted[start : start + len(sums)] == sums:
+        return
+    for at in range(0, len(sums), SUM.size):
+        if noted[start + at : start + at + SUM.size] != sums[at : at + SUM.size]:
+            yield first + at // SUM.size
 
 
-def _length_of(layout: Layout, page: int) -> int:
-    return min(PAGE, layout.bitmap_size - page * PAGE)
+def _sums_of(content: bytes) -> bytes:
+    """The checksums of these pages."""
+    return b"".join([SUM.pack(zlib.crc32(content[at : at + PAGE])) for at in range(0, len(content), PAGE)])
 
 
-def _replace(state_fd: int, layout: Layout, page: int, content: bytes) -> None:
-    space.write_all(state_fd, memoryview(content), layout.written + page * PAGE)
-    os.pwrite(state_fd, SUM.pack(zlib.crc32(content)), layout.sums + SUM.size * page)
+def _sums_of_zeros(layout: Layout, first: int, end: int) -> bytes:
+    """The checksums of these pages if they are zeros; the last one of all may be shorter."""
+    sums = _sums_of(bytes(PAGE)) * (end - first)
+    if first < end == layout.pages:
+        sums = sums[: -SUM.size] + _sums_of(bytes(layout.bitmap_size - (end - 1) * PAGE))
+    return sums
+
+
+def _note_zeros(state_fd: int, layout: Layout, first: int, end: int) -> None:
+    space.write_all(state_fd, memoryview(_sums_of_zeros(layout, first, end)), layout.sums + SUM.size * first)
+
+
+def _replace(state_fd: int, layout: Layout, first: int, content: bytes) -> None:
+    """Have the pages from *first* on have this *content*."""
+    space.write_all(state_fd, memoryview(content), layout.written + first * PAGE)
+    space.write_all(state_fd, memoryview(_sums_of(content)), layout.sums + SUM.size * first)

@@ -41,7 +41,7 @@ from __future__ import annotations
 import os
 
 from ...errors import ConfigurationError
-from ...origin.address import place_of
+from ...origin.address import places_of
 from ...storage import image_use
 from ...system.file_locks import RangeLocks
 from ...system.process import closed_on_error
@@ -66,6 +66,7 @@ def open_state(
     origin: str,
     clear: bool = False,
     adopt: bool = False,
+    thorough: bool = True,
     boot_id_path: str = BOOT_ID,
 ) -> SharedState:
     """The bitmap at *bitmap_path* of a cache of *disk_size* bytes of the disk at *origin*.
@@ -73,17 +74,19 @@ def open_state(
     For the master, before it forks. *cache_fd* is the cache image: it is synced
     before the durable copy speaks of it. With *clear* no block is cached, whatever
     the files said, if nobody uses them. With *adopt* somebody vouches that the cache
-    image has what the bitmap says, whatever speaks against it. *origin* is where the disk
+    image has what the bitmap says, whatever speaks against it. Unless it has to be *thorough*,
+    a start after a kill leaves pages of the bitmap to be looked at before their first use. *origin* is where the disk
     was when the bitmap was made, or where it has been moved to since, however it is reached. Raises
     `ConfigurationError`, and `image_use.ImageInUse` if another server serves the cache image
     as a disk by itself, or `image_use.OtherBitmap`.
     """
     path = os.path.realpath(bitmap_path)
     try:
-        header = Header(disk_size, identity(place_of(origin)), read_boot_id(boot_id_path), clean=False)
+        header = Header(disk_size, identity(places_of(origin)[0]), read_boot_id(boot_id_path), clean=False)
         for _ in image_use.attempts():
             try:
-                entry = Entry(path, cache_fd, layout_of(disk_size), header, origin=origin, adopt=adopt)
+                layout = layout_of(disk_size)
+                entry = Entry(path, cache_fd, layout, header, origin=origin, adopt=adopt, thorough=thorough)
                 return _enter(entry, clear=clear)
             except image_use.ImageInUse as error:
                 in_use = error

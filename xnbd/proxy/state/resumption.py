@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from contextlib import closing, suppress
+from typing import List, Optional
 
 from ...errors import ConfigurationError
 from ...logs import log
-from ...origin.address import place_of
+from ...origin.address import place_of, places_of
 from ...storage.failure import drop_cached
 from ...storage.space import NO_SPACE
 from ...storage.target import reopen
@@ -82,8 +83,9 @@ def _check_state(entry: Entry, state_fd: int) -> Header:
         )
     if header.block_size != wanted.block_size:
         raise entry.refusal(f"{entry.path} has blocks of {header.block_size} bytes, not {wanted.block_size}")
-    noted = (header.origin.decode("utf-8", "surrogateescape"), files.read_steering(state_fd).address)
-    if wanted.origin not in [identity(place_of(address)) for address in noted]:
+    first, moved = header.origin.decode("utf-8", "surrogateescape"), files.read_steering(state_fd).address
+    known = {identity(place) for place in (place_of(first), *places_of(moved))}
+    if known.isdisjoint(identity(place) for place in places_of(entry.origin)):
         raise entry.refusal(
             f"{entry.path} is of the origin {readable(header.origin)}, not of {readable(wanted.origin)}; "
             "if that disk has moved, start with the former address and use xnbd-bgctl --reconnect"
@@ -109,6 +111,9 @@ class _Resumption:
         self._lived = found.boot_id == entry.header.boot_id and same_mounts
         self._switched = was_switched(entry.path, self._state_fd, entry.header.boot_id)
         self._untouched = False
+        self._different: List[int] = []
+        self._looked_at: Optional[List[int]] = None
+        """Pages of the bitmap: all if it is not said."""
         self._facts = Facts(made=False)
 
     def run(self) -> None:
@@ -178,12 +183,21 @@ class _Resumption:
         if self._untouched:
             self._facts = basis._replace(alike=True, explained=True, live_fits=has_checksum, durable_fits=has_checksum)
             return judge(self._facts)
-        comparison = copies.compare(bitmap_fd, self._state_fd, self._entry.layout, told=found.version == VERSION)
+        comparison = self._compare(bitmap_fd, failed=failed)
+        self._different = comparison.pages
         self._facts = self._with_copies(basis, bitmap_fd, comparison)
         verdict = judge(self._facts)
         if verdict is Verdict.REFUSE:
             raise self._contradiction(comparison)
         return verdict
+
+    def _compare(self, bitmap_fd: int, *, failed: bool) -> Comparison:
+        """Of all pages, but after a kill only of those that were changed last, if others need not be looked at now."""
+        entry, found, told = self._entry, self._found, self._found.version == VERSION
+        killed = self._lived and not found.clean and not failed and not self._switched
+        if killed and told and not entry.thorough and not entry.adopt:
+            self._looked_at = copies.marked_pages(self._state_fd, entry.layout)
+        return copies.compare(bitmap_fd, self._state_fd, entry.layout, told=told, pages=self._looked_at)
 
     def _with_copies(self, basis: Facts, bitmap_fd: int, comparison: Comparison) -> Facts:
         """What is known of the two copies, besides what *basis* has."""
@@ -254,6 +268,9 @@ class _Resumption:
         told = found.version == VERSION
         trust = trust_in_marks(verdict, facts, told=told, switched=self._switched)
         entry.has_clean_blocks = trust is not Trust.NOTHING
+        if trust is Trust.MAP and self._looked_at is not None:
+            entry.seen = self._looked_at
+            return
         if trust is Trust.MAP and self._untouched:
             return
         doubtful = mending.settle(bitmap_fd, state_fd, entry.layout, trust, closed=found.clean)
@@ -265,8 +282,8 @@ class _Resumption:
     def _save_live(self, bitmap_fd: int) -> None:
         """Raises `OSError`."""
         state_fd, layout = self._state_fd, self._entry.layout
-        for difference in copies.differences(bitmap_fd, state_fd, layout):
-            copies.claim(state_fd, layout, difference.page)
+        for page in self._different:
+            copies.claim(state_fd, layout, page)
         sync_sums(self._entry)
         process = ProcessState(reopen(bitmap_fd, readonly=False), reopen(state_fd, readonly=False), layout)
         with closing(process):

@@ -15,8 +15,20 @@ from ...system.process import closed_on_error
 from . import belonging, copies, files, mending
 from .checkpoint import ProcessState
 from .files import LEAVING_TIME
-from .format import SUFFIX, VERSION, BadHeader, Header, Layout, Steering, Times, layout_of, pack_header, parse_header
+from .format import (
+    SUFFIX,
+    VERSION,
+    BadHeader,
+    Header,
+    Layout,
+    Steering,
+    Times,
+    layout_of,
+    pack_header,
+    parse_header,
+)
 from .known import was_switched
+from .pages import checked_size
 from .sums import Integrity
 from .versions import Version, Versions
 from .view import CacheView
@@ -62,6 +74,8 @@ class SharedState:
             raise ConfigurationError(f"the bitmap {packed['path']} is of another format")
         if "integrity" not in packed:
             raise ConfigurationError(f"the server keeps no checksums of {packed['path']}, which only a restart can add")
+        if os.fstat(packed["integrity"][1]).st_size != checked_size(layout):
+            raise ConfigurationError(f"the map of checked blocks of {packed['path']} is of another format")
         return cls(packed["path"], (bitmap_fd, state_fd, scoreboard_fd, *packed["integrity"]), layout, header)
 
     def open_process(self) -> ProcessState:
@@ -132,7 +146,7 @@ class SharedState:
     def _close_if_alone(self, cache_fd: int) -> bool:
         try:
             alone = files.is_alone(self._state_fd)
-            self._checkpoint(cache_fd)
+            self._checkpoint(cache_fd, last=alone)
             if alone:
                 closed = Times(bitmap=files.stamp(self._bitmap_fd))
                 self.write_back.sync(self._bitmap_fd, metadata=True)
@@ -147,8 +161,11 @@ class SharedState:
             files.leave(self._state_fd)
         return alone
 
-    def _checkpoint(self, cache_fd: int) -> None:
+    def _checkpoint(self, cache_fd: int, *, last: bool = False) -> None:
+        """The *last* one vouches for all of the bitmap."""
         with closing(self._open()[0]) as process:
+            for _ in process.pages.look_at_all() if last else ():
+                pass
             process.checkpoint(cache_fd, timeout=LEAVING_TIME)
 
     def _closed_header(self, cache_fd: int) -> Header:

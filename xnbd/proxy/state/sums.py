@@ -61,9 +61,10 @@ RUN = 64
 """Blocks that are summed up at once."""
 
 _SLICES = [slice(at, at + BLOCK) for at in range(0, RUN * BLOCK, BLOCK)]
-_ZERO_BLOCK = bytes(BLOCK)
-ZERO_SUM = xxh3_64_intdigest(_ZERO_BLOCK)
-_ZERO_SUMS = array("Q", [ZERO_SUM]) * (1 << 12)
+_PACK_ONE = struct.Struct("Q").pack
+_NONE = bytes(SUM_SIZE)
+ZERO_SUM = _PACK_ONE(xxh3_64_intdigest(bytes(BLOCK)))
+_ZERO_SUMS = ZERO_SUM * (1 << 12)
 
 
 class SumsHeader(NamedTuple):
@@ -100,19 +101,19 @@ def sums_size(blocks: int) -> int:
     return table_at(blocks) + SUM_SIZE * blocks
 
 
-def sums_of(data: Buffer) -> List[int]:
-    """Of whole blocks one behind the other, of which the last may be shorter."""
+def sums_of(data: Buffer) -> bytes:
+    """Of whole blocks one behind the other, of which the last may be shorter; as they stand in the table."""
+    if len(data) == BLOCK:
+        return _PACK_ONE(xxh3_64_intdigest(data))
     count, rest = divmod(len(data), BLOCK)
-    if count == 1 and not rest:
-        return [xxh3_64_intdigest(data)]
     if count <= RUN and not rest:
         return sums_of_each([data[block] for block in _SLICES[:count]])
-    return [xxh3_64_intdigest(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)]
+    return sums_of_each([data[at : at + BLOCK] for at in range(0, len(data), BLOCK)])
 
 
-def sums_of_each(blocks: Sequence[Buffer]) -> List[int]:
-    """Of blocks that lie apart."""
-    return list(map(xxh3_64_intdigest, blocks))
+def sums_of_each(blocks: Sequence[Buffer]) -> bytes:
+    """Of blocks that lie apart; as they stand in the table."""
+    return array("Q", map(xxh3_64_intdigest, blocks)).tobytes()
 
 
 class BlockSums:
@@ -127,27 +128,29 @@ class BlockSums:
 
     # Who has filled blocks, and holds their locks
 
-    def note(self, first: int, sums: List[int]) -> None:
+    def note(self, first: int, sums: bytes) -> None:
         """The blocks from *first* on have these sums; their bits are yet to be set. Raises `OSError`."""
-        self._write(array("Q", sums), first)
+        self._write(sums, first)
         self._head[_DIRTY] = 1
 
     def note_zeros(self, first: int, end: int) -> None:
         """These blocks are zeros, perhaps many of them: where the table is a hole it stays one. Raises `OSError`."""
         if end == self._blocks and self._disk_size % BLOCK:
             end -= 1
-            self._write(array("Q", sums_of(bytes(self._disk_size % BLOCK))), end)
+            self._write(sums_of(bytes(self._disk_size % BLOCK)), end)
         if first < end:
             at = self._table + SUM_SIZE * first
             if _is_hole(self._fd, at, SUM_SIZE * (end - first)):
                 self._map_zeros(first, end)
             else:
-                for step, count in steps(first, end - first, len(_ZERO_SUMS)):
-                    self._write(_ZERO_SUMS[:count], step)
+                for step, count in steps(first, end - first, len(_ZERO_SUMS) // SUM_SIZE):
+                    self._write(_ZERO_SUMS[: SUM_SIZE * count], step)
         self._head[_DIRTY] = 1
 
-    def _write(self, sums: array[int], first: int) -> None:
-        space.write_all(self._fd, memoryview(sums).cast("B"), self._table + SUM_SIZE * first)
+    def _write(self, sums: bytes, first: int) -> None:
+        at = self._table + SUM_SIZE * first
+        if os.pwrite(self._fd, sums, at) != len(sums):
+            space.write_all(self._fd, memoryview(sums), at)
 
     def _map_zeros(self, first: int, end: int) -> None:
         start, stop = first >> 3, (end + 7) >> 3
@@ -163,20 +166,20 @@ class BlockSums:
 
     # Who looks
 
-    def misfits(self, first: int, sums: List[int]) -> List[int]:
+    def misfits(self, first: int, sums: bytes) -> List[int]:
         """Which blocks from *first* on do not have these *sums*, or have none. Raises `OSError`."""
-        found = array("Q", sums)
-        stored = os.pread(self._fd, SUM_SIZE * len(found), self._table + SUM_SIZE * first)
-        if stored == found.tobytes():
+        stored = os.pread(self._fd, len(sums), self._table + SUM_SIZE * first)
+        if stored == sums:
             return []
-        wanted = array("Q", stored.ljust(SUM_SIZE * len(found), b"\0"))
-        return [
-            first + index
-            for index, number in enumerate(found)
-            if number != wanted[index] and (wanted[index] or not self._is_zero(first + index, number))
-        ]
+        stored = stored.ljust(len(sums), b"\0")
+        misfits = []
+        for block, at in enumerate(range(0, len(sums), SUM_SIZE), first):
+            found, wanted = sums[at : at + SUM_SIZE], stored[at : at + SUM_SIZE]
+            if found != wanted and (wanted != _NONE or not self._is_zero(block, found)):
+                misfits.append(block)
+        return misfits
 
-    def _is_zero(self, block: int, found: int) -> bool:
+    def _is_zero(self, block: int, found: bytes) -> bool:
         """Whether *block*, which has no sum, is zeros, and known to be."""
         octet = os.pread(self._fd, 1, _ZEROS_AT + (block >> 3))
         return found == ZERO_SUM and bool(octet) and bool(octet[0] >> (block & 7) & 1)
@@ -217,7 +220,7 @@ class Integrity:
         """Owns both descriptors from now on."""
         self.sums = BlockSums(sums_fd, layout)
         self._checked_fd = checked_fd
-        self.checked = Bitmap(checked_fd, layout.blocks)
+        self.checked = Bitmap(checked_fd, layout.blocks, spare=layout.pages)
 
     def close(self) -> None:
         self.sums.close()

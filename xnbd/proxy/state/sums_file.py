@@ -15,12 +15,12 @@ from ...errors import ConfigurationError
 from ...logs import log
 from ...making import is_own_file
 from ...storage import space
-from ...storage.bitmap import bitmap_size
 from ...system.process import closed_on_error
 from . import files
 from .entry import Entry
 from .format import CHECKED_SUFFIX, SUMS_SUFFIX, BadHeader
 from .memory_file import MemoryFile
+from .pages import checked_size
 from .sums import HEADER_SIZE, SumsHeader, pack_sums_header, parse_sums_header, sums_size
 
 _NO_FILE_OF_OURS = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
@@ -32,8 +32,18 @@ def open_integrity(entry: Entry, state_fd: int) -> Tuple[int, int]:
     alone = files.is_alone(state_fd)
     sums_fd = _open_sums(entry, state_fd) if alone else _join_sums(entry, state_fd)
     with closed_on_error(sums_fd):
-        file = MemoryFile(entry, CHECKED_SUFFIX, bitmap_size(entry.layout.blocks), state_fd)
-        return sums_fd, file.make() if alone else file.join()
+        file = MemoryFile(entry, CHECKED_SUFFIX, checked_size(entry.layout), state_fd)
+        return sums_fd, _note_seen(entry, file.make()) if alone else file.join()
+
+
+def _note_seen(entry: Entry, checked_fd: int) -> int:
+    """Which pages of the bitmap have been looked at (`proxy.state.pages`)."""
+    with closed_on_error(checked_fd):
+        seen = bytearray(entry.layout.pages) if entry.seen is not None else bytearray(b"\x01" * entry.layout.pages)
+        for page in entry.seen or ():
+            seen[page] = 1
+        space.write_all(checked_fd, memoryview(seen), checked_size(entry.layout) - entry.layout.pages)
+    return checked_fd
 
 
 def sync_sums(entry: Entry) -> None:

@@ -48,15 +48,25 @@ class DirtyMarks:
     def __init__(self, memory: mmap.mmap, at: int) -> None:
         self._memory = memory
         self._at = at
+        self.require: Callable[[int, int], None] = _any_blocks
+
+    def mark(self, page: int) -> None:
+        """Something is about to be changed on *page*."""
+        self._memory[self._at + page] = 1
 
     def note(self, first: int, end: int) -> None:
-        """Something is about to be set for these blocks, one at least."""
+        """Something is about to be set for these blocks, one at least. Raises what ``require`` raises."""
+        self.require(first, end)
         start = self._at + (first >> PAGE_SHIFT)
         last = self._at + ((end - 1) >> PAGE_SHIFT)
         if start == last:
             self._memory[start] = 1
         else:
             self._memory[start : last + 1] = b"\x01" * (last + 1 - start)
+
+
+def _any_blocks(first: int, end: int) -> None:
+    """Of any page it is known that its bits may be believed."""
 
 
 class MarkingBitmap(Bitmap):

@@ -38,6 +38,8 @@ from .letters import (
 )
 
 _RETRY = 0.02
+_PATIENCE = 2.0
+"""Seconds until the other process has to have taken a client, which is not served meanwhile: at the first attempt."""
 _SILENT = b"the process that was to take it does not answer"
 
 
@@ -107,6 +109,7 @@ class Departure:
         self._kit = kit
         self._channel: Optional[socket.socket] = None
         self._until = 0.0
+        self._patience = _PATIENCE
 
     def go_on(self, traveller: Traveller) -> bool:
         """Do the next step, if it is time for one; True if another process has the client now.
@@ -204,13 +207,18 @@ class Departure:
     def _hear_of(self, fd: int, channel: socket.socket) -> Optional[Letter]:
         """None if the other process has the client of session *fd*; else why it has not. It cannot any more then."""
         try:
-            self._loop.wait((channel.fileno(),), select.POLLIN, PATIENCE, mid_message=True)
-            answer = receive_letter(channel) or Letter(REFUSED + _SILENT, [])
+            answer = self._await_answer(channel)
         except (Stop, OSError):
             if self._has_gone(fd):
                 return None
             raise
         return None if self._has_gone(fd) else answer
+
+    def _await_answer(self, channel: socket.socket) -> Letter:
+        """If there is none in time, the next process gets twice as long: the computer may be slow."""
+        if not self._loop.wait((channel.fileno(),), select.POLLIN, self._patience, mid_message=True):
+            self._patience = min(2 * self._patience, PATIENCE)
+        return receive_letter(channel) or Letter(REFUSED + _SILENT, [])
 
     def _has_gone(self, fd: int) -> bool:
         """Whether the other process has the client; if not, it cannot any more. Raises `Disconnected` in doubt."""

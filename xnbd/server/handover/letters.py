@@ -36,8 +36,8 @@ VERSION = 1
 
 READY, REFUSED, SESSION = b"R", b"N", b"S"
 
-PATIENCE = 2.0
-"""Seconds until the other process has to have answered."""
+PATIENCE = 8.0
+"""Seconds until the other process has to have answered. The client is served meanwhile."""
 
 _LONGEST = 160 << 10
 _MOST_DESCRIPTORS = 8

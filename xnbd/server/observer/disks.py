@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from time import monotonic
-from typing import Optional
+from typing import List, Optional, Sequence
 
+from ...origin.address import members_of, parse_origin
 from ...proxy.state.view import CacheView
 from ...scoreboard.counters import BYTES_FETCHED
 from ...scoreboard.layout import TARGET
-from ...scoreboard.lines import clock
+from ...scoreboard.lines import Line, clock
 from ...scoreboard.place import COPYING_PEER
 from ...scoreboard.scoreboard import Scoreboard
-from .figures import CacheNow
+from ..steward.origin_figures import OriginFigures
+from .figures import CacheNow, OriginNow
 
 _SHORTEST_ROUND = 1.0
 IDLE = 20
@@ -53,8 +55,13 @@ class Counting:
         return self._view.progress.cached_bytes() if self._view.progress.rounds else None
 
 
-def cache_now(scoreboard: Optional[Scoreboard], view: Optional[CacheView], counting: Optional[Counting]) -> CacheNow:
-    """What is known of a cache. Nobody serves it where there is no scoreboard of it, or only a dead one."""
+def cache_now(
+    scoreboard: Optional[Scoreboard], view: Optional[CacheView], counting: Optional[Counting], first: str
+) -> CacheNow:
+    """What is known of a cache whose origin is at *first* unless it has moved.
+
+    Nobody serves it where there is no scoreboard of it, or only a dead one.
+    """
     lines = [] if scoreboard is None else scoreboard.lines.living()
     cached = None if counting is None else counting.cached_bytes
     if scoreboard is None or not lines:
@@ -69,7 +76,18 @@ def cache_now(scoreboard: Optional[Scoreboard], view: Optional[CacheView], count
         copying=copier is not None,
         copied_bytes=0 if copier is None else copier.counts[BYTES_FETCHED],
         reads_through=scoreboard.reads_through and not switched,
+        origins=[] if switched else _origins(scoreboard, lines, scoreboard.origin.address or first),
     )
+
+
+def _origins(scoreboard: Scoreboard, lines: Sequence[Line], address: str) -> List[OriginNow]:
+    if " " not in address:
+        return []
+    places = members_of(parse_origin(address))
+    told = OriginFigures(scoreboard, lines).of(places, [None] * len(places))
+    return [
+        OriginNow(one["address"], one["state"] in ("connected", "idle"), one["latency"], one["bytes"]) for one in told
+    ]
 
 
 def available_bytes(path: str) -> Optional[int]:

@@ -17,8 +17,17 @@ from ...scoreboard.tally import BOUNDS, COMMANDS, ERRORS, Sums
 from ...system.usage import began
 
 
+class OriginNow(NamedTuple):
+    """One of several origins: seconds to an answer, None where nobody knows; bytes of use."""
+
+    address: str
+    up: bool
+    latency: Optional[float]
+    sent: int
+
+
 class CacheNow(NamedTuple):
-    """A proxy's cache; None where nobody knows."""
+    """A proxy's cache; None where nobody knows. *origins* are there if there are several."""
 
     cached_bytes: Optional[int]
     dirty_pages: Optional[int]
@@ -26,6 +35,7 @@ class CacheNow(NamedTuple):
     copying: bool
     copied_bytes: int
     reads_through: bool
+    origins: Sequence[OriginNow] = ()
 
 
 class Exposed(NamedTuple):
@@ -42,7 +52,7 @@ class Exposed(NamedTuple):
 class About:
     """The program that is asked, process *pid*; *expiries* as of `Configuration.expiries`. Raises `OSError`."""
 
-    def __init__(self, program: str, pid: int, max_clients: int, expiries: Sequence[Tuple[str, float]]) -> None:
+    def __init__(self, program: str, pid: int, max_clients: int, expiries: Sequence[Tuple[str, float, float]]) -> None:
         self.program = program
         self.pid = pid
         self.max_clients = max_clients
@@ -106,7 +116,7 @@ def _of_program(about: About) -> List[Family]:
             "xnbd_tls_certificate_expiry_seconds",
             "gauge",
             "Seconds until the certificates in this file are valid no more; negative since then.",
-            [((("file", path),), when - now) for path, when in about.expiries],
+            [((("file", path),), when - now) for path, when, _ in about.expiries],
             "seconds",
         ),
     ]
@@ -126,6 +136,16 @@ def _known(value: Callable[[Exposed], Optional[Number]]) -> Callable[[Exposed], 
 
 def _of_cache(value: Callable[[CacheNow], Optional[Number]]) -> Callable[[Exposed], Values]:
     return _known(lambda exposed: None if exposed.cache is None else value(exposed.cache))
+
+
+def _of_origins(value: Callable[[OriginNow], Optional[Number]]) -> Callable[[Exposed], Values]:
+    def values(exposed: Exposed) -> Values:
+        for origin in exposed.cache.origins if exposed.cache is not None else ():
+            number = value(origin)
+            if number is not None:
+                yield (("origin", origin.address),), int(number) if isinstance(number, bool) else number
+
+    return values
 
 
 def _command(place: int) -> Tuple[str, str]:
@@ -257,6 +277,25 @@ _OF_CACHES = (
         "counter",
         "How often a process had an answer again after the origin was lost, or could not be reached.",
         _one("returns"),
+    ),
+    _Spec(
+        "xnbd_place_up",
+        "gauge",
+        "Of several origins: 0 while a process finds this one unreachable, slow, or with another disk.",
+        _of_origins(lambda origin: origin.up),
+    ),
+    _Spec(
+        "xnbd_place_latency_seconds",
+        "gauge",
+        "Of several origins: how long an answer of this one takes.",
+        _of_origins(lambda origin: origin.latency),
+        "seconds",
+    ),
+    _Spec(
+        "xnbd_place_bytes",
+        "counter",
+        "Of several origins: bytes that have come from this one and were of use.",
+        _of_origins(lambda origin: origin.sent),
     ),
     _Spec(
         "xnbd_checkpoint_age_seconds",

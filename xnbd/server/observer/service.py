@@ -19,7 +19,7 @@ from ..configuration import Configuration
 from ..service import Service
 from ..steward.query import QueryAnswers
 from .disks import Counting, available_bytes, cache_now
-from .figures import About, Exposed, families
+from .figures import About, CacheNow, Exposed, families
 from .process import Observed
 from .wanted import NoSuchExport, Wanted, rounded
 
@@ -33,7 +33,7 @@ class _Asked(NamedTuple):
     source: Source[Scoreboard]
     scoreboard: Scoreboard
     configuration: Configuration
-    expiries: Sequence[Tuple[str, float]]
+    expiries: Sequence[Tuple[str, float, float]]
     service: Service
     tally: TallyReader
 
@@ -89,9 +89,14 @@ class ObservedService(Observed):
             disk_bytes=self._source.size,
             available_bytes=available_bytes(self._source.path),
             write_back_failed=self._source.write_back(self._scoreboard).noted() is not None,
-            cache=None if self._view is None else cache_now(self._scoreboard, self._view, self._counting),
+            cache=self._cache_now(),
         )
         return families([exposed], self._about)
+
+    def _cache_now(self) -> Optional[CacheNow]:
+        if self._view is None or not isinstance(self._source, ProxySource):
+            return None
+        return cache_now(self._scoreboard, self._view, self._counting, str(self._source.address))
 
     def status(self, wanted: Wanted) -> str:
         if wanted.export not in (None, self._service.export_name):

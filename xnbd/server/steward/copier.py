@@ -13,8 +13,8 @@ from time import monotonic
 from typing import Dict, Iterator, NamedTuple, Optional, Tuple
 
 from ...errors import TaskFailed
+from ...origin.flow_window import FlowWindow
 from ...proxy.fetch_queue import PIECE
-from ...proxy.flow_window import FlowWindow
 from ...proxy.image import ProxyImage
 from ...proxy.zero_query import ZeroQuery
 from ...storage.blocks import BLOCK, block_count
@@ -150,7 +150,7 @@ class Copier:
             now = monotonic()
             if now - self._looked_at > _LOOK_AROUND:
                 self._look_around(now)
-            window = _SHALLOW if self._crowded else self._flow_window.size
+            window = _SHALLOW if self._crowded else max(_LEAST, self._fetcher.link.window or self._flow_window.size)
             if self._bytes < window and now >= self._allowed_at:
                 return
             self._wait(None if self._bytes >= window else self._allowed_at - now)
@@ -165,7 +165,7 @@ class Copier:
 
     def _wait(self, timeout: Optional[float] = None) -> None:
         self._loop.wait((), 0, _LOOK_AROUND if timeout is None else min(timeout, _LOOK_AROUND), results=True)
-        if self._fetcher.has_changed:
+        if self._fetcher.link.has_changed:
             raise TaskFailed("the origin has another disk now: what is missing cannot be copied")
         finished, self._fetcher.finished = self._fetcher.finished, []
         now = monotonic()

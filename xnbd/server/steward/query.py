@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from time import time
 from typing import Any, List, Optional, Protocol, Sequence, Tuple
 
 from ... import __version__
 from ...control.requests import Message, flag_argument, integer_argument
 from ...control.server import CommandTable, Reply
-from ...origin.address import parse_origin
+from ...origin.address import members_of, parse_origin
 from ...proxy.image import ProxySource
 from ...scoreboard.counters import MISSES, REQUESTS, Counts
 from ...scoreboard.layout import REACHED, TARGET, UNREACHABLE
@@ -26,6 +26,7 @@ from ...system.usage import UsageMeter, began
 from ..configuration import Configuration
 from ..session.memory import share
 from .duty import Cache, Context, Duty
+from .origin_figures import OriginFigures
 from .progress import Rate
 
 _MAXIMUM_CELLS = 1 << 16
@@ -112,7 +113,7 @@ class Asked(Protocol):
         """How fast clients may be now, if they can be limited."""
 
     @property
-    def expiries(self) -> Sequence[Tuple[str, float]]:
+    def expiries(self) -> Sequence[Tuple[str, float, float]]:
         """As of `Configuration.expiries`."""
 
     def sums(self) -> Optional[Sums]:
@@ -202,7 +203,10 @@ class QueryAnswers:
         from ...tls.expiry import Expiry, warnings
 
         return warnings(
-            [Expiry(path, datetime.fromtimestamp(when, timezone.utc)) for path, when in self._context.expiries]
+            [
+                Expiry(path, datetime.fromtimestamp(when, timezone.utc), timedelta(seconds=notice))
+                for path, when, notice in self._context.expiries
+            ]
         )
 
     def _description(self) -> str:
@@ -238,16 +242,20 @@ class QueryAnswers:
 
     def _origin(self, proxy: ProxySource, lines: List[Line]) -> Message:
         connected = sum(line.origin == REACHED for line in lines)
-        noted = proxy.version_at(parse_origin(self._origin_address(proxy)))
+        places = members_of(parse_origin(self._origin_address(proxy)))
+        noted = [proxy.version_at(place) for place in places]
         unreachable = any(line.origin == UNREACHABLE for line in lines)
-        return {
+        answer: Message = {
             "address": self._origin_address(proxy),
             "state": "unreachable" if unreachable else "connected" if connected else "idle",
             "error": next((line.trouble for line in lines if line.trouble), None),
             "connections": connected,
-            "version": noted.version if noted else None,
-            "changed": bool(noted and noted.changed),
+            "version": noted[0].version if noted[0] else None,
+            "changed": all(version is not None and version.changed for version in noted),
         }
+        if len(places) > 1:
+            answer["places"] = OriginFigures(self._scoreboard, lines).of(places, noted)
+        return answer
 
     def _checkpoint(self, dirty_pages: int) -> Message:
         count, last = self._scoreboard.checkpoints()

@@ -60,6 +60,7 @@ class Switching(Duty):
 
     def _refuse_if_missing(self) -> Reply:
         progress = self._cache.progress
+        yield from self._look_at_bitmap()
         if not progress.complete:
             yield from self._cache.count()
         missing = progress.missing()
@@ -68,6 +69,14 @@ class Switching(Duty):
                 f"{missing} of {progress.blocks} blocks are missing "
                 "(--cache-all brings them; --force switches without them, and they read as zeros)"
             )
+
+    def _look_at_bitmap(self) -> Reply:
+        """A plain target does not look any more."""
+        try:
+            yield from self._cache.state.pages.look_at_all()
+        except OSError as error:
+            raise CommandError(f"{error.strerror}; nothing was changed") from error
+        self._cache.progress.look_again()
 
     def _switch_now(self) -> float:
         """Returns how long everybody was held, in seconds. Raises `CommandError`, and then nothing was changed."""

@@ -15,8 +15,8 @@ from ...server.upgrade.moves import WAITING, Moves
 from ...server.upgrade.outcome import Outcome
 from .movers import Movers
 
-_PATIENCE = 10.0
-"""Seconds without a process that could take a client, after which all that have not moved stay."""
+_MOST_FAILURES = 10
+"""Processes in a row that could not start, after which all clients that have not moved stay: some seconds."""
 
 _LOOK_AGAIN = 0.05
 
@@ -29,7 +29,6 @@ class Arrival:
         self._movers = movers
         movers.begin()
         self._moves = Moves(movers)
-        self._until = monotonic() + _PATIENCE
         self.outcome: Optional[Outcome] = None
 
     def deadline(self) -> Optional[float]:
@@ -41,9 +40,7 @@ class Arrival:
         movers, moves = self._movers, self._moves
         moves.progress()
         movers.keep(min(WAITING, moves.remaining))
-        if movers.has_proven_spare or not moves.remaining:
-            self._until = monotonic() + _PATIENCE
-        if moves.are_over or monotonic() > self._until:
+        if moves.are_over or movers.failures >= _MOST_FAILURES:
             self._end()
 
     @property

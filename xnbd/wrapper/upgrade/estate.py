@@ -37,6 +37,8 @@ class WrapperEstate(NamedTuple):
     metrics: Optional[Packed] = None
     rates: Optional[int] = None
     """The limits that hold (`scoreboard.rates`)."""
+    state: Optional[int] = None
+    """Version of the state files that proxies' processes write (`proxy.state.format`)."""
 
     @property
     def number_of_clients(self) -> int:

@@ -49,7 +49,9 @@ class Mover(NamedTuple):
 
     def _wait_for_client(self, loop: ProcessLoop) -> int:
         set_title("waits for a client to move", program=PROGRAM)
-        send_report(self.reports, ClientReport(Report(os.getpid())))
+        ready = ClientReport(Report(os.getpid()))
+        while not (send_report(self.reports, ready) or self._is_over()):
+            pass  # the wrapper has a lot to do
         while True:
             loop.wait((self.exchange.offers.fileno(), self.lifeline), select.POLLIN)
             offer = take_offer(self.exchange.offers, with_kit=True)
@@ -97,6 +99,8 @@ class Movers:
         self.spares: Set[int] = set()
         self.unproven: Set[int] = set()
         self.moves: List[Report] = []
+        self.failures = 0
+        """How often in a row they failed, and none could start."""
 
     @property
     def clients(self) -> Mapping[int, ClientReport]:
@@ -108,10 +112,6 @@ class Movers:
 
     def __contains__(self, pid: int) -> bool:
         return pid in self.spares or pid in self._clients.served
-
-    @property
-    def has_proven_spare(self) -> bool:
-        return bool(self.spares - self.unproven)
 
     def begin(self) -> None:
         """All that there are now are to move; some of them cannot, as is known already."""
@@ -134,7 +134,7 @@ class Movers:
                     error.strerror,
                     extra=about(error=error),
                 )
-                self._retry_at = monotonic() + _RETRY
+                self._fail()
 
     def _start(self) -> None:
         if self._lifeline is None:
@@ -144,9 +144,17 @@ class Movers:
         self.spares.add(pids[0])
         self.unproven.add(pids[0])
 
+    def _fail(self) -> None:
+        """Several that fail at once count as one."""
+        if monotonic() >= self._retry_at:
+            self.failures += 1
+        self._retry_at = monotonic() + _RETRY
+
     def on_report(self, report: Report) -> None:
         """Of any process of the wrapper's."""
-        self.unproven.discard(report.pid)
+        if report.pid in self.unproven:
+            self.unproven.discard(report.pid)
+            self.failures = 0
         if report.moved_from:
             self.spares.discard(report.pid)
         if report.is_of_move:
@@ -157,7 +165,7 @@ class Movers:
             self.spares.discard(pid)
             self.unproven.discard(pid)
             if status:
-                self._retry_at = monotonic() + _RETRY
+                self._fail()
                 log.error("process %d, which waited for a client to move, died: %s", pid, reason_of(status))
         else:
             self._clients.on_end(pid, status)

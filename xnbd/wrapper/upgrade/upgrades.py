@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 from ... import __version__
 from ...errors import CommandError
+from ...proxy.state.format import VERSION as STATE_VERSION
 from ...scoreboard.layout import TABLE, VERSION
 from ...server.upgrade.order import Order
 from ...server.upgrade.program import Program
@@ -92,6 +93,7 @@ class Upgrades(Stages):
             version=__version__,
             directory=self._program.directory,
             scoreboard=[VERSION, TABLE],
+            state=STATE_VERSION,
             verdict=verdict,
             descriptors=[*kept.fds, *listeners.fds],
             **part,

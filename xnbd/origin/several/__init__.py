@@ -1,0 +1,1 @@
+"""One disk that lies in several places."""
