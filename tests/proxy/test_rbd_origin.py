@@ -80,6 +80,8 @@ def test_a_wrapper_serves_it(start_wrapper: StartWrapper, files: CacheFiles, ima
     client = connect(wrapper.uri("disk"))
     assert read_all(client) == disk
     assert image.uri() in wrapper.ctl("--list")
+    wrapper.ctl("--bgctl-reconnect", "disk", image.uri(client="admin"))
+    assert "id=admin" in wrapper.ctl("--bgctl-query", "disk")
     client.shutdown()
 
 
