@@ -15,7 +15,9 @@ import pytest
 from caching import BLOCK, CacheFiles, Reading, bgctl, connect, hold, kill_server, query
 from conftest import MIB, Start
 from proxies import program
+from scraping import metrics_port, scrape
 from server_process import Server, wait_until
+from upgrades import upgrade
 
 from xnbd.storage import space
 
@@ -257,8 +259,25 @@ def test_flips_while_clients_read(start: Start, full: CacheFiles, far: Server, c
     assert read_all(clients[0], 100_000) == want
 
 
+def test_sums_go_along_with_upgrades(start: Start, files: CacheFiles, far: Server, content: bytes) -> None:
+    """Each program checks what the one before it has fetched, for a client that has moved with it."""
+    server = start(*files.arguments(far.uri, "--verify", "always"))
+    client = connect(server.uri)
+    third = SIZE // 3 // BLOCK * BLOCK
+    flipped = 0
+    for start_at in (0, third, 2 * third):
+        end = start_at + third if start_at < 2 * third else SIZE
+        assert client.pread(end - start_at, start_at) == content[start_at:end]
+        assert upgrade(files.control).moved == 1
+        blocks = range(0, end // BLOCK, 11)
+        flip(files.image, [block * BLOCK for block in blocks])
+        flipped += len(blocks)
+        assert client.pread(end, 0) == content[:end]
+    wait_until(lambda: damaged(files) == flipped, "all of them counted, and no others")
+
+
 def test_scrub_checks_all_and_repairs(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:
-    server = start(*full.arguments(far.uri))
+    server = start(*full.arguments(far.uri, "--metrics", "0"))
     assert read_all(connect(server.uri), MIB) == written(content)
     blocks = clean_blocks()[::9]
     flip(full.image, [block * BLOCK for block in blocks])
@@ -269,6 +288,14 @@ def test_scrub_checks_all_and_repairs(start: Start, full: CacheFiles, far: Serve
     assert f"{len(blocks)} blocks of the cache" in bgctl("--query", full.control)[1]
     status, out, _ = bgctl("--scrub", "--progress", full.control)
     assert (status, out) == (0, f"{BLOCKS} blocks checked, none was damaged\n")
+    flip(full.image, [0])
+    kill_server(server)
+    server = start(*full.arguments(far.uri, "--metrics", "0"))
+    assert connect(server.uri).pread(1, 0)[0] == content[0]
+    port = metrics_port(server.log())
+    by_clients = (BLOCKS - len(clean_blocks())) * BLOCK
+    for name, value in (("xnbd_cache_damaged_blocks_total", 1), ("xnbd_written_bytes", by_clients)):
+        wait_until(lambda: scrape(port).find(name) == [value], name)  # noqa: B023
 
 
 def test_scrub_without_an_origin_says_what_is_left(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:

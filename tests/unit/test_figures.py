@@ -19,7 +19,7 @@ GUIDE = (ROOT / "contrib/doc/operations.rst").read_text()
 def everything() -> Exposed:
     sums = Sums()
     sums.include({row.name: [1] * row.places for row in ROWS})
-    cache = CacheNow(1, 1, 1.0, copying=True, copied_bytes=1, reads_through=True)
+    cache = CacheNow(1, 1, 1.0, copying=True, copied_bytes=1, reads_through=True, written_bytes=1)
     return Exposed("disk", sums, 1, 1, True, cache)
 
 

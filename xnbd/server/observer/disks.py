@@ -12,6 +12,7 @@ from ...scoreboard.layout import TARGET
 from ...scoreboard.lines import clock
 from ...scoreboard.place import COPYING_PEER
 from ...scoreboard.scoreboard import Scoreboard
+from ...storage.blocks import BLOCK
 from .figures import CacheNow
 
 _SHORTEST_ROUND = 1.0
@@ -37,7 +38,7 @@ class Counting:
         if not self._is_counting:
             seen = self._look()
             self._is_counting, self._seen = seen != self._seen, seen
-        is_over = self._is_counting and self._view.progress.work()
+        is_over = self._is_counting and self._view.count()
         self._is_counting = self._is_counting and not is_over
         now = monotonic()
         pause = 0.0 if self._is_counting else _SHORTEST_ROUND
@@ -51,6 +52,12 @@ class Counting:
     def cached_bytes(self) -> Optional[int]:
         """None before the first count is over."""
         return self._view.progress.cached_bytes() if self._view.progress.rounds else None
+
+    @property
+    def written_bytes(self) -> Optional[int]:
+        """None before the first count is over, and of files that do not tell."""
+        written = self._view.written
+        return (written.blocks - written.missing()) * BLOCK if written is not None and written.rounds else None
 
 
 def cache_now(scoreboard: Optional[Scoreboard], view: Optional[CacheView], counting: Optional[Counting]) -> CacheNow:
@@ -69,6 +76,7 @@ def cache_now(scoreboard: Optional[Scoreboard], view: Optional[CacheView], count
         copying=copier is not None,
         copied_bytes=0 if copier is None else copier.counts[BYTES_FETCHED],
         reads_through=scoreboard.reads_through and not switched,
+        written_bytes=None if switched or counting is None else counting.written_bytes,
     )
 
 
