@@ -104,13 +104,14 @@ def test_query_counts_hits_misses_and_bytes(proxy: Proxy) -> None:
             "misses": 10,
             "hits": 22,
             "bytes_fetched": 11 * BLOCK,
+            "damaged": 0,
         }
         (worker,) = answer["workers"]
         assert {key: worker[key] for key in answer["counters"]} == answer["counters"]
         assert worker["pid"] in proxy.server.busy_workers()
         assert worker["client"] == f"unix:pid={os.getpid()},uid={os.getuid()}"
         assert worker["memory_bytes"] > 0
-        assert answer["blocks"] == {"total": BLOCKS, "cached": 11, "written": 0}
+        assert answer["blocks"] == {"total": BLOCKS, "cached": 11, "written": 2}
     wait_until(lambda: not proxy.query()["workers"], "the client's end")
     assert proxy.counter("requests") == 32
 
