@@ -192,6 +192,15 @@ const proxies = row("Proxies", [
   ),
   graph(
     {
+      title: "Written here",
+      description: "By clients. The origins do not have it: it is lost with the cache.",
+      unit: "bytes",
+      width: 8,
+    },
+    [{ expr: now("xnbd_written_bytes"), legend: LEGEND }],
+  ),
+  graph(
+    {
       title: "Fetched from origins",
       description: "More than clients read: read-ahead that nobody uses.",
       unit: "binBps",
@@ -271,13 +280,16 @@ const disks = row("Disks", [
   graph(
     {
       title: "Faults",
-      description: "Write-back failed: every flush fails until a restart. No room: what is fetched is not kept.",
+      description:
+        "Write-back failed: every flush fails until a restart. No room: what is fetched is not kept. " +
+        "Damaged blocks: they are fetched again; look after the disk.",
       unit: "short",
       width: 8,
     },
     [
       { expr: now("xnbd_write_back_failed"), legend: `${LEGEND} write-back failed` },
       { expr: now("xnbd_cache_reads_through"), legend: `${LEGEND} no room` },
+      { expr: increase("xnbd_cache_damaged_blocks_total"), legend: `${LEGEND} damaged blocks` },
     ],
   ),
   graph(

@@ -13,7 +13,7 @@ from typing import Dict, Iterator, List
 
 import nbd
 import pytest
-from caching import BLOCK, CacheFiles, Reading, bgctl, connect
+from caching import BLOCK, CacheFiles, Reading, bgctl, connect, kill_server, query
 from conftest import MIB, Start
 from model import read_all
 from mounts import loop_mount, small_tmpfs
@@ -72,6 +72,11 @@ def at(disk: bytes, block: int, count: int = 1) -> bytes:
     return disk[block * BLOCK : (block + count) * BLOCK]
 
 
+def whole(server: Server) -> bytes:
+    client = connect(server.uri)
+    return b"".join(bytes(client.pread(min(MIB, SIZE - offset), offset)) for offset in range(0, SIZE, MIB))
+
+
 def told(server: Server, line: str) -> int:
     return server.log().count(line)
 
@@ -119,6 +124,26 @@ def test_caching_goes_on_by_itself_when_there_is_room(
 
             wait_until(kept, "a block that is kept")
             wait_until(lambda: told(proxy, END) == rounds, "the end of reading through")  # noqa: B023
+
+
+def test_checksums_that_find_no_room_are_as_a_cache_that_finds_none(
+    start: Start, tmp_path: Path, small: Path, far: Server, disk: bytes
+) -> None:
+    """Bitmap and state have theirs from the start on."""
+    files = CacheFiles(small)
+    files.image = tmp_path / "cache.img"
+    proxy = start(*files.arguments(far.uri, "--readahead", "0"))
+    ballast = fill(small)
+    assert whole(proxy) == disk
+    connect(proxy.uri).pwrite(b"w" * BLOCK, 0)
+    assert (told(proxy, BEGIN), told(proxy, END), files.cached()) == (1, 0, [0])
+    ballast.unlink()
+    client = connect(proxy.uri)
+    wait_until(lambda: client.pread(BLOCK, BLOCK) == at(disk, 1) and 1 in files.cached(), "a block that is kept")
+    kill_server(proxy)
+    proxy = start(*files.arguments(far.uri, "--readahead", "0"))
+    assert whole(proxy) == b"w" * BLOCK + disk[BLOCK:]
+    assert query(files.control)["counters"]["damaged"] == 0
 
 
 def test_parts_of_blocks_and_commands_without_room_are_enospc_and_change_nothing(

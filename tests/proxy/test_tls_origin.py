@@ -148,6 +148,15 @@ def test_a_host_is_known_by_its_name_or_by_its_address(origins: Origins, certifi
     assert probe(parse_origin(f"{uri}&tls-verify-peer=false"), timeout=TIMEOUT).size == SIZE
 
 
+def test_an_address_among_the_names_of_hosts_is_no_address(
+    origins: Origins, certificates: Certificates, tmp_path: Path
+) -> None:
+    """A frequent mistake in templates, after which the certificate seems to be for what was asked for."""
+    mistaken = certificates.authority.server(tmp_path / "mistaken", sans=['dns_name = "127.0.0.1"'])
+    uri = origins("nbdkit", mistaken).tls_uri(trusting(certificates.alice), "tls-hostname=127.0.0.1")
+    assert refusal(uri) == "its certificate is for 127.0.0.1 (as a host's name), not for 127.0.0.1"
+
+
 def test_an_authority_of_the_origin_may_be_trusted_without_the_one_above(
     origins: Origins, certificates: Certificates, tmp_path: Path
 ) -> None:

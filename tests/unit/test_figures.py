@@ -20,7 +20,7 @@ def everything() -> Exposed:
     sums = Sums()
     sums.include({row.name: [1] * row.places for row in ROWS})
     origins = [OriginNow("nbd://a:1/", up=True, latency=0.5, sent=1)]
-    cache = CacheNow(1, 1, 1.0, copying=True, copied_bytes=1, reads_through=True, origins=origins)
+    cache = CacheNow(1, 1, 1.0, copying=True, copied_bytes=1, reads_through=True, origins=origins, written_bytes=1)
     return Exposed("disk", sums, 1, 1, True, cache)
 
 

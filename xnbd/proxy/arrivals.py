@@ -39,7 +39,7 @@ class Arrivals:
         self.passes_on = True
         """Whether what cannot be kept is of use to those who wait; else it is an error."""
         self.closed = False
-        self.passage = Passage(cache.fd, scoreboard)
+        self.passage = Passage((cache.fd, state.integrity.sums.fd), scoreboard)
         self._cache = cache
         self._bitmap = state.bitmap
         self._sums = state.integrity.sums

@@ -285,12 +285,21 @@ class ProxyImage(Image):
             first = stop
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """What is not here counts as data: only the origin knows better."""
+        """What is not here counts as data: only the origin knows better. So does what may be damaged."""
         for at, count, local in self.bitmap.parts(offset, length):
-            if local:
-                yield from self._cache.extents(at, count)
-            else:
+            if not local:
                 yield Extent(count, hole=False)
+                continue
+            for extent in self._cache.extents(at, count):
+                yield from self._holes(at, extent.length) if extent.hole else (extent,)
+                at += extent.length
+
+    def _holes(self, offset: int, length: int) -> Iterator[Extent]:
+        """A hole of the cache is one of the disk if it is known to be right, or came as zeros: it may be damage."""
+        for at, count, trusted in self._trusted.parts(offset, length):
+            first, end = touched(at, count)
+            right = trusted or self._written.all_set(first, end) or self._sums.are_zeros(first, end)
+            yield Extent(count, hole=right)
 
     def cached(self, offset: int, length: int) -> Iterator[Part]:
         for _, count, local in self.bitmap.parts(offset, length):

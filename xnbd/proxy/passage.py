@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from time import monotonic
+from typing import Sequence
 
 from ..logs import log
 from ..scoreboard.scoreboard import Scoreboard
@@ -21,12 +22,12 @@ _LEAST = 256 << 10
 
 
 class Passage:
-    """The way through for one process, beside the cache behind *fd*. ``held`` is the bytes of its parcels."""
+    """The way through for one process, beside the files behind *fds*. ``held`` is the bytes of its parcels."""
 
-    def __init__(self, fd: int, scoreboard: Scoreboard) -> None:
+    def __init__(self, fds: Sequence[int], scoreboard: Scoreboard) -> None:
         self.held = 0
         self.is_open = False
-        self._fd = fd
+        self._fds = fds
         self._scoreboard = scoreboard
         self._try_at = 0.0
 
@@ -46,7 +47,7 @@ class Passage:
         self.is_open = True
         if self._scoreboard.change_reads_through(True):
             log.warning(
-                "no room for the cache image (%s): what is read from the origin is passed on and not kept",
+                "no room for the cache image or its sums (%s): what is read from the origin is passed on and not kept",
                 error.strerror,
             )
 
@@ -57,9 +58,13 @@ class Passage:
             log.info("there is room for the cache image again: what is read from the origin is kept")
 
     def _has_room(self) -> bool:
-        status = os.fstatvfs(self._fd)
-        free = status.f_bavail if os.geteuid() else status.f_bfree
-        return not status.f_blocks or free * status.f_frsize >= _LEAST
+        return all(map(_has_room, self._fds))
+
+
+def _has_room(fd: int) -> bool:
+    status = os.fstatvfs(fd)
+    free = status.f_bavail if os.geteuid() else status.f_bfree
+    return not status.f_blocks or free * status.f_frsize >= _LEAST
 
 
 class PassedParcel(Parcel):

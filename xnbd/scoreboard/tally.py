@@ -25,7 +25,7 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Se
 
 from ..system.file_locks import RangeLocks
 from ..system.process import closed_on_error
-from .counters import BYTES_FETCHED, BYTES_READ, BYTES_WRITTEN, MISSES, new_counts
+from .counters import BYTES_FETCHED, BYTES_READ, BYTES_WRITTEN, DAMAGED, MISSES, new_counts
 
 COMMANDS = ("READ", "WRITE", "other", "FLUSH", "TRIM", "CACHE", "WRITE_ZEROES", "BLOCK_STATUS")
 """By their numbers in the protocol. DISC, which is never answered, leaves its place to unknown commands."""
@@ -76,6 +76,7 @@ ROWS = (
     Row("snapshotting", "now: whether it makes a snapshot"),
     Row("snapshot_bytes", "now: what is in that snapshot already"),
     Row("checkpoint_nanoseconds", "now: how long a steward's last checkpoint took; 0: it has made none"),
+    Row("damaged", "blocks of the cache that were found damaged"),
 )
 
 NOW = frozenset(row.name for row in ROWS if row.meaning.startswith("now: "))
@@ -101,8 +102,8 @@ _HEADER = struct.Struct("=8sI")
 _UNUSED = 64
 """Lines without an export in a row after which there are no more."""
 
-_READ, _WRITTEN, _FETCHED, _MISSES = (
-    PLACES[name] for name in ("bytes_read", "bytes_written", "bytes_fetched", "misses")
+_READ, _WRITTEN, _FETCHED, _MISSES, _DAMAGED = (
+    PLACES[name] for name in ("bytes_read", "bytes_written", "bytes_fetched", "misses", "damaged")
 )
 
 _DURATIONS, _NANOSECONDS, _ERRORS = PLACES["durations"], PLACES["nanoseconds"], PLACES["errors"]
@@ -188,18 +189,20 @@ class Tally:
         self._written = numbers[_WRITTEN] - counts[BYTES_WRITTEN]
         self._fetched = numbers[_FETCHED] - counts[BYTES_FETCHED]
         self._misses = numbers[_MISSES] - counts[MISSES]
-        self._seen = counts[MISSES], counts[BYTES_FETCHED]
+        self._damaged = numbers[_DAMAGED] - counts[DAMAGED]
+        self._seen = counts[MISSES], counts[BYTES_FETCHED], counts[DAMAGED]
 
     def follow(self, counts: Sequence[int]) -> None:
         """Publish what *counts* have grown by."""
         numbers = self.numbers
         numbers[_READ] = counts[BYTES_READ] + self._read
         numbers[_WRITTEN] = counts[BYTES_WRITTEN] + self._written
-        seen = counts[MISSES], counts[BYTES_FETCHED]
+        seen = counts[MISSES], counts[BYTES_FETCHED], counts[DAMAGED]
         if seen != self._seen:
             self._seen = seen
             numbers[_MISSES] = seen[0] + self._misses
             numbers[_FETCHED] = seen[1] + self._fetched
+            numbers[_DAMAGED] = seen[2] + self._damaged
 
     def answered(self, reads: int, writes: int, seconds: float) -> None:
         """So many READs and WRITEs took so long, all of them, and had not to wait for blocks."""

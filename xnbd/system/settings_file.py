@@ -16,8 +16,14 @@ def read_settings(path: str, what: str, largest: int) -> bytes:
     """The content of the file at *path*, which is *what* in messages. Raises `ConfigurationError`."""
     try:
         return read_whole(path, largest)
+    except _Unfit as error:
+        raise ConfigurationError(f"{what} {path}: {error.strerror}") from error
     except OSError as error:
         raise ConfigurationError(f"{what} {path}: it cannot be read: {error.strerror}") from error
+
+
+class _Unfit(OSError):
+    """There is something that can be read, and that is no file of settings."""
 
 
 def read_whole(path: str, largest: int) -> bytes:
@@ -27,8 +33,8 @@ def read_whole(path: str, largest: int) -> bytes:
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "this is no regular file", path)
+            raise _Unfit(errno.EINVAL, "this is no regular file", path)
         data = file.read(largest + 1)
     if len(data) > largest:
-        raise OSError(errno.EFBIG, f"it has more than {largest} bytes", path)
+        raise _Unfit(errno.EINVAL, f"it has more than {largest} bytes", path)
     return data

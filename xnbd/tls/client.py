@@ -11,6 +11,7 @@ import socket
 import ssl
 from contextlib import suppress
 from functools import partial
+from ipaddress import ip_address
 from typing import Any, List, Mapping
 
 from ..errors import TlsFailed
@@ -62,7 +63,7 @@ class ClientStream:
             certificate: Mapping[str, Any] = self._stream.tls.getpeercert() or {}
         except (ValueError, ssl.SSLError):  # ``ssl`` takes all texts for UTF-8, and does not know all kinds
             return []
-        found = [name for _, name in certificate.get("subjectAltName", ())]
+        found = [_shown(kind, name) for kind, name in certificate.get("subjectAltName", ())]
         if not found:
             found = [name for part in certificate.get("subject", ()) for key, name in part if key == "commonName"]
         return [one_line(name) for name in found if isinstance(name, str)]  # a bit string is one of bytes
@@ -72,6 +73,17 @@ class ClientStream:
         with suppress(OSError):
             self._stream.shutdown()
         self._stream.close()
+
+
+def _shown(kind: str, name: str) -> str:
+    """An address that stands among the names of hosts looks like one, and counts for none (RFC 6125)."""
+    if kind != "DNS":
+        return name
+    try:
+        ip_address(name)
+    except ValueError:
+        return name
+    return f"{name} (as a host's name)"
 
 
 def _explain(words: Words, name: str, error: ssl.SSLError) -> OSError:

@@ -120,7 +120,7 @@ class BlockSums:
     """The sums of the disk of *layout* for this process, in the file behind *fd*, which it owns from now on."""
 
     def __init__(self, fd: int, layout: Layout) -> None:
-        self._fd = fd
+        self.fd = fd
         self._blocks = layout.blocks
         self._disk_size = layout.disk_size
         self._table = table_at(layout.blocks)
@@ -140,7 +140,7 @@ class BlockSums:
             self._write(sums_of(bytes(self._disk_size % BLOCK)), end)
         if first < end:
             at = self._table + SUM_SIZE * first
-            if _is_hole(self._fd, at, SUM_SIZE * (end - first)):
+            if _is_hole(self.fd, at, SUM_SIZE * (end - first)):
                 self._map_zeros(first, end)
             else:
                 for step, count in steps(first, end - first, len(_ZERO_SUMS) // SUM_SIZE):
@@ -149,8 +149,8 @@ class BlockSums:
 
     def _write(self, sums: bytes, first: int) -> None:
         at = self._table + SUM_SIZE * first
-        if os.pwrite(self._fd, sums, at) != len(sums):
-            space.write_all(self._fd, memoryview(sums), at)
+        if os.pwrite(self.fd, sums, at) != len(sums):
+            space.write_all(self.fd, memoryview(sums), at)
 
     def _map_zeros(self, first: int, end: int) -> None:
         start, stop = first >> 3, (end + 7) >> 3
@@ -161,14 +161,14 @@ class BlockSums:
         if len(octets) == 1:
             octets[0] = 0xFF << (first & 7) & 0xFF >> (-end & 7)
         for at in {0, len(octets) - 1}:
-            octets[at] |= os.pread(self._fd, 1, _ZEROS_AT + start + at)[0]
-        space.write_all(self._fd, memoryview(octets), _ZEROS_AT + start)
+            octets[at] |= os.pread(self.fd, 1, _ZEROS_AT + start + at)[0]
+        space.write_all(self.fd, memoryview(octets), _ZEROS_AT + start)
 
     # Who looks
 
     def misfits(self, first: int, sums: bytes) -> List[int]:
         """Which blocks from *first* on do not have these *sums*, or have none. Raises `OSError`."""
-        stored = os.pread(self._fd, len(sums), self._table + SUM_SIZE * first)
+        stored = os.pread(self.fd, len(sums), self._table + SUM_SIZE * first)
         if stored == sums:
             return []
         stored = stored.ljust(len(sums), b"\0")
@@ -179,9 +179,23 @@ class BlockSums:
                 misfits.append(block)
         return misfits
 
+    def are_zeros(self, first: int, end: int) -> bool:
+        """Whether all of these blocks came as zeros. Raises `OSError`."""
+        for step, count in steps(first, end - first, len(_ZERO_SUMS) // SUM_SIZE):
+            zeros = _ZERO_SUMS[: SUM_SIZE * count]
+            stored = os.pread(self.fd, len(zeros), self._table + SUM_SIZE * step)
+            if stored != zeros and (any(stored) or not self._are_mapped(step, step + count)):
+                return False
+        return True
+
+    def _are_mapped(self, first: int, end: int) -> bool:
+        octets = os.pread(self.fd, ((end + 7) >> 3) - (first >> 3), _ZEROS_AT + (first >> 3))
+        wanted = (1 << (end - first)) - 1
+        return int.from_bytes(octets, "little") >> (first & 7) & wanted == wanted
+
     def _is_zero(self, block: int, found: bytes) -> bool:
         """Whether *block*, which has no sum, is zeros, and known to be."""
-        octet = os.pread(self._fd, 1, _ZEROS_AT + (block >> 3))
+        octet = os.pread(self.fd, 1, _ZEROS_AT + (block >> 3))
         return found == ZERO_SUM and bool(octet) and bool(octet[0] >> (block & 7) & 1)
 
     # Checkpoints
@@ -192,12 +206,12 @@ class BlockSums:
         if head[_DIRTY] or head[_CLAIMED]:
             head[_CLAIMED] = 1
             head[_DIRTY] = 0
-            sync(self._fd)
+            sync(self.fd)
             head[_CLAIMED] = 0
 
     def close(self) -> None:
         self._head.close()
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 def _is_hole(fd: int, at: int, length: int) -> bool:

@@ -26,6 +26,15 @@ class CacheView:
         self.bitmap = Bitmap(bitmap_fd, layout.blocks, readonly=True)
         self._head = mmap.mmap(state_fd, layout.durable, prot=mmap.PROT_READ)
         self.progress = LocalBlocks(self.bitmap, layout.disk_size)
+        self._marks = _marks(state_fd, layout)
+        self.written = None if self._marks is None else LocalBlocks(self._marks, layout.disk_size)
+        """Those that clients have written; None of a state file that does not tell."""
+
+    def count(self) -> bool:
+        """Count some pages of both; whether that was the end of a round."""
+        if self.written is not None:
+            self.written.work()
+        return self.progress.work()
 
     def dirty_pages(self) -> int:
         """Pages of the bitmap that the next checkpoint has to save."""
@@ -46,9 +55,17 @@ class CacheView:
 
     def close(self) -> None:
         self.bitmap.octets.close()
+        if self._marks is not None:
+            self._marks.octets.close()
         self._head.close()
         for fd in self._fds:
             os.close(fd)
+
+
+def _marks(state_fd: int, layout: Layout) -> Optional[Bitmap]:
+    if os.fstat(state_fd).st_size < layout.size:
+        return None
+    return Bitmap(state_fd, layout.blocks, at=layout.written, readonly=True)
 
 
 def view_of(bitmap_path: str) -> Optional[CacheView]:

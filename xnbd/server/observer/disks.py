@@ -13,6 +13,7 @@ from ...scoreboard.layout import TARGET
 from ...scoreboard.lines import Line, clock
 from ...scoreboard.place import COPYING_PEER
 from ...scoreboard.scoreboard import Scoreboard
+from ...storage.blocks import BLOCK
 from ..steward.origin_figures import OriginFigures
 from .figures import CacheNow, OriginNow
 
@@ -39,7 +40,7 @@ class Counting:
         if not self._is_counting:
             seen = self._look()
             self._is_counting, self._seen = seen != self._seen, seen
-        is_over = self._is_counting and self._view.progress.work()
+        is_over = self._is_counting and self._view.count()
         self._is_counting = self._is_counting and not is_over
         now = monotonic()
         pause = 0.0 if self._is_counting else _SHORTEST_ROUND
@@ -53,6 +54,12 @@ class Counting:
     def cached_bytes(self) -> Optional[int]:
         """None before the first count is over."""
         return self._view.progress.cached_bytes() if self._view.progress.rounds else None
+
+    @property
+    def written_bytes(self) -> Optional[int]:
+        """None before the first count is over, and of files that do not tell."""
+        written = self._view.written
+        return (written.blocks - written.missing()) * BLOCK if written is not None and written.rounds else None
 
 
 def cache_now(
@@ -77,6 +84,7 @@ def cache_now(
         copied_bytes=0 if copier is None else copier.counts[BYTES_FETCHED],
         reads_through=scoreboard.reads_through and not switched,
         origins=[] if switched else _origins(scoreboard, lines, scoreboard.origin.address or first),
+        written_bytes=None if switched or counting is None else counting.written_bytes,
     )
 
 

@@ -36,6 +36,7 @@ class CacheNow(NamedTuple):
     copied_bytes: int
     reads_through: bool
     origins: Sequence[OriginNow] = ()
+    written_bytes: Optional[int] = None
 
 
 class Exposed(NamedTuple):
@@ -258,6 +259,14 @@ _OF_CACHES = (
         _of_cache(lambda cache: cache.cached_bytes),
         "bytes",
     ),
+    _Spec(
+        "xnbd_written_bytes",
+        "gauge",
+        "Bytes of the disk that clients have written, and that are in the cache only, as of the last count.",
+        _of_cache(lambda cache: cache.written_bytes),
+        "bytes",
+    ),
+    _Spec("xnbd_cache_damaged_blocks", "counter", "Blocks of the cache that were found damaged.", _one("damaged")),
     _Spec(
         "xnbd_cache_reads_through",
         "gauge",
