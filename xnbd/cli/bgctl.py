@@ -59,8 +59,8 @@ Options, ignored with a warning by a command that has no use for them:
   --interval SECONDS    With --top, the time between two looks (default: 1).
   --force               With --switch, do it although blocks are missing: they
                         read as zeros then.
-  --progress            With --cache-all, --scrub and --snapshot, show how far it
-                        is, how fast, and how long it will take.
+  --progress            With --cache-all, --scrub and --snapshot, show how far
+                        it is, how fast, and how long it will take.
   --blocks-per-request COUNT
                         With --cache-all and --cache-all2, ask the origin for so
                         many blocks of 4 KiB at once, at most 8192.
