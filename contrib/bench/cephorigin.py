@@ -21,15 +21,14 @@ from ceph import Ceph
 
 
 def main(port: str, directory: str, image: str) -> None:
-    stopping = (signal.SIGTERM, signal.SIGINT)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit())  # at any moment: nothing is left behind
     with Ceph(Path(directory)) as ceph, socket.socket() as sock:
         ceph.run("ceph", "osd", "pool", "create", "rbd", "8")
         ceph.run("rbd", "import", image, "rbd/disk")
         ceph.run("rbd", "snap", "create", "rbd/disk@snap")
-        signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
         sock.bind(("127.0.0.1", int(port)))
         sock.listen()
-        signal.sigwait(stopping)
+        signal.pause()
 
 
 if __name__ == "__main__":

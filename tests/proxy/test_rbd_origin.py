@@ -120,6 +120,18 @@ def test_a_proxy_moves_between_an_nbd_server_and_an_image(
     assert read_all(client) == disk
 
 
+def test_it_stands_in_for_an_nbd_server(
+    start: Start, tmp_path: Path, files: CacheFiles, image: Image, disk: bytes
+) -> None:
+    path = tmp_path / "origin.img"
+    path.write_bytes(disk)
+    far = start("--target", "--readonly", path)
+    client = connect(start(*files.arguments(far.uri, "--origin", image.uri())).uri)
+    assert client.pread(BLOCK, 0) == disk[:BLOCK]
+    far.stop()
+    assert read_all(client) == disk
+
+
 def test_an_image_of_another_size_is_refused_on_the_way(ceph: SharedCeph, files: CacheFiles, proxy: Server) -> None:
     answer = ask(files.control, "reconnect", uri=ceph.make(bytes(MIB)).uri())
     assert f"has {MIB} bytes, not {SIZE}" in answer["error"]
