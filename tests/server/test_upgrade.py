@@ -821,7 +821,11 @@ def _is_file(fd: Path) -> bool:
     ["clone,clone3:error=EAGAIN:when=2..6", "sendto:error=ENOBUFS:when=1..3"],
 )
 def test_a_system_call_that_fails_in_the_new_program_harms_no_client(target: Server, control: Path, fault: str) -> None:
-    target.expected_errors += ["cannot start a worker", "the steward cannot be started", "a command failed in the master"]
+    target.expected_errors += [
+        "cannot start a worker",
+        "the steward cannot be started",
+        "a command failed in the master",
+    ]
     with negotiated(target) as client:
         with injected(target.pid, fault):
             subprocess.run(bgctl_command("--upgrade", control), capture_output=True, check=False)
