@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import re
 import select
+import shutil
 import socket
 import ssl
 import subprocess
@@ -18,9 +19,10 @@ from typing import Iterator, List, Union
 
 import pytest
 from caching import CacheFiles
-from certificates import Certificates
+from certificates import NO_TEXT, Certificates, copy
 from conftest import Start, StartWrapper
 from launch import fails
+from proxies import ask
 from rawclient import ABORT, ACK, EXPORT_NAME, GO, INFO, LIST, SET_META_CONTEXT, STRUCTURED_REPLY, RawClient, go_data
 from server_process import PATIENCE, Server, run, wait_until
 from tls_client import (
@@ -134,12 +136,76 @@ def test_a_client_with_a_wrong_certificate_is_refused(
     alice_is_served(server, certificates)
 
 
+def test_a_certificate_with_very_many_names_is_refused(
+    server: Server, certificates: Certificates, tmp_path: Path
+) -> None:
+    """Each would be compared with each rule."""
+    names = b"".join(b"\x82\x04h%03d" % number for number in range(250))
+    extension = f'add_extension = "2.5.29.17 0x3082{len(names):04x}{names.hex()}"'  # certtool's own way ends at 128
+    crowd = certificates.authority.client(tmp_path / "crowd", "crowd", sans=[extension])
+    with refuses_in_one_line(server, "has 251 names"), RawClient(server.connect()) as client:
+        assert start_tls(client, context_of(crowd)).closed()
+    alice_is_served(server, certificates)
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_a_name_that_is_no_text_is_refused(
+    server: Server, certificates: Certificates, tmp_path: Path, version: str
+) -> None:
+    context = context_of(certificates.authority.client(tmp_path / "odd", "odd", sans=[NO_TEXT]))
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    with refuses_in_one_line(server, "has a name that cannot be read"), RawClient(server.connect()) as client:
+        assert start_tls(client, context).closed()
+    alice_is_served(server, certificates)
+
+
 @pytest.mark.parametrize("who", ["stranger", "expired", "revoked", "anonymous"])
 def test_libnbd_with_a_wrong_certificate_gets_a_line(server: Server, certificates: Certificates, who: str) -> None:
     uri = f"nbds://127.0.0.1:{server.port}/?tls-certificates={getattr(certificates, who)}"
     with refuses_in_one_line(server, "certificate"):
         status, _, err = run("nbdinfo", uri, check=False)
     assert (status, err.count("\n")) == (1, 1), err
+
+
+def lists(directory: Path, *lists: Path) -> None:
+    """Put all *lists* of revoked certificates into the server's *directory*."""
+    (directory / "ca-crl.pem").write_text("".join(path.read_text() for path in lists))
+
+
+def test_an_authority_in_between_may_be_revoked(
+    start: Start, image: Path, certificates: Certificates, tmp_path: Path
+) -> None:
+    directory = copy(certificates.server, tmp_path / "tls")
+    nobody = certificates.authority.revoke(tmp_path / "nobody.pem")
+    department = certificates.authority.revoke(tmp_path / "department.pem", certificates.department.certificate)
+    of_department = certificates.department.revoke(tmp_path / "of-department.pem")
+    lists(directory, nobody, of_department)
+    server = start("--target", image, "--tls", directory, "--control", tmp_path / "ctl", tcp=True)
+    with tls_client(server, certificates.clerk) as clerk:
+        assert clerk.works()
+    for files, reason in (
+        ([department, of_department], "certificate revoked"),
+        ([nobody], "unable to get certificate CRL"),
+        ([of_department], "unable to get certificate CRL"),
+    ):
+        lists(directory, *files)
+        assert ask(tmp_path / "ctl", command="reload")["changes"]
+        with refuses_in_one_line(server, reason), RawClient(server.connect()) as client:
+            refusal_of(client, context_of(certificates.clerk))
+
+
+def test_an_authority_may_be_trusted_without_the_one_above(
+    start: Start, image: Path, certificates: Certificates, tmp_path: Path
+) -> None:
+    """As nbdkit and qemu do: clients of the one above, and of others below that, are not let in."""
+    directory = copy(certificates.server, tmp_path / "tls")
+    shutil.copy(certificates.department.certificate, directory / "ca-cert.pem")
+    certificates.department.revoke(directory / "ca-crl.pem")
+    server = start("--target", image, "--tls", directory, tcp=True)
+    with tls_client(server, certificates.clerk) as clerk:
+        assert clerk.works()
+    with refuses_in_one_line(server, "certificate is refused"), RawClient(server.connect()) as client:
+        refusal_of(client, context_of(certificates.alice))
 
 
 @pytest.mark.parametrize("which", ["server_of_other", "server_expired", "server_elsewhere"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable, Iterator, List
 
 import pytest
-from certificates import Certificates, copy, make_psk
+from certificates import NO_TEXT, Certificates, copy, make_psk
 from lying_origin import LyingOrigin, Visitor, export_info, greeting, option_reply, simple
 from origin_owner import Own, Owner, owners
 from origin_programs import OriginProgram
@@ -148,6 +148,35 @@ def test_a_host_is_known_by_its_name_or_by_its_address(origins: Origins, certifi
     assert probe(parse_origin(f"{uri}&tls-verify-peer=false"), timeout=TIMEOUT) == SIZE
 
 
+def test_an_address_among_the_names_of_hosts_is_no_address(
+    origins: Origins, certificates: Certificates, tmp_path: Path
+) -> None:
+    """A frequent mistake in templates, after which the certificate seems to be for what was asked for."""
+    mistaken = certificates.authority.server(tmp_path / "mistaken", sans=['dns_name = "127.0.0.1"'])
+    uri = origins("nbdkit", mistaken).tls_uri(trusting(certificates.alice), "tls-hostname=127.0.0.1")
+    assert refusal(uri) == "its certificate is for 127.0.0.1 (as a host's name), not for 127.0.0.1"
+
+
+def test_an_authority_of_the_origin_may_be_trusted_without_the_one_above(
+    origins: Origins, certificates: Certificates, tmp_path: Path
+) -> None:
+    department = certificates.department
+    trust = copy(certificates.clerk, tmp_path / "clerk")
+    shutil.copy(department.certificate, trust / "ca-cert.pem")
+    theirs = department.server(tmp_path / "server")
+    assert probe(parse_origin(origins("nbdkit", theirs).tls_uri(trusting(trust))), timeout=TIMEOUT) == SIZE
+    other = origins("nbdkit", certificates.server).tls_uri(trusting(trust))
+    assert refusal(other) == f"its certificate is not of an authority in {trust / 'ca-cert.pem'}"
+
+
+def test_an_origin_whose_name_is_no_text_is_refused(
+    origins: Origins, certificates: Certificates, tmp_path: Path
+) -> None:
+    odd = certificates.authority.server(tmp_path / "odd", sans=[NO_TEXT])
+    uri = origins("nbdkit", odd).tls_uri(trusting(certificates.alice), "tls-hostname=localhost")
+    assert refusal(uri) == "its certificate is for nobody whose name can be read, not for localhost"
+
+
 def test_a_name_that_no_host_has_is_refused(origins: Origins, certificates: Certificates) -> None:
     uri = origins("nbdkit", certificates.server).tls_uri(trusting(certificates.alice), f"tls-hostname={'x' * 300}")
     assert refusal(uri) == f"no certificate can be for the name {'x' * 300!r}"
@@ -169,7 +198,7 @@ def test_a_certificate_that_cannot_be_trusted_is_refused(
     certificates.authority.revoke(strict / "ca-crl.pem")
     assert probe(parse_origin(good.tls_uri(trusting(strict))), timeout=TIMEOUT) == SIZE
     certificates.other_authority.revoke(strict / "ca-crl.pem")
-    assert "has no list of the authority" in refusal(good.tls_uri(trusting(strict)))
+    assert "has no list of an authority behind its certificate" in refusal(good.tls_uri(trusting(strict)))
 
 
 @pytest.mark.parametrize("kind", ["nbdkit", "qemu-nbd"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 from pathlib import Path
 from typing import Callable
 
@@ -12,7 +14,7 @@ from conftest import Start, StartWrapper
 from launch import fails
 from proxies import query
 from rawclient import ACK, ERR_UNKNOWN, LIST, REP_SERVER, RawClient, string
-from server_process import Server, run, title_of
+from server_process import Server, command, run, title_of
 from tls_client import context_of, start_tls, tls_client
 
 READ_ONLY = 1 << 1
@@ -126,6 +128,23 @@ def test_rules_without_anybody_whom_tls_could_name_are_refused(
     where = ["--laddr", "127.0.0.1", "--lport", "0", "--tls-authz", tmp_path / "rules"]
     status, message = fails("--target", "--tls", directory, "--tls-anonymous", *where, image)
     assert (status, "clients on TCP prove nothing" in message) == (1, True)
+
+
+@pytest.mark.parametrize("way", [["--inetd"], ["--connected-fd", "0"]])
+def test_a_server_of_one_client_has_rules_too(
+    certificates: Certificates, image: Path, tmp_path: Path, way: list[str]
+) -> None:
+    (tmp_path / "rules").write_text("CN=alice,* * rw\n")
+    words = command("--target", *way, "--tls", certificates.server, "--tls-authz", tmp_path / "rules", image)
+    for who, expected in ((certificates.alice, ACK), (certificates.bob, ERR_UNKNOWN)):
+        ours, theirs = socket.socketpair()
+        log = subprocess.DEVNULL
+        with subprocess.Popen(words, stdin=theirs.fileno(), stdout=log, stderr=log) as process:
+            theirs.close()
+            ours.settimeout(60)
+            with start_tls(RawClient(ours), context_of(who)) as client:
+                assert client.go()[-1][0] == expected
+            assert process.wait(60) == 0
 
 
 def test_the_owner_of_a_shared_key(serve: Serve, certificates: Certificates) -> None:

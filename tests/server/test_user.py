@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Dict, Iterator, List
 
 import pytest
+from certificates import Certificates, copy
 from conftest import MIB, Start
 from launch import fails, launched, stop_daemon
-from proxies import bgctl, query, refused
+from proxies import ask, bgctl, query, refused
 from rawclient import RawClient
 from server_process import Server, children_of, command, run, title_of, wait_until
+from tls_client import tls_client
 
 from xnbd.errors import ConfigurationError
 from xnbd.system.user import find_user
@@ -292,6 +294,24 @@ def test_what_would_fail_later_is_told_at_the_start(start: Start, place: Path) -
     assert ((place / "pid").read_text(), (place / "s").is_socket(), (place / "log").exists()) == ("", True, False)
     with launched(words, place / "errors"):  # what is left is in nobody's way
         wait_until(lambda: (place / "pid").exists() and (place / "pid").read_text(), "the start")
+
+
+def test_keys_that_only_root_may_read_are_told_of(
+    start: Start, place: Path, home: Path, certificates: Certificates
+) -> None:
+    """And no other file of the directory, such as what a client of this computer has there."""
+    directory = copy(certificates.server, place / "tls")
+    (directory / "server-key.pem").chmod(0o600)
+    (directory / "client-key.pem").write_text("")
+    (directory / "client-key.pem").chmod(0o600)
+    server = start("--target", "--user", USER, "--tls", directory, "--control", home / "ctl", disk(home / "disk.img"))
+    consequence = "a reload and an upgrade are refused"
+    told = [line for line in warnings_of(server.log()) if str(directory) in line]
+    assert told == [f"read {directory}/server-key.pem: {consequence}"]
+    with tls_client(server, certificates.alice) as alice:
+        assert alice.works()
+    server.expected_errors.append("stays as it was")
+    assert ask(home / "ctl", command="reload")["error"] == f"cannot read {directory}/server-key.pem: Permission denied"
 
 
 def test_a_log_in_a_directory_that_is_closed_goes_on(place: Path, home: Path) -> None:

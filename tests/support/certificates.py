@@ -12,12 +12,16 @@ import shutil
 import subprocess
 from functools import cached_property
 from pathlib import Path
-from typing import Sequence
+from typing import Optional, Sequence
 
 PAST = ("2020-01-01 00:00:00", "2020-02-01 00:00:00")
 """When a certificate was valid that is expired now."""
 
 _SERVER_SANS = ('dns_name = "localhost"', 'ip_address = "127.0.0.1"', 'ip_address = "::1"')
+
+
+NO_TEXT = 'add_extension = "2.5.29.17 0x300b8209ff2e6578616d706c65"'
+"""A line of a template: a subject alternative name, of the kind ``dns``, that is no UTF-8."""
 
 
 def _certtool(*words: object) -> None:
@@ -36,9 +40,9 @@ def _validity(days: float, between: Sequence[str]) -> str:
 
 
 class Authority:
-    """A certificate authority with its files in *path*."""
+    """A certificate authority with its files in *path*; with *above* that one has signed its certificate."""
 
-    def __init__(self, path: Path, name: str = "test CA") -> None:
+    def __init__(self, path: Path, name: str = "test CA", above: Optional[Authority] = None) -> None:
         path.mkdir()
         self.path = path
         self.certificate = path / "ca-cert.pem"
@@ -46,7 +50,12 @@ class Authority:
         _make_key(self._key)
         usage = "ca\ncert_signing_key\ncrl_signing_key\n"
         template = ("--template", self._template("ca", f'cn = "{name}"\n{usage}expiration_days = 3650\n'))
-        _certtool("--generate-self-signed", "--load-privkey", self._key, *template, "--outfile", self.certificate)
+        how = ["--generate-self-signed"] if above is None else ["--generate-certificate", *above._signs]
+        _certtool(*how, "--load-privkey", self._key, *template, "--outfile", self.certificate)
+
+    @property
+    def _signs(self) -> Sequence[object]:
+        return "--load-ca-certificate", self.certificate, "--load-ca-privkey", self._key
 
     def _template(self, name: str, text: str) -> Path:
         path = self.path / f"{name}.info"
@@ -60,9 +69,8 @@ class Authority:
         shutil.copy(self.certificate, directory / "ca-cert.pem")
         usage = f"tls_www_{role}\nsigning_key\nencryption_key\n"
         template = ("--template", self._template(directory.name, text + usage))
-        signed_by = ("--load-ca-certificate", self.certificate, "--load-ca-privkey", self._key)
         out = ("--outfile", directory / f"{role}-cert.pem")
-        _certtool("--generate-certificate", "--load-privkey", key, *signed_by, *template, *out)
+        _certtool("--generate-certificate", "--load-privkey", key, *self._signs, *template, *out)
         return directory
 
     def server(
@@ -95,14 +103,13 @@ class Authority:
             directory, "client", subject + "".join(f"{san}\n" for san in sans) + _validity(days, between)
         )
 
-    def revoke(self, out: Path, *certificates: Path) -> Path:
+    def revoke(self, out: Path, *certificates: Path, days: int = 3650) -> Path:
         """The list *out*, by which *certificates* are revoked."""
-        template = self._template("crl", "crl_next_update = 3650\ncrl_number = 1\n")
+        template = self._template("crl", f"crl_next_update = {days}\ncrl_number = 1\n")
         revoked = self.path / "revoked.pem"
         revoked.write_text("".join(certificate.read_text() for certificate in certificates))
         which = ("--load-certificate", revoked) if certificates else ()
-        signed_by = ("--load-ca-privkey", self._key, "--load-ca-certificate", self.certificate)
-        _certtool("--generate-crl", *signed_by, *which, "--template", template, "--outfile", out)
+        _certtool("--generate-crl", *self._signs, *which, "--template", template, "--outfile", out)
         return out
 
 
@@ -134,6 +141,20 @@ class Certificates:
     def other_authority(self) -> Authority:
         """One that nobody trusts."""
         return Authority(self.path / "other-authority", "other CA")
+
+    @cached_property
+    def department(self) -> Authority:
+        """One below `authority`."""
+        return Authority(self.path / "department", "department", self.authority)
+
+    @cached_property
+    def clerk(self) -> Path:
+        """A client of `department`, which shows that one's certificate behind its own, and trusts `authority`."""
+        directory = self.department.client(self.path / "clerk", "clerk")
+        with (directory / "client-cert.pem").open("a") as chain:
+            chain.write(self.department.certificate.read_text())
+        shutil.copy(self.authority.certificate, directory / "ca-cert.pem")
+        return directory
 
     @cached_property
     def server(self) -> Path:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Callable
 
 import pytest
 from certificates import Certificates, copy
 
 from xnbd.errors import ConfigurationError
 from xnbd.tls.credentials import ServerCredentials
-from xnbd.tls.expiry import expiries
+from xnbd.tls.expiry import expiries, warnings
 from xnbd.tls.psk import read_keys
 
 
@@ -32,6 +33,9 @@ from xnbd.tls.psk import read_keys
         (lambda d: (d / "ca-crl.pem").write_text(""), "ca-crl.pem has no list of revoked"),
         (lambda d: shutil.copy(d / "ca-cert.pem", d / "ca-crl.pem"), "ca-crl.pem has a certificate, where a list"),
         (lambda d: _encrypt(d / "server-key.pem"), "server-key.pem is encrypted"),
+        (lambda d: _replace(d / "ca-crl.pem", os.mkfifo), "cannot read .*ca-crl.pem: this is no regular file"),
+        (lambda d: _replace(d / "ca-cert.pem", os.mkdir), "cannot read .*ca-cert.pem: Is a directory"),
+        (lambda d: os.truncate(d / "server-cert.pem", 65 << 20), "cannot read .*it has more than"),
     ],
 )
 def test_what_is_wrong_with_a_directory_is_one_line(
@@ -47,6 +51,11 @@ def test_what_is_wrong_with_a_directory_is_one_line(
 def _cut(path: Path) -> None:
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1], lines[-1], ""]))
+
+
+def _replace(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink(missing_ok=True)
+    make(path)
 
 
 def _encrypt(key: Path) -> None:
@@ -111,6 +120,28 @@ def test_what_expires_soon_is_told_of_once_for_each_file(certificates: Certifica
     assert "in 11 days" in line or "in 12 days" in line
 
 
+def test_of_a_list_is_told_in_the_last_quarter_of_its_time(certificates: Certificates, tmp_path: Path) -> None:
+    """Lists for a week are usual."""
+    directory = copy(certificates.server, tmp_path / "tls")
+    for days in (1, 7, 100, 20):
+        certificates.authority.revoke(directory / "ca-crl.pem", days=days)
+        assert not ServerCredentials(str(directory)).warnings(), days
+    (listed,) = expiries("x", (directory / "ca-crl.pem").read_text())
+    assert listed.notice == timedelta(days=5)
+    almost = [listed._replace(when=datetime.now(timezone.utc) + timedelta(days=4))]
+    assert warnings(almost)[0].startswith("x expires on ")
+
+
+def test_of_a_chain_the_first_end_counts(certificates: Certificates, tmp_path: Path) -> None:
+    """Prometheus refuses two values for one file."""
+    soon = certificates.authority.server(tmp_path / "soon", days=12)
+    with (soon / "server-cert.pem").open("a") as chain:
+        chain.write(certificates.authority.certificate.read_text())
+    valid = {Path(path).name: when for path, when, _ in ServerCredentials(str(soon)).valid}
+    assert len(ServerCredentials(str(soon)).valid) == len(valid) == 2
+    assert valid["server-cert.pem"] < valid["ca-cert.pem"]
+
+
 def test_the_end_of_validity_is_what_openssl_says(certificates: Certificates) -> None:
     for path, name in ((certificates.server, "server-cert.pem"), (certificates.server_with_crl, "ca-crl.pem")):
         file = path / name
@@ -129,8 +160,15 @@ def test_keys_are_read_as_psktool_writes_them(certificates: Certificates, tmp_pa
     assert sorted(keys) == ["alice", "bob"]
     assert len(keys["alice"]) == 32
     path = tmp_path / "keys.psk"
-    for text, message in (("", "has no keys"), ("\nalice:0x12\n", "line 2: expected USER:KEY"), (":12", "line 1")):
-        path.write_text(text)
+    for text, message in (
+        ("", "has no keys"),
+        ("\nalice:0x12\n", "line 2: expected USER:KEY"),
+        (":12", "line 1"),
+        ("\ufeffalice:12", "line 1: expected USER:KEY in UTF-8"),
+        ("alice:12\nbob:34\nalice:56", "line 3: another key for 'alice'"),
+        ("alice:" + "00" * 257, "line 1"),
+    ):
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(ConfigurationError, match=message):
             read_keys(str(path))
 

@@ -23,7 +23,7 @@ def everything() -> Exposed:
     return Exposed("disk", sums, 1, 1, True, cache)
 
 
-FAMILIES = families([everything()], About("xnbd-server", os.getpid(), 1, [("file", 1.0)]))
+FAMILIES = families([everything()], About("xnbd-server", os.getpid(), 1, [("file", 1.0, 0.0)]))
 
 
 def test_promtool_finds_nothing_wrong() -> None:

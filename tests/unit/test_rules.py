@@ -117,11 +117,13 @@ def test_what_is_no_file_of_rules_is_refused_in_a_line(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with open(tmp_path / "large", "wb") as file:
         file.truncate(5 << 20)
+    (tmp_path / "empty").write_text("# nothing but a comment\n\n")
     for name, reason in (
         ("none", "the rules .*/none: it cannot be read: No such file"),
         (".", "no regular file|Is a directory"),
         ("fifo", "this is no regular file"),
         ("large", "more than 4194304 bytes"),
+        ("empty", "empty: there is no rule, so nobody could open anything"),
     ):
         with pytest.raises(ConfigurationError, match=reason):
             read_rules(str(tmp_path / name))

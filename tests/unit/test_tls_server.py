@@ -107,6 +107,7 @@ def test_an_anonymous_client_has_no_names(certificates: Certificates) -> None:
         (((("commonName", " x "),),), r"CN=\ x\ "),
         (((("commonName", "a\0b\n\x85é"),),), r"CN=a\00b\0A\C2\85é"),
         (((("emailAddress", "a@b"),), (("1.2.3", "x"),)), "1.2.3=x,emailAddress=a@b"),
+        (((("x500UniqueIdentifier", b"\0a"),), (("commonName", "a"),)), "CN=a,x500UniqueIdentifier=#0061"),
     ],
 )
 def test_subjects_are_written_as_rfc_4514_says(name: tuple, text: str) -> None:  # type: ignore[type-arg]

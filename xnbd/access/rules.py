@@ -61,8 +61,16 @@ class Rules(NamedTuple):
 
 
 def read_rules(path: str) -> Rules:
-    """The rules in the file at *path*. Raises `ConfigurationError` if anything in it is wrong."""
-    return parse_rules(read_settings(path, "the rules", _LARGEST), path)
+    """The rules in the file at *path*. Raises `ConfigurationError` if anything in it is wrong, or nothing is in it.
+
+    It is empty for a moment while a shell or an editor writes it: a reload then would lock everybody out.
+    """
+    rules = parse_rules(read_settings(path, "the rules", _LARGEST), path)
+    if not rules.lines:
+        raise ConfigurationError(
+            f"{path}: there is no rule, so nobody could open anything: expected lines IDENTITY EXPORT rw|ro"
+        )
+    return rules
 
 
 def parse_rules(data: bytes, path: str) -> Rules:

@@ -89,7 +89,7 @@ def _refuse_clashes(line: CommandLine) -> None:
     line.refuse_together("--verbose", ["--quiet"])
     line.refuse_together("--clear-bitmap", ["--adopt-cache"])
     line.refuse_together("--control", ["--proxy", "--inetd", "--connected-fd"])
-    if line.has("--tls-authz") and line.has("--connected-fd"):
+    if line.has("--tls-authz") and line.has("--connected-fd") and not line.has("--tls"):
         raise ConfigurationError(
             "--tls-authz is for who negotiates with the client: give it to the wrapper, not with --connected-fd",
             USAGE_ERROR,

@@ -7,7 +7,6 @@ process that has given them up already. What a server cannot do without is a rea
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from ..errors import ConfigurationError
@@ -96,7 +95,7 @@ def of_reload(
     log_path = None if (log_options.path or "").startswith("/dev/") else log_options.path
     return [
         *(Need(path, READ, consequence) for path in (rules_path, limits_path) if path),
-        *(files_in(tls.directory, consequence) if tls else []),
+        *(_of_tls(tls.directory, consequence) if tls else []),
         *([Need(log_path, WRITE, consequence)] if log_path else []),
         *directory_of(log_path, "no new log file is made when this one is moved away"),
     ]
@@ -107,13 +106,12 @@ def directory_of(path: Optional[str], consequence: str, *, vital: bool = False) 
     return [] if path is None else [Need(os.path.dirname(path), MAKE_FILES, consequence, vital)]
 
 
-def files_in(directory: str, consequence: str) -> List[Need]:
-    """All files that are there now are read."""
-    try:
-        paths = sorted(Path(directory).iterdir())
-    except OSError:
-        paths = []
-    return [Need(str(path), READ, consequence) for path in paths]
+def _of_tls(directory: str, consequence: str) -> List[Need]:
+    """Those files of TLS that are in *directory* now."""
+    from ..tls.credentials import FILES
+
+    paths = [os.path.join(directory, name) for name in FILES]
+    return [Need(path, READ, consequence) for path in paths if os.path.lexists(path)]
 
 
 class Change:

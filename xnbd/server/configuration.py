@@ -68,9 +68,10 @@ class Configuration(NamedTuple):
         rules = ["rules"] if self.access != before.access else []
         return [*limits, *rules, *(["certificates or keys"] if self.tls != before.tls else [])]
 
-    def expiries(self) -> List[Tuple[str, float]]:
-        """Files of certificates, and until when they are valid, in seconds since 1970."""
-        return [] if self.tls is None else [(path, when.timestamp()) for path, when in self.tls.credentials.valid]
+    def expiries(self) -> List[Tuple[str, float, float]]:
+        """Files of certificates, until when they are valid, in seconds since 1970, and how long before that is told."""
+        valid = [] if self.tls is None else self.tls.credentials.valid
+        return [(path, when.timestamp(), notice.total_seconds()) for path, when, notice in valid]
 
     def figures(self) -> Dict[str, float]:
         """What another process may be told in numbers."""

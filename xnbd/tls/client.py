@@ -11,6 +11,7 @@ import socket
 import ssl
 from contextlib import suppress
 from functools import partial
+from ipaddress import ip_address
 from typing import Any, List, Mapping
 
 from ..errors import TlsFailed
@@ -57,18 +58,32 @@ class ClientStream:
             raise self._words.explain(error, self._name) from error
 
     def names(self) -> List[str]:
-        """The names that the other side's certificate is for, fit for a line."""
-        certificate: Mapping[str, Any] = self._stream.tls.getpeercert() or {}
-        found = [name for _, name in certificate.get("subjectAltName", ())]
+        """The names that the other side's certificate is for, fit for a line; none if one of them cannot be read."""
+        try:
+            certificate: Mapping[str, Any] = self._stream.tls.getpeercert() or {}
+        except (ValueError, ssl.SSLError):  # ``ssl`` takes all texts for UTF-8, and does not know all kinds
+            return []
+        found = [_shown(kind, name) for kind, name in certificate.get("subjectAltName", ())]
         if not found:
             found = [name for part in certificate.get("subject", ()) for key, name in part if key == "commonName"]
-        return [one_line(name) for name in found]
+        return [one_line(name) for name in found if isinstance(name, str)]  # a bit string is one of bytes
 
     def close(self) -> None:
         """Say goodbye, without waiting for an answer."""
         with suppress(OSError):
             self._stream.shutdown()
         self._stream.close()
+
+
+def _shown(kind: str, name: str) -> str:
+    """An address that stands among the names of hosts looks like one, and counts for none (RFC 6125)."""
+    if kind != "DNS":
+        return name
+    try:
+        ip_address(name)
+    except ValueError:
+        return name
+    return f"{name} (as a host's name)"
 
 
 def _explain(words: Words, name: str, error: ssl.SSLError) -> OSError:

@@ -105,7 +105,7 @@ class CertificateWords(Words):
             _EXPIRED: "its certificate has expired",
             _NOT_YET_VALID: "its certificate is not valid yet (or the clock is wrong)",
             _REVOKED: f"its certificate is revoked by {crl}",
-            _NO_CRL: f"{crl} has no list of the authority that has signed its certificate",
+            _NO_CRL: f"{crl} has no list of an authority behind its certificate",
             _CRL_EXPIRED: f"the list of revoked certificates {crl} has expired",
         }
         return TlsFailed(meanings[code]) if code in meanings else super()._on_certificate(error, name)

@@ -11,9 +11,13 @@ import ssl
 from typing import Optional, Type
 
 from ..errors import ConfigurationError
+from ..system.settings_file import LARGEST, read_whole
 
 KERNEL_TLS = 8
 """``SSL_OP_ENABLE_KTLS``: the kernel encrypts what is sent, where it can; ``ssl`` has a name for it from 3.12 on."""
+
+_PARTIAL_CHAIN = 0x80000
+"""``X509_V_FLAG_PARTIAL_CHAIN``: ``ssl`` has a name for it from 3.10 on."""
 
 _NEVER = "!aNULL:!eNULL"
 _DEFAULT = "ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES256:ECDHE+AES128:DHE+AESGCM:!SHA1:!AESCCM"
@@ -45,8 +49,7 @@ def new_context(
 def read_file(path: str) -> str:
     """The text of *path*. Raises `ConfigurationError`."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        return read_whole(path, LARGEST).decode("utf-8", "surrogateescape")
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
 
@@ -76,16 +79,25 @@ def _no_password() -> str:
 
 
 def load_authorities(context: ssl.SSLContext, path: str) -> None:
-    """Trust the certificates in the file *path*."""
+    """Trust the certificates in the file *path*, as GnuTLS does: also one whose own authority is not there."""
     text = read_file(path)
     before = context.cert_store_stats()["x509"]
     _load(context, path, text)
     if context.cert_store_stats()["x509"] == before:
         raise ConfigurationError(f"{path} has no certificate in PEM format")
+    try:
+        known = context.get_ca_certs()
+    except ValueError as error:  # of ``ssl``, which takes all texts for UTF-8
+        raise ConfigurationError(f"cannot use {path}: a certificate there has a name that is no UTF-8") from error
+    if not {certificate["issuer"] for certificate in known} <= {certificate["subject"] for certificate in known}:
+        context.verify_flags |= _PARTIAL_CHAIN
 
 
 def load_revocations(context: ssl.SSLContext, path: str) -> None:
-    """Refuse the certificates that the list in the file *path* names."""
+    """Refuse the certificates that the lists in the file *path* name; authorities are loaded already.
+
+    Also those of authorities in between are looked up. OpenSSL cannot do that with a chain that ends before its root.
+    """
     text = read_file(path)
     if "BEGIN CERTIFICATE" in text:
         raise ConfigurationError(f"{path} has a certificate, where a list of revoked ones is expected")
@@ -93,7 +105,8 @@ def load_revocations(context: ssl.SSLContext, path: str) -> None:
     _load(context, path, text)
     if context.cert_store_stats()["crl"] == before:
         raise ConfigurationError(f"{path} has no list of revoked certificates in PEM format")
-    context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    is_partial = bool(context.verify_flags & _PARTIAL_CHAIN)
+    context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF if is_partial else ssl.VERIFY_CRL_CHECK_CHAIN
 
 
 def _load(context: ssl.SSLContext, path: str, text: str) -> None:

@@ -15,11 +15,12 @@ from typing import List, NamedTuple, Optional, Tuple
 from ..errors import ConfigurationError
 from . import psk
 from .context import exists, load_authorities, load_certificate, load_revocations, new_context, read_file
-from .expiry import Expiry, expiries, warnings
+from .expiry import Expiry, expiries, first_of_each_file, warnings
 from .socket_stream import kernel_knows_tls
 
 AUTHORITY, REVOKED, KEYS = "ca-cert.pem", "ca-crl.pem", "keys.psk"
 SERVER_CERTIFICATE, SERVER_KEY = "server-cert.pem", "server-key.pem"
+FILES = (AUTHORITY, REVOKED, KEYS, SERVER_CERTIFICATE, SERVER_KEY)
 
 
 class _Loaded(NamedTuple):
@@ -93,7 +94,7 @@ class ServerCredentials:
     def _digest(self) -> bytes:
         """Of all files."""
         found = sha256()
-        for name in (AUTHORITY, REVOKED, KEYS, SERVER_CERTIFICATE, SERVER_KEY):
+        for name in FILES:
             path = exists(self.directory, name)
             content = read_file(path) if path else ""
             found.update(f"{name} {len(content)}\n{content}".encode("utf-8", "surrogateescape"))
@@ -114,13 +115,12 @@ class ServerCredentials:
             )
         if revoked:
             load_revocations(context, revoked)
-        return [
-            expiry for path in (certificate, authority, revoked) if path for expiry in expiries(path, read_file(path))
-        ]
+        paths = filter(None, (certificate, authority, revoked))
+        return first_of_each_file([expiry for path in paths for expiry in expiries(path, read_file(path))])
 
     @property
     def valid(self) -> List[Expiry]:
-        """Until when the certificates and revocation lists are."""
+        """Until when the certificates and revocation lists of each file are."""
         return self._loaded.valid
 
     def warnings(self) -> List[str]:

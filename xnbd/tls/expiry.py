@@ -10,22 +10,23 @@ from __future__ import annotations
 import base64
 import re
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Iterator, List, NamedTuple, Sequence, Tuple
 
 _PEM = re.compile(r"-----BEGIN (CERTIFICATE|X509 CRL)-----(.*?)-----END \1-----", re.DOTALL)
 _SEQUENCE, _UTC_TIME, _GENERALIZED_TIME = 0x30, 0x17, 0x18
 _TIMES = (_UTC_TIME, _GENERALIZED_TIME)
 
-SOON = 30
-"""Days: the operator hears of what expires within these."""
+SOON = timedelta(days=30)
+"""The operator hears of what expires within this time."""
 
 
 class Expiry(NamedTuple):
-    """Something in the file *path* is valid until *when*."""
+    """Something in the file *path* is valid until *when*, of which the operator hears *notice* before."""
 
     path: str
     when: datetime
+    notice: timedelta = SOON
 
     def days_left(self, now: datetime) -> int:
         """Whole days; negative for what is over."""
@@ -39,8 +40,12 @@ OURS_AS_CLIENT = "the origin is refused, or refuses this proxy"
 def warnings(valid: Sequence[Expiry], meaning: str = OURS_AS_SERVER) -> List[str]:
     """A line for each file in which something has expired, of which *meaning* tells what it means, or soon will."""
     now = datetime.now(timezone.utc)
-    first = {expiry.path: expiry for expiry in sorted(valid, key=lambda e: e.when, reverse=True)}
-    return [_warning(expiry, now, meaning) for expiry in first.values() if expiry.days_left(now) < SOON]
+    return [_warning(expiry, now, meaning) for expiry in first_of_each_file(valid) if expiry.when - now < expiry.notice]
+
+
+def first_of_each_file(valid: Sequence[Expiry]) -> List[Expiry]:
+    """What is over first in each file: one with a chain has several certificates."""
+    return list({expiry.path: expiry for expiry in sorted(valid, key=lambda e: e.when, reverse=True)}.values())
 
 
 def _warning(expiry: Expiry, now: datetime, meaning: str) -> str:
@@ -56,22 +61,25 @@ def expiries(path: str, text: str) -> List[Expiry]:
     found = []
     for kind, body in _PEM.findall(text):
         with suppress(ValueError):
-            when = _valid_until(base64.b64decode(body), is_list=kind == "X509 CRL")
-            found += [Expiry(path, time) for time in when]
+            is_list = kind == "X509 CRL"
+            begin, end = _validity(base64.b64decode(body), is_list=is_list)
+            found.append(Expiry(path, end, min(SOON, (end - begin) / 4) if is_list else SOON))
     return found
 
 
-def _valid_until(der: bytes, *, is_list: bool) -> List[datetime]:
-    """The last of the times in the validity of a certificate, or a list's next update, which it may lack."""
+def _validity(der: bytes, *, is_list: bool) -> Sequence[datetime]:
+    """The two times in the validity of a certificate, or a list's update and next update, which it may lack.
+
+    Lists are made anew all the time, many each week: the operator hears of them in the last quarter of that.
+    """
     (_, outer), *_ = _elements(der)
     (_, body), *_ = _elements(outer)
     fields = list(_elements(body))
     if is_list:  # [version], signature, issuer, this update, [next update], ...
-        times = [_time(tag, value) for tag, value in fields if tag in _TIMES]
-        return times[1:2]
+        return [_time(tag, value) for tag, value in fields if tag in _TIMES]
     for tag, value in fields:  # [version], serial number, signature, issuer, validity, ...
         if tag == _SEQUENCE and value and value[0] in _TIMES:
-            return [_time(*element) for element in _elements(value)][1:2]
+            return [_time(*element) for element in _elements(value)]
     return []
 
 

@@ -6,7 +6,11 @@ import ssl
 from typing import Any, Dict, Iterator, Tuple, Union
 
 from ..access.identity import Identity
+from ..errors import Refused
 from .psk import ServerKeys, was_used
+
+MOST_NAMES = 250
+"""Names of a certificate: each is compared with each rule, which takes the time of who may connect."""
 
 _KEYWORDS = {
     "commonName": "CN",
@@ -23,12 +27,21 @@ _KEYWORDS = {
 
 _KINDS = {"DNS": "dns", "URI": "uri", "email": "email"}
 
-_Name = Tuple[Tuple[Tuple[str, str], ...], ...]
+_Value = Union[str, bytes]
+"""Of an attribute: ``ssl`` has bytes for those that are BIT STRINGs, as ``x500UniqueIdentifier`` is."""
+
+_Name = Tuple[Tuple[Tuple[str, _Value], ...], ...]
 
 
 def identity_of(tls: Union[ssl.SSLObject, ssl.SSLSocket], keys: ServerKeys) -> Identity:
-    """The names of the client's certificate, or of the pre-shared key that it has."""
-    names = list(_names_in(dict(tls.getpeercert() or {})))
+    """The names of the client's certificate, or of the pre-shared key that it has. Raises `Refused`."""
+    try:
+        certificate = dict(tls.getpeercert() or {})
+    except (ValueError, ssl.SSLError) as error:  # ``ssl`` takes all texts for UTF-8, and does not know all kinds
+        raise Refused("TLS: the client's certificate has a name that cannot be read") from error
+    names = list(_names_in(certificate))
+    if len(names) > MOST_NAMES:
+        raise Refused(f"TLS: the client's certificate has {len(names)} names, and at most {MOST_NAMES} are looked at")
     if not names and keys.user is not None and was_used(tls):
         names = [f"psk:{keys.user}"]
     return Identity(tuple(names))
@@ -44,13 +57,15 @@ def _names_in(certificate: Dict[str, Any]) -> Iterator[str]:
 
 
 def rfc4514(name: _Name) -> str:
-    """The text of a distinguished name: its last part first."""
+    """The text of a distinguished name: its last part first. What is no text is in hex, without its type."""
     parts = ["+".join(f"{_KEYWORDS.get(kind, kind)}={_escape(value)}" for kind, value in part) for part in name]
     return ",".join(reversed(parts))
 
 
-def _escape(value: str) -> str:
+def _escape(value: _Value) -> str:
     """RFC 4514, section 2.4; what is not printable is written in hex, so that a name is fit for a line."""
+    if isinstance(value, bytes):
+        return f"#{value.hex()}"
     last = len(value) - 1
     return "".join(_escaped(char, first=not at, last=at == last) for at, char in enumerate(value))
 

@@ -27,16 +27,25 @@ def read_keys(path: str) -> Dict[str, bytes]:
         if not line.strip():
             continue
         user, _, digits = line.strip().rpartition(":")
-        try:
-            key = bytes.fromhex(digits)
-        except ValueError:
-            key = b""
-        if not user or not key or len(key) > LONGEST_KEY:
-            raise ConfigurationError(f"{path}, line {number}: expected USER:KEY, the key in hex (psktool writes such)")
-        keys[user] = key
+        if user in keys:
+            raise ConfigurationError(f"{path}, line {number}: another key for {user!r}, and only one can be meant")
+        keys[user] = _parse_key(digits)
+        if not user.isprintable() or not user or not keys[user]:
+            raise ConfigurationError(
+                f"{path}, line {number}: expected USER:KEY in UTF-8, the key in hex (psktool writes such)"
+            )
     if not keys:
         raise ConfigurationError(f"{path} has no keys (psktool -u USER -p {path} adds one)")
     return keys
+
+
+def _parse_key(digits: str) -> bytes:
+    """Empty if *digits* are none, or are too many."""
+    try:
+        key = bytes.fromhex(digits)
+    except ValueError:
+        return b""
+    return key if len(key) <= LONGEST_KEY else b""
 
 
 def context_kind(path: str) -> Type[ssl.SSLContext]:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Iterator, List, Mapping, NamedTuple, Tuple
 
 from ...system.process import whole_path
+from ...system.settings_file import LARGEST, read_whole
 from ..base import wrong
 
 PARAMETERS = ("tls-certificates", "tls-hostname", "tls-verify-peer", "tls-psk-file")
@@ -56,8 +57,8 @@ class Encryption(NamedTuple):
 
         valid = []
         for path in self.files():
-            with suppress(OSError), open(path, encoding="utf-8", errors="surrogateescape") as file:
-                valid += expiries(path, file.read())
+            with suppress(OSError):
+                valid += expiries(path, read_whole(path, LARGEST).decode("utf-8", "surrogateescape"))
         return warnings(valid, OURS_AS_CLIENT)
 
 

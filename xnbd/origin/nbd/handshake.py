@@ -121,7 +121,7 @@ class Handshake:
         if self._tls_events:
             return
         if self._only_names:
-            names = ", ".join(stream.names()) or "nobody"
+            names = ", ".join(stream.names()) or "nobody whose name can be read"
             raise NotReached(f"its certificate is for {names}, not for {self._address.tls_name}", refused=True)
         self._in_silence = True
         self._greetings += self._dialogue.on_tls()

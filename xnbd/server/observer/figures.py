@@ -42,7 +42,7 @@ class Exposed(NamedTuple):
 class About:
     """The program that is asked, process *pid*; *expiries* as of `Configuration.expiries`. Raises `OSError`."""
 
-    def __init__(self, program: str, pid: int, max_clients: int, expiries: Sequence[Tuple[str, float]]) -> None:
+    def __init__(self, program: str, pid: int, max_clients: int, expiries: Sequence[Tuple[str, float, float]]) -> None:
         self.program = program
         self.pid = pid
         self.max_clients = max_clients
@@ -106,7 +106,7 @@ def _of_program(about: About) -> List[Family]:
             "xnbd_tls_certificate_expiry_seconds",
             "gauge",
             "Seconds until the certificates in this file are valid no more; negative since then.",
-            [((("file", path),), when - now) for path, when in about.expiries],
+            [((("file", path),), when - now) for path, when, _ in about.expiries],
             "seconds",
         ),
     ]

@@ -33,7 +33,7 @@ class _Asked(NamedTuple):
     source: Source[Scoreboard]
     scoreboard: Scoreboard
     configuration: Configuration
-    expiries: Sequence[Tuple[str, float]]
+    expiries: Sequence[Tuple[str, float, float]]
     service: Service
     tally: TallyReader
 

@@ -111,7 +111,7 @@ class MasterOrders(Duty):
     def _on_news(self, news: Message) -> None:
         context = self._context
         context.configuration = context.configuration._replace(**news["configuration"])
-        context.expiries = [(path, when) for path, when in news["expiries"]]
+        context.expiries = [(path, when, notice) for path, when, notice in news["expiries"]]
 
     def commands(self) -> CommandTable:
         return dict.fromkeys(_MASTERS, self._ask)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from time import time
 from typing import Any, List, Optional, Protocol, Sequence, Tuple
 
@@ -108,7 +108,7 @@ class Asked(Protocol):
         """How fast clients may be now, if they can be limited."""
 
     @property
-    def expiries(self) -> Sequence[Tuple[str, float]]:
+    def expiries(self) -> Sequence[Tuple[str, float, float]]:
         """As of `Configuration.expiries`."""
 
     def sums(self) -> Optional[Sums]:
@@ -192,7 +192,10 @@ class QueryAnswers:
         from ...tls.expiry import Expiry, warnings
 
         return warnings(
-            [Expiry(path, datetime.fromtimestamp(when, timezone.utc)) for path, when in self._context.expiries]
+            [
+                Expiry(path, datetime.fromtimestamp(when, timezone.utc), timedelta(seconds=notice))
+                for path, when, notice in self._context.expiries
+            ]
         )
 
     def _description(self) -> str:
