@@ -1,7 +1,7 @@
-"""A wrapper's proxy is upgraded, and the process that waits for its client is killed at a system call.
+"""A wrapper's proxy is upgraded, and the process that waits for its client is killed at a system call, or its steward.
 
-At worst this client is lost; what was flushed is there. The calls are drawn by chance from those that such a process
-makes; XNBD_ROUNDS sets how many times.
+At worst this client is lost; what was flushed is there. The steward's death costs no client anything. The calls are
+drawn by chance from those that such a process makes; XNBD_ROUNDS sets how many times.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Callable, Iterator, List, Tuple
 
 import pytest
-from caching import CacheFiles
+from caching import CacheFiles, descendants
 from conftest import MIB, Start, StartWrapper
 from injection import injected, listed_calls
 from rawclient import FLUSH, RawClient
-from server_process import is_alive, title_of, wait_until
+from server_process import is_alive, state_of, title_of, wait_until
+from upgrades import STOPPED_STEWARD, build
 from wrapper_process import Wrapper, program
 
 ROUNDS = int(os.environ.get("XNBD_ROUNDS", "2"))
@@ -57,6 +58,25 @@ class Field:
                 return upgrading.communicate()
 
             yield self._titled("waits for a client")[0], go_on
+
+    @contextmanager
+    def steward(self, path: Path) -> Iterator[Tuple[int, Callable[[], object]]]:
+        """The steward of the process that waits for the only client, as `mover`; *path* is the next program."""
+        wrapper = self.wrapper
+        words = [*program("xnbd-wrapper-ctl"), "--socket", str(wrapper.control), "--upgrade", "--program", str(path)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as upgrading:
+            wait_until(lambda: bool(self._stopped()), "the next steward")
+            (pid,) = self._stopped()
+
+            def go_on() -> object:
+                os.kill(pid, signal.SIGCONT)
+                assert "1 client moved" in upgrading.communicate()[0]
+                return None
+
+            yield pid, go_on
+
+    def _stopped(self) -> List[int]:
+        return [pid for pid in descendants(self.wrapper.process.pid) if state_of(pid) == "T"]
 
     def _titled(self, text: str) -> List[int]:
         return [pid for pid in self.wrapper.servers() if text in title_of(pid)]
@@ -111,3 +131,35 @@ def test_at_worst_the_client_that_has_come_is_lost(field: Field, tmp_path: Path,
         died, lost = died + has_died, lost + is_lost
         field.check()
     print(f"\n{died} of {ROUNDS} have died, {lost} clients were lost")
+
+
+STOPPING = [
+    (
+        "server/single.py",
+        "    with _stewarded(service, close_first) as give_way:\n",
+        "    os.environ['XNBD_STOP'] = '1'\n    with _stewarded(service, close_first) as give_way:\n",
+    ),
+    STOPPED_STEWARD,
+]
+
+
+@pytest.mark.timeout(120 + 20 * ROUNDS)
+def test_no_client_is_lost_with_the_next_steward(field: Field, tmp_path: Path, seed: int) -> None:
+    path = build(tmp_path / "next", "99.0", *STOPPING, name="xnbd-wrapper")
+    with field.wrapper.client("far") as client:
+        field.flush_something(client)
+        with field.steward(path) as (steward, go_on), listed_calls(steward, tmp_path / "calls") as calls:
+            go_on()
+            assert field.is_right(client)
+    field.check()
+    assert len(calls) > 30, calls
+    died = 0
+    for name, count in random.Random(seed).choices(calls, k=ROUNDS):
+        with field.wrapper.client("far") as client:
+            field.flush_something(client)
+            with field.steward(path) as (steward, go_on), injected(steward, f"{name}:signal=KILL:when={count}"):
+                go_on()
+                assert field.is_right(client)
+            died += not is_alive(steward)
+        field.check()
+    print(f"\n{died} of {ROUNDS} have died")

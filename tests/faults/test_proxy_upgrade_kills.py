@@ -25,7 +25,7 @@ from rawclient import FLUSH, READ, RawClient, pack_request
 from relay import Relay
 from server_process import is_alive, state_of, title_of, wait_until
 from snapshots import bgctl_command
-from upgrades import build
+from upgrades import STOPPED_STEWARD, build
 
 ROUNDS = int(os.environ.get("XNBD_ROUNDS", "2"))
 WAITING = 8
@@ -41,15 +41,9 @@ STOPPING = [
         "            self._start_steward()\n"
         "            os.environ.pop('XNBD_STOP')\n",
     ),
-    (
-        "server/steward/process.py",
-        "        try:\n            loop = ProcessLoop(lifeline)\n",
-        "        if os.environ.pop('XNBD_STOP', ''):\n"
-        "            os.kill(os.getpid(), 19)\n"
-        "        try:\n            loop = ProcessLoop(lifeline)\n",
-    ),
+    STOPPED_STEWARD,
 ]
-"""The steward that takes over in an upgrade stops when it was forked, so that it can be traced from the beginning."""
+"""The steward that takes over in an upgrade is stopped."""
 
 Move = Callable[[], None]
 

@@ -71,6 +71,16 @@ def build(directory: Path, version: str, *changes: tuple[str, str, str], name: s
     return directory / "bin" / name
 
 
+STOPPED_STEWARD = (
+    "server/steward/process.py",
+    "        try:\n            loop = ProcessLoop(lifeline)\n",
+    "        if os.environ.pop('XNBD_STOP', ''):\n"
+    "            os.kill(os.getpid(), 19)\n"
+    "        try:\n            loop = ProcessLoop(lifeline)\n",
+)
+"""For `build`: where XNBD_STOP is set a steward stops when it was forked, to be traced from the beginning."""
+
+
 class Figures(NamedTuple):
     """What all processes of a server take: memory in MiB (shared memory counts once); descriptors of the first one."""
 
