@@ -58,7 +58,10 @@ class Pages:
     def look(self, first: int, end: int) -> None:
         """Return when the bits of these blocks, one at least, may be believed. Raises `OSError`."""
         seen, at = self._seen, self._at
-        for page in range(first >> PAGE_SHIFT, ((end - 1) >> PAGE_SHIFT) + 1):
+        start, last = first >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT
+        if start == last and seen[at + start]:
+            return
+        for page in range(start, last + 1):
             if not seen[at + page]:
                 self._look(page)
 
@@ -73,9 +76,10 @@ class Pages:
     def require(self, first: int, end: int) -> None:
         """Raises `OSError` if one who is about to change bits of these blocks has decided on what was not believed."""
         seen, at = self._seen, self._at
-        if seen[at + (first >> PAGE_SHIFT)] and seen[at + ((end - 1) >> PAGE_SHIFT)] and end - first <= 1 << PAGE_SHIFT:
+        start, last = first >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT
+        if start == last and seen[at + start]:
             return
-        for page in range(first >> PAGE_SHIFT, ((end - 1) >> PAGE_SHIFT) + 1):
+        for page in range(start, last + 1):
             if not seen[at + page] and self._look(page):
                 raise OSError(errno.EAGAIN, "the bitmap was mended meanwhile")
 
