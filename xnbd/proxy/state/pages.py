@@ -125,6 +125,7 @@ class Pages:
         self._marks.mark(page)
         self._written[start:stop] = written
         self._live[start:stop] = local
+        self._marks.mark(page)  # a checkpoint may have come in between, and sees no lock
         log.warning(
             "the bitmap of the cache, from byte %d of the disk on, was damaged since its servers died, and was mended",
             page << PAGE_SHIFT << 12,
