@@ -146,7 +146,7 @@ def test_servers_on_one_cache_share_what_was_looked_at(cache: Cache) -> None:
         one.pages.look(HERE, HERE + 1)
         one.bitmap.set(HERE + 99, HERE + 100)
         other.pages.look(HERE, HERE + 1)
-        assert len(list(other.pages.look_at_all())) == 1
+        assert list(other.pages.look_at_all())
         assert not list(one.pages.look_at_all())
         assert HERE + 99 in other.bitmap
 
