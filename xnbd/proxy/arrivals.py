@@ -149,8 +149,10 @@ class Arrivals:
 
     def _sums_of(self, fetch: Fetch) -> bytes:
         """Of all blocks of *fetch*. What came in pieces that are no blocks is read from the cache. Raises `OSError`."""
+        if len(fetch.sums) == 1 and len(fetch.sums[0][1]) == SUM_SIZE * (fetch.end - fetch.first):
+            return fetch.sums[0][1]
         block, known = fetch.first, b""
-        for at, sums in sorted(fetch.sums) if len(fetch.sums) > 1 else fetch.sums:
+        for at, sums in sorted(fetch.sums):
             known += self._sums_of_cached(block, at) + sums
             block = at + len(sums) // SUM_SIZE
         return known + self._sums_of_cached(block, fetch.end)

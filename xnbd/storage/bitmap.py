@@ -92,6 +92,9 @@ class Bitmap:
         """Set the bits of these blocks. The caller holds the lock of their bytes."""
         octets = self.octets
         start, stop = first >> 3, end >> 3
+        if end - first == 1:
+            octets[start] |= 1 << (first & 7)
+            return
         head, tail = 0xFF << (first & 7) & 0xFF, (1 << (end & 7)) - 1
         if start == stop:
             octets[start] |= head & tail

@@ -68,7 +68,7 @@ class ProcessState:
         self.written = WrittenMap(state_fd, layout, marks, self.write_back.sync)
         self._integrity = integrity
         if integrity is not None:
-            self.pages = Pages(state_fd, layout, marks, self.bitmap, self.written, integrity.checked)
+            self.pages = Pages((bitmap_fd, state_fd), layout, marks, self.bitmap, self.written, integrity.checked)
             marks.require = self.pages.require
 
     @property

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from typing import NamedTuple, Optional
+from typing import Iterator, NamedTuple, Optional, Tuple
 
 from ...errors import ConfigurationError
 from ...scoreboard.layout import TARGET
 from ...scoreboard.scoreboard import Scoreboard
 from ...storage.blocks import steps
+from ...storage.extents import file_extents
 from . import belonging, files
 from .belonging import UNKNOWN
 from .format import NO_BOOT, SCOREBOARD_SUFFIX, SUFFIX, BadHeader, layout_of
+
+_STEP = 1 << 16
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
@@ -31,10 +34,18 @@ def _has_bits(path: str, *, durable: bool) -> bool:
             if durable:
                 layout = layout_of(files.read_header(file.fileno()).disk_size)
                 start, length = layout.durable, layout.bitmap_size
-            parts = (os.pread(file.fileno(), count, at) for at, count in steps(start, length, 1 << 20))
+            parts = (os.pread(file.fileno(), count, at) for at, count in _data(file.fileno(), start, length))
             return any(part.count(0) != len(part) for part in parts)
     except (OSError, BadHeader):
         return False
+
+
+def _data(fd: int, offset: int, length: int) -> Iterator[Tuple[int, int]]:
+    """Where there is any: an empty bitmap of a large disk takes long to read."""
+    for extent in file_extents(fd, offset, length):
+        if not extent.hole:
+            yield from steps(offset, extent.length, _STEP)
+        offset += extent.length
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -49,7 +49,7 @@ def settle(bitmap_fd: int, state_fd: int, layout: Layout, trust: Trust, *, close
         return 0
     exposed = space.read_exactly(state_fd, layout.pages, layout.exposed)
     marks, bits = Region(state_fd, layout, layout.written), Region(bitmap_fd, layout, 0)
-    doubtful = set(_misfits(marks, state_fd, layout))
+    doubtful = set(misfits(marks, state_fd, layout))
     if trust is Trust.UNEXPOSED:
         doubtful.update(match.start() for match in _MARK.finditer(exposed))
     elif not closed:
@@ -83,8 +83,8 @@ def _is_marked(state_fd: int, layout: Layout, page: int) -> bool:
     return any(os.pread(state_fd, 1, start + page) != b"\0" for start in (layout.dirty, layout.claimed))
 
 
-def _misfits(marks: Region, state_fd: int, layout: Layout) -> Iterator[int]:
-    """The pages that do not have their checksums."""
+def misfits(marks: Region, state_fd: int, layout: Layout) -> Iterator[int]:
+    """The pages of the written map, *marks*, that do not have their checksums."""
     noted = space.read_exactly(state_fd, SUM.size * layout.pages, layout.sums)
     done = 0
     for first, end in pieces(marks):

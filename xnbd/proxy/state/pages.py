@@ -26,12 +26,13 @@ from ...logs import log
 from ...storage import space
 from ...storage.bitmap import Bitmap, bitmap_size
 from ...system.file_locks import RangeLocks, do_nothing
+from .copies import Region, differences
 from .format import LOOKING, PAGE, PAGE_SHIFT, SUM, Layout
+from .mending import misfits
 from .written import DirtyMarks
 
 _UNSEEN = re.compile(rb"\x00")
 _PATIENCE = 10.0
-_AT_ONCE = 256
 
 
 def checked_size(layout: Layout) -> int:
@@ -43,39 +44,52 @@ class Pages:
     """The pages of *bitmap* and *written* in one process; *checked* is mapped with the bytes behind it."""
 
     def __init__(
-        self, state_fd: int, layout: Layout, marks: DirtyMarks, bitmap: Bitmap, written: Bitmap, checked: Bitmap
+        self, fds: Tuple[int, int], layout: Layout, marks: DirtyMarks, bitmap: Bitmap, written: Bitmap, checked: Bitmap
     ) -> None:
-        self._state_fd = state_fd
+        """*fds* are of the live bitmap and the state file."""
+        self._bitmap_fd, self._state_fd = fds
         self._layout = layout
         self._marks = marks
         self._live = bitmap.octets
         self._written = written.octets
         self._seen = checked.octets
         self._at = bitmap_size(layout.blocks)
-        self._locks = RangeLocks(state_fd)
+        self._locks = RangeLocks(self._state_fd)
         self._told: Set[int] = set()
 
     def look(self, first: int, end: int) -> None:
         """Return when the bits of these blocks, one at least, may be believed. Raises `OSError`."""
         seen, at = self._seen, self._at
-        for page in range(first >> PAGE_SHIFT, ((end - 1) >> PAGE_SHIFT) + 1):
+        start, last = first >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT
+        if start == last and seen[at + start]:
+            return
+        for page in range(start, last + 1):
             if not seen[at + page]:
                 self._look(page)
 
     def look_at_all(self) -> Iterator[None]:
-        """The same for all blocks, with pauses. Raises `OSError`."""
-        at, pages = self._at, self._layout.pages
-        for number, unseen in enumerate(_UNSEEN.finditer(self._seen[at : at + pages])):
-            self._look(unseen.start())
-            if number % _AT_ONCE == 0:
-                yield
+        """The same for all blocks, with pauses; what was never written to is not read. Raises `OSError`."""
+        at, layout = self._at, self._layout
+        unseen = {match.start() for match in _UNSEEN.finditer(self._seen[at : at + layout.pages])}
+        if not unseen:
+            return
+        doubtful = set(misfits(Region(self._state_fd, layout, layout.written), self._state_fd, layout))
+        yield
+        doubtful.update(difference.page for difference in differences(self._bitmap_fd, self._state_fd, layout))
+        yield
+        for page in unseen:
+            if page in doubtful:
+                self._look(page)
+            else:
+                self._seen[at + page] = 1
 
     def require(self, first: int, end: int) -> None:
         """Raises `OSError` if one who is about to change bits of these blocks has decided on what was not believed."""
         seen, at = self._seen, self._at
-        if seen[at + (first >> PAGE_SHIFT)] and seen[at + ((end - 1) >> PAGE_SHIFT)] and end - first <= 1 << PAGE_SHIFT:
+        start, last = first >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT
+        if start == last and seen[at + start]:
             return
-        for page in range(first >> PAGE_SHIFT, ((end - 1) >> PAGE_SHIFT) + 1):
+        for page in range(start, last + 1):
             if not seen[at + page] and self._look(page):
                 raise OSError(errno.EAGAIN, "the bitmap was mended meanwhile")
 
@@ -121,6 +135,7 @@ class Pages:
         self._marks.mark(page)
         self._written[start:stop] = written
         self._live[start:stop] = local
+        self._marks.mark(page)  # a checkpoint may have come in between, and sees no lock
         log.warning(
             "the bitmap of the cache, from byte %d of the disk on, was damaged since its servers died, and was mended",
             page << PAGE_SHIFT << 12,

@@ -130,7 +130,8 @@ class BlockSums:
 
     def note(self, first: int, sums: bytes) -> None:
         """The blocks from *first* on have these sums; their bits are yet to be set. Raises `OSError`."""
-        self._write(sums, first)
+        if os.pwrite(self.fd, sums, self._table + SUM_SIZE * first) != len(sums):
+            self._write(sums, first)
         self._head[_DIRTY] = 1
 
     def note_zeros(self, first: int, end: int) -> None:
@@ -148,9 +149,7 @@ class BlockSums:
         self._head[_DIRTY] = 1
 
     def _write(self, sums: bytes, first: int) -> None:
-        at = self._table + SUM_SIZE * first
-        if os.pwrite(self.fd, sums, at) != len(sums):
-            space.write_all(self.fd, memoryview(sums), at)
+        space.write_all(self.fd, memoryview(sums), self._table + SUM_SIZE * first)
 
     def _map_zeros(self, first: int, end: int) -> None:
         start, stop = first >> 3, (end + 7) >> 3
