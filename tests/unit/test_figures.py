@@ -11,7 +11,7 @@ from server_process import ROOT
 
 from xnbd.metrics.exposition import plain
 from xnbd.scoreboard.tally import PLACES, ROWS, Sums
-from xnbd.server.observer.figures import About, CacheNow, Exposed, families
+from xnbd.server.observer.figures import About, CacheNow, Exposed, LimitNow, families
 
 GUIDE = (ROOT / "contrib/doc/operations.rst").read_text()
 
@@ -19,7 +19,7 @@ GUIDE = (ROOT / "contrib/doc/operations.rst").read_text()
 def everything() -> Exposed:
     sums = Sums()
     sums.include({row.name: [1] * row.places for row in ROWS})
-    cache = CacheNow(1, 1, 1.0, copying=True, copied_bytes=1, reads_through=True)
+    cache = CacheNow(1, 1, 1.0, copying=True, copied_bytes=1, reads_through=True, limit=LimitNow(3, 2, 1))
     return Exposed("disk", sums, 1, 1, True, cache)
 
 

@@ -14,9 +14,11 @@ from ..proxy.verification import Verify
 from ..storage.blocks import BLOCK
 from .values import USAGE_ERROR, CommandLine
 
+_LEAST_LIMIT = 1 << 20
+
 
 class ProxyOptions(NamedTuple):
-    """The disk of *origin*, cached here; *readahead* and *fetch_size* (None: by its kind) in bytes.
+    """The disk of *origin*, cached here; *readahead*, *fetch_size* (None: by its kind) and *cache_limit* in bytes.
 
     With *clear* nothing counts as cached yet.
     """
@@ -31,6 +33,7 @@ class ProxyOptions(NamedTuple):
     readahead: int = DEFAULT_READAHEAD
     fetch_size: Optional[int] = None
     verify: Verify = Verify.FIRST
+    cache_limit: Optional[int] = None
 
 
 def proxy_options(line: CommandLine, paths: Mapping[str, str]) -> ProxyOptions:
@@ -49,6 +52,7 @@ def proxy_options(line: CommandLine, paths: Mapping[str, str]) -> ProxyOptions:
         readahead=readahead,
         fetch_size=_fetch_size(line) if line.has("--fetch-size") else None,
         verify=_verify(line),
+        cache_limit=_cache_limit(line) if line.has("--cache-limit") else None,
     )
 
 
@@ -57,6 +61,13 @@ def _fetch_size(line: CommandLine) -> int:
     if size & (size - 1) or not BLOCK <= size <= PIECE * BLOCK:
         raise ConfigurationError("--fetch-size: expected 4K, 8K, 16K, 32K, 64K, 128K or 256K", USAGE_ERROR)
     return size
+
+
+def _cache_limit(line: CommandLine) -> int:
+    limit = line.size_or_zero("--cache-limit")
+    if limit < _LEAST_LIMIT:
+        raise ConfigurationError("--cache-limit: at least 1M is needed", USAGE_ERROR)
+    return limit
 
 
 def _verify(line: CommandLine) -> Verify:

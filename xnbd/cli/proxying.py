@@ -71,6 +71,7 @@ def _open_state(options: ProxyOptions, cache_fd: int, size: int) -> SharedState:
             origin=str(options.origin),
             clear=options.clear,
             adopt=options.adopt,
+            cache_limit=options.cache_limit,
         )
     except OtherBitmap:
         raise ConfigurationError(

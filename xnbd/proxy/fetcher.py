@@ -93,7 +93,7 @@ class Fetcher(Background):
 
     def bring_ahead(self, first: int, end: int) -> None:
         """Fetch what is missing of these blocks, after everything that is needed, unless it cannot be kept."""
-        if self.arrivals.passage.is_open:
+        if self.arrivals.is_full:
             return
         for run_first, run_end, local in self._bitmap.runs(first, end):
             if not local:
@@ -110,12 +110,14 @@ class Fetcher(Background):
         return zero_query
 
     def make_zero(self, first: int, end: int) -> bool:
-        """Note that these blocks are zeros at the origin; False if another process has some of them in hand."""
+        """Note that these blocks are zeros at the origin; False if another process has some, or there is no room."""
         if not self.locking.borrow(first, end):
             return False
         try:
             for run_first, run_end, local in list(self._bitmap.runs(first, end)):
                 if not local:
+                    if not self.arrivals.admits_zeros(run_first, run_end):
+                        return False
                     self.arrivals.make_zero(run_first, run_end)
                     self.locking.mark_local(run_first, run_end)
         finally:
@@ -219,6 +221,7 @@ class Fetcher(Background):
                 fetch.finish(errno.EIO)
                 self.finished.append(fetch.ticket)
                 continue
+            self.arrivals.give_up(fetch)
             self.locking.release(fetch)
             fetch.error = 0
             fetch.passing = None
@@ -304,6 +307,7 @@ class Fetcher(Background):
         if not error:
             self._link.on_answer()
             self.arrivals.complete(token)
+        self.arrivals.give_up(token)
         token.error = self.locking.release(token) or token.error
         if error and not token.error:
             if self._queue.note_damage(first, end):

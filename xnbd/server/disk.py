@@ -92,6 +92,7 @@ class Disk(Companion):
         self.image: Image = self._source.open(self.scoreboard)
         self.changes, self._mode = changes, mode
         self.image.count_in(self.place.counts)
+        self.image.tell_coming_by(self.place.tell_coming)
         self.place.tell_mode(self._mode)
         self._keep_for_snapshot()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Set
+from typing import Optional, Set
 
 from ...errors import ConfigurationError
 from ...storage import image_use
@@ -19,10 +19,20 @@ class Entry:
     """The way to the bitmap at *path* of the cache behind *cache_fd*; its header has to become ``header``.
 
     *origin* is the address that this server was started with. With *adopt* somebody vouches
-    that the cache image has what the bitmap says.
+    that the cache image has what the bitmap says. *cache_limit* is bytes.
     """
 
-    def __init__(self, path: str, cache_fd: int, layout: Layout, header: Header, *, origin: str, adopt: bool) -> None:
+    def __init__(
+        self,
+        path: str,
+        cache_fd: int,
+        layout: Layout,
+        header: Header,
+        *,
+        origin: str,
+        adopt: bool,
+        cache_limit: Optional[int] = None,
+    ) -> None:
         self.path = path
         self.origin = origin
         self.state_path = path + SUFFIX
@@ -30,6 +40,7 @@ class Entry:
         self.layout = layout
         self.header = header
         self.adopt = adopt
+        self.cache_limit = cache_limit
         self.owners = {os.fstat(cache_fd).st_uid}
         self.former_sessions: Set[bytes] = set()
         """Those that the files may bear which were there."""

@@ -12,7 +12,8 @@ from ...scoreboard.layout import TARGET
 from ...scoreboard.lines import clock
 from ...scoreboard.place import COPYING_PEER
 from ...scoreboard.scoreboard import Scoreboard
-from .figures import CacheNow
+from ...storage.blocks import BLOCK
+from .figures import CacheNow, LimitNow
 
 _SHORTEST_ROUND = 1.0
 IDLE = 20
@@ -69,7 +70,16 @@ def cache_now(scoreboard: Optional[Scoreboard], view: Optional[CacheView], count
         copying=copier is not None,
         copied_bytes=0 if copier is None else copier.counts[BYTES_FETCHED],
         reads_through=scoreboard.reads_through and not switched,
+        limit=_limit(scoreboard),
     )
+
+
+def _limit(scoreboard: Scoreboard) -> Optional[LimitNow]:
+    room = scoreboard.room
+    limit = room.limit
+    if not limit:
+        return None
+    return LimitNow(limit * BLOCK, min(room.used, limit) * BLOCK, room.has_let_go * BLOCK)
 
 
 def available_bytes(path: str) -> Optional[int]:

@@ -1,0 +1,170 @@
+"""--cache-limit: what was fetched is let go again, what was used the longest time ago first; nothing else is."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+from caching import BLOCK, CacheFiles, ask, bgctl, connect, kill_server, query
+from conftest import MIB, Start
+from launch import fails
+from model import read_all
+from server_process import Server, wait_until
+
+from xnbd.proxy.state.format import layout_of
+
+SIZE = 32 * MIB + 512
+LIMIT = 4 * MIB
+ALMOST = 1.01
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    return random.Random(18).randbytes(SIZE)
+
+
+@pytest.fixture
+def origin(start: Start, tmp_path: Path, content: bytes) -> Server:
+    image = tmp_path / "origin.img"
+    image.write_bytes(content)
+    return start("--target", "--readonly", image)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> CacheFiles:
+    return CacheFiles(tmp_path)
+
+
+@pytest.fixture
+def proxy(start: Start, files: CacheFiles, origin: Server) -> Server:
+    server = start(*limited(files, origin))
+    wait_until_counted(files)
+    return server
+
+
+def limited(files: CacheFiles, origin: Server, *options: object, limit: object = LIMIT) -> List[str]:
+    return files.arguments(origin.uri, "--cache-limit", limit, *options)
+
+
+def wait_until_counted(files: CacheFiles) -> None:
+    wait_until(lambda: room(files)["used_bytes"] < LIMIT, "the count of what is there")
+
+
+def room(files: CacheFiles, control: object = None) -> Dict[str, Any]:
+    told = query(Path(str(control or files.control)))["cache_limit"]
+    assert isinstance(told, dict)
+    return told
+
+
+def written(files: CacheFiles) -> List[int]:
+    layout = layout_of(SIZE)
+    octets = files.state.read_bytes()[layout.written : layout.written + layout.bitmap_size]
+    return [block for block in range(layout.blocks) if octets[block >> 3] >> (block & 7) & 1]
+
+
+def takes(files: CacheFiles) -> int:
+    return files.image.stat().st_blocks * 512
+
+
+def test_the_disk_is_read_right_and_the_limit_holds(proxy: Server, files: CacheFiles, content: bytes) -> None:
+    client = connect(proxy.uri)
+    for at in range(0, SIZE - MIB, MIB):
+        assert client.pread(MIB, at) == content[at : at + MIB]
+        assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
+        assert takes(files) <= ALMOST * LIMIT
+    wait_until(lambda: bool(read_all(client)) and room(files)["let_go_bytes"] >= SIZE, "that most of it was let go")
+    assert room(files)["used_bytes"] <= room(files)["limit_bytes"] == LIMIT
+    _, report, _ = bgctl("--query", files.control)
+    assert "of 4 MiB for what was fetched" in report
+
+
+def test_what_clients_write_stays_and_is_not_limited(
+    start: Start, proxy: Server, files: CacheFiles, origin: Server, content: bytes
+) -> None:
+    expected = bytearray(content)
+    expected[: 8 * MIB] = random.Random(3).randbytes(8 * MIB)
+    expected[9 * MIB + 100 : 9 * MIB + 5000] = bytes(4900)
+    client = connect(proxy.uri)
+    for at in range(0, 8 * MIB, MIB):
+        client.pwrite(bytes(expected[at : at + MIB]), at)
+    client.pwrite(bytes(4900), 9 * MIB + 100)
+    for _ in range(2):
+        assert read_all(client) == expected
+    assert len(files.cached()) * BLOCK <= 8 * MIB + 2 * BLOCK + ALMOST * LIMIT
+    assert set(written(files)) <= set(files.cached())
+    proxy.stop()
+    assert files.is_clean()
+    assert read_all(connect(start(*limited(files, origin)).uri)) == expected
+
+
+def test_a_block_that_is_written_counts_no_more(proxy: Server, files: CacheFiles, content: bytes) -> None:
+    client = connect(proxy.uri)
+    client.pread(2 * MIB, 0)
+    client.pwrite(content[: 2 * MIB], 0)
+    wait_until(lambda: bool(read_all(client)) and len(files.cached()) * BLOCK > LIMIT, "use of the room", 60)
+
+
+def test_a_cache_above_the_limit_is_brought_below(
+    start: Start, files: CacheFiles, origin: Server, content: bytes
+) -> None:
+    proxy = start(*files.arguments(origin.uri))
+    client = connect(proxy.uri)
+    client.pwrite(b"w" * BLOCK, 5 * BLOCK)
+    assert len(read_all(client)) == SIZE
+    client.shutdown()
+    proxy.stop()
+    again = start(*limited(files, origin))
+    wait_until(lambda: len(files.cached()) * BLOCK <= LIMIT, "a cache below its limit", 60)
+    wait_until(lambda: takes(files) <= LIMIT, "its space", 60)
+    expected = content[: 5 * BLOCK] + b"w" * BLOCK + content[6 * BLOCK :]
+    assert read_all(connect(again.uri)) == expected
+
+
+def test_copying_ends_at_the_limit_and_there_is_no_switch(proxy: Server, files: CacheFiles) -> None:
+    _, told, _ = bgctl("--cache-all", files.control)
+    assert "the limit of the cache (--cache-limit) is reached" in told
+    cached = len(files.cached())
+    assert LIMIT * 3 // 4 < cached * BLOCK <= LIMIT
+    ask(files.control, "cache-all", wait=False)
+    wait_until(lambda: proxy.log().count("the copy has ended: the limit of the cache") == 2, "the end of the copy")
+    for options in ((), ("--force",)):
+        status, _, told = bgctl("--switch", *options, files.control, check=False)
+        assert status == 1
+        assert "the cache has a limit (--cache-limit)" in told
+    assert room(files)["let_go_bytes"] == 0
+
+
+def test_a_limit_above_the_size_of_the_disk_is_none(start: Start, files: CacheFiles, origin: Server) -> None:
+    proxy = start(*limited(files, origin, limit="1G"))
+    assert query(files.control)["cache_limit"] is None
+    assert "--cache-limit limits nothing: the disk has 33554944 bytes" in proxy.log()
+
+
+def test_servers_on_one_cache_have_one_limit(start: Start, files: CacheFiles, origin: Server, tmp_path: Path) -> None:
+    second, third = tmp_path / "second", tmp_path / "third"
+    plain = start(*files.arguments(origin.uri))
+    assert "in use by servers without --cache-limit" in fails(*limited(files, origin, "--unix", tmp_path / "none.sock"))[1]
+    plain.stop()
+    start(*limited(files, origin))
+    follower = start(*files.arguments(origin.uri, control=second))
+    assert room(files, second)["limit_bytes"] == LIMIT
+    assert len(read_all(connect(follower.uri))) == SIZE
+    assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
+    start(*files.arguments(origin.uri, "--cache-limit", "2M", control=third))
+    assert room(files)["limit_bytes"] == 2 * MIB
+    wait_until(lambda: len(files.cached()) * BLOCK <= 2 * MIB, "a cache below the new limit")
+
+
+def test_a_bitmap_of_others_counts_as_written(start: Start, files: CacheFiles, origin: Server, content: bytes) -> None:
+    """That of a C xNBD, which knows nothing of what was written."""
+    proxy = start(*files.arguments(origin.uri))
+    assert len(read_all(connect(proxy.uri))) == SIZE
+    kill_server(proxy)
+    for suffix in ("state", "board", "sums", "checked"):
+        files.bitmap.with_suffix(f".bitmap.{suffix}").unlink()
+    start(*limited(files, origin, "--adopt-cache"))
+    wait_until_counted(files)
+    assert len(files.cached()) * BLOCK >= SIZE
+    assert room(files)["used_bytes"] == 0
