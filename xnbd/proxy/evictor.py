@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from itertools import islice
 from time import monotonic
-from typing import Iterator, List, Optional
+from typing import Iterator, List, Optional, Set
 
 from ..scoreboard.scoreboard import Scoreboard
 from ..storage.bitmap import bitmap_size, count_bits
@@ -159,17 +159,17 @@ class Evictor:
 
     def _victims(self, wanted: int) -> List[Run]:
         """The pieces that were used the longest time ago, with so many clean blocks."""
-        victims: List[Run] = []
+        victims: Set[int] = set()
         for piece in self._by_age():
             clean = self._clean_blocks(piece)
             if not clean:
                 self._forget(piece)
-                continue
-            victims.append(self._blocks_of(piece))
-            wanted -= clean
+            elif piece not in victims:  # it may be used meanwhile, and found again
+                victims.add(piece)
+                wanted -= clean
             if wanted <= 0 or len(victims) == _MOST_PIECES:
                 break
-        return victims
+        return [self._blocks_of(piece) for piece in sorted(victims)]
 
     def _by_age(self) -> Iterator[int]:
         """All pieces, those of the oldest era first. An era of which all are gone is not the oldest any more."""
