@@ -13,7 +13,8 @@ becomes a target, a snapshot begins or ends. The rules:
 
 A process outside the gate that has no unsent replies (those in a line included) holds no
 slice of the disk. One that leaves the gate with some tells so (`scoreboard.holders`), also if
-it only waits at its door for whoever has closed the gate, and copies them when it is called: blocks are about to be let go.
+it only waits at its door for whoever has closed the gate. It copies them when it is called:
+blocks are about to be let go.
 
 Three ask ``outdated`` themselves: the request loop (`Session._work`), because a call would
 cost it too much; `Parked`, to send what is ready before it catches up; the copier, because
