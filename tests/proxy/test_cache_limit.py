@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -10,7 +12,9 @@ import pytest
 from caching import BLOCK, CacheFiles, ask, bgctl, connect, kill_server, query
 from conftest import MIB, Start
 from launch import fails
-from model import read_all
+from lru import PIECE, ideal_hits, trace
+from model import Model, read_all
+from rawclient import READ, RawClient, pack_request
 from server_process import Server, wait_until
 
 SIZE = 32 * MIB + 512
@@ -157,3 +161,93 @@ def test_a_bitmap_of_others_counts_as_written(start: Start, files: CacheFiles, o
     wait_until_counted(files)
     assert len(files.cached()) * BLOCK >= SIZE
     assert room(files)["used_bytes"] == 0
+
+
+def test_what_was_not_used_for_the_longest_time_goes_first(start: Start, files: CacheFiles, tmp_path: Path) -> None:
+    """Of a trace as many reads are hits as an ideal cache of that size would have, but for 2 points."""
+    pieces, limit = 1024, 48 * MIB
+    image = tmp_path / "sparse.img"
+    image.touch()
+    os.truncate(image, pieces * PIECE * BLOCK)
+    origin = start("--target", "--readonly", image)
+    proxy = start(*limited(files, origin, "--readahead", "0", limit=limit))
+    wait_until(lambda: room(files)["used_bytes"] == 0, "the count of what is there")
+    reads = trace(random.Random(1), pieces, 8000)
+    client = connect(proxy.uri)
+    for first, count in reads:
+        client.pread(count * BLOCK, first * BLOCK)
+    hits = len(reads) - query(files.control)["counters"]["misses"]
+    assert abs(hits - ideal_hits(reads, limit // BLOCK)) <= 0.02 * len(reads)
+
+
+def test_what_came_for_nobody_goes_before_what_clients_use(
+    start: Start, files: CacheFiles, origin: Server, content: bytes
+) -> None:
+    """Eight pieces are used, much more is copied and read ahead: none of the eight goes for that."""
+    proxy = start(*limited(files, origin, limit=8 * MIB))
+    wait_until(lambda: room(files)["used_bytes"] == 0, "the count of what is there")
+    client = connect(proxy.uri)
+    used = [piece * PIECE for piece in random.Random(4).sample(range(64, 128), 8)]
+    for _ in range(3):
+        assert all(len(client.pread(PIECE * BLOCK, block * BLOCK)) == PIECE * BLOCK for block in used)
+        time.sleep(0.2)
+    bgctl("--cache-all", files.control)
+    reader = connect(proxy.uri)
+    for at in range(0, 10 * MIB, 64 << 10):  # one who reads in order, with the most read-ahead there is
+        assert reader.pread(64 << 10, at) == content[at : at + (64 << 10)]
+        if at % (256 << 10) == 0:
+            assert all(len(client.pread(BLOCK, block * BLOCK)) == BLOCK for block in used)
+    assert room(files)["let_go_bytes"] > 0
+    assert {block + number for block in used for number in range(PIECE)} <= {*files.cached()}
+
+
+def test_a_client_that_takes_nothing_keeps_what_it_waits_for_and_harms_nobody(
+    proxy: Server, files: CacheFiles, content: bytes
+) -> None:
+    """It has asked for more than can be copied: nothing is let go, reads are passed on, and the limit holds."""
+    with RawClient(proxy.connect()) as stuck:
+        stuck.negotiate()
+        assert stuck.read(0, MIB) == content[:MIB]
+        stuck.send(b"".join(pack_request(READ, 0, MIB, cookie=number) for number in range(40)))
+        client = connect(proxy.uri)
+
+        def is_told() -> bool:
+            assert read_all(client) == content
+            assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
+            return "nothing can be let go of the cache at present: a client does not take replies" in proxy.log()
+
+        wait_until(is_told, "the line in the log", 60)
+        for number in range(40):
+            assert stuck.simple_reply(MIB) == (0, number, content[:MIB])
+        before = room(files)["let_go_bytes"]
+        wait_until(lambda: bool(read_all(client)) and room(files)["let_go_bytes"] > before, "that some goes again", 60)
+
+
+def test_the_next_program_goes_on_with_the_limit(proxy: Server, files: CacheFiles, content: bytes) -> None:
+    client = connect(proxy.uri)
+    assert read_all(client) == content
+    bgctl("--upgrade", files.control)
+    assert room(files)["limit_bytes"] == LIMIT
+    before = room(files)["let_go_bytes"]
+    wait_until(lambda: read_all(client) == content and room(files)["let_go_bytes"] > before, "that some goes again", 60)
+    assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
+
+
+def test_two_servers_agree_with_the_copy(
+    start: Start, files: CacheFiles, origin: Server, content: bytes, tmp_path: Path, seed: int
+) -> None:
+    rng, second = random.Random(seed), tmp_path / "second"
+    servers = [
+        start(*limited(files, origin)),
+        start(*files.arguments(origin.uri, "--verify", "always", control=second)),
+    ]
+    clients = [connect(server.uri, structured=structured) for server in servers for structured in (False, True)]
+    model = Model(clients, content, rng)
+    for _ in range(3):
+        model.run(20)
+        assert len(files.clean(SIZE)) * BLOCK <= ALMOST * LIMIT
+        assert set(files.written(SIZE)) <= set(files.cached())
+    for server in servers:
+        server.stop()
+    assert files.is_clean()
+    assert read_all(connect(start(*files.arguments(origin.uri)).uri)) == model.content
