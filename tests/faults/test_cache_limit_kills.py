@@ -2,7 +2,7 @@
 
 Whichever process is killed, also the one that lets blocks go, after each of its steps.
 
-XNBD_LIMIT_ROUNDS sets the number of kills; without it there are a few.
+XNBD_LIMIT_ROUNDS sets the number of kills, and how long clients are at work; without it there are a few.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def let_go(field: Field) -> int:
 def test_the_limit_holds_while_eight_clients_read_and_write(field: Field) -> None:
     with field.load():
         until = time.monotonic() + 60
-        while let_go(field) < 2 * SIZE and time.monotonic() < until:
+        while let_go(field) < 2 * ROUNDS * LIMIT and time.monotonic() < until:
             field.check()
             assert field.files.takes() <= 1.01 * LIMIT + len(field.files.written(SIZE)) * BLOCK + METADATA
     assert let_go(field) > 4 * LIMIT

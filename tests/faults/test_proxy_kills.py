@@ -12,13 +12,12 @@ from __future__ import annotations
 import os
 import random
 import re
-import signal
 import time
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 
 import pytest
-from caching import BLOCK, CacheFiles, ask, by_kind, connect, descendants, hold, kill, query, wait_until_gone
+from caching import BLOCK, CacheFiles, ask, by_kind, connect, descendants, hold, kill, query, release, wait_until_gone
 from certificates import Certificates
 from conftest import MIB, Start
 from ledger import SECTOR, Crowd, Ledger
@@ -135,8 +134,7 @@ class Field:
             if self._limit:
                 assert len(self._files.clean(SIZE)) * BLOCK <= 1.01 * self._limit
         finally:
-            for pid in held:
-                os.kill(pid, signal.SIGCONT)
+            release(held)
 
     def _copy_all(self, number: int, rate: int) -> None:
         """Begin a slow copy of everything; one that goes on already is as good."""

@@ -26,7 +26,7 @@ from typing import Callable, Dict, Iterator, List, Optional
 
 import nbd
 import pytest
-from caching import BLOCK, CacheFiles, bgctl, connect, hold, kill_server, wait_until_gone
+from caching import BLOCK, CacheFiles, bgctl, connect, hold, kill_server, release, wait_until_gone
 from conftest import MIB, Start
 from ledger import SECTOR, Crowd, Ledger
 from model import read_all
@@ -137,8 +137,11 @@ class Boot:
 class Machine:
     """A proxy whose clients write, flush and read until the power fails."""
 
-    def __init__(self, disk: Disk, directory: Path, origin: Server, content: bytes, rng: random.Random) -> None:
+    def __init__(
+        self, disk: Disk, directory: Path, origin: Server, content: bytes, rng: random.Random, *options: object
+    ) -> None:
         self.failures = 0
+        self._options = options
         self.boot: Optional[Boot] = None
         self._disk = disk
         self._directory = directory
@@ -154,7 +157,7 @@ class Machine:
         self._start()
 
     def _start(self) -> Boot:
-        arguments = self._files.arguments(self._origin.uri, control=self._control)
+        arguments = self._files.arguments(self._origin.uri, *self._options, control=self._control)
         self.boot = Boot(self._directory, self._disk.path, arguments)
         return self.boot
 
@@ -183,7 +186,16 @@ class Machine:
         self.failures += 1
         log = self._start().log()
         assert orderly == ("recovered after a power failure" not in log), log
-        self._ledger.check_files(self._files.image, self._files.bitmap, power_failed=not orderly)
+        self._check_files(orderly=orderly)
+
+    def _check_files(self, *, orderly: bool) -> None:
+        """While nothing is let go."""
+        assert self.boot is not None
+        held = hold(self.boot.server.pid) if self._options else []
+        try:
+            self._ledger.check_files(self._files.image, self._files.bitmap, power_failed=not orderly)
+        finally:
+            release(held)
 
     def _write_something_back(self) -> None:
         """One of the files, or a part of it, reaches the device before the others."""
@@ -201,6 +213,13 @@ class Machine:
         finally:
             os.close(fd)
         time.sleep(rng.random() * 0.05)
+
+    def read(self) -> None:
+        """All of the disk once, so that more comes than there is room for."""
+        assert self.boot is not None
+        client = connect(self.boot.server.uri)
+        assert read_all(client) == self._ledger.base
+        client.shutdown()
 
     def switch(self) -> None:
         """Have everything cached, and the proxy become a plain target."""
@@ -258,6 +277,30 @@ def test_nothing_flushed_is_lost_when_the_power_fails(start: Start, tmp_path: Pa
         print(f"{machine.failures} power failures")
     assert "Traceback" not in (tmp_path / "proxy.log").read_text()
     assert image.read_bytes() == content
+
+
+def test_nor_is_it_where_blocks_are_let_go(start: Start, tmp_path: Path, disk: Disk, seed: int) -> None:
+    rng = random.Random(seed)
+    content = rng.randbytes(SIZE)
+    image = tmp_path / "origin.img"
+    image.write_bytes(content)
+    origin = start("--target", "--readonly", image)
+    machine = Machine(disk, tmp_path, origin, content, rng, "--cache-limit", MIB)
+    rounds, until = int(os.environ.get("XNBD_ROUNDS", 0)), time.monotonic() + SECONDS / 2
+    try:
+        machine.begin()
+        while machine.failures < rounds if rounds else time.monotonic() < until:
+            machine.read()
+            machine.play()
+            if machine.failures % FAILURES_PER_CACHE == 0:
+                machine.end()
+                machine.begin()
+        machine.end()
+    finally:
+        if machine.boot is not None:
+            machine.boot.die()
+        print(f"{machine.failures} power failures")
+    assert "Traceback" not in (tmp_path / "proxy.log").read_text()
 
 
 def test_after_a_switch_all_blocks_are_known_to_be_there(start: Start, tmp_path: Path, disk: Disk, seed: int) -> None:

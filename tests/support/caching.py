@@ -192,6 +192,13 @@ def hold(pid: int) -> List[int]:
         held |= found
 
 
+def release(pids: List[int]) -> None:
+    """The end of a `hold`."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 def kill_server(server: Server) -> None:
     """SIGKILL to all of its processes at once, none of which is left when this returns."""
     if server.process.poll() is not None:

@@ -17,8 +17,8 @@ Read = Tuple[int, int]
 def trace(rng: random.Random, pieces: int, length: int) -> List[Read]:
     """*length* reads of a disk of *pieces* times 256 KiB: the n-th most popular place has one of n parts (Zipf's law).
 
-    Places are files of 4 KiB to 128 KiB, which lie anywhere. Now and then what is popular changes a little, and something
-    is read that nobody wants again.
+    Places are files of 4 KiB to 128 KiB, which lie anywhere. Now and then what is popular changes a little, and
+    something is read that nobody wants again.
     """
     places = [_place(rng, pieces) for _ in range(4 * pieces)]
     weights = list(accumulate(1 / rank for rank in range(1, len(places) + 1)))

@@ -82,7 +82,7 @@ class LimitedImage(ProxyImage):
 
     def read(self, offset: int, length: int) -> List[memoryview]:
         self._note_use(offset, length)
-        return super().read(offset, length)
+        return ProxyImage.read(self, offset, length)
 
     def pread(self, offset: int, length: int) -> bytes:
         self._note_use(offset, length)
