@@ -12,9 +12,8 @@ from ..proxy.image import DEFAULT_READAHEAD
 from ..proxy.origin_link import Patience
 from ..proxy.verification import Verify
 from ..storage.blocks import BLOCK
+from .options import cache_limit
 from .values import USAGE_ERROR, CommandLine
-
-_LEAST_LIMIT = 1 << 20
 
 
 class ProxyOptions(NamedTuple):
@@ -52,7 +51,7 @@ def proxy_options(line: CommandLine, paths: Mapping[str, str]) -> ProxyOptions:
         readahead=readahead,
         fetch_size=_fetch_size(line) if line.has("--fetch-size") else None,
         verify=_verify(line),
-        cache_limit=_cache_limit(line) if line.has("--cache-limit") else None,
+        cache_limit=cache_limit(line),
     )
 
 
@@ -61,13 +60,6 @@ def _fetch_size(line: CommandLine) -> int:
     if size & (size - 1) or not BLOCK <= size <= PIECE * BLOCK:
         raise ConfigurationError("--fetch-size: expected 4K, 8K, 16K, 32K, 64K, 128K or 256K", USAGE_ERROR)
     return size
-
-
-def _cache_limit(line: CommandLine) -> int:
-    limit = line.size_or_zero("--cache-limit")
-    if limit < _LEAST_LIMIT:
-        raise ConfigurationError("--cache-limit: at least 1M is needed", USAGE_ERROR)
-    return limit
 
 
 def _verify(line: CommandLine) -> Verify:
