@@ -31,8 +31,8 @@ from .state.use_map import ERAS, UseMap, era_after
 _MOST_PIECES = 256
 """Pieces that are let go at once: for so long nobody gets at them."""
 
-_GATE_TIMEOUT, _TIMEOUT = 0.5, 2.0
-"""Seconds until everybody is out of the gate, who has to wait meanwhile; and until all is done."""
+_GATE_TIMEOUT, _TIMEOUT = 0.2, 2.0
+"""Seconds until everybody is out of the gate, for which all others have to wait; and until nobody holds blocks."""
 
 _SOON, _LATER, _LONG = 0.01, 0.05, 0.25
 _COUNT_EVERY = 2.0

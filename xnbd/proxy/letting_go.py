@@ -32,6 +32,9 @@ from ..system.file_locks import RangeLocks
 from .state.checkpoint import ProcessState
 
 _NAP = 1e-3
+_CHECKPOINT_TIMEOUT = 60.0
+"""Seconds for which a checkpoint of another process is waited for: slow disks take long, and only the blocks wait."""
+
 _HELD = "a client does not take replies that point to the blocks"
 
 Run = Tuple[int, int]
@@ -53,7 +56,7 @@ class LettingGo:
     def let_go(self, wanted: List[Run], timeout: float, gate_timeout: float = math.inf) -> int:
         """Let go what is clean of the *wanted* runs; those that others have in hand stay. The number of blocks.
 
-        Raises `TimeoutError` after so many seconds if some process does not come out of the gate (*gate_timeout*),
+        Raises `TimeoutError` after *timeout* seconds if some process does not come out of the gate (*gate_timeout*),
         or does not copy what it holds, and `OSError`; then the blocks are there as before, or missing, with their
         space taken. Who did not copy it in time keeps everything here as long as it holds the same.
         """
@@ -86,7 +89,7 @@ class LettingGo:
                 self._state.bitmap.set(*run)
             raise
         if self._scoreboard.mode == PROXY:
-            self._state.checkpoint(self._cache_fd, timeout=max(0.0, until - monotonic()))
+            self._state.checkpoint(self._cache_fd, timeout=_CHECKPOINT_TIMEOUT)
             for run in locked:
                 self._free(*run)
         return sum(end - first for first, end in taken)
