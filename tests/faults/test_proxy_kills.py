@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Protocol
 
 import pytest
-from caching import CacheFiles, ask, by_kind, connect, descendants, kill, query, wait_until_gone
+from caching import BLOCK, CacheFiles, ask, by_kind, connect, descendants, hold, kill, query, release, wait_until_gone
 from certificates import Certificates
 from conftest import MIB, Start
 from ledger import SECTOR, Crowd, Ledger
@@ -30,6 +30,7 @@ from web_server import WebServer
 
 SECONDS = 15.0
 SIZE = 24 * MIB + 3 * SECTOR
+LIMIT = 24 * MIB // 20
 CLIENTS = 5
 ROUNDS_PER_CACHE = 10
 
@@ -37,6 +38,7 @@ EXPECTED = [
     r"worker \d+ .*died: killed by SIGKILL",
     r"the steward died: killed by SIGKILL",
     r"cannot make the cache durable: status -9",
+    r"nothing is let go of the cache: status -9",
 ]
 """What kills leave in the log, and no other error may be there."""
 
@@ -60,7 +62,10 @@ class Origin(NamedTuple):
 class Field:
     """Two proxies of one origin, on one cache, and their clients' *ledger*."""
 
-    def __init__(self, directory: Path, origin: Origin, content: bytes, rng: random.Random) -> None:
+    def __init__(self, directory: Path, origin: Origin, content: bytes, rng: random.Random, limit: int = 0) -> None:
+        """With a *limit* of so many bytes clean blocks are let go."""
+        self._limit = limit
+        self._options = ["--cache-limit", limit] if limit else []
         self.kills: List[str] = []
         self._directory = directory
         self._origin = origin
@@ -90,7 +95,8 @@ class Field:
     def _start(self, number: int) -> Server:
         control = self._directory / f"control{number}"
         timeout = 0.5 if self._files.state.exists() else 10  # the size is known, and the origin may be stalled
-        arguments = self._files.arguments(self._origin.uri, "--connect-timeout", timeout, control=control)
+        options = [*self._options, "--connect-timeout", timeout]
+        arguments = self._files.arguments(self._origin.uri, *options, control=control)
         taken = (control, self._directory / f"proxy{number}.sock")  # which a start refuses to take from the living
         wait_until(lambda: not any(map(is_listening, taken)), "the predecessor to listen no more")
         server = Server(self._directory, f"proxy{number}", arguments, env=self._origin.env)
@@ -119,10 +125,22 @@ class Field:
             self._kill_at_start(self._servers.index(None))
         self._start_missing()
         self._wait_for_old_processes()
-        self._ledger.check_files(self._files.image, self._files.bitmap)
+        self._check_files()
         if stalled:
             self._origin.way.resume()
         self._compare_some()
+
+    def _check_files(self) -> None:
+        """While nothing is let go."""
+        held = (
+            [pid for server in self._servers if server is not None for pid in hold(server.pid)] if self._limit else []
+        )
+        try:
+            self._ledger.check_files(self._files.image, self._files.bitmap)
+            if self._limit:
+                assert len(self._files.clean(SIZE)) * BLOCK <= 1.01 * self._limit
+        finally:
+            release(held)
 
     def _copy_all(self, number: int, rate: int) -> None:
         """Begin a slow copy of everything; one that goes on already is as good."""
@@ -190,7 +208,10 @@ class Field:
         self._servers = [None, None]
         server = self._servers[0] = self._start(0)
         server.wait_until_ready()
-        wait_until(lambda: query(self._directory / "control0")["blocks"]["cached"] == -(-SIZE // 4096), "all blocks")
+        if not self._limit:
+            wait_until(
+                lambda: query(self._directory / "control0")["blocks"]["cached"] == -(-SIZE // BLOCK), "all blocks"
+            )
         assert read_all(connect(server.uri)) == self._ledger.base
         server.stop()
         self._servers = [None, None]
@@ -231,6 +252,12 @@ def test_nothing_answered_is_lost_whoever_is_killed(
     assert image.read_bytes() == content
 
 
+def test_nor_if_the_cache_has_a_limit(start: Start, tmp_path: Path, image: Path, content: bytes, seed: int) -> None:
+    origin = start("--target", "--readonly", image, tcp=True)
+    with Relay(origin.port) as relay:
+        kill_for(SECONDS / 2, tmp_path, Origin(relay.uri, relay), content, seed, limit=LIMIT)
+
+
 def test_nor_with_an_origin_on_a_web_server(
     tmp_path: Path, image: Path, content: bytes, seed: int, certificates: Certificates
 ) -> None:
@@ -243,10 +270,10 @@ def test_nor_with_an_origin_in_ceph(tmp_path: Path, ceph: SharedCeph, content: b
     kill_for(SECONDS / 3, tmp_path, Origin(ceph.make(content).uri(), Line(ceph)), content, seed)
 
 
-def kill_for(seconds: float, tmp_path: Path, origin: Origin, content: bytes, seed: int) -> None:
+def kill_for(seconds: float, tmp_path: Path, origin: Origin, content: bytes, seed: int, limit: int = 0) -> None:
     rng = random.Random(seed)
     rounds, until = int(os.environ.get("XNBD_ROUNDS", 0)), time.monotonic() + seconds
-    field = Field(tmp_path, origin, content, rng)
+    field = Field(tmp_path, origin, content, rng, limit)
     try:
         while len(field.kills) < rounds if rounds else time.monotonic() < until:
             field.round()

@@ -22,11 +22,11 @@ import time
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional
+from typing import Callable, Dict, Iterator, List, Optional, Sequence
 
 import nbd
 import pytest
-from caching import BLOCK, CacheFiles, bgctl, connect, hold, kill_server, wait_until_gone
+from caching import BLOCK, CacheFiles, bgctl, connect, hold, kill_server, release, wait_until_gone
 from certificates import Certificates
 from conftest import MIB, Start
 from ledger import SECTOR, Crowd, Ledger
@@ -148,8 +148,10 @@ class Machine:
         content: bytes,
         rng: random.Random,
         env: Optional[Dict[str, str]] = None,
+        options: Sequence[object] = (),
     ) -> None:
         self.failures = 0
+        self._options = options
         self.boot: Optional[Boot] = None
         self._disk = disk
         self._directory = directory
@@ -166,7 +168,7 @@ class Machine:
         self._start()
 
     def _start(self) -> Boot:
-        arguments = self._files.arguments(self._origin, control=self._control)
+        arguments = self._files.arguments(self._origin, *self._options, control=self._control)
         self.boot = Boot(self._directory, self._disk.path, arguments, self._env)
         return self.boot
 
@@ -195,7 +197,16 @@ class Machine:
         self.failures += 1
         log = self._start().log()
         assert orderly == ("recovered after a power failure" not in log), log
-        self._ledger.check_files(self._files.image, self._files.bitmap, power_failed=not orderly)
+        self._check_files(orderly=orderly)
+
+    def _check_files(self, *, orderly: bool) -> None:
+        """While nothing is let go."""
+        assert self.boot is not None
+        held = hold(self.boot.server.pid) if self._options else []
+        try:
+            self._ledger.check_files(self._files.image, self._files.bitmap, power_failed=not orderly)
+        finally:
+            release(held)
 
     def _write_something_back(self) -> None:
         """One of the files, or a part of it, reaches the device before the others."""
@@ -213,6 +224,13 @@ class Machine:
         finally:
             os.close(fd)
         time.sleep(rng.random() * 0.05)
+
+    def read(self) -> None:
+        """All of the disk once, so that more comes than there is room for."""
+        assert self.boot is not None
+        client = connect(self.boot.server.uri)
+        assert read_all(client) == self._ledger.base
+        client.shutdown()
 
     def switch(self) -> None:
         """Have everything cached, and the proxy become a plain target."""
@@ -290,6 +308,30 @@ def fail_for(seconds: float, machine: Machine) -> None:
         if machine.boot is not None:
             machine.boot.die()
         print(f"{machine.failures} power failures")
+
+
+def test_nor_is_it_where_blocks_are_let_go(start: Start, tmp_path: Path, disk: Disk, seed: int) -> None:
+    rng = random.Random(seed)
+    content = rng.randbytes(SIZE)
+    image = tmp_path / "origin.img"
+    image.write_bytes(content)
+    origin = start("--target", "--readonly", image)
+    machine = Machine(disk, tmp_path, origin.uri, content, rng, options=["--cache-limit", MIB])
+    rounds, until = int(os.environ.get("XNBD_ROUNDS", 0)), time.monotonic() + SECONDS / 2
+    try:
+        machine.begin()
+        while machine.failures < rounds if rounds else time.monotonic() < until:
+            machine.read()
+            machine.play()
+            if machine.failures % FAILURES_PER_CACHE == 0:
+                machine.end()
+                machine.begin()
+        machine.end()
+    finally:
+        if machine.boot is not None:
+            machine.boot.die()
+        print(f"{machine.failures} power failures")
+    assert "Traceback" not in (tmp_path / "proxy.log").read_text()
 
 
 def test_after_a_switch_all_blocks_are_known_to_be_there(start: Start, tmp_path: Path, disk: Disk, seed: int) -> None:

@@ -7,7 +7,7 @@ import random
 import threading
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator, List, Set
 
 import pytest
 from caching import CacheFiles, connect, kill_server
@@ -20,6 +20,7 @@ from xnbd.proxy.state.checkpoint import ProcessState
 from xnbd.proxy.state.format import layout_of
 from xnbd.proxy.state.sums import Integrity
 from xnbd.scoreboard.scoreboard import Scoreboard
+from xnbd.storage import space
 
 BLOCK = 4096
 SIZE = 16 * MIB
@@ -177,3 +178,31 @@ def test_a_target_after_the_switch_lets_nothing_go(proxy: Server, files: CacheFi
     with letting(files) as letting_go:
         letting_go._scoreboard.mode = 2
         assert letting_go.let_go([(0, BLOCKS)], 10) == 0
+
+
+def test_no_durable_bit_is_over_a_block_whose_space_is_given_back(
+    proxy: Server, files: CacheFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, there = connect(proxy.uri), BLOCKS - 256
+    client.pread(there * BLOCK, 0)  # not all of it, for then nothing could be let go
+    client.flush()
+    punched: Set[int] = set()
+    assert durable_bits(files) == set(range(there))
+    real = space.punch_hole
+
+    def punch(fd: int, offset: int, length: int) -> None:
+        blocks = set(range(offset // BLOCK, (offset + length) // BLOCK))
+        assert not blocks & durable_bits(files)
+        punched.update(blocks)
+        real(fd, offset, length)
+
+    monkeypatch.setattr(space, "punch_hole", punch)
+    assert let_go(files, (0, 128), (512, 640)) == 256
+    assert punched == {*range(128), *range(512, 640)}
+    assert durable_bits(files) == set(range(there)) - punched
+
+
+def durable_bits(files: CacheFiles) -> Set[int]:
+    layout = layout_of(SIZE)
+    octets = files.state.read_bytes()[layout.durable : layout.durable + layout.bitmap_size]
+    return {block for block in range(layout.blocks) if octets[block >> 3] >> (block & 7) & 1}

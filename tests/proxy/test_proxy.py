@@ -835,6 +835,8 @@ def proxy_fails(directory: Path, *arguments: object, status: int = 1) -> str:
         (["--readahead", "fast", "nbd://127.0.0.1:1"], "--readahead"),
         (["--fetch-size", "5K", "nbd://127.0.0.1:1"], "--fetch-size: expected 4K, 8K"),
         (["--fetch-size", "512K", "nbd://127.0.0.1:1"], "--fetch-size: expected 4K, 8K"),
+        (["--cache-limit", "100K", "nbd://127.0.0.1:1"], "--cache-limit: at least 1M is needed"),
+        (["--cache-limit", "much", "nbd://127.0.0.1:1"], "--cache-limit"),
         (["--connect-timeout", "nan", "nbd://127.0.0.1:1"], "--connect-timeout"),
         (["--origin-timeout", "soon", "nbd://127.0.0.1:1"], "--origin-timeout"),
         (["127.0.0.1"], "127.0.0.1 is no URI"),

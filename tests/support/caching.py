@@ -26,7 +26,13 @@ from server_process import (
     wait_until,
 )
 
+from xnbd.proxy.state.format import layout_of
+
 BLOCK = 4096
+
+
+def _blocks(octets: bytes) -> List[int]:
+    return [block for block in range(8 * len(octets)) if octets[block >> 3] >> (block & 7) & 1]
 
 
 class CacheFiles:
@@ -46,8 +52,20 @@ class CacheFiles:
 
     def cached(self) -> List[int]:
         """The blocks that are marked as local."""
-        octets = self.bitmap.read_bytes()
-        return [block for block in range(8 * len(octets)) if octets[block >> 3] >> (block & 7) & 1]
+        return _blocks(self.bitmap.read_bytes())
+
+    def written(self, size: int) -> List[int]:
+        """The blocks that clients have written, of a disk of *size* bytes."""
+        layout = layout_of(size)
+        return _blocks(self.state.read_bytes()[layout.written : layout.written + layout.bitmap_size])
+
+    def clean(self, size: int) -> List[int]:
+        """The blocks that are local, and that no client has written."""
+        return sorted({*self.cached()} - {*self.written(size)})
+
+    def takes(self) -> int:
+        """Bytes that the cache image takes on its file system."""
+        return self.image.stat().st_blocks * 512
 
     def is_clean(self) -> bool:
         """Whether the state file says that it was closed cleanly: flag 1 at offset 16."""
@@ -145,7 +163,7 @@ def by_kind(server: Server) -> Dict[str, List[int]]:
     kinds: Dict[str, List[int]] = {"master": [server.pid]}
     for pid in descendants(server.pid):
         title = title_of(pid)
-        for kind in ("worker for", "spare worker", "steward", "copying"):
+        for kind in ("worker for", "spare worker", "steward", "copying", "keeping"):
             if kind in title:
                 kinds.setdefault(kind, []).append(pid)
     return kinds
@@ -172,6 +190,13 @@ def hold(pid: int) -> List[int]:
                 os.kill(one, signal.SIGSTOP)
         wait_until(lambda: all(state_of(one) in "TZX" for one in found), f"{found} to stop")  # noqa: B023
         held |= found
+
+
+def release(pids: List[int]) -> None:
+    """The end of a `hold`."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def kill_server(server: Server) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import closing
 from pathlib import Path
-from typing import Iterator, List
+from typing import Any, Iterator, List, cast
 
 import pytest
 
@@ -152,3 +153,32 @@ def test_a_process_that_sleeps_holds_no_files_of_a_snapshot_that_has_ended(chang
     disk.fall_asleep()
     assert disk.progress()
     assert snapshots_open() == 1
+
+
+class _Holding:
+    """Has replies to send that point into the disk."""
+
+    def holds(self) -> bool:
+        return True
+
+    def detach(self) -> None:
+        """It keeps them."""
+
+
+def test_who_waits_at_the_gate_with_unsent_replies_tells_that_it_holds_them(changing: Changing) -> None:
+    """It was inside when the gate was to be closed, came to its door once more, and counts as outside there."""
+    disk, scoreboard, holds = changing.disk, changing.scoreboard, []
+    disk.image.background = cast(Any, object())  # or no block is ever let go
+    disk.accompany(do_nothing, do_nothing, _Holding())
+    disk.enter()
+
+    def close() -> None:
+        with scoreboard.gate.closed(30):
+            holds.extend(scoreboard.holders.now())
+
+    closer = threading.Thread(target=close)
+    closer.start()
+    while closer.is_alive():
+        disk.enter()
+    assert len(holds) == 1
+    disk.image.background = None

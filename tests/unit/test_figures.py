@@ -11,7 +11,7 @@ from server_process import ROOT
 
 from xnbd.metrics.exposition import plain
 from xnbd.scoreboard.tally import PLACES, ROWS, Sums
-from xnbd.server.observer.figures import About, CacheNow, Exposed, OriginNow, families
+from xnbd.server.observer.figures import About, CacheNow, Exposed, LimitNow, OriginNow, families
 
 GUIDE = (ROOT / "contrib/doc/operations.rst").read_text()
 
@@ -21,6 +21,7 @@ def everything() -> Exposed:
     sums.include({row.name: [1] * row.places for row in ROWS})
     origins = [OriginNow("nbd://a:1/", up=True, latency=0.5, sent=1)]
     cache = CacheNow(1, 1, 1.0, copying=True, copied_bytes=1, reads_through=True, origins=origins, written_bytes=1)
+    cache = cache._replace(limit=LimitNow(3, 2, 1))
     return Exposed("disk", sums, 1, 1, True, cache)
 
 

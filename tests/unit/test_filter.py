@@ -29,6 +29,7 @@ def image(tmp_path: Path) -> Iterator[TargetImage]:
 ARGUMENTS = {
     "count_in": ([1, 2],),
     "take": (None,),
+    "tell_coming_by": (print,),
     "wait_with": (print,),
     "write": (7, b"data"),
     "write_zeroes": (8, 9),

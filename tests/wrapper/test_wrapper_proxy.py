@@ -14,7 +14,7 @@ import pytest
 from conftest import MIB, Start, StartWrapper
 from rawclient import RawClient
 from server_process import Server, children_of, run, wait_until
-from wrapper_process import Wrapper, program, wait_for_end
+from wrapper_process import Wrapper, fails, program, wait_for_end
 
 from xnbd.system.sockets import is_listening
 
@@ -393,3 +393,24 @@ def test_several_origins_of_an_export(start_wrapper: StartWrapper, start: Start,
         assert client.read(MIB, 100) == content[MIB : MIB + 100]
     far.wrapper.ctl("--bgctl-reconnect", "far", "127.0.0.1", second.port, "--origin", uris[0])
     assert far.wrapper.stored()["far"]["remote_uri"] == " ".join(reversed(uris))
+
+
+def test_the_cache_of_each_proxy_has_the_wrapper_s_limit(
+    start_wrapper: StartWrapper, start: Start, tmp_path: Path
+) -> None:
+    content, disk = random.Random(5).randbytes(SIZE), tmp_path / "origin.img"
+    disk.write_bytes(content)
+    wrapper = start_wrapper("--cache-limit", "2M")
+    far = Far(wrapper, start("--target", "--readonly", disk, tcp=True), content, tmp_path)
+    with far.client() as first, far.client() as second:
+        for client in (first, second, first):
+            for at in range(0, SIZE, MIB):
+                assert client.read(at, MIB) == content[at : at + MIB]
+                assert far.cache.stat().st_blocks * 512 <= 2.1 * MIB
+        assert "of 2 MiB for what was fetched" in wrapper.ctl("--bgctl-query", "far")
+
+
+def test_a_limit_is_not_handed_on_to_another_program(tmp_path: Path) -> None:
+    status, line = fails(tmp_path, "--cache-limit", "2M", "--xnbd-server", "true")
+    assert status == 2
+    assert "--cache-limit and --xnbd-server do not go together" in line

@@ -41,7 +41,7 @@ def load_ahead(*, cow: bool) -> None:
 
 
 class OwnServer(NamedTuple):
-    """What all servers of the wrapper have in common; *queue_limits* are those of proxies.
+    """What all servers of the wrapper have in common; *queue_limits* and *cache_limit* are those of proxies.
 
     *rates* hold for exports of which the file behind *rates_fd* says nothing.
     """
@@ -53,6 +53,7 @@ class OwnServer(NamedTuple):
     tally_fds: Sequence[int] = ()
     rates: Rates = NO_LIMITS
     rates_fd: Optional[int] = None
+    cache_limit: Optional[int] = None
 
     def take_over(
         self, export: StoredExport, connection: Connection, agreement: Agreement, passage: Optional[Passage]
@@ -108,8 +109,9 @@ class OwnServer(NamedTuple):
         from .proxy_options import ProxyOptions
 
         limits = self.queue_limits
+        cache = (paths["CACHE_DISK_IMAGE"], paths["CACHE_BITMAP_IMAGE"])
         return ServerOptions(
-            ProxyOptions(export.origin, paths["CACHE_DISK_IMAGE"], paths["CACHE_BITMAP_IMAGE"], self.readonly),
+            ProxyOptions(export.origin, *cache, self.readonly, cache_limit=self.cache_limit),
             client,
             self.log,
             configuration=Configuration(max_queue_size=limits.requests, max_buf_size=limits.buffered),

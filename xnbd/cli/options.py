@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 
+_LEAST_LIMIT = 1 << 20
+"""Bytes."""
+
 _LONGEST_SLOW = 86_400_000
 """Milliseconds."""
 
@@ -207,3 +210,13 @@ def tls_options(line: CommandLine, directory: Optional[str]) -> Optional[TlsOpti
         return None
     required, anonymous = not line.has("--tls-optional"), line.has("--tls-anonymous")
     return TlsOptions(directory, required, anonymous, line.text("--tls-ciphers"))
+
+
+def cache_limit(line: CommandLine) -> Optional[int]:
+    """Bytes of what was fetched that a cache may keep, if there is a limit. Raises `ConfigurationError`."""
+    if not line.has("--cache-limit"):
+        return None
+    limit = line.size_or_zero("--cache-limit")
+    if limit < _LEAST_LIMIT:
+        raise ConfigurationError("--cache-limit: at least 1M is needed", USAGE_ERROR)
+    return limit

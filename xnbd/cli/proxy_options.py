@@ -12,11 +12,12 @@ from ..proxy.image import DEFAULT_READAHEAD
 from ..proxy.origin_link import Patience
 from ..proxy.verification import Verify
 from ..storage.blocks import BLOCK
+from .options import cache_limit
 from .values import USAGE_ERROR, CommandLine
 
 
 class ProxyOptions(NamedTuple):
-    """The disk of *origin*, cached here; *readahead* and *fetch_size* (None: by its kind) in bytes.
+    """The disk of *origin*, cached here; *readahead*, *fetch_size* (None: by its kind) and *cache_limit* in bytes.
 
     With *clear* nothing counts as cached yet.
     """
@@ -31,6 +32,7 @@ class ProxyOptions(NamedTuple):
     readahead: int = DEFAULT_READAHEAD
     fetch_size: Optional[int] = None
     verify: Verify = Verify.FIRST
+    cache_limit: Optional[int] = None
 
 
 def proxy_options(line: CommandLine, paths: Mapping[str, str]) -> ProxyOptions:
@@ -49,6 +51,7 @@ def proxy_options(line: CommandLine, paths: Mapping[str, str]) -> ProxyOptions:
         readahead=readahead,
         fetch_size=_fetch_size(line) if line.has("--fetch-size") else None,
         verify=_verify(line),
+        cache_limit=cache_limit(line),
     )
 
 

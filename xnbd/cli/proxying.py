@@ -76,6 +76,7 @@ def _open_state(options: ProxyOptions, cache_fd: int, size: int) -> SharedState:
             clear=options.clear,
             adopt=options.adopt,
             thorough=options.verify is Verify.NEVER,  # else whoever reads a block looks at its bits as well
+            cache_limit=options.cache_limit,
         )
     except OtherBitmap:
         raise ConfigurationError(

@@ -117,6 +117,14 @@ def _written(answer: Message) -> Iterator[str]:
         yield f"{counted(written, 'block')}, {size(written * block_size)} that only exist here"
 
 
+def _cache_limit(answer: Message) -> Iterator[str]:
+    limit = answer.get("cache_limit")
+    if limit:
+        used, most = limit["used_bytes"], limit["limit_bytes"]
+        yield f"{size(used)} of {size(most)} for what was fetched ({percentage(used, most)})"
+        yield f"{size(limit['let_go_bytes'])} let go again so far"
+
+
 def _requests(answer: Message) -> Iterator[str]:
     counters = answer.get("counters", {})
     if "requests" in counters:
@@ -211,6 +219,7 @@ _SECTIONS = [
     ("origin", _origin),
     ("cached", _cached),
     ("written", _written),
+    ("cache limit", _cache_limit),
     ("fetched", _fetched),
     ("damaged", _damaged),
     ("hits", _hits),

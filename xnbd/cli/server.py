@@ -97,6 +97,10 @@ Proxy options:
                         "first" does when a block is first read after the start,
                         "always" whenever it is read, "never" not at all. A
                         damaged one is fetched again (default: first).
+  --cache-limit SIZE    Keep at most SIZE of what was fetched, 1M or more: what
+                        clients have not used for the longest time is let go
+                        again, and its space with it. What clients write is kept
+                        besides, all of it (default: no limit).
   -Q, --max-queue-size N
                         Requests of one client that may wait for the other
                         server before no more are received from it (default: 0,

@@ -44,6 +44,7 @@ _PROXY_OPTIONS = (
     "--readahead",
     "--fetch-size",
     "--verify",
+    "--cache-limit",
     "--connect-timeout",
     "--origin-timeout",
 )
@@ -120,9 +121,9 @@ def _files_beside(bitmap_path: Optional[str]) -> Dict[str, str]:
     """What is made beside a proxy's bitmap."""
     if bitmap_path is None:
         return {}
-    from ..proxy.state.format import CHECKED_SUFFIX, SCOREBOARD_SUFFIX, SUFFIX, SUMS_SUFFIX
+    from ..proxy.state.format import CHECKED_SUFFIX, SCOREBOARD_SUFFIX, SUFFIX, SUMS_SUFFIX, USE_MAP_SUFFIX
 
-    suffixes = (SUFFIX, SCOREBOARD_SUFFIX, SUMS_SUFFIX, CHECKED_SUFFIX)
+    suffixes = (SUFFIX, SCOREBOARD_SUFFIX, SUMS_SUFFIX, CHECKED_SUFFIX, USE_MAP_SUFFIX)
     return {f"CACHE_BITMAP_IMAGE{suffix}": bitmap_path + suffix for suffix in suffixes}
 
 

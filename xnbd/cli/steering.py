@@ -100,7 +100,8 @@ def _reached(progress: Message) -> str:
 
 def _outcome(answer: Message) -> str:
     cached, total, fetched = answer["cached_bytes"], answer["total_bytes"], size(answer["fetched_bytes"])
-    return f"{percentage(cached, total)} cached, {size(cached)} of {size(total)}; {fetched} fetched"
+    note = f"; {shown(answer['note'])}" if answer.get("note") else ""
+    return f"{percentage(cached, total)} cached, {size(cached)} of {size(total)}; {fetched} fetched{note}"
 
 
 def _cache_all_in_background(options: SteeringOptions) -> None:

@@ -62,6 +62,8 @@ Server options:
                         xnbd-server(8).
   -B, --max-buf-size BYTES
                         Likewise.
+  --cache-limit SIZE    Keep at most SIZE of what was fetched in the cache of
+                        each proxy, see xnbd-server(8).
 
 Metrics options:
   --metrics [ADDRESS:]PORT

@@ -18,6 +18,7 @@ from .options import (
     LogOptions,
     MetricsOptions,
     TlsOptions,
+    cache_limit,
     listen_options,
     log_options,
     metrics_options,
@@ -66,6 +67,7 @@ class WrapperOptions(NamedTuple):
     limits_path: Optional[str] = None
     user: Optional[User] = None
     metrics: Optional[MetricsOptions] = None
+    cache_limit: Optional[int] = None
 
     @property
     def own_files(self) -> Dict[str, str]:
@@ -108,6 +110,7 @@ def wrapper_options(line: CommandLine, begin: Begin) -> WrapperOptions:
         bgctl_command=_command(line, "--xnbd-bgctl"),
         listen=listen_options(line, paths.get("--unix")),
         cow=line.has("--cow"),
+        cache_limit=_cache_limit(line),
         readonly=line.has("--readonly"),
         daemonize=line.has("--daemonize"),
         rules_path=paths.get("--tls-authz"),
@@ -123,6 +126,14 @@ def _load(line: CommandLine, limits_path: Optional[str]) -> Tuple[Configuration,
     line, configuration = load_limits(line, limits_path, (*OF_ALL, *OF_PROXIES, *rates))
     given = AsGiven(line.text("--max-queue-size"), line.text("--max-buf-size"), line.text("--file-mode"))
     return configuration, given
+
+
+def _cache_limit(line: CommandLine) -> Optional[int]:
+    if line.has("--cache-limit") and line.has("--xnbd-server"):
+        raise ConfigurationError(
+            "--cache-limit and --xnbd-server do not go together: make it a part of that command", USAGE_ERROR
+        )
+    return cache_limit(line)
 
 
 def _tls(line: CommandLine, directory: Optional[str]) -> Optional[TlsOptions]:

@@ -142,7 +142,7 @@ def _own_servers(
     _: AsGiven,
 ) -> Servers:
     limits, rates = configuration.queue_limits, configuration.rates
-    own = OwnServer(options.cow, options.readonly, options.log, limits, tallies, rates, rates_fd)
+    own = OwnServer(options.cow, options.readonly, options.log, limits, tallies, rates, rates_fd, options.cache_limit)
     return Servers(own.take_over, own.receive, cow=options.cow, readonly=options.readonly)
 
 

@@ -3,6 +3,7 @@
 - Data goes only to blocks whose bits are not set: a whole block may be written while
   its fetch is under way, and that counts.
 - Bits are set when the reply is complete and good, after the data and its checksums.
+- In a cache that has a limit blocks are counted before they come (`proxy.limited`).
 - What finds no room in the cache is passed on to those who wait, with their tickets
   (`storage.passage`); no bit is set.
 """
@@ -10,7 +11,7 @@
 from __future__ import annotations
 
 import errno
-from typing import List, Tuple
+from typing import TYPE_CHECKING, List, Optional, Tuple
 
 from ..logs import about, log
 from ..origin.base import Data
@@ -24,6 +25,9 @@ from .locking import refuse_if_shrunk
 from .passage import Passage, PassedParcel
 from .state.checkpoint import ProcessState
 from .state.sums import SUM_SIZE, ZERO_SUM, sums_of
+
+if TYPE_CHECKING:
+    from .limited import Intake
 
 _WITHIN = BLOCK - 1
 
@@ -39,6 +43,8 @@ class Arrivals:
         self.passes_on = True
         """Whether what cannot be kept is of use to those who wait; else it is an error."""
         self.closed = False
+        self.intake: Optional[Intake] = None
+        """Who counts what comes, if the cache has a limit."""
         self.passage = Passage((cache.fd, state.integrity.sums.fd), scoreboard)
         self._cache = cache
         self._bitmap = state.bitmap
@@ -104,6 +110,10 @@ class Arrivals:
         self._zero(offset, block_stop(end - 1, self._cache.size) - offset)
         self._sums.note_zeros(first, end)
 
+    def admits_zeros(self, first: int, end: int) -> bool:
+        """Whether there is room for these blocks, for `make_zero`."""
+        return self.intake is None or self.intake.admit_zeros(first, end)
+
     def _zero(self, offset: int, length: int) -> None:
         """Zeros where blocks are missing; what is a hole of the cache already is left alone. Raises `OSError`."""
         for at, count in self._missing(offset, length):
@@ -134,11 +144,16 @@ class Arrivals:
         sums = self._sums_of(fetch)
         if not fetch.mixed:
             self._make_local(first, end, sums)
+            kept = end - first
         else:
+            kept = 0
             for run_first, run_end, local in list(self._bitmap.runs(first, end)):
                 if not local:
                     start, stop = SUM_SIZE * (run_first - first), SUM_SIZE * (run_end - first)
                     self._make_local(run_first, run_end, sums[start:stop])
+                    kept += run_end - run_first
+        if self.intake is not None:
+            self.intake.settle(fetch, kept)
         self._error = 0
         self._has_kept = True
 
@@ -169,9 +184,25 @@ class Arrivals:
 
     def _may_keep(self, fetch: Fetch) -> bool:
         """Whether to write what comes for *fetch* to the cache; else it is passed on from now on."""
-        if fetch.passing is None and self.passage.is_open and not self.passage.may_keep():
+        if fetch.passing is None and not self._has_room(fetch):
             fetch.passing = []
+            fetch.error = 0 if self.passes_on else errno.ENOSPC
         return fetch.passing is None
+
+    def _has_room(self, fetch: Fetch) -> bool:
+        if self.passage.is_open and not self.passage.may_keep():
+            return False
+        return self.intake is None or self.intake.admit(fetch)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is to be fetched for which nobody waits."""
+        return self.passage.is_open or (self.intake is not None and self.intake.is_full)
+
+    def give_up(self, fetch: Fetch) -> None:
+        """Nothing more of *fetch* is kept."""
+        if fetch.counted and self.intake is not None:
+            self.intake.settle(fetch, 0)
 
     def _on_failure(self, fetch: Fetch, error: OSError) -> None:
         if error.errno in NO_SPACE and self.passes_on:

@@ -102,6 +102,7 @@ class Asking:
                 fetch.finish(errno.EIO)
                 self._finished([fetch.ticket])
                 continue
+            self._arrivals.give_up(fetch)
             self._locking.release(fetch)
             fetch.error = 0
             fetch.passing = None
@@ -130,6 +131,7 @@ class Asking:
         if not error:
             self.on_answer()
             self._arrivals.complete(token)
+        self._arrivals.give_up(token)
         token.error = self._locking.release(token) or token.error
         if error and not token.error:
             if self._queue.note_damage(first, end):

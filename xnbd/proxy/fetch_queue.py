@@ -21,6 +21,7 @@ _MOST_DAMAGED = 1 << 12
 class Fetch:
     """The blocks from *first* up to *end*. ``mixed`` tells that some of them may be there already.
 
+    ``counted`` is how many blocks of it are counted as come, in a cache that has a limit (`proxy.limited`).
     ``sums`` are those of blocks that have come: of so many from a block on.
     ``passing`` is what has come and finds no room in the cache, if anything does not: offsets and data.
     ``locked_at`` is when another process was found to have some of the blocks, if one has.
@@ -29,6 +30,7 @@ class Fetch:
     __slots__ = (
         "ahead",
         "asked_at",
+        "counted",
         "end",
         "error",
         "first",
@@ -48,7 +50,7 @@ class Fetch:
         self.mixed = False
         self.sums: List[Tuple[int, bytes]] = []
         self.passing: Optional[List[Tuple[int, bytes]]] = None
-        self.error = 0
+        self.error = self.counted = 0
         self.since = self.asked_at = self.locked_at = 0.0
 
     def note_lock(self) -> None:

@@ -78,7 +78,7 @@ class Fetcher(Background):
 
     def bring_ahead(self, first: int, end: int) -> None:
         """Fetch what is missing of these blocks, after everything that is needed, unless it cannot be kept."""
-        if self.arrivals.passage.is_open:
+        if self.arrivals.is_full:
             return
         for run_first, run_end, local in self._bitmap.runs(first, end):
             if not local:
@@ -92,12 +92,14 @@ class Fetcher(Background):
         return self._asking.query_zeros(origin, first, end)
 
     def make_zero(self, first: int, end: int) -> bool:
-        """Note that these blocks are zeros at the origin; False if another process has some of them in hand."""
+        """Note that these blocks are zeros at the origin; False if another process has some, or there is no room."""
         if not self.locking.borrow(first, end):
             return False
         try:
             for run_first, run_end, local in list(self._bitmap.runs(first, end)):
                 if not local:
+                    if not self.arrivals.admits_zeros(run_first, run_end):
+                        return False
                     self.arrivals.make_zero(run_first, run_end)
                     self.locking.mark_local(run_first, run_end)
         finally:

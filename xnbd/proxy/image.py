@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import os
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..origin.base import OriginAddress
 from ..scoreboard.counters import MISSES, new_counts
 from ..scoreboard.layout import TARGET
+from ..scoreboard.room import Room
 from ..scoreboard.scoreboard import Scoreboard
 from ..storage import image_use
 from ..storage.blocks import BLOCK_SHIFT, block_count, block_start, block_stop, covered, touched
@@ -43,9 +44,13 @@ from .state.checkpoint import ProcessState
 from .state.format import Steering
 from .state.shared import SharedState
 from .state.sums import sums_of
+from .state.use_map import UseMap
 from .state.versions import Version
 from .state.view import CacheView
 from .verification import Verification, Verify
+
+if TYPE_CHECKING:
+    from .evictor import Evictor
 
 DEFAULT_READAHEAD = 8 << 20
 
@@ -378,7 +383,9 @@ class ProxySource(Source[Scoreboard]):
         cache = TargetImage(reopen(self._cache_fd, readonly=False), self.size, readonly=False)
         state = self.open_state()
         state.write_back.witness = self.witness
-        return ProxyImage(
+        use_map = self._state.open_use_map()
+        make = ProxyImage if use_map is None else _limited(scoreboard.room, use_map)
+        return make(
             cache,
             state,
             Whereabouts(scoreboard, settings.address),
@@ -406,6 +413,17 @@ class ProxySource(Source[Scoreboard]):
     def open_state(self) -> ProcessState:
         """The bitmap for a process that serves nobody. Called after the fork; raises `OSError`."""
         return self._state.open_process()
+
+    def open_evictor(self, scoreboard: Scoreboard) -> Optional[Evictor]:
+        """Who keeps the cache below its limit, if it has one, for a process that serves nobody. Raises `OSError`."""
+        use_map = self._state.open_use_map()
+        if use_map is None:
+            return None
+        from .evictor import Evictor
+
+        state = self.open_state()
+        state.write_back.witness = self.witness
+        return Evictor(reopen(self._cache_fd, readonly=False), self.size, state, scoreboard, use_map)
 
     def open_view(self) -> CacheView:
         """The bitmap for a process that only looks. Called after the fork; raises `OSError`."""
@@ -446,6 +464,13 @@ class ProxySource(Source[Scoreboard]):
         os.close(self._cache_fd)
         os.close(self.witness)
         self._state.close()
+
+
+def _limited(room: Room, use_map: UseMap) -> Callable[..., ProxyImage]:
+    """What makes the disk of a cache that has a limit."""
+    from .limited import LimitedImage
+
+    return partial(LimitedImage, room, use_map)
 
 
 class ProxySettings(NamedTuple):

@@ -44,6 +44,8 @@ class Door:
         self._inside = at + _INSIDE
         self._locks = locks
         self.inside = False
+        self.before_wait: Callable[[], None] = do_nothing
+        """Is called before this process waits at its door, perhaps in the middle of a send."""
         memory[self._inside] = 0
 
     @property
@@ -59,7 +61,8 @@ class Door:
     def enter(self) -> None:
         """From now on until `leave` the gate cannot be closed.
 
-        Waits while it is, and calls nobody meanwhile: this happens in the middle of sends.
+        Waits while it is; who was inside already counts as outside then. Calls nobody but `before_wait`: this happens
+        in the middle of sends.
         """
         self._map[self._inside] = 1
         self.inside = True
@@ -71,6 +74,7 @@ class Door:
         self.inside = False
 
     def _wait_outside(self) -> None:
+        self.before_wait()
         while self._map[_FLAG]:
             self._map[self._inside] = 0
             if self._locks.try_acquire(GATE, 1):  # the process that had raised the flag is dead

@@ -31,15 +31,15 @@ REACHED, UNREACHABLE, NOT_NEEDED = 1, 2, 0
 SLOW, REFUSED = 3, 4
 """Likewise, of one of several origins: silent or faulty; with another disk."""
 
-GATE, CONTROL, COPYING, SNAPSHOT, COMMAND, SCRUBBING, PASSAGE = 0, 1, 2, 3, 4, 5, 8
+GATE, CONTROL, COPYING, SNAPSHOT, COMMAND, SCRUBBING, EVICTING, PASSAGE, ROOM = 0, 1, 2, 3, 4, 5, 6, 8, 9
 LINE_LOCKS = 1 << 16
 NAME_LOCKS = 1 << 17
 """Locks on bytes of the file.
  `GATE` has the process that closes the gate, `CONTROL` the one that answers the control socket, `COPYING` the one
-that copies all blocks, `SCRUBBING` the one that checks them, `COMMAND` the one that changes what the files mean, and
-`SNAPSHOT` the one that makes a snapshot. A process takes `PASSAGE` for a moment, to tell the log that there is no
-room, or room again. A process has its byte from `LINE_LOCKS` on as long as it has that line, and the one from
-`NAME_LOCKS` on since its id is written there.
+that copies all blocks, `SCRUBBING` the one that checks them, `EVICTING` the one that keeps the cache below its limit,
+`COMMAND` the one that changes what the files mean, and `SNAPSHOT` the one that makes a snapshot. A process takes
+`PASSAGE` for a moment, to tell the log that there is no room, or room again, and `ROOM`, to count blocks. It has its
+byte from `LINE_LOCKS` on as long as it has that line, and the one from `NAME_LOCKS` on since its id is written there.
 """
 
 
@@ -91,6 +91,7 @@ HEAD_FIELDS = (
     Field("checkpoints", "dQ", "time of the last checkpoint, in seconds since the boot; number of checkpoints"),
     Field("snapshot", "3I", "process that makes a snapshot; its descriptors of snapshot and bitmap"),
     Field("copy_rate", "Q", "bytes per second of the copy that is wanted; 0: no limit"),
+    Field("room", "4Q", "clean blocks that the cache may hold (0: any number); that came, that went; that were let go"),
     Field("snapshot_files", "5Q", "PID namespace of that process; device and inode of both files"),
     Field("command", "IQ16s", "process of the command under way; its PID namespace; the command's name"),
     Field("failure", "I4xQ", "first write-back that failed, of a disk without a state file (``storage/writeback.py``)"),
@@ -105,6 +106,7 @@ LINE_FIELDS = (
     Field("inside", "B", "whether the process is inside the gate"),
     Field("mode", "B", "the mode in which it works"),
     Field("holding", "I", "0, or another number each time that the process sleeps with replies that point to blocks"),
+    Field("coming", "I", "clean blocks that are counted as come and are still on their way"),
     Field("since", "d", "when its client came, in seconds since the boot"),
     Field("counters", _NUMBERS, "all counters, of former processes of this line too"),
     Field(

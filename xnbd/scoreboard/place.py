@@ -50,6 +50,7 @@ class Place(Door):
         """Whether it is told that this process holds replies which point into the cache (`scoreboard.holders`)."""
         self._spell = int.from_bytes(os.urandom(3), "little")  # not that of a dead process in this line
         self._put("holding", 0)
+        self._put("coming", 0)
         self.tell_origin(NOT_NEEDED, "")
         self._put("origins", *[0] * (2 * ORIGINS))
         self._sent = list(LINE.form["origin_bytes"].unpack_from(memory, at + LINE.at["origin_bytes"]))
@@ -101,6 +102,10 @@ class Place(Door):
             self.holding = holds
             self._spell = self._spell % 0xFFFFFFFF + 1
             self._put("holding", self._spell if holds else 0)
+
+    def tell_coming(self, blocks: int) -> None:
+        """So many clean blocks are counted as come (`scoreboard.room`) and are still on their way."""
+        self._put("coming", blocks)
 
     def tell_mode(self, mode: int) -> None:
         """This process works in *mode* now."""

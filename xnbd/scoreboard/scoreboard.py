@@ -21,6 +21,7 @@ from .layout import COMPLETE, GATE, HEAD, PASSAGE, PROXY, check_header, put
 from .lines import Lines, clock
 from .origin_address import OriginPlace
 from .place import Place
+from .room import Room
 from .snapshots import Snapshots
 from .tally import Tally
 
@@ -54,6 +55,7 @@ class Scoreboard:
         self.turn = CommandTurn(self._map, self._locks, self.namespace)
         self.snapshots = Snapshots(self._map, self._locks, self.gate)
         self.origin = OriginPlace(self._map)
+        self.room = Room(self._map, self._locks, self.lines)
 
     def take_place(self, tally: Optional[Tally] = None) -> Place:
         """A line for this process, which tells its *tally* the same. Raises `OSError` if all are taken."""

@@ -12,8 +12,9 @@ becomes a target, a snapshot begins or ends. The rules:
   ``generation`` after it. A session is told, by what it gave to `Disk.accompany`.
 
 A process outside the gate that has no unsent replies (those in a line included) holds no
-slice of the disk. One that leaves the gate with some tells so (`scoreboard.holders`), and
-copies them when it is called: blocks are about to be let go.
+slice of the disk. One that leaves the gate with some tells so (`scoreboard.holders`), also if
+it only waits at its door for whoever has closed the gate. It copies them when it is called:
+blocks are about to be let go.
 
 Three ask ``outdated`` themselves: the request loop (`Session._work`), because a call would
 cost it too much; `Parked`, to send what is ready before it catches up; the copier, because
@@ -83,6 +84,7 @@ class Disk(Companion):
         self.generation = 0
         self.scoreboard = Scoreboard(reopen(scoreboard_fd, readonly=False))
         self.place = self.scoreboard.take_place(tally)
+        self.place.before_wait = self._tell_holding
         self._lettings = self.place.lettings
         self._open()
 
@@ -92,6 +94,7 @@ class Disk(Companion):
         self.image: Image = self._source.open(self.scoreboard)
         self.changes, self._mode = changes, mode
         self.image.count_in(self.place.counts)
+        self.image.tell_coming_by(self.place.tell_coming)
         self.place.tell_mode(self._mode)
         self._keep_for_snapshot()
 

@@ -32,6 +32,9 @@ class FilterImage(Image):
     def count_in(self, counts: List[int]) -> None:
         self.image.count_in(counts)
 
+    def tell_coming_by(self, tell: Callable[[int], None]) -> None:
+        self.image.tell_coming_by(tell)
+
     def wait_with(self, on_wait: Callable[[], None]) -> None:
         self.on_wait = on_wait
         self.image.wait_with(on_wait)

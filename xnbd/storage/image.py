@@ -180,6 +180,10 @@ class Image(ABC):
         """Count what was missed and fetched in *counts*, at the places that the scoreboard's `counters` have for it."""
         del counts  # but for a proxy nothing is
 
+    def tell_coming_by(self, tell: Callable[[int], None]) -> None:
+        """Have *tell* hear how many blocks are on their way, where that is counted (`scoreboard.room`)."""
+        del tell  # but for a cache with a limit nothing is
+
     @abstractmethod
     def read(self, offset: int, length: int) -> List[memoryview]:
         """The pieces of mapped memory that hold *length* bytes at *offset*, in order."""

@@ -20,6 +20,7 @@ class Entry:
 
     *origin* is the address that this server was started with. With *adopt* somebody vouches
     that the cache image has what the bitmap says. *thorough*: all of the bitmap is looked at now.
+    *cache_limit* is bytes.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Entry:
         origin: str,
         adopt: bool,
         thorough: bool,
+        cache_limit: Optional[int] = None,
     ) -> None:
         self.path = path
         self.origin = origin
@@ -43,6 +45,7 @@ class Entry:
         self.thorough = thorough
         self.seen: Optional[List[int]] = None
         """The pages of the bitmap that have been looked at, if the others are still to be (`proxy.state.pages`)."""
+        self.cache_limit = cache_limit
         self.owners = {os.fstat(cache_fd).st_uid}
         self.former_sessions: Set[bytes] = set()
         """Those that the files may bear which were there."""

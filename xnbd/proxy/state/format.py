@@ -52,6 +52,7 @@ SUFFIX = ".state"
 SCOREBOARD_SUFFIX = ".board"
 SUMS_SUFFIX = ".sums"
 CHECKED_SUFFIX = ".checked"
+USE_MAP_SUFFIX = ".used"
 """What is appended to the name of the bitmap."""
 
 PAGE = 4096

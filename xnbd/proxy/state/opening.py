@@ -25,6 +25,8 @@ The state file names the cache image that it speaks of (`proxy.state.belonging`)
 
 The **checksums** of blocks that were fetched lie in ``CACHE_BITMAP_IMAGE.sums`` (`proxy.state.sums`).
 
+With a limit, ``CACHE_BITMAP_IMAGE.used`` says when what was used (`proxy.state.use_map`).
+
 The **scoreboard** (`scoreboard.scoreboard`) lies in ``CACHE_BITMAP_IMAGE.board``. Once no server uses
 it, it means nothing, but its space is kept: on a full disk there is no other for the next.
 
@@ -39,6 +41,7 @@ new file that is to become it.
 from __future__ import annotations
 
 import os
+from typing import Optional
 
 from ...errors import ConfigurationError
 from ...origin.address import places_of
@@ -56,6 +59,7 @@ from .resumption import resume
 from .scoreboard_file import open_scoreboard
 from .shared import SharedState
 from .sums_file import open_integrity
+from .use_map_file import open_use_map
 
 
 def open_state(
@@ -67,6 +71,7 @@ def open_state(
     clear: bool = False,
     adopt: bool = False,
     thorough: bool = True,
+    cache_limit: Optional[int] = None,
     boot_id_path: str = BOOT_ID,
 ) -> SharedState:
     """The bitmap at *bitmap_path* of a cache of *disk_size* bytes of the disk at *origin*.
@@ -75,7 +80,8 @@ def open_state(
     before the durable copy speaks of it. With *clear* no block is cached, whatever
     the files said, if nobody uses them. With *adopt* somebody vouches that the cache
     image has what the bitmap says, whatever speaks against it. Unless it has to be *thorough*,
-    a start after a kill leaves pages of the bitmap to be looked at before their first use. *origin* is where the disk
+    a start after a kill leaves pages of the bitmap to be looked at before their first use. Of *cache_limit* bytes, if
+    that is not None, clean blocks may take up. *origin* is where the disk
     was when the bitmap was made, or where it has been moved to since, however it is reached. Raises
     `ConfigurationError`, and `image_use.ImageInUse` if another server serves the cache image
     as a disk by itself, or `image_use.OtherBitmap`.
@@ -86,7 +92,16 @@ def open_state(
         for _ in image_use.attempts():
             try:
                 layout = layout_of(disk_size)
-                entry = Entry(path, cache_fd, layout, header, origin=origin, adopt=adopt, thorough=thorough)
+                entry = Entry(
+                    path,
+                    cache_fd,
+                    layout,
+                    header,
+                    origin=origin,
+                    adopt=adopt,
+                    thorough=thorough,
+                    cache_limit=cache_limit,
+                )
                 return _enter(entry, clear=clear)
             except image_use.ImageInUse as error:
                 in_use = error
@@ -140,7 +155,8 @@ def _share(entry: Entry, state_fd: int) -> SharedState:
         with closed_on_error(scoreboard_fd):
             integrity_fds = open_integrity(entry, state_fd)
             fds = (bitmap_fd, state_fd, scoreboard_fd, *integrity_fds)
-            shared = SharedState(entry.path, fds, entry.layout, entry.header)
+            use_fd = open_use_map(entry, state_fd, scoreboard_fd)
+            shared = SharedState(entry.path, fds, entry.layout, entry.header, use_fd)
             files.become_user(state_fd)
     RangeLocks(state_fd).release(OPENING, 1)
     return shared

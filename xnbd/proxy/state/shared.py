@@ -30,6 +30,7 @@ from .format import (
 from .known import was_switched
 from .pages import checked_size
 from .sums import Integrity
+from .use_map import UseMap
 from .versions import Version, Versions
 from .view import CacheView
 
@@ -41,11 +42,19 @@ class SharedState:
     process of the last server is gone, or its master has called `mark_clean`.
     """
 
-    def __init__(self, path: str, fds: Tuple[int, int, int, int, int], layout: Layout, header: Header) -> None:
+    def __init__(
+        self,
+        path: str,
+        fds: Tuple[int, int, int, int, int],
+        layout: Layout,
+        header: Header,
+        use_fd: Optional[int] = None,
+    ) -> None:
         self._path = path
         self._bitmap_fd, self._state_fd, self.scoreboard_fd, self._sums_fd, self._checked_fd = fds
         self._layout = layout
         self._header = header
+        self._use_fd = use_fd
         self.failures = files.failure_record(self._state_fd)
         self.write_back = WriteBack(self.failures)
 
@@ -53,7 +62,9 @@ class SharedState:
         """For the next program of the master."""
         fds = [kept(fd) for fd in (self._bitmap_fd, self._state_fd, self.scoreboard_fd)]
         integrity = [kept(fd) for fd in (self._sums_fd, self._checked_fd)]
-        return {"path": self._path, "fds": fds, "integrity": integrity, "header": pack_header(self._header).hex()}
+        used = {} if self._use_fd is None else {"used": kept(self._use_fd)}
+        header = pack_header(self._header).hex()
+        return {"path": self._path, "fds": fds, "integrity": integrity, "header": header, **used}
 
     @classmethod
     def unpack(cls, packed: Mapping[str, Any], disk_size: int) -> SharedState:
@@ -76,7 +87,8 @@ class SharedState:
             raise ConfigurationError(f"the server keeps no checksums of {packed['path']}, which only a restart can add")
         if os.fstat(packed["integrity"][1]).st_size != checked_size(layout):
             raise ConfigurationError(f"the map of checked blocks of {packed['path']} is of another format")
-        return cls(packed["path"], (bitmap_fd, state_fd, scoreboard_fd, *packed["integrity"]), layout, header)
+        fds = (bitmap_fd, state_fd, scoreboard_fd, *packed["integrity"])
+        return cls(packed["path"], fds, layout, header, packed.get("used"))
 
     def open_process(self) -> ProcessState:
         """The bitmap for this process. Called after the fork; raises `OSError`."""
@@ -100,6 +112,16 @@ class SharedState:
     def open_scoreboard(self) -> Scoreboard:
         """The scoreboard for this process. Called after the fork; raises `OSError`."""
         return Scoreboard(reopen(self.scoreboard_fd, readonly=False))
+
+    def open_use_map(self) -> Optional[UseMap]:
+        """When what was used, for this process, if the cache has a limit. Called after the fork; raises `OSError`."""
+        if self._use_fd is None:
+            return None
+        fd = reopen(self._use_fd, readonly=False)
+        try:
+            return UseMap(fd, self._layout.disk_size)
+        finally:
+            os.close(fd)
 
     def steer(self, steering: Steering) -> None:
         """Have servers of another day begin with *steering*. Raises `OSError`; `ValueError` as `pack_steering`."""
@@ -198,5 +220,7 @@ class SharedState:
                 return Integrity(sums_fd, checked_fd, self._layout)
 
     def close(self) -> None:
-        for fd in (self._bitmap_fd, self._state_fd, self.scoreboard_fd, self._sums_fd, self._checked_fd):
-            os.close(fd)
+        fds = (self._bitmap_fd, self._state_fd, self.scoreboard_fd, self._sums_fd, self._checked_fd, self._use_fd)
+        for fd in fds:
+            if fd is not None:
+                os.close(fd)

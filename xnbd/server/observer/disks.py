@@ -15,7 +15,7 @@ from ...scoreboard.place import COPYING_PEER
 from ...scoreboard.scoreboard import Scoreboard
 from ...storage.blocks import BLOCK
 from ..steward.origin_figures import OriginFigures
-from .figures import CacheNow, OriginNow
+from .figures import CacheNow, LimitNow, OriginNow
 
 _SHORTEST_ROUND = 1.0
 IDLE = 20
@@ -85,6 +85,7 @@ def cache_now(
         reads_through=scoreboard.reads_through and not switched,
         origins=[] if switched else _origins(scoreboard, lines, scoreboard.origin.address or first),
         written_bytes=None if switched or counting is None else counting.written_bytes,
+        limit=_limit(scoreboard),
     )
 
 
@@ -96,6 +97,14 @@ def _origins(scoreboard: Scoreboard, lines: Sequence[Line], address: str) -> Lis
     return [
         OriginNow(one["address"], one["state"] in ("connected", "idle"), one["latency"], one["bytes"]) for one in told
     ]
+
+
+def _limit(scoreboard: Scoreboard) -> Optional[LimitNow]:
+    room = scoreboard.room
+    limit = room.limit
+    if not limit:
+        return None
+    return LimitNow(limit * BLOCK, min(room.used, limit) * BLOCK, room.has_let_go * BLOCK)
 
 
 def available_bytes(path: str) -> Optional[int]:

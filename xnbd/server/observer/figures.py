@@ -26,6 +26,14 @@ class OriginNow(NamedTuple):
     sent: int
 
 
+class LimitNow(NamedTuple):
+    """A cache that has a limit: bytes of what was fetched, at most and now, and what was let go again so far."""
+
+    limit: int
+    used: int
+    let_go: int
+
+
 class CacheNow(NamedTuple):
     """A proxy's cache; None where nobody knows. *origins* are there if there are several."""
 
@@ -37,6 +45,7 @@ class CacheNow(NamedTuple):
     reads_through: bool
     origins: Sequence[OriginNow] = ()
     written_bytes: Optional[int] = None
+    limit: Optional[LimitNow] = None
 
 
 class Exposed(NamedTuple):
@@ -147,6 +156,10 @@ def _of_origins(value: Callable[[OriginNow], Optional[Number]]) -> Callable[[Exp
                 yield (("origin", origin.address),), int(number) if isinstance(number, bool) else number
 
     return values
+
+
+def _of_limit(value: Callable[[LimitNow], Number]) -> Callable[[Exposed], Values]:
+    return _of_cache(lambda cache: None if cache.limit is None else value(cache.limit))
 
 
 def _command(place: int) -> Tuple[str, str]:
@@ -272,6 +285,23 @@ _OF_CACHES = (
         "gauge",
         "1 while the cache has no room for what is fetched, so that it goes to clients and is not kept.",
         _of_cache(lambda cache: cache.reads_through),
+    ),
+    _Spec(
+        "xnbd_cache_limit_bytes",
+        "gauge",
+        "Bytes of what was fetched that the cache may hold (--cache-limit).",
+        _of_limit(lambda limit: limit.limit),
+        "bytes",
+    ),
+    _Spec(
+        "xnbd_cache_clean_bytes", "gauge", "Bytes of it that it holds.", _of_limit(lambda limit: limit.used), "bytes"
+    ),
+    _Spec(
+        "xnbd_cache_let_go_bytes",
+        "counter",
+        "Bytes of it that were let go again since the first server of the cache was started.",
+        _of_limit(lambda limit: limit.let_go),
+        "bytes",
     ),
     _Spec("xnbd_origin_bytes", "counter", "Bytes fetched from the origin.", _one("bytes_fetched")),
     _Spec(

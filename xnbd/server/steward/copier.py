@@ -60,15 +60,15 @@ class Copier:
         self._failures = self._error = 0
 
     def run(self) -> None:
-        """Return when every block is local, or the disk is no proxy any more. Raises `TaskFailed`, and `Stop`.
+        """Return when every block is local, or the cache is full, or the disk is no proxy any more.
 
-        What the origin cannot read is passed over, and told of in the end.
+        Raises `TaskFailed`, and `Stop`. What the origin cannot read is passed over, and told of in the end.
         """
-        while not self._disk.outdated and not self._bitmap.all_set(0, self._blocks):
+        while not self._is_over and not self._bitmap.all_set(0, self._blocks):
             for first, end in self._missing():
                 self._fetch(first, end)
-                if self._disk.outdated:
-                    return
+                if self._is_over:
+                    break
             while self._outstanding and not self._disk.outdated:
                 self._wait()
             if self._failures:
@@ -76,6 +76,16 @@ class Copier:
             if self._passed_over:
                 self._passed_over = False
                 self._wait()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the limit of the cache is reached: more would push out what clients use."""
+        room = self._disk.scoreboard.room
+        return bool(room.limit) and room.used + self._bytes // BLOCK >= room.high
+
+    @property
+    def _is_over(self) -> bool:
+        return self._disk.outdated or self.is_full
 
     def _missing(self) -> Iterator[Tuple[int, int]]:
         """Runs of blocks to be fetched, after the origin's holes in them were noted."""
@@ -115,6 +125,8 @@ class Copier:
             for step in range(zero_first, zero_end, _ZERO_STEP):
                 self._make_zero(step, min(step + _ZERO_STEP, zero_end))
             first = zero_end
+            if self.is_full:
+                return
         if first < end:
             yield first, end
 
@@ -133,7 +145,7 @@ class Copier:
     def _fetch(self, first: int, end: int) -> None:
         piece = self._options.piece
         for run_first, run_end, local in self._bitmap.runs(first, end):
-            while not local and run_first < run_end and not self._disk.outdated:
+            while not local and run_first < run_end and not self._is_over:
                 stop = min(run_end, (run_first // piece + 1) * piece)
                 self._make_room()
                 ticket = self._fetcher.need(run_first, stop)

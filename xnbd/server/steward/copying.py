@@ -25,6 +25,7 @@ from .duty import Cache, Context, Duty
 from .progress import Rate
 
 _PROGRESS_EVERY = 0.2
+_FULL = "the limit of the cache (--cache-limit) is reached"
 
 
 class _CopiedElsewhere(TaskFailed):
@@ -131,6 +132,9 @@ class Copying(Duty):
         finally:
             child.stop()
         self._on_copied(child)
+        if child.status == 0 and child.message:
+            yield {"done": True, "note": child.message, **self._copied(fetched_before)}
+            return
         if child.status or self._progress.missing():
             raise CommandError(child.message or "the copy was stopped before its end")
         yield {"done": True, **self._copied(fetched_before)}
@@ -153,15 +157,17 @@ class Copying(Duty):
             return
         if not self._is_copying():  # or another server's operator wants one by now
             self._scoreboard.wanted_copy = None
-        if child.status:
+        if child.status == 0 and child.message:
+            log.info("the copy has ended: %s", child.message)
+        elif child.status:
             log.warning("the copy has ended: %s", child.message or f"status {child.status}")
         else:
             missing = self._progress.missing() if self._progress.counted else "some"
             log.info("the copy has ended, %s blocks are missing", missing)
 
 
-def _copy(context: Context, options: CopyOptions) -> None:
-    """The work of the child. Raises `TaskFailed`, `OSError`, and `Stop`."""
+def _copy(context: Context, options: CopyOptions) -> Optional[str]:
+    """The work of the child: why it has ended before all was here. Raises `TaskFailed`, `OSError`, `Stop`."""
     set_title("copying", context.source.name)
     loop = ProcessLoop(context.loop.lifeline)
     disk = loop.companion = context.service.open_disk()
@@ -170,7 +176,10 @@ def _copy(context: Context, options: CopyOptions) -> None:
     if isinstance(disk.image, ProxyImage):
         disk.place.welcome(COPYING_PEER)
         try:
-            Copier(disk, disk.image, loop, options).run()
+            copier = Copier(disk, disk.image, loop, options)
+            copier.run()
+            return _FULL if copier.is_full else None
         finally:
             disk.part()
             disk.close()
+    return None

@@ -67,7 +67,8 @@ class Durability(Duty):
         self._exposed = exposed
 
     def _note_complete(self) -> bool:
-        return self._scoreboard.note_complete(self._progress.look_again)
+        """Never of a cache with a limit, whose blocks come and go."""
+        return not self._scoreboard.room.limit and self._scoreboard.note_complete(self._progress.look_again)
 
     def leave(self) -> None:
         """The other steward makes the checkpoints from now on."""

@@ -107,9 +107,9 @@ class Cache:
         """Raises `OSError`."""
         self.source = source
         self.state = source.open_state()
-        self.progress = Progress(self.state.bitmap, source.size)
-        self.written = Progress(self.state.written, source.size)
         self._scoreboard = context.scoreboard
+        self.progress = Progress(self.state.bitmap, source.size, lasting=not self._scoreboard.room.limit)
+        self.written = Progress(self.state.written, source.size)
         self._children = context.children
 
     def keep_up(self) -> bool:

@@ -26,6 +26,7 @@ from .command_lock import CommandLock
 from .copying import Copying
 from .durability import Durability
 from .duty import Cache, Context, Duty
+from .evicting import Evicting
 from .limiting import Limiting
 from .moving import Moving
 from .news import News
@@ -181,6 +182,7 @@ def _duties_of_a_proxy(context: Context, cache: Cache) -> List[Duty]:
     return [
         copying,
         Scrubbing(context, cache),
+        Evicting(context, cache),
         Switching(context, cache, lock, durability, copying),
         Moving(context, cache, lock),
         lock,

@@ -33,13 +33,15 @@ class Progress:
     into memory that both have, and `keep_up` has to be called until it says so.
     """
 
-    def __init__(self, bitmap: Bitmap, size: int) -> None:
+    def __init__(self, bitmap: Bitmap, size: int, *, lasting: bool = True) -> None:
+        """Without *lasting* bits may be taken back at any time."""
         self.blocks = bitmap.blocks
         self.size = size
         self._bitmap = bitmap
         self._counted = 0
         self._count_again = 0.0
         self._missing_at = 0
+        self._lasting = lasting
         self._shares: List[float] = []
         self._share_again = 0.0
         self._pages: Optional[Pages] = Pages(bitmap) if bitmap_size(bitmap.blocks) > _COUNTED_INLINE else None
@@ -49,6 +51,8 @@ class Progress:
     @property
     def complete(self) -> bool:
         """Whether every block is local, as of now; what was found before the first one that is not stays so."""
+        if not self._lasting:
+            self._missing_at = 0
         self._missing_at = self._bitmap.first_missing(self._missing_at)
         return self._missing_at == self.blocks
 

@@ -176,6 +176,7 @@ class QueryAnswers:
             answer["origin"] = self._origin(self._cache.source, lines)
             answer["checkpoint"] = self._checkpoint(self._cache.state.dirty_pages())
             answer["cache_all"] = self._copy(lines, progress)
+            answer["cache_limit"] = self._cache_limit()
             if cells is not None:
                 answer["map"] = progress.shares(cells)
                 if self._cache.written is not None:
@@ -185,6 +186,16 @@ class QueryAnswers:
     def _blocks(self, cached: HowMuch, written: Optional[HowMuch]) -> Message:
         blocks = {"total": cached.blocks, "cached": cached.blocks - cached.missing()}
         return blocks if written is None else {**blocks, "written": written.blocks - written.missing()}
+
+    def _cache_limit(self) -> Optional[Message]:
+        room = self._scoreboard.room
+        if not room.limit:
+            return None
+        return {
+            "limit_bytes": room.limit * BLOCK,
+            "used_bytes": min(room.used, room.limit) * BLOCK,
+            "let_go_bytes": room.has_let_go * BLOCK,
+        }
 
     def _limits(self) -> Optional[Message]:
         limits = self._context.limits

@@ -41,6 +41,7 @@ class Switching(Duty):
     def _switch(self, request: Message) -> Reply:
         force = flag_argument(request, "force")
         self._refuse_if_switched()
+        self._refuse_if_limited()
         if not force:
             yield from self._refuse_if_missing()  # before the turn: to count may take long, and no bit is taken back
         yield from self._durability.save_most()
@@ -57,6 +58,12 @@ class Switching(Duty):
     def _refuse_if_switched(self) -> None:
         if self._scoreboard.mode == TARGET:
             raise CommandError("this is a plain target already")
+
+    def _refuse_if_limited(self) -> None:
+        if self._scoreboard.room.limit:
+            raise CommandError(
+                "the cache has a limit (--cache-limit), and never holds all of the disk: start the server without one"
+            )
 
     def _refuse_if_missing(self) -> Reply:
         progress = self._cache.progress

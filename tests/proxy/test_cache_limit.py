@@ -1,0 +1,253 @@
+"""--cache-limit: what was fetched is let go again, what was used the longest time ago first; nothing else is."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+from caching import BLOCK, CacheFiles, ask, bgctl, connect, kill_server, query
+from conftest import MIB, Start
+from launch import fails
+from lru import PIECE, ideal_hits, trace
+from model import Model, read_all
+from rawclient import READ, RawClient, pack_request
+from server_process import Server, wait_until
+
+SIZE = 32 * MIB + 512
+LIMIT = 4 * MIB
+ALMOST = 1.01
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    return random.Random(18).randbytes(SIZE)
+
+
+@pytest.fixture
+def origin(start: Start, tmp_path: Path, content: bytes) -> Server:
+    image = tmp_path / "origin.img"
+    image.write_bytes(content)
+    return start("--target", "--readonly", image)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> CacheFiles:
+    return CacheFiles(tmp_path)
+
+
+@pytest.fixture
+def proxy(start: Start, files: CacheFiles, origin: Server) -> Server:
+    server = start(*limited(files, origin))
+    wait_until_counted(files)
+    return server
+
+
+def limited(files: CacheFiles, origin: Server, *options: object, limit: object = LIMIT) -> List[str]:
+    return files.arguments(origin.uri, "--cache-limit", limit, *options)
+
+
+def wait_until_counted(files: CacheFiles) -> None:
+    wait_until(lambda: room(files)["used_bytes"] < LIMIT, "the count of what is there")
+
+
+def room(files: CacheFiles, control: object = None) -> Dict[str, Any]:
+    told = query(Path(str(control or files.control)))["cache_limit"]
+    assert isinstance(told, dict)
+    return told
+
+
+def test_the_disk_is_read_right_and_the_limit_holds(proxy: Server, files: CacheFiles, content: bytes) -> None:
+    client = connect(proxy.uri)
+    for at in range(0, SIZE - MIB, MIB):
+        assert client.pread(MIB, at) == content[at : at + MIB]
+        assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
+        assert files.takes() <= ALMOST * LIMIT
+    wait_until(lambda: bool(read_all(client)) and room(files)["let_go_bytes"] >= SIZE, "that most of it was let go")
+    assert room(files)["used_bytes"] <= room(files)["limit_bytes"] == LIMIT
+    _, report, _ = bgctl("--query", files.control)
+    assert "of 4 MiB for what was fetched" in report
+
+
+def test_what_clients_write_stays_and_is_not_limited(
+    start: Start, proxy: Server, files: CacheFiles, origin: Server, content: bytes
+) -> None:
+    expected = bytearray(content)
+    expected[: 8 * MIB] = random.Random(3).randbytes(8 * MIB)
+    expected[9 * MIB + 100 : 9 * MIB + 5000] = bytes(4900)
+    client = connect(proxy.uri)
+    for at in range(0, 8 * MIB, MIB):
+        client.pwrite(bytes(expected[at : at + MIB]), at)
+    client.pwrite(bytes(4900), 9 * MIB + 100)
+    for _ in range(2):
+        assert read_all(client) == expected
+    assert len(files.cached()) * BLOCK <= 8 * MIB + 2 * BLOCK + ALMOST * LIMIT
+    assert set(files.written(SIZE)) <= set(files.cached())
+    proxy.stop()
+    assert files.is_clean()
+    assert read_all(connect(start(*limited(files, origin)).uri)) == expected
+
+
+def test_a_block_that_is_written_counts_no_more(proxy: Server, files: CacheFiles, content: bytes) -> None:
+    client = connect(proxy.uri)
+    client.pread(2 * MIB, 0)
+    client.pwrite(content[: 2 * MIB], 0)
+    wait_until(lambda: bool(read_all(client)) and len(files.cached()) * BLOCK > LIMIT, "use of the room", 60)
+
+
+def test_a_cache_above_the_limit_is_brought_below(
+    start: Start, files: CacheFiles, origin: Server, content: bytes
+) -> None:
+    proxy = start(*files.arguments(origin.uri))
+    client = connect(proxy.uri)
+    client.pwrite(b"w" * BLOCK, 5 * BLOCK)
+    assert len(read_all(client)) == SIZE
+    client.shutdown()
+    proxy.stop()
+    again = start(*limited(files, origin))
+    wait_until(lambda: len(files.cached()) * BLOCK <= LIMIT, "a cache below its limit", 60)
+    wait_until(lambda: files.takes() <= LIMIT, "its space", 60)
+    expected = content[: 5 * BLOCK] + b"w" * BLOCK + content[6 * BLOCK :]
+    assert read_all(connect(again.uri)) == expected
+
+
+def test_copying_ends_at_the_limit_and_there_is_no_switch(proxy: Server, files: CacheFiles) -> None:
+    _, told, _ = bgctl("--cache-all", files.control)
+    assert "the limit of the cache (--cache-limit) is reached" in told
+    cached = len(files.cached())
+    assert LIMIT * 3 // 4 < cached * BLOCK <= LIMIT
+    ask(files.control, "cache-all", wait=False)
+    wait_until(lambda: proxy.log().count("the copy has ended: the limit of the cache") == 2, "the end of the copy")
+    for options in ((), ("--force",)):
+        status, _, told = bgctl("--switch", *options, files.control, check=False)
+        assert status == 1
+        assert "the cache has a limit (--cache-limit)" in told
+    assert room(files)["let_go_bytes"] == 0
+
+
+def test_a_limit_above_the_size_of_the_disk_is_none(start: Start, files: CacheFiles, origin: Server) -> None:
+    proxy = start(*limited(files, origin, limit="1G"))
+    assert query(files.control)["cache_limit"] is None
+    assert "--cache-limit limits nothing: the disk has 33554944 bytes" in proxy.log()
+
+
+def test_servers_on_one_cache_have_one_limit(start: Start, files: CacheFiles, origin: Server, tmp_path: Path) -> None:
+    second, third = tmp_path / "second", tmp_path / "third"
+    plain = start(*files.arguments(origin.uri))
+    status, line = fails(*limited(files, origin, "--quiet", "--unix", tmp_path / "none.sock"))
+    assert (status, "in use by servers without --cache-limit" in line) == (1, True)
+    plain.stop()
+    start(*limited(files, origin))
+    follower = start(*files.arguments(origin.uri, control=second))
+    assert room(files, second)["limit_bytes"] == LIMIT
+    assert len(read_all(connect(follower.uri))) == SIZE
+    assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
+    start(*files.arguments(origin.uri, "--cache-limit", "2M", control=third))
+    assert room(files)["limit_bytes"] == 2 * MIB
+    wait_until(lambda: len(files.cached()) * BLOCK <= 2 * MIB, "a cache below the new limit")
+
+
+def test_a_bitmap_of_others_counts_as_written(start: Start, files: CacheFiles, origin: Server, content: bytes) -> None:
+    """That of a C xNBD, which knows nothing of what was written."""
+    proxy = start(*files.arguments(origin.uri))
+    assert len(read_all(connect(proxy.uri))) == SIZE
+    kill_server(proxy)
+    for suffix in ("state", "board", "sums", "checked"):
+        files.bitmap.with_suffix(f".bitmap.{suffix}").unlink()
+    start(*limited(files, origin, "--adopt-cache"))
+    wait_until_counted(files)
+    assert len(files.cached()) * BLOCK >= SIZE
+    assert room(files)["used_bytes"] == 0
+
+
+def test_what_was_not_used_for_the_longest_time_goes_first(start: Start, files: CacheFiles, tmp_path: Path) -> None:
+    """Of a trace as many reads are hits as an ideal cache of that size would have, but for 2 points."""
+    pieces, limit = 1024, 48 * MIB
+    image = tmp_path / "sparse.img"
+    image.touch()
+    os.truncate(image, pieces * PIECE * BLOCK)
+    origin = start("--target", "--readonly", image)
+    proxy = start(*limited(files, origin, "--readahead", "0", limit=limit))
+    wait_until(lambda: room(files)["used_bytes"] == 0, "the count of what is there")
+    reads = trace(random.Random(1), pieces, 8000)
+    client = connect(proxy.uri)
+    for first, count in reads:
+        client.pread(count * BLOCK, first * BLOCK)
+    hits = len(reads) - query(files.control)["counters"]["misses"]
+    assert abs(hits - ideal_hits(reads, limit // BLOCK)) <= 0.02 * len(reads)
+
+
+def test_what_came_for_nobody_goes_before_what_clients_use(
+    start: Start, files: CacheFiles, origin: Server, content: bytes
+) -> None:
+    """Eight pieces are used, much more is copied and read ahead: none of the eight goes for that."""
+    proxy = start(*limited(files, origin, limit=8 * MIB))
+    wait_until(lambda: room(files)["used_bytes"] == 0, "the count of what is there")
+    client = connect(proxy.uri)
+    used = [piece * PIECE for piece in random.Random(4).sample(range(64, 128), 8)]
+    for _ in range(3):
+        assert all(len(client.pread(PIECE * BLOCK, block * BLOCK)) == PIECE * BLOCK for block in used)
+        time.sleep(0.2)
+    bgctl("--cache-all", files.control)
+    reader = connect(proxy.uri)
+    for at in range(0, 10 * MIB, 64 << 10):  # one who reads in order, with the most read-ahead there is
+        assert reader.pread(64 << 10, at) == content[at : at + (64 << 10)]
+        if at % (256 << 10) == 0:
+            assert all(len(client.pread(BLOCK, block * BLOCK)) == BLOCK for block in used)
+    assert room(files)["let_go_bytes"] > 0
+    assert {block + number for block in used for number in range(PIECE)} <= {*files.cached()}
+
+
+def test_a_client_that_takes_nothing_keeps_what_it_waits_for_and_harms_nobody(
+    proxy: Server, files: CacheFiles, content: bytes
+) -> None:
+    """It has asked for more than can be copied: nothing is let go, reads are passed on, and the limit holds."""
+    with RawClient(proxy.connect()) as stuck:
+        stuck.negotiate()
+        assert stuck.read(0, MIB) == content[:MIB]
+        stuck.send(b"".join(pack_request(READ, 0, MIB, cookie=number) for number in range(40)))
+        client = connect(proxy.uri)
+
+        def is_told() -> bool:
+            assert read_all(client) == content
+            assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
+            return "nothing can be let go of the cache at present: a client does not take replies" in proxy.log()
+
+        wait_until(is_told, "the line in the log", 60)
+        for number in range(40):
+            assert stuck.simple_reply(MIB) == (0, number, content[:MIB])
+        before = room(files)["let_go_bytes"]
+        wait_until(lambda: bool(read_all(client)) and room(files)["let_go_bytes"] > before, "that some goes again", 60)
+
+
+def test_the_next_program_goes_on_with_the_limit(proxy: Server, files: CacheFiles, content: bytes) -> None:
+    client = connect(proxy.uri)
+    assert read_all(client) == content
+    bgctl("--upgrade", files.control)
+    assert room(files)["limit_bytes"] == LIMIT
+    before = room(files)["let_go_bytes"]
+    wait_until(lambda: read_all(client) == content and room(files)["let_go_bytes"] > before, "that some goes again", 60)
+    assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
+
+
+def test_two_servers_agree_with_the_copy(
+    start: Start, files: CacheFiles, origin: Server, content: bytes, tmp_path: Path, seed: int
+) -> None:
+    rng, second = random.Random(seed), tmp_path / "second"
+    servers = [
+        start(*limited(files, origin)),
+        start(*files.arguments(origin.uri, "--verify", "always", control=second)),
+    ]
+    clients = [connect(server.uri, structured=structured) for server in servers for structured in (False, True)]
+    model = Model(clients, content, rng)
+    for _ in range(3):
+        model.run(20)
+        assert len(files.clean(SIZE)) * BLOCK <= ALMOST * LIMIT
+        assert set(files.written(SIZE)) <= set(files.cached())
+    for server in servers:
+        server.stop()
+    assert files.is_clean()
+    assert read_all(connect(start(*files.arguments(origin.uri)).uri)) == model.content
