@@ -149,7 +149,7 @@ def test_readers_and_writers_never_see_it(proxy: Server, files: CacheFiles, cont
         while not ends.is_set() and not troubles:
             block, count = first + rng.randrange(BLOCKS // 4 - 16), rng.randrange(1, 16)
             at, length = block * BLOCK + rng.randrange(BLOCK), count * BLOCK - BLOCK + 1
-            if rng.random() < 0.2:
+            if rng.random() < 0.4 and block < first + BLOCKS // 16:  # what was written does not go any more
                 data = rng.randbytes(length)
                 client.pwrite(data, at)
                 mine[at : at + length] = data
