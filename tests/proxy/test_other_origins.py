@@ -17,9 +17,10 @@ from xnbd.errors import ConfigurationError
 from xnbd.origin import address
 from xnbd.origin.base import OriginLost
 from xnbd.origin.probe import probe
-from xnbd.proxy.image import DEFAULT_READAHEAD, ProxyImage, ProxySettings, ProxySource
+from xnbd.proxy.image import DEFAULT_READAHEAD, ProxyImage
 from xnbd.proxy.origin_link import Patience
 from xnbd.proxy.passage import PassedParcel
+from xnbd.proxy.source import ProxySettings, ProxySource
 from xnbd.proxy.state.opening import open_state
 from xnbd.server.disk import Disk
 from xnbd.storage.image import NotLocal

@@ -16,8 +16,8 @@ from rawclient import FLUSH, READ, RawClient, pack_request
 
 from xnbd.origin.address import parse_origin
 from xnbd.protocol.server_handshake import Agreement
-from xnbd.proxy.image import ProxySettings, ProxySource
 from xnbd.proxy.origin_link import Patience
+from xnbd.proxy.source import ProxySettings, ProxySource
 from xnbd.proxy.state.opening import open_state
 from xnbd.scoreboard.layout import create_scoreboard
 from xnbd.scoreboard.scoreboard import Scoreboard

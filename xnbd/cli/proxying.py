@@ -11,8 +11,8 @@ from ..logs import log
 from ..origin.address import members_of, parse_origin
 from ..origin.base import OriginAddress, OriginLost
 from ..origin.probe import Found, probe_each
-from ..proxy.image import ProxySettings, ProxySource
 from ..proxy.origin_link import CHANGED, contradiction
+from ..proxy.source import ProxySettings, ProxySource
 from ..proxy.state.belonging import is_marked_bitmap
 from ..proxy.state.known import Known, has_cached_blocks, known_state
 from ..proxy.state.opening import open_state

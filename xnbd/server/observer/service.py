@@ -7,7 +7,7 @@ import os
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from ...metrics.exposition import Family
-from ...proxy.image import ProxySource
+from ...proxy.source import ProxySource
 from ...proxy.state.view import CacheView, LocalBlocks
 from ...scoreboard.layout import TARGET
 from ...scoreboard.rates import Rates

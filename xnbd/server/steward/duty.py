@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import List, Optional, Tuple
 
 from ...control.server import CommandTable, Reply
-from ...proxy.image import ProxySource
+from ...proxy.source import ProxySource
 from ...scoreboard.layout import PROXY
 from ...scoreboard.rates import Rates
 from ...scoreboard.scoreboard import Scoreboard

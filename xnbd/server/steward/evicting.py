@@ -9,7 +9,7 @@ from typing import Optional
 
 from ...errors import TaskFailed
 from ...logs import ToldOnce
-from ...proxy.image import ProxySource
+from ...proxy.source import ProxySource
 from ...scoreboard.layout import EVICTING, PROXY
 from ...scoreboard.scoreboard import Scoreboard
 from ...storage.target import reopen

@@ -15,7 +15,7 @@ from typing import Callable, List, NoReturn, Optional, Union
 
 from ...errors import ConfigurationError
 from ...logs import log
-from ...proxy.image import ProxySource
+from ...proxy.source import ProxySource
 from ...system.forking import fork_with_pipe, let_signals_in
 from ...system.listen import UnixSocket
 from ...system.process import set_title

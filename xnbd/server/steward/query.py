@@ -12,7 +12,7 @@ from ... import __version__
 from ...control.requests import Message, flag_argument, integer_argument
 from ...control.server import CommandTable, Reply
 from ...origin.address import members_of, parse_origin
-from ...proxy.image import ProxySource
+from ...proxy.source import ProxySource
 from ...scoreboard.counters import MISSES, REQUESTS, Counts
 from ...scoreboard.layout import REACHED, TARGET, UNREACHABLE
 from ...scoreboard.lines import Line, clock
