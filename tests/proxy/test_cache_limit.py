@@ -192,12 +192,12 @@ def test_what_came_for_nobody_goes_before_what_clients_use(
         assert all(len(client.pread(PIECE * BLOCK, block * BLOCK)) == PIECE * BLOCK for block in used)
         time.sleep(0.2)
     bgctl("--cache-all", files.control)
-    wait_until(lambda: room(files)["let_go_bytes"] > 0, "something to go")
     reader = connect(proxy.uri)
     for at in range(0, 10 * MIB, 64 << 10):  # one who reads in order, with the most read-ahead there is
         assert reader.pread(64 << 10, at) == content[at : at + (64 << 10)]
         if at % (256 << 10) == 0:
             assert all(len(client.pread(BLOCK, block * BLOCK)) == BLOCK for block in used)
+    wait_until(lambda: room(files)["let_go_bytes"] > 0, "something to go")
     assert {block + number for block in used for number in range(PIECE)} <= {*files.cached()}
 
 
