@@ -141,6 +141,7 @@ def test_broken_file_changes_nothing(limited: Server, limits: Path) -> None:
     limited.expected_errors.append("the configuration stays as it was")
     limits.write_text("max-clients 100\n")
     reloads(limited)
+    wait_until(lambda: len(spares(limited)) == 4, "all workers")
     before = query(limited)["configuration"], set(limited.workers())
     limits.write_text("spare-workers 2\nmax-clients 1OO\n")
     message = f"{limits}:2: max-clients 1OO: expected a whole number from 1 to 1000000"
@@ -176,6 +177,7 @@ def test_log_file_is_opened_again_or_all_stays_as_it_was(start: Start, image: Pa
 
 def test_hangup_with_nothing_configured_is_harmless(server: Server) -> None:
     with bystander(server):
+        wait_until(lambda: len(spares(server)) == 4, "all workers")
         before = set(server.workers())
         for _ in range(5):
             os.kill(server.pid, signal.SIGHUP)
