@@ -9,12 +9,14 @@ import random
 import select
 import socket
 import threading
+import time
 from contextlib import contextmanager
 from typing import Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from server_process import wait_until
 
 from xnbd.access.identity import Identity
 from xnbd.errors import Disconnected
@@ -31,6 +33,7 @@ from xnbd.server.handover.letters import (
     REFUSED,
     SESSION,
     Enclosed,
+    Kit,
     Letter,
     claim,
     pack_offer,
@@ -223,6 +226,19 @@ class Old:
         assert offer.data == pack_offer(DISK)
         return socket.socket(fileno=offer.fds[0])
 
+    def has_offer(self) -> bool:
+        return bool(select.select([self.offers], [], [], 0)[0])
+
+    def channel_of_next_offer(self) -> socket.socket:
+        """It offers the client again, after a while."""
+
+        def offers() -> bool:
+            assert not self.go_on()
+            return self.has_offer()
+
+        wait_until(offers, "the next offer")
+        return self.channel()
+
     def has_client(self) -> bool:
         return self.traveller.client.fileno() >= 0
 
@@ -349,23 +365,44 @@ def test_a_session_that_is_refused_is_taken_back(old: Old) -> None:
 def test_when_the_other_process_dies_the_client_is_offered_again(old: Old) -> None:
     assert not old.go_on()
     old.channel().close()
-    assert not old.go_on()
-    channel = old.channel()
+    channel = old.channel_of_next_offer()
     send_letter(channel, READY + b"4711")
     with session_awaited(channel):
         assert not old.go_on()
     assert old.has_client()
     assert old.told == []
-    old.channel().close()
+    old.channel_of_next_offer().close()
 
 
 def test_one_that_was_ready_and_has_died_gets_no_session(old: Old) -> None:
     assert not old.go_on()
     with old.channel() as channel:
         send_letter(channel, READY + b"4711")
-    assert not old.go_on()
+    channel = old.channel_of_next_offer()
     assert old.has_client()
-    old.channel().close()
+    channel.close()
+
+
+def test_a_kit_of_many_descriptors_comes_whole(old: Old) -> None:
+    """A cache with checksums and a limit has eleven; a letter that was cut would be no offer."""
+    with open(os.devnull, "rb") as file:
+        old.departure = Departure(old.loop, old.offering, DISK, kit=Kit({}, [file.fileno()] * 16))
+        old.loop.ordered = True
+        assert not old.go_on()
+        offer = take_offer(old.offers, with_kit=True)
+    assert offer is not None
+    assert len(offer.fds) == 17
+    offer.close()
+
+
+def test_offers_that_nobody_can_take_are_some_way_apart(old: Old) -> None:
+    until, offers = time.monotonic() + 0.2, 0
+    while time.monotonic() < until:
+        assert not old.go_on()
+        if old.has_offer():
+            old.channel().close()
+            offers += 1
+    assert 1 <= offers <= 11
 
 
 def test_a_silent_process_does_not_get_the_client(old: Old, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,8 @@ from .letters import (
 )
 
 _RETRY = 0.02
+"""Seconds between two offers: one that nobody can take is let go of at once."""
+
 _PATIENCE = 2.0
 """Seconds until the other process has to have taken a client, which is not served meanwhile: at the first attempt."""
 _SILENT = b"the process that was to take it does not answer"
@@ -108,7 +110,7 @@ class Departure:
         self._telling = telling
         self._kit = kit
         self._channel: Optional[socket.socket] = None
-        self._until = 0.0
+        self._until = self._retry_at = 0.0
         self._patience = _PATIENCE
 
     def go_on(self, traveller: Traveller) -> bool:
@@ -153,10 +155,13 @@ class Departure:
             return False
         if monotonic() > self._until:
             self._give_up("no other process takes it")
-        elif self._channel is None:
-            self._make_offer(origin=traveller.has_origin)
-        else:
+        elif self._channel is not None:
             self._loop.heed(self._channel.fileno(), self._until)
+        elif monotonic() < self._retry_at:
+            self._loop.heed(None, self._retry_at)
+        else:
+            self._retry_at = monotonic() + _RETRY
+            self._make_offer(origin=traveller.has_origin)
         return False
 
     def _react(self, answer: Letter, traveller: Traveller) -> bool:
@@ -180,7 +185,7 @@ class Departure:
             send_letter(self._offers, offer, (theirs.fileno(), *self._kit.fds))
         except OSError:  # as long as too many wait there
             ours.close()
-            self._loop.heed(None, monotonic() + _RETRY)
+            self._loop.heed(None, self._retry_at)
         else:
             self._channel = ours
             self._loop.heed(ours.fileno(), self._until)

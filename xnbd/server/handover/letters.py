@@ -40,7 +40,9 @@ PATIENCE = 8.0
 """Seconds until the other process has to have answered. The client is served meanwhile."""
 
 _LONGEST = 160 << 10
-_MOST_DESCRIPTORS = 8
+_MOST_DESCRIPTORS = 32
+"""A disk whose cache has checksums and a limit needs eleven."""
+
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
