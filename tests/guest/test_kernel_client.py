@@ -72,8 +72,8 @@ def small_guest(small_machine: Guest, start: Start) -> Iterator[Guest]:
 
 def let_go(guest: Guest) -> None:
     """Disconnect the disk, whatever a test has left on it; the next test is to find the machine as the first did."""
-    guest.run("touch /run/stop; swapoff -a; umount -l /mnt; nbd-client -d /dev/nbd0", check=False)
-    guest.run("until ! nbd-client -c /dev/nbd0; do sleep 0.02; done")
+    guest.run("touch /run/stop; swapoff -a; umount -l /mnt", check=False)
+    disconnect(guest)
 
 
 @pytest.fixture(scope="module")
