@@ -36,7 +36,7 @@ class Vault:
         self.written: Set[int] = set()
         files = CacheFiles(directory)
         self._work(start, files, rng)
-        self.older = self._copy(files, "older")
+        self.older, self._older_content = self._copy(files, "older"), bytes(self.content)
         self._work(start, files, rng)
         self.kept = self._copy(files, "kept")
 
@@ -64,6 +64,10 @@ class Vault:
     def take_out(self, name: str) -> CacheFiles:
         """The files as they were kept, in a directory of their own."""
         return self._copy(self.kept, name)
+
+    def go_back(self) -> None:
+        """Somebody put back a backup: the image with its state as they were then; the disk is what it was."""
+        self.content[:] = self._older_content
 
     def is_right(self, found: bytes, *, rotten: bool) -> bool:
         """Whether a client may read this; of a *rotten* image what clients have written may be wrong."""
@@ -143,12 +147,12 @@ def mutilate(vault: Vault, files: CacheFiles, rng: random.Random, *, stopped: bo
     }
     if scoreboard.exists():
         kinds[scoreboard] = [mutation for mutation in ANYTHING if mutation not in (exchange, write_older)]
-    told = []
-    for path in rng.sample(sorted(kinds), rng.choice((1, 1, 1, 2))):
-        mutation = rng.choice(kinds[path])
+    done = {path: rng.choice(kinds[path]) for path in rng.sample(sorted(kinds), rng.choice((1, 1, 1, 2)))}
+    for path, mutation in done.items():
         mutation(path, vault.older.image.with_name(path.name), rng)
-        told.append(f"{mutation.__name__} {path.name}")
-    return ", ".join(told)
+    if all(done.get(path) in (exchange, write_older) for path in (files.image, files.state)):
+        vault.go_back()
+    return ", ".join(f"{mutation.__name__} {path.name}" for path, mutation in done.items())
 
 
 def rot_image(vault: Vault, files: CacheFiles, rng: random.Random) -> str:
