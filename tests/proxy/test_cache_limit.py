@@ -201,26 +201,50 @@ def test_what_came_for_nobody_goes_before_what_clients_use(
     assert {block + number for block in used for number in range(PIECE)} <= {*files.cached()}
 
 
-def test_a_client_that_takes_nothing_keeps_what_it_waits_for_and_harms_nobody(
+def test_a_client_that_takes_nothing_keeps_what_it_waits_for_and_the_others_do_not_notice(
     proxy: Server, files: CacheFiles, content: bytes
 ) -> None:
-    """It has asked for more than can be copied: nothing is let go, reads are passed on, and the limit holds."""
+    """However much it has asked for: of that is gathered what can be copied."""
     with RawClient(proxy.connect()) as stuck:
         stuck.negotiate()
         assert stuck.read(0, MIB) == content[:MIB]
-        stuck.send(b"".join(pack_request(READ, 0, MIB, cookie=number) for number in range(40)))
+        stuck.send(b"".join(pack_request(READ, 0, MIB, cookie=number) for number in range(400)))
+        client = connect(proxy.uri)
+        before = room(files)["let_go_bytes"]
+        wait_until(
+            lambda: read_all(client) == content and room(files)["let_go_bytes"] > before + 4 * LIMIT, "a turnover", 60
+        )
+        assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
+        for number in range(400):
+            assert stuck.simple_reply(MIB) == (0, number, content[:MIB])
+    assert "nothing can be let go" not in proxy.log()
+
+
+def test_a_client_that_takes_nothing_of_one_read_that_is_too_large_to_be_copied_harms_nobody(
+    start: Start, files: CacheFiles, tmp_path: Path
+) -> None:
+    """Nothing is let go, reads are passed on, and the limit holds."""
+    content = random.Random(4).randbytes(128 * MIB)
+    image = tmp_path / "origin.img"
+    image.write_bytes(content)
+    proxy = start(*limited(files, start("--target", "--readonly", image)))
+    wait_until_counted(files)
+    with RawClient(proxy.connect()) as stuck:
+        stuck.negotiate()
+        stuck.send(pack_request(READ, 0, len(content), cookie=7))
         client = connect(proxy.uri)
 
         def is_told() -> bool:
-            assert read_all(client) == content
+            assert client.pread(16 * MIB, 32 * MIB) == content[32 * MIB : 48 * MIB]
             assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
             return "nothing can be let go of the cache at present: a client does not take replies" in proxy.log()
 
         wait_until(is_told, "the line in the log", 60)
-        for number in range(40):
-            assert stuck.simple_reply(MIB) == (0, number, content[:MIB])
+        assert stuck.simple_reply(len(content)) == (0, 7, content)
         before = room(files)["let_go_bytes"]
-        wait_until(lambda: bool(read_all(client)) and room(files)["let_go_bytes"] > before, "that some goes again", 60)
+        wait_until(
+            lambda: bool(client.pread(16 * MIB, 32 * MIB)) and room(files)["let_go_bytes"] > before, "some to go", 60
+        )
 
 
 def test_the_next_program_goes_on_with_the_limit(proxy: Server, files: CacheFiles, content: bytes) -> None:

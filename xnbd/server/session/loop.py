@@ -41,7 +41,7 @@ from .page_prefetch import QUICK
 from .parked import Parked, notes
 from .parking import ParkedRequest, Parking, QueueLimits
 from .receive_buffer import ReceiveBuffer
-from .replies import MAXIMUM_PIECES, Replies
+from .replies import MAXIMUM_PIECES, MOST_GATHERED, Replies
 from .timing import Timing
 from .write_runs import WriteRuns
 from .writes import STREAM_FROM, Writes
@@ -245,6 +245,7 @@ class Session:
             announce = page_prefetch.announce if page_prefetch.active else None
             flat = None if copied and not announce else image.flat
             position, end, run = receive_buffer.start, receive_buffer.end, 0
+            full_at = counts[BYTES_READ] + MOST_GATHERED
             if end - position >= several and not parking.blocked:
                 if flat is not None and not announce:
                     # Most batches are nothing but reads of what is here, which need not be looked at one by one.
@@ -299,7 +300,7 @@ class Session:
                     append(data_header(cookie, offset, length) if data_header else ok_prefix + cookie)
                     extend(data)
                     counts[BYTES_READ] += length
-                    if len(data) > 1 and len(pieces) > MAXIMUM_PIECES:
+                    if counts[BYTES_READ] > full_at or (len(data) > 1 and len(pieces) > MAXIMUM_PIECES):
                         plain = False
                         break
                 elif word == _WRITE and stop <= writable and length < STREAM_FROM and not parking.blocked:
@@ -339,6 +340,8 @@ class Session:
                         done = noted = done - 1
                         break
                     if parking.full or image is not disk.image or disk.outdated or len(pieces) > MAXIMUM_PIECES:
+                        break
+                    if counts[BYTES_READ] > full_at:
                         break
             else:
                 plain = False

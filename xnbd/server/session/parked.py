@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union
 from ...errors import Disconnected, RequestError
 from ...logs import log
 from ...protocol import constants as c
+from ...scoreboard.counters import BYTES_READ
 from ...storage.image import FETCH_STEP, Background, NotLocal, Parcel, Ticket
 from ..disk import Disk
 from .commands import MAXIMUM_REQUEST, MAY_TAKE_LONG, Commands
 from .connection import Connection
 from .pace import Pace
 from .parking import ParkedRequest, Parking, Where, Work
-from .replies import MAXIMUM_PIECES, Piece, Replies
+from .replies import MAXIMUM_PIECES, MOST_GATHERED, Piece, Replies
 from .timing import Timing
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ class Parked:
         self._hung_up_at: Optional[float] = None
         self._parting = False
         self._told_short = False
+        self._counts = disk.place.counts
+        self._full_at = 0
+        """Bytes that have been read when replies are to be sent before more is done."""
         self.arrived: Optional[float] = None
         """When what is done now has arrived (monotonic seconds), if that was at another process."""
 
@@ -135,7 +139,8 @@ class Parked:
             self._parking.answered(request)
         finally:
             image.take(None)
-        if self._disk.outdated or len(self._replies.pieces) > MAXIMUM_PIECES:
+        much = len(self._replies.pieces) > MAXIMUM_PIECES or self._counts[BYTES_READ] > self._full_at
+        if much or self._disk.outdated:
             self.send_first()
 
     def _refuse(self, request: ParkedRequest, error: Exception) -> None:
@@ -146,6 +151,7 @@ class Parked:
     def _go_on(self, background: Background) -> None:
         """Do the requests again whose tickets are done."""
         finished, background.finished = background.finished, []
+        self._full_at = self._counts[BYTES_READ] + MOST_GATHERED
         slow_log = self._slow_log
         if slow_log is not None:
             slow_log.wake()
@@ -188,6 +194,7 @@ class Parked:
         else:
             self._replies.send()
             self._on_sent()
+        self._full_at = self._counts[BYTES_READ] + MOST_GATHERED
         self._disk.catch_up()
 
     def _on_sent(self) -> None:

@@ -20,8 +20,13 @@ from .connection import Connection
 MAXIMUM_PIECES = 4096
 """Pieces that may pile up before they are sent."""
 
-MOST_DETACHED = 32 << 20
-"""Bytes that may be copied to be sent later; a client that takes its replies soon has less left than that."""
+MOST_GATHERED = 32 << 20
+"""Bytes of data from which on replies are sent before the next request is done, unless all of the disk is here.
+With more than that unsent a client does not go to another process."""
+
+MOST_DETACHED = MOST_GATHERED + (68 << 20)
+"""Bytes that may be copied to be sent later: those that are gathered, one READ of 64 MiB, the most that the usual
+clients ask for at once, and headers."""
 
 _IOV_MAX = 1024
 _PROBE = 1 << 20
@@ -54,7 +59,7 @@ class Replies:
             try:
                 sent = self._send_now(group)
             except BlockingIOError:
-                if not wait or (self._connection.loop.called and self.detach()):
+                if not wait or (self._connection.loop.called and self.unsent <= MOST_GATHERED and self.detach()):
                     break
                 self._connection.wait_for_room()
                 continue
