@@ -201,6 +201,24 @@ const proxies = row("Proxies", [
   ),
   graph(
     {
+      title: "Share of --cache-limit",
+      description: "What was fetched and can be let go again. At 100 % for long: what is read is not kept; see the log.",
+      unit: "percentunit",
+      width: 8,
+    },
+    [{ expr: `${now("xnbd_cache_clean_bytes")} / ${now("xnbd_cache_limit_bytes")}`, legend: LEGEND }],
+  ),
+  graph(
+    {
+      title: "Let go of caches",
+      description: "Because of --cache-limit. As much as is fetched, with few hits: the limit is too low for what is used.",
+      unit: "binBps",
+      width: 8,
+    },
+    [{ expr: busiest(rate("xnbd_cache_let_go_bytes_total")), legend: LEGEND }],
+  ),
+  graph(
+    {
       title: "Fetched from origins",
       description: "More than clients read: read-ahead that nobody uses.",
       unit: "binBps",
@@ -216,6 +234,33 @@ const proxies = row("Proxies", [
       width: 8,
     },
     [{ expr: now("xnbd_origin_up"), legend: LEGEND }],
+  ),
+  graph(
+    {
+      title: "Each of several origins up",
+      description: "0: unreachable, slow, or another disk. xnbd-bgctl --query says which.",
+      unit: "short",
+      width: 8,
+    },
+    [{ expr: now("xnbd_origin_endpoint_up"), legend: `${LEGEND} {{origin}}` }],
+  ),
+  graph(
+    {
+      title: "Latency of each of several origins",
+      description: "How long an answer takes. The others take over from one that is much slower.",
+      unit: "s",
+      width: 8,
+    },
+    [{ expr: now("xnbd_origin_endpoint_latency_seconds"), legend: `${LEGEND} {{origin}}` }],
+  ),
+  graph(
+    {
+      title: "Fetched from each of several origins",
+      description: "Healthy ones share the load as quick as they are.",
+      unit: "binBps",
+      width: 8,
+    },
+    [{ expr: rate("xnbd_origin_endpoint_bytes_total"), legend: `${LEGEND} {{origin}}` }],
   ),
   graph(
     {

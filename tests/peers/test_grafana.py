@@ -85,8 +85,10 @@ def values(running: Prometheus, expression: str) -> List[str]:
 def test_prometheus_evaluates_every_expression(
     start: Start, tmp_path: Path, image: Path, certificates: Certificates
 ) -> None:
-    origin = start("--target", "--readonly", make_disk(tmp_path))
-    proxy = Proxy(start, tmp_path, origin.uri, "--metrics", 0, "--exportname", "far away")
+    far = make_disk(tmp_path)
+    origin, another = start("--target", "--readonly", far), start("--target", "--readonly", far)
+    options = ("--origin", another.uri, "--cache-limit", "2M", "--metrics", 0, "--exportname", "far away")
+    proxy = Proxy(start, tmp_path, origin.uri, *options)
     target = start("--target", "--metrics", 0, "--control", tmp_path / "target.ctl", image)
     secure = start("--target", "--readonly", "--metrics", 0, "--tls", certificates.server, image)
     for server in (target, secure):

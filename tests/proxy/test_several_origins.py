@@ -66,7 +66,7 @@ def proxy(start: Start, files: CacheFiles, first: NbdkitOrigin, second: NbdkitOr
 
 @pytest.fixture
 def places(files: CacheFiles) -> Ask:
-    return lambda: list(query(files.control)["origin"]["places"])
+    return lambda: list(query(files.control)["origin"]["endpoints"])
 
 
 class Reader:
@@ -233,7 +233,7 @@ def test_several_are_kept_by_an_upgrade_and_replaced_by_a_reconnection(
     assert client.pread(MIB, 0) == disk[:MIB]
     assert [place["address"] for place in places()] == [first.uri, second.uri]
     bgctl("--reconnect", files.control, second.uri)
-    assert "places" not in query(files.control)["origin"]
+    assert "endpoints" not in query(files.control)["origin"]
     first.kill()
     assert client.pread(MIB, MIB) == disk[MIB : 2 * MIB]
     bgctl("--reconnect", "--origin", second.uri, files.control, first.uri)
@@ -253,9 +253,9 @@ def test_metrics_tell_of_each(
     def told(name: str) -> List[float]:
         return [scrape(port)(name, origin=origin.uri) for origin in (first, second)]
 
-    reader.read_until(lambda: sum(told("xnbd_place_bytes_total")) > 0, "bytes")
+    reader.read_until(lambda: sum(told("xnbd_origin_endpoint_bytes_total")) > 0, "bytes")
     second.kill()
-    reader.read_until(lambda: told("xnbd_place_up") == [1, 0], "the loss")
+    reader.read_until(lambda: told("xnbd_origin_endpoint_up") == [1, 0], "the loss")
 
 
 # Objects

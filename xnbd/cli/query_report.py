@@ -68,7 +68,7 @@ def _origin(answer: Message) -> Iterator[str]:
     origin = answer.get("origin")
     if not origin:
         return
-    places = origin.get("places")
+    places = origin.get("endpoints")
     yield shown(origin.get("address", "")) if not places else f"{len(places)} of the same disk"
     connections = origin.get("connections")
     state = shown(origin.get("state", ""))

@@ -318,20 +318,20 @@ _OF_CACHES = (
         _one("returns"),
     ),
     _Spec(
-        "xnbd_place_up",
+        "xnbd_origin_endpoint_up",
         "gauge",
         "Of several origins: 0 while a process finds this one unreachable, slow, or with another disk.",
         _of_origins(lambda origin: origin.up),
     ),
     _Spec(
-        "xnbd_place_latency_seconds",
+        "xnbd_origin_endpoint_latency_seconds",
         "gauge",
         "Of several origins: how long an answer of this one takes.",
         _of_origins(lambda origin: origin.latency),
         "seconds",
     ),
     _Spec(
-        "xnbd_place_bytes",
+        "xnbd_origin_endpoint_bytes",
         "counter",
         "Of several origins: bytes that have come from this one and were of use.",
         _of_origins(lambda origin: origin.sent),

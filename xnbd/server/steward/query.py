@@ -265,7 +265,7 @@ class QueryAnswers:
             "changed": all(version is not None and version.changed for version in noted),
         }
         if len(places) > 1:
-            answer["places"] = OriginFigures(self._scoreboard, lines).of(places, noted)
+            answer["endpoints"] = OriginFigures(self._scoreboard, lines).of(places, noted)
         return answer
 
     def _checkpoint(self, dirty_pages: int) -> Message:
