@@ -101,6 +101,9 @@ def test_the_map_fills_up(page: Page, proxy: Proxy) -> None:
     page.wait_for("document.querySelector('#local').innerText === '100 %'")
     assert page.text("#localof") == "All of the disk is here"
     assert status(metrics_port(proxy.server.log()))["blocks"]["cached"] == -(-DISK // 4096)
+    with proxy.raw() as client:
+        client.write(0, bytes(8192))
+        page.wait_for("document.querySelector('#localof').innerText.endsWith(', 8.00 KiB written by clients')")
 
 
 def test_latency_and_throughput_are_drawn(page: Page, proxy: Proxy) -> None:

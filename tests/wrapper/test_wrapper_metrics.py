@@ -127,7 +127,9 @@ def test_one_export_is_told_in_detail(start: Start, start_wrapper: StartWrapper,
     assert before["workers"] == []
     with wrapper.client("far & away") as client:
         client.read(0, MIB // 2)
-        wait_until(lambda: told().get("blocks", {}).get("cached", 0) >= 128, "the count of local blocks")
+        client.write(MIB // 2, bytes(4096))
+        wait_until(lambda: told().get("blocks", {}).get("cached", 0) >= 129, "the count of local blocks")
+        wait_until(lambda: told()["blocks"].get("written") == 1, "the count of written ones")
         wait_until(lambda: told()["counters"]["bytes_read"] == MIB // 2, "the client's figures")
         seen = told()
         assert seen["map"][:8] == [1] * 8

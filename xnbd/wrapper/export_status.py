@@ -49,6 +49,7 @@ def status(exposed: Exposed, export: Optional[StoredExport]) -> Message:
             "connections": connected,
         }
         told["cached_bytes"] = cache.cached_bytes
+        told["written_bytes"] = cache.written_bytes
         told["queue"] = {"requests": sums["waiting"], "bytes": sums["waiting_bytes"]}
     return told
 
@@ -70,6 +71,8 @@ def with_cache(told: Message, export: ProxyExport, cache: SeenCache, cells: Opti
     if now.cached_bytes is not None:
         more["block_size"] = BLOCK
         more["blocks"] = {"total": progress.blocks, "cached": progress.blocks - progress.missing()}
+        if now.written_bytes is not None:
+            more["blocks"]["written"] = now.written_bytes // BLOCK
     if not now.copying:
         cache.copy_rate = Rate()
     elif now.cached_bytes is not None:

@@ -56,9 +56,8 @@ class _Cache(NamedTuple):
         return self.state.progress
 
     @property
-    def written(self) -> None:
-        """Nobody has asked for it yet."""
-        return None
+    def written(self) -> Optional[LocalBlocks]:
+        return self.state.written
 
 
 class ObservedService(Observed):
@@ -103,8 +102,8 @@ class ObservedService(Observed):
             raise NoSuchExport
         answers = self._answers.answer(wanted.cells, with_usage=wanted.usage, with_durations=wanted.durations)
         answer = {"done": True, **answers}
-        if "map" in answer:
-            answer["map"] = rounded(answer["map"])
+        for name in {"map", "map_written"} & answer.keys():
+            answer[name] = rounded(answer[name])
         return json.dumps(answer) + "\n"
 
     def work(self) -> None:
