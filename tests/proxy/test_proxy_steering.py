@@ -844,9 +844,9 @@ def test_copy_that_another_server_was_quicker_with_stays_wanted(proxy: Proxy) ->
     with closing(Scoreboard(os.open(f"{proxy.bitmap}{SCOREBOARD_SUFFIX}", os.O_RDWR))) as other:
 
         def was_first() -> bool:
-            other.wanted_copy = SLOW
             copier = None
-            while copier is None:
+            while copier is None:  # the end of the one before may be noted yet, and that nothing is wanted
+                other.wanted_copy = SLOW
                 copier = proxy.copier()
             was_first = other.try_lock(COPYING)
             os.kill(steward, signal.SIGSTOP)

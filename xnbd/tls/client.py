@@ -12,10 +12,11 @@ import ssl
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
-from typing import Any, List, Mapping
+from typing import List
 
 from ..errors import TlsFailed
 from ..text import one_line
+from .certificate import certificate_of
 from .client_credentials import ClientCredentials
 from .client_words import Words
 from .memory_stream import is_end
@@ -60,8 +61,8 @@ class ClientStream:
     def names(self) -> List[str]:
         """The names that the other side's certificate is for, fit for a line; none if one of them cannot be read."""
         try:
-            certificate: Mapping[str, Any] = self._stream.tls.getpeercert() or {}
-        except (ValueError, ssl.SSLError):  # ``ssl`` takes all texts for UTF-8, and does not know all kinds
+            certificate = certificate_of(self._stream.tls)
+        except ValueError:
             return []
         found = [_shown(kind, name) for kind, name in certificate.get("subjectAltName", ())]
         if not found:

@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterator, Tuple, Union
 
 from ..access.identity import Identity
 from ..errors import Refused
+from .certificate import certificate_of
 from .psk import ServerKeys, was_used
 
 MOST_NAMES = 250
@@ -36,8 +37,8 @@ _Name = Tuple[Tuple[Tuple[str, _Value], ...], ...]
 def identity_of(tls: Union[ssl.SSLObject, ssl.SSLSocket], keys: ServerKeys) -> Identity:
     """The names of the client's certificate, or of the pre-shared key that it has. Raises `Refused`."""
     try:
-        certificate = dict(tls.getpeercert() or {})
-    except (ValueError, ssl.SSLError) as error:  # ``ssl`` takes all texts for UTF-8, and does not know all kinds
+        certificate = certificate_of(tls)
+    except ValueError as error:
         raise Refused("TLS: the client's certificate has a name that cannot be read") from error
     names = list(_names_in(certificate))
     if len(names) > MOST_NAMES:
