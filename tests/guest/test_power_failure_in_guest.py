@@ -2,7 +2,7 @@
 
 What the guest's kernel had in memory is lost; its disk stays as qemu had it. Clients
 run here, and remember what was answered and flushed. The next boot must show it.
-``XNBD_POWER_FAILURES`` says how often (12), for two disks each time.
+``XNBD_POWER_FAILURES`` says how often (5), for two disks each time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xnbdguest.packages import fetch_packages
 
 DISKS = 2
 
-FAILURES = int(os.environ.get("XNBD_POWER_FAILURES", "12"))
+FAILURES = int(os.environ.get("XNBD_POWER_FAILURES", "5"))
 
 TRIALS: List[Tuple[str, int]] = [("target", -(-FAILURES // 4))] + [("proxy", FAILURES)] * ("proxy" in MODES)
 
