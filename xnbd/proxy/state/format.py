@@ -40,6 +40,7 @@ bits one byte picked at random from `USERS`: who can lock all of those is alone.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import struct
 import zlib
 from typing import Callable, Dict, NamedTuple, Optional, Tuple
@@ -143,6 +144,21 @@ class Layout(NamedTuple):
     sums: int
     written: int
     size: int
+
+    @property
+    def dirty_end(self) -> int:
+        """Where the dirty map ends: what follows until the next map speaks for no page."""
+        return self.dirty + self.pages
+
+    @property
+    def claimed_end(self) -> int:
+        """Likewise."""
+        return self.claimed + self.pages
+
+    def count_marks(self, head: mmap.mmap) -> int:
+        """Of the state file that begins with *head*: pages of the bitmap that the next checkpoint has to save."""
+        marks = head[self.dirty : self.dirty_end] + head[self.claimed : self.claimed_end]
+        return len(marks) - marks.count(0)
 
 
 def layout_of(disk_size: int) -> Layout:

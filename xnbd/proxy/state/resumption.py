@@ -25,7 +25,7 @@ from .entry import Entry
 from .format import NO_BOOT, VERSION, BadHeader, Header, identity, readable
 from .known import was_switched
 from .scoreboard_file import refuse_other_version
-from .sums_file import sync_sums
+from .sums_file import forget_checkpoints, last_checkpoint, sync_sums
 from .verdict import Facts, Trust, Verdict, judge, trust_in_marks
 
 
@@ -124,6 +124,7 @@ class _Resumption:
         if found.boot_id == NO_BOOT:
             self._finish_making()
         else:
+            self._refuse_older_state()
             self._make_agree()
         self._begin_session()
 
@@ -137,6 +138,18 @@ class _Resumption:
         except ConfigurationError:
             if not self._is_nothing_cached() or belonging.holds_data(self._entry.cache_fd):
                 raise
+
+    def _refuse_older_state(self) -> None:
+        """After a kill the sums know a checkpoint that a copy from before it does not. Raises `ConfigurationError`."""
+        entry, found = self._entry, self._found
+        if not self._lived or found.clean or entry.adopt:
+            return
+        session, number = last_checkpoint(entry)
+        if session == found.tie.session and number > files.succeeded(self._state_fd):
+            raise entry.refusal(
+                f"{entry.state_path} is an older copy, of before the last checkpoint of the servers that died; "
+                "put the right files back, or believe the bitmap with --adopt-cache"
+            )
 
     def _is_nothing_cached(self) -> bool:
         layout = self._entry.layout
@@ -238,6 +251,7 @@ class _Resumption:
         entry.remove_unfinished()
         files.allocate(bitmap_fd, entry.layout.bitmap_size)
         self._allocate_state()
+        forget_checkpoints(entry)
         files.reset_numbers(state_fd)
         if verdict is Verdict.LIVE:
             with suppress(WriteBackFailed):  # which is noted, so it is the durable copy that counts

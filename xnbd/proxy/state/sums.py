@@ -7,6 +7,8 @@ offset                  content
                         CRC-32 of all that precedes (4 bytes)
 2048                    1 if sums were written that no checkpoint has synced yet
 2049                    1 while a checkpoint syncs them
+2056                    number of the last checkpoint that succeeded in this session,
+                        as in the state file, 8 bytes of the machine's endianness
 65536                   zero map: which blocks are zeros, without a sum; as the bitmap
 then, at a unit's start  table: the XXH3-64 of each block, 8 bytes each of the
                         machine's own endianness; the file ends with it
@@ -36,7 +38,7 @@ from ...storage.bitmap import Bitmap, bitmap_size
 from ...storage.blocks import BLOCK, steps
 from ...storage.image import Buffer
 from .belonging import NO_ID, NO_SESSION
-from .format import PAGE, BadHeader, Fields, Layout
+from .format import NUMBER, PAGE, BadHeader, Fields, Layout
 
 MAGIC = b"xNBD\r\n\x1ax"
 VERSION = 1
@@ -53,6 +55,7 @@ _CHECKSUM = struct.Struct("<I")
 HEADER_SIZE = 512
 
 _DIRTY, _CLAIMED = 2048, 2049
+NUMBER_AT = 2056
 _UNIT = 1 << 16
 SUM_SIZE = 8
 _ZEROS_AT = _UNIT
@@ -207,6 +210,10 @@ class BlockSums:
             head[_DIRTY] = 0
             sync(self.fd)
             head[_CLAIMED] = 0
+
+    def note_checkpoint(self, number: int) -> None:
+        """The checkpoint with that number has succeeded, so that an older copy of the state file is known as one."""
+        NUMBER.pack_into(self._head, NUMBER_AT, number)
 
     def close(self) -> None:
         self._head.close()
