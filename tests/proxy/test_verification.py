@@ -12,9 +12,11 @@ from typing import Iterable, List, Tuple
 
 import nbd
 import pytest
-from caching import BLOCK, CacheFiles, Reading, bgctl, connect, hold, kill_server, query
+from caching import BLOCK, CacheFiles, Reading, bgctl, connect, hold, kill_server, query, release
 from conftest import MIB, Start
+from injection import injected
 from proxies import program
+from rawclient import READ, RawClient
 from scraping import metrics_port, scrape
 from server_process import Server, wait_until
 from upgrades import upgrade
@@ -329,3 +331,38 @@ def test_scrub_is_refused_after_a_switch(start: Start, full: CacheFiles, far: Se
     bgctl("--switch", full.control)
     status, _, err = bgctl("--scrub", full.control, check=False)
     assert (status, "this is no proxy any more" in err) == (1, True)
+
+
+def test_a_block_that_is_found_damaged_while_a_reply_is_made_is_in_it_once(
+    start: Start, files: CacheFiles, tmp_path: Path
+) -> None:
+    """The reply is made of three chunks, of which two are there when the block turns out to be missing."""
+    length = 64 << 10
+    content = random.Random(9).randbytes(length) + bytes(length) + random.Random(10).randbytes(2 * length)
+    image = tmp_path / "origin.img"
+    image.write_bytes(content)
+    with image.open("r+b") as file:
+        space.punch_hole(file.fileno(), length, length)
+    far = start("--target", "--readonly", image)
+    server = start(*files.arguments(far.uri, "--readahead", 0))
+    with RawClient(server.connect()) as client:
+        client.negotiate(structured=True)
+        client.request(READ, 0, 3 * length)
+        client.chunks()
+        client.request(READ, 0, 3 * length)
+        whole = client.chunks()
+        flip(files.image, [2 * length + 2 * BLOCK])
+        (worker,) = server.busy_workers()
+        with injected(worker, "lseek:delay_enter=60000000:when=3"):
+            client.request(READ, 0, 3 * length)
+            stopped = hold(far.pid)
+            scrub = subprocess.Popen([*program("--scrub"), str(files.control)], stdout=subprocess.DEVNULL)
+            try:
+                wait_until(lambda: 2 * length // BLOCK + 2 not in files.cached(), "the damage to be found")
+            except BaseException:
+                release(stopped)
+                raise
+        release(stopped)
+        assert client.chunks() == whole
+        assert scrub.wait() == 0
+        assert client.works()
