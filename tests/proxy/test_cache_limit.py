@@ -14,6 +14,7 @@ from conftest import MIB, Start
 from launch import fails
 from lru import PIECE, ideal_hits, trace
 from model import Model, read_all
+from mounts import plain_ramfs
 from rawclient import READ, RawClient, pack_request
 from server_process import Server, wait_until
 
@@ -245,6 +246,25 @@ def test_a_client_that_takes_nothing_of_one_read_that_is_too_large_to_be_copied_
         wait_until(
             lambda: bool(client.pread(16 * MIB, 32 * MIB)) and room(files)["let_go_bytes"] > before, "some to go", 60
         )
+
+
+@pytest.mark.root("mounts a file system")
+def test_the_limit_holds_for_what_is_cached_where_no_space_can_be_given_back(
+    start: Start, files: CacheFiles, origin: Server, content: bytes, tmp_path: Path
+) -> None:
+    with plain_ramfs(tmp_path / "ramfs") as directory:
+        files.image = directory / "cache.img"
+        proxy = start(*limited(files, origin))
+        wait_until_counted(files)
+        client = connect(proxy.uri)
+        wait_until(
+            lambda: read_all(client) == content and room(files)["let_go_bytes"] > 4 * LIMIT, "several turnovers", 60
+        )
+        assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
+        wait_until(lambda: bool(read_all(client)) and len(files.cached()) * BLOCK > LIMIT // 2, "use of the room")
+        assert proxy.log().count("space of the cache image cannot be given back there") == 1
+        assert "nothing can be let go" not in proxy.log()
+        proxy.stop()
 
 
 def test_the_next_program_goes_on_with_the_limit(proxy: Server, files: CacheFiles, content: bytes) -> None:

@@ -95,7 +95,7 @@ class Evictor:
         idle, self._seen = came == self._seen, came
         if self._is_above:
             return _SOON
-        return _LONG if idle and used < self._room.low else _LATER
+        return _LONG if idle else _LATER
 
     # What there is
 
@@ -113,10 +113,13 @@ class Evictor:
             if local.count(0) < len(local):
                 found += self._count_page(at, local)
         self._room.correct(expected, found)
-        if not self._has_swept or takes(self._cache_fd) > self._local + _MOST_LEFT:
+        if self._letting_go.gives_space_back and self._has_leftovers():
             self._leftovers = pieces_with_leftovers(self._cache_fd, self._size, self._state.bitmap)
             self._has_swept = True
         self._count_at = monotonic() + max(_COUNT_EVERY, _LONGER * (monotonic() - began))
+
+    def _has_leftovers(self) -> bool:
+        return not self._has_swept or takes(self._cache_fd) > self._local + _MOST_LEFT
 
     def _count_page(self, at: int, local: bytes) -> int:
         written = self._written[at : at + len(local)]
