@@ -142,7 +142,7 @@ class ProxyImage(Image):
         elif self._trusted.all_set(first, end) or self._has(first, end):
             return
         else:
-            ticket = self.fetcher.need(first, end)
+            ticket = self.fetcher.need(first, end, self._in_hand)
         self._bring_ahead(self._readahead.on_read(first, end))
         if ticket is not None:
             self._counts[MISSES] += 1
