@@ -11,7 +11,7 @@ from typing import List, Optional, Tuple
 
 from ...control.server import CommandTable, Reply
 from ...proxy.source import ProxySource
-from ...scoreboard.layout import PROXY
+from ...scoreboard.layout import TARGET
 from ...scoreboard.rates import Rates
 from ...scoreboard.scoreboard import Scoreboard
 from ...scoreboard.tally import Sums, TallyReader
@@ -108,7 +108,7 @@ class Cache:
         self.source = source
         self.state = source.open_state()
         self._scoreboard = context.scoreboard
-        self.progress = Progress(self.state.bitmap, source.size, lasting=not self._scoreboard.room.limit)
+        self.progress = Progress(self.state.bitmap, source.size)
         self.written = Progress(self.state.written, source.size)
         self._children = context.children
 
@@ -119,5 +119,5 @@ class Cache:
 
     def count(self) -> Reply:
         """Wait until there is such a figure."""
-        while self._scoreboard.mode == PROXY and not self.keep_up():
+        while self._scoreboard.mode != TARGET and not self.keep_up():
             yield None
