@@ -286,6 +286,8 @@ def test_scrub_checks_all_and_repairs(start: Start, full: CacheFiles, far: Serve
     assert (status, out, err) == (0, told, "")
     assert full.image.read_bytes() == written(content)
     assert f"{len(blocks)} blocks of the cache" in bgctl("--query", full.control)[1]
+    port = metrics_port(server.log())
+    wait_until(lambda: scrape(port).find("xnbd_cache_damaged_blocks_total") == [len(blocks)], "each counted once")
     status, out, _ = bgctl("--scrub", "--progress", full.control)
     assert (status, out) == (0, f"{BLOCKS} blocks checked, none was damaged\n")
     flip(full.image, [0])

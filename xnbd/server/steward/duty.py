@@ -89,10 +89,10 @@ class Context:
             self._counted = TallyReader(self.service.tally_fds)
         return self._counted.of(self.service.export_name)
 
-    def count(self, row: str, more: int = 1) -> None:
-        """So many *more* of what `tally.ROWS` has as *row*, for metrics."""
+    def count(self, row: str) -> None:
+        """One more of what `tally.ROWS` has as *row*, for metrics."""
         if self._tally is not None:
-            self._tally.count(row, more)
+            self._tally.count(row)
 
     def tell(self, row: str, number: int) -> None:
         """What `tally.ROWS` has as *row* is so now."""
