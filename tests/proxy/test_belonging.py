@@ -566,6 +566,7 @@ def test_a_damaged_state_file_is_refused_with_what_loses_nothing(
         line = refused(used, far, *option)
         assert str(used.state) in line
         assert "; move it away, and start with --adopt-cache once" in line
+        assert "(--clear-bitmap starts afresh, and forgets what clients have written)" in line
     used.state.rename(used.state.with_suffix(".damaged"))
     serves(start, used, far, expected(content), "--adopt-cache").stop()
     far.stop()

@@ -14,6 +14,9 @@ from .files import NEW
 from .format import SUFFIX, Header, Layout
 from .known import scoreboard_says_target
 
+AFRESH = "(--clear-bitmap starts afresh, and forgets what clients have written)"
+"""The end of a line with which a server does not start: the last choice."""
+
 
 class Entry:
     """The way to the bitmap at *path* of the cache behind *cache_fd*; its header has to become ``header``.
@@ -105,7 +108,7 @@ class Entry:
             raise self.refusal(f"{told}; {advice}")
 
     def refusal(self, reason: str) -> ConfigurationError:
-        return ConfigurationError(f"cannot go on with the cached blocks: {reason} (--clear-bitmap starts afresh)")
+        return ConfigurationError(f"cannot go on with the cached blocks: {reason} {AFRESH}")
 
     def remove_unfinished(self) -> None:
         for path in (self.state_path, self.path):

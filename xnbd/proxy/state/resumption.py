@@ -241,7 +241,8 @@ class _Resumption:
         if missing:
             raise ConfigurationError(
                 f"{entry.path}: the proxy was switched to a plain target by force with {missing} blocks missing: "
-                "serve the cache image with --target, or start afresh with --clear-bitmap"
+                "serve the cache image with --target, or start afresh with --clear-bitmap, "
+                "which forgets what clients have written"
             )
 
     def _settle(self, bitmap_fd: int, verdict: Verdict) -> None:
