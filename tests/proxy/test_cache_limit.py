@@ -158,7 +158,8 @@ def test_servers_on_one_cache_have_one_limit(start: Start, files: CacheFiles, or
     assert room(files, second)["limit_bytes"] == LIMIT
     assert len(read_all(connect(follower.uri))) == SIZE
     assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
-    start(*files.arguments(origin.uri, "--cache-limit", "2M", control=third))
+    last = start(*files.arguments(origin.uri, "--cache-limit", "2M", control=third))
+    assert "the limit of the cache is another one from now on: 2M, not 4M" in last.log()
     assert room(files)["limit_bytes"] == 2 * MIB
     wait_until(lambda: len(files.cached()) * BLOCK <= 2 * MIB, "a cache below the new limit")
 
