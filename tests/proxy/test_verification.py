@@ -282,21 +282,24 @@ def test_scrub_checks_all_and_repairs(start: Start, full: CacheFiles, far: Serve
     blocks = clean_blocks()[::9]
     flip(full.image, [block * BLOCK for block in blocks])
     status, out, err = bgctl("--scrub", full.control)
-    told = f"{BLOCKS} blocks checked, {len(blocks)} damaged, {len(blocks)} fetched again\n"
+    checked, by_clients = len(clean_blocks()), BLOCKS - len(clean_blocks())
+    unchecked = f"; {by_clients} blocks written by clients, without checksums\n"
+    told = f"{checked} blocks checked, {len(blocks)} damaged, {len(blocks)} fetched again{unchecked}"
     assert (status, out, err) == (0, told, "")
+    told = f"{len(blocks)} were damaged, {len(blocks)} fetched again; {by_clients} that clients have written"
+    assert f"INFO: {checked} blocks were checked, {told}" in server.log()
     assert full.image.read_bytes() == written(content)
     assert f"{len(blocks)} blocks of the cache" in bgctl("--query", full.control)[1]
     port = metrics_port(server.log())
     wait_until(lambda: scrape(port).find("xnbd_cache_damaged_blocks_total") == [len(blocks)], "each counted once")
     status, out, _ = bgctl("--scrub", "--progress", full.control)
-    assert (status, out) == (0, f"{BLOCKS} blocks checked, none was damaged\n")
+    assert (status, out) == (0, f"{checked} blocks checked, none was damaged{unchecked}")
     flip(full.image, [0])
     kill_server(server)
     server = start(*full.arguments(far.uri, "--metrics", "0"))
     assert connect(server.uri).pread(1, 0)[0] == content[0]
     port = metrics_port(server.log())
-    by_clients = (BLOCKS - len(clean_blocks())) * BLOCK
-    for name, value in (("xnbd_cache_damaged_blocks_total", 1), ("xnbd_written_bytes", by_clients)):
+    for name, value in (("xnbd_cache_damaged_blocks_total", 1), ("xnbd_written_bytes", by_clients * BLOCK)):
         wait_until(lambda: scrape(port).find(name) == [value], name)  # noqa: B023
 
 
@@ -306,8 +309,24 @@ def test_scrub_without_an_origin_says_what_is_left(start: Start, full: CacheFile
     server = start(*full.arguments(far.uri, "--connect-timeout", "1", "--origin-timeout", "1"))
     status, out, err = bgctl("--scrub", full.control, check=False)
     assert (status, out) == (1, "")
-    assert "1 damaged blocks could not be fetched again, and count as missing" in err
+    failure = "1 damaged blocks could not be fetched again, and count as missing"
+    assert failure in err
+    assert f"WARNING: {len(clean_blocks())} blocks were checked, 1 were damaged, 0 fetched again" in server.log()
+    assert f"WARNING: the check has ended: {failure}" in server.log()
     assert connect(server.uri).pread(7 * BLOCK, 0) == content[: 7 * BLOCK]
+
+
+def test_scrub_of_an_image_that_has_shrunk_says_that_and_nothing_else(
+    start: Start, full: CacheFiles, far: Server
+) -> None:
+    server = start(*full.arguments(far.uri))
+    os.truncate(full.image, SIZE // 2)
+    server.expected_errors += ["the cache image has shrunk"]
+    status, _, err = bgctl("--scrub", full.control, check=False)
+    failure = "cannot read the cache image at byte 0: the cache image has shrunk"
+    assert (status, failure in err) == (1, True)
+    assert f"WARNING: the check has ended: {failure}" in server.log()
+    assert "blocks were checked" not in server.log()
 
 
 def cached_blocks(files: CacheFiles) -> int:

@@ -116,6 +116,10 @@ class Verification:
             self._locking.give_back(first, end)
         return damaged
 
+    def written_among(self, first: int, end: int) -> int:
+        """How many of these blocks clients have written: they have no checksums."""
+        return sum(stop - start for start, stop, written in self._written.runs(first, end) if written)
+
     def _check_unit(self, unit: int, first: int, end: int) -> None:
         """Blocks *first* up to *end* of a unit, and those beside them that are in memory."""
         self._read.forget()

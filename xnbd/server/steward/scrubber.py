@@ -20,7 +20,7 @@ from ...storage.image import Ticket
 from ..disk import Disk
 from ..process_loop import ProcessLoop
 
-_FIGURES = struct.Struct("=4Q")
+_FIGURES = struct.Struct("=5Q")
 _LOOK_AROUND = 0.1
 _MOST_OUTSTANDING = 256
 _PATIENCE = 10.0
@@ -28,12 +28,16 @@ _PATIENCE = 10.0
 
 
 class ScrubFigures(NamedTuple):
-    """How far it is: *position* in bytes of the disk, and how many blocks were checked, damaged and fetched again."""
+    """How far it is: *position* in bytes of the disk, and how many blocks were checked, damaged and fetched again.
+
+    Those that clients have written have no checksums, and are not checked.
+    """
 
     position: int = 0
     checked: int = 0
     damaged: int = 0
     repaired: int = 0
+    written: int = 0
 
 
 class ScrubMemory:
@@ -120,9 +124,17 @@ class Scrubber:
             ticket = self._fetcher.need(block, block + 1)
             if ticket is not None:
                 self._outstanding[ticket] = block
-        figures = self._figures
-        self._tell(position=end * BLOCK, checked=figures.checked + end - first, damaged=figures.damaged + len(damaged))
+        self._count(first, end, len(damaged))
         return True
+
+    def _count(self, first: int, end: int, damaged: int) -> None:
+        figures, written = self._figures, self._verification.written_among(first, end)
+        self._tell(
+            position=end * BLOCK,
+            checked=figures.checked + end - first - written,
+            damaged=figures.damaged + damaged,
+            written=figures.written + written,
+        )
 
     def _tell(self, **changes: int) -> None:
         self._figures = self._figures._replace(**changes)
