@@ -151,6 +151,7 @@ def test_a_reply_of_another_object_is_no_part_of_the_disk(
     assert read(proxy, 0) == 0
     assert files.cached() == list(range(64))
     assert proxy.log().count("THE DISK THERE HAS CHANGED") == 1
+    assert "with --clear-bitmap, which also forgets what clients have written" in proxy.log()
     web.twist = lambda asked, answer: answer
     wait_until(lambda: read(proxy, 100) == 0, "the former object")
     assert read_all(connect(proxy.uri)) == web.disk

@@ -17,7 +17,7 @@ from .state.versions import Versions
 
 CHANGED = (
     "%s: THE DISK THERE HAS CHANGED. What is cached here and what was written is served on, the rest is an error: "
-    "bring the former one back, or begin anew (--clear-bitmap)"
+    "bring the former one back, or begin anew with --clear-bitmap, which also forgets what clients have written"
 )
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from logging import INFO, WARNING
 from time import monotonic
 from typing import Iterator, Optional
 
@@ -16,7 +17,7 @@ from ...system.process import set_title
 from ..process_loop import ProcessLoop
 from .child import Child
 from .duty import Cache, Context, Duty
-from .scrubber import Scrubber, ScrubMemory
+from .scrubber import Scrubber, ScrubFigures, ScrubMemory
 
 _PROGRESS_EVERY = 0.2
 
@@ -70,10 +71,12 @@ class Scrubbing(Duty):
         finally:
             child.stop()
         told = memory.read()
-        self._context.count("damaged", told.damaged)
-        log.info("%d blocks were checked, %d were damaged, %d fetched again", *told[1:])
-        if child.status:
-            raise CommandError(child.message or "the check was stopped before its end")
+        failure = (child.message or "the check was stopped before its end") if child.status else ""
+        if told.checked or told.written or not failure:
+            _log_summary(told)
+        if failure:
+            log.warning("the check has ended: %s", failure)
+            raise CommandError(failure)
         yield {"done": True, **self._figures(memory)}
 
     def _figures(self, memory: ScrubMemory) -> Message:
@@ -84,7 +87,14 @@ class Scrubbing(Duty):
             "checked_blocks": told.checked,
             "damaged_blocks": told.damaged,
             "repaired_blocks": told.repaired,
+            "written_blocks": told.written,
         }
+
+
+def _log_summary(told: ScrubFigures) -> None:
+    line = "%d blocks were checked, %d were damaged, %d fetched again; %d that clients have written have no checksums"
+    level = WARNING if told.damaged > told.repaired else INFO
+    log.log(level, line, told.checked, told.damaged, told.repaired, told.written)
 
 
 def _scrub(context: Context, memory: ScrubMemory, rate: int) -> None:
