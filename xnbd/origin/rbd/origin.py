@@ -2,7 +2,8 @@
 
 - librbd asks again by itself, whatever happens to OSDs and the network. What does fail ends the origin, but for
   bytes that cannot be read (EIO): who owns it opens it again later.
-- Zeros go to the sink when they are confirmed. All that have come meanwhile are confirmed together.
+- What was read goes to the sink after a check that began later (`lineage`). One check is under way at a time, and
+  counts for all that had come before it.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Any, Callable, Deque, Dict, List, NamedTuple, NoReturn, Optio
 from ..base import Origin, OriginLost, Sink, Terms
 from ..pool import Inbox, Pool
 from .address import RbdAddress
-from .disk import Claim, Disk, Extents, Found, Limits, reason
+from .disk import Disk, Extents, Found, Limits, reason
 
 _MAXIMUM_READ = 1 << 20
 _MOST_READS = 128
 _SILENCE = 30.0
 """Seconds without an answer to anything after which the origin is lost, if the terms name no other time."""
 
-_START, _CONFIRMATION = -1, -2
+_START, _CHECK, _REVIEW = -1, -2, -3
 
 
 class _Request(NamedTuple):
@@ -35,7 +36,8 @@ class _Request(NamedTuple):
     length: int
 
 
-_Outcome = Union[Found, Extents, OriginLost, None]
+_Told = Union[bytes, Extents]
+_Outcome = Union[Found, Extents, OriginLost]
 
 
 class RbdOrigin(Origin):
@@ -58,8 +60,10 @@ class RbdOrigin(Origin):
         self._requests: Dict[int, _Request] = {}
         self._queue: Deque[int] = deque()  # reads that librbd is to be asked for as soon as fewer are under way
         self._reads = 0
-        self._doubtful: Dict[int, Claim] = {}  # answers that have to be confirmed
-        self._confirming: Dict[int, Claim] = {}  # those about which the thread is asking
+        self._unchecked: Dict[int, _Told] = {}  # answers that came after the check had begun
+        self._checking: Dict[int, _Told] = {}  # those that are good if the check tells so
+        self._due = 0  # answers of the check that are yet to come
+        self._failure = 0  # one of those that have come, an errno value
 
     # What the owner asks
 
@@ -118,10 +122,12 @@ class RbdOrigin(Origin):
         for number, outcome in self._thread.take():
             self._on_outcome(number, outcome)
         for number, data in self._inbox.take():
-            self._reads -= 1
-            self._on_read(number, data)
-        if self._doubtful and not self._confirming:
-            self._confirm()
+            if number != _CHECK:
+                self._on_read(number, data)
+            elif isinstance(data, int):
+                self._on_checked(data)
+        if self._unchecked and not self._checking:
+            self._check()
         self.push()
         self._check_time(monotonic())
 
@@ -149,10 +155,8 @@ class RbdOrigin(Origin):
             self._lose(str(outcome), refused=outcome.refused, changed=outcome.changed)
         elif isinstance(outcome, Found):
             self._on_found(outcome)
-        elif outcome is None:
-            self._on_confirmed()
         else:
-            self._answer(number, outcome, doubtful=any(zero for _, zero in outcome))
+            self._unchecked[number] = outcome
 
     def _on_found(self, found: Found) -> None:
         expected = self._terms.expected_size
@@ -163,6 +167,7 @@ class RbdOrigin(Origin):
 
     def _on_read(self, number: int, data: Union[bytes, int]) -> None:
         self.heard_at = monotonic()
+        self._reads -= 1
         request = self._requests[number]
         if isinstance(data, int):
             if data != errno.EIO:
@@ -172,35 +177,35 @@ class RbdOrigin(Origin):
         elif len(data) != request.length:
             self._lose(f"it sent {len(data)} bytes for {request.length}")
         else:
-            assert self._found
-            self._answer(number, data, doubtful=has_zero_unit(data, request.offset, self._found.unit))
+            self._unchecked[number] = data
 
-    def _answer(self, number: int, told: Union[bytes, Extents], *, doubtful: bool) -> None:
-        request = self._requests[number]
-        claim = Claim(request.offset, request.length, told)
-        if doubtful:
-            self._doubtful[number] = claim
+    def _check(self) -> None:
+        self._checking, self._unchecked = self._unchecked, {}
+        self._due = self._disk.check(partial(self._inbox.put, _CHECK))
+
+    def _on_checked(self, error: int) -> None:
+        self.heard_at = monotonic()
+        self._failure = self._failure or error
+        self._due -= 1
+        if self._due:
+            return
+        if self._failure == errno.ESTALE:
+            self._call(_REVIEW, self._disk.review)
+        elif self._failure:
+            self._lose(reason(self._failure))
         else:
-            self._hand_over(number, claim)
+            checked, self._checking = self._checking, {}
+            for number, told in checked.items():
+                self._hand_over(self._requests.pop(number), told)
 
-    def _confirm(self) -> None:
-        self._confirming, self._doubtful = self._doubtful, {}
-        self._call(_CONFIRMATION, partial(self._disk.confirm, list(self._confirming.values())))
-
-    def _on_confirmed(self) -> None:
-        confirmed, self._confirming = self._confirming, {}
-        for number, claim in confirmed.items():
-            self._hand_over(number, claim)
-
-    def _hand_over(self, number: int, claim: Claim) -> None:
-        token = self._requests.pop(number).token
-        if not isinstance(claim.told, bytes):
-            self._sink.on_extents(token, claim.told)
-        elif is_zero(claim.told):
-            self._sink.on_hole(token, claim.offset, claim.length)
+    def _hand_over(self, request: _Request, told: _Told) -> None:
+        if not isinstance(told, bytes):
+            self._sink.on_extents(request.token, told)
+        elif is_zero(told):
+            self._sink.on_hole(request.token, request.offset, request.length)
         else:
-            self._sink.on_data(token, claim.offset, claim.told)
-        self._sink.on_done(token, 0)
+            self._sink.on_data(request.token, request.offset, told)
+        self._sink.on_done(request.token, 0)
 
     def _check_time(self, now: float) -> None:
         if self._start_by is not None and now >= self._start_by:
@@ -216,15 +221,6 @@ class RbdOrigin(Origin):
 def is_zero(data: bytes) -> bool:
     """Whether all bytes are zeros, of which there is one at least."""
     return not (data[0] or data[-1]) and data == bytes(len(data))
-
-
-def has_zero_unit(data: bytes, offset: int, unit: int) -> bool:
-    """Whether all of *data*, from *offset* on, that lies between two multiples of *unit* is zeros somewhere."""
-    first = unit - offset % unit
-    if len(data) <= first:
-        return is_zero(data)
-    cuts = [0, *range(first, len(data), unit), len(data)]
-    return any(is_zero(data[start:stop]) for start, stop in zip(cuts, cuts[1:]))
 
 
 # In other threads
