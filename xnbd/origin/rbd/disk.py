@@ -12,7 +12,7 @@ import errno
 import os
 from contextlib import closing, contextmanager, suppress
 from math import ceil
-from typing import Any, Callable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base import OriginLost
 from .address import RbdAddress
@@ -43,9 +43,9 @@ class Found(NamedTuple):
 
 
 class Disk:
-    """The image at *address*. All but `read` and `check` wait, so they are for one other thread.
+    """The image at *address*. All but `read` wait, so they are for other threads, and raise `OriginLost`.
 
-    They raise `OriginLost`.
+    `open` comes first and `close` last, and both alone.
     """
 
     def __init__(self, address: RbdAddress, limits: Limits) -> None:
@@ -152,18 +152,20 @@ class Disk:
         wanted = self._rbd.RBD_FEATURE_FAST_DIFF
         return bool(image.features() & wanted) and not image.flags() & self._rbd.RBD_FLAG_FAST_DIFF_INVALID
 
-    def check(self, on_answer: Callable[[int], None]) -> int:
-        """See `Lineage.check`: what has been told before is good if all answers are 0."""
+    def check(self) -> None:
+        """What has been told before this call is good, or `OriginLost` is raised."""
         assert self._lineage
-        return self._lineage.check(on_answer)
+        with self._explained(self._rados.Error, self._check_failed):
+            if not self._lineage.is_intact():
+                raise self._review()
 
-    def review(self) -> NoReturn:
-        """A check has failed: tell by an image that is opened now whether the disk is another one."""
+    def _review(self) -> OriginLost:
+        """Something is gone: an image that is opened now tells whether it is another disk."""
         with closing(self._open_image()) as image:
             found, _ = self._identify(image)
         if found != self._found:
-            raise OriginLost(f"it is {found.version} now, no more {self._found.version}", changed=True)
-        raise OriginLost(_CHANGED_BELOW)
+            return OriginLost(f"it is {found.version} now, no more {self._found.version}", changed=True)
+        return OriginLost(_CHANGED_BELOW)
 
     def close(self) -> None:
         """Wait for what is under way, and let go of everything, as far as it is there. Raises nothing."""
@@ -225,6 +227,9 @@ class Disk:
 
     def _parent_failed(self, number: int) -> OriginLost:
         return OriginLost(_CHANGED_BELOW) if number == errno.ENOENT else self._no_image(number)
+
+    def _check_failed(self, number: int) -> OriginLost:
+        return self._review() if number == errno.ENOENT else OriginLost(reason(number))
 
     def _no_image(self, number: int) -> OriginLost:
         if number == errno.ENOENT:

@@ -19,7 +19,6 @@ so they need no more rights. Their answers are laid out as ``cls_rbd_types.cc`` 
 
 from __future__ import annotations
 
-import errno
 import struct
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -51,13 +50,12 @@ class Pin(NamedTuple):
 
 
 class Lineage:
-    """What an image stands on, itself included."""
+    """What an image stands on, itself included. Used by threads that wait, after `look_up` by several at once."""
 
     def __init__(self, cluster: Any) -> None:
         self._cluster = cluster
         self._pools: List[Any] = []
         self._pins: List[Pin] = []
-        self._asked: List[Any] = []
 
     @property
     def has_parents(self) -> bool:
@@ -75,18 +73,12 @@ class Lineage:
             self._pins.append(pin)
             parent = _parent_of(pin)
 
-    def check(self, on_answer: Callable[[int], None]) -> int:
-        """Ask whether all of it is still there: the number of answers that will come. One check at a time.
-
-        Threads of librados tell *on_answer* 0, ESTALE if something is not, or another errno value.
-        """
-        self._asked = [_begin(pin, on_answer) for pin in self._pins]
-        return len(self._pins)
+    def is_intact(self) -> bool:
+        """Whether all of it is still there. Waits; raises ``rados.Error``, with ENOENT if an image is not."""
+        return all(pin.holds(_ask(pin)) for pin in self._pins)
 
     def close(self) -> None:
-        """Wait until a check that is under way is over."""
-        for completion in self._asked:
-            completion.wait_for_complete_and_cb()
+        """Call it when no other call is under way."""
         for pool in self._pools:
             pool.close()
 
@@ -116,17 +108,6 @@ def _parent_of(pin: Pin) -> Optional[Parent]:
 def _ask(pin: Pin) -> bytes:
     answer: bytes = pin.pool.execute(pin.header, "rbd", pin.method, pin.question)[1]
     return answer
-
-
-def _begin(pin: Pin, on_answer: Callable[[int], None]) -> Any:
-    def on_complete(completion: Any, answer: Optional[bytes]) -> None:
-        number = completion.get_return_value()
-        if number < 0:
-            on_answer(errno.ESTALE if number == -errno.ENOENT else -number)
-        else:
-            on_answer(0 if answer is not None and pin.holds(answer) else errno.ESTALE)
-
-    return pin.pool.aio_execute(pin.header, "rbd", pin.method, pin.question, oncomplete=on_complete)
 
 
 # Answers of the cluster

@@ -1,4 +1,4 @@
-"""An image in Ceph as an origin: reads go to librbd, many at once; what waits is done by a thread (`disk.Disk`).
+"""An image in Ceph as an origin: reads go to librbd, many at once; what waits is done by threads (`disk.Disk`).
 
 - librbd asks again by itself, whatever happens to OSDs and the network. What does fail ends the origin, but for
   bytes that cannot be read (EIO): who owns it opens it again later.
@@ -25,7 +25,10 @@ _MOST_READS = 128
 _SILENCE = 30.0
 """Seconds without an answer to anything after which the origin is lost, if the terms name no other time."""
 
-_START, _CHECK, _REVIEW = -1, -2, -3
+_START, _CHECK = -1, -2
+
+_THREADS = 2
+"""One that asks for holes, and one that checks meanwhile."""
 
 
 class _Request(NamedTuple):
@@ -37,7 +40,7 @@ class _Request(NamedTuple):
 
 
 _Told = Union[bytes, Extents]
-_Outcome = Union[Found, Extents, OriginLost]
+_Outcome = Union[Found, Extents, OriginLost, None]
 
 
 class RbdOrigin(Origin):
@@ -52,7 +55,7 @@ class RbdOrigin(Origin):
         self._terms = terms
         self._silence = _SILENCE if terms.reply_timeout is None else terms.reply_timeout
         self._disk = Disk(address, Limits(terms.connect_timeout, self._silence))
-        self._thread: Pool[_Outcome] = Pool(1, at_end=self._disk.close)
+        self._threads: Pool[_Outcome] = Pool(_THREADS, at_end=self._disk.close)
         self._inbox: Inbox[Union[bytes, int]] = Inbox()
         self._found: Optional[Found] = None
         self._start_by: Optional[float] = None
@@ -61,9 +64,7 @@ class RbdOrigin(Origin):
         self._queue: Deque[int] = deque()  # reads that librbd is to be asked for as soon as fewer are under way
         self._reads = 0
         self._unchecked: Dict[int, _Told] = {}  # answers that came after the check had begun
-        self._checking: Dict[int, _Told] = {}  # those that are good if the check tells so
-        self._due = 0  # answers of the check that are yet to come
-        self._failure = 0  # one of those that have come, an errno value
+        self._checking: Dict[int, _Told] = {}  # those that are good if the check succeeds
 
     # What the owner asks
 
@@ -91,7 +92,7 @@ class RbdOrigin(Origin):
         return [request.token for request in self._requests.values()]
 
     def interests(self) -> List[Tuple[int, int]]:
-        return [(self._thread.fileno(), select.POLLIN), (self._inbox.fileno(), select.POLLIN)]
+        return [(self._threads.fileno(), select.POLLIN), (self._inbox.fileno(), select.POLLIN)]
 
     @property
     def deadline(self) -> Optional[float]:
@@ -119,20 +120,18 @@ class RbdOrigin(Origin):
             self._disk.read(request.offset, request.length, partial(_on_read, self._inbox, number))
 
     def progress(self) -> None:
-        for number, outcome in self._thread.take():
+        for number, outcome in self._threads.take():
             self._on_outcome(number, outcome)
         for number, data in self._inbox.take():
-            if number != _CHECK:
-                self._on_read(number, data)
-            elif isinstance(data, int):
-                self._on_checked(data)
+            self._reads -= 1
+            self._on_read(number, data)
         if self._unchecked and not self._checking:
             self._check()
         self.push()
         self._check_time(monotonic())
 
     def close(self) -> None:
-        self._thread.close()
+        self._threads.close()
         self._inbox.close()
         self._found = self._start_by = None
         self._queue.clear()
@@ -145,7 +144,7 @@ class RbdOrigin(Origin):
         return self._numbers
 
     def _call(self, number: int, job: Callable[[], _Outcome]) -> None:
-        self._thread.call(number, partial(_outcome_of, job))
+        self._threads.call(number, partial(_outcome_of, job))
 
     # Answers
 
@@ -155,6 +154,8 @@ class RbdOrigin(Origin):
             self._lose(str(outcome), refused=outcome.refused, changed=outcome.changed)
         elif isinstance(outcome, Found):
             self._on_found(outcome)
+        elif outcome is None:
+            self._on_checked()
         else:
             self._unchecked[number] = outcome
 
@@ -167,7 +168,6 @@ class RbdOrigin(Origin):
 
     def _on_read(self, number: int, data: Union[bytes, int]) -> None:
         self.heard_at = monotonic()
-        self._reads -= 1
         request = self._requests[number]
         if isinstance(data, int):
             if data != errno.EIO:
@@ -181,22 +181,12 @@ class RbdOrigin(Origin):
 
     def _check(self) -> None:
         self._checking, self._unchecked = self._unchecked, {}
-        self._due = self._disk.check(partial(self._inbox.put, _CHECK))
+        self._call(_CHECK, self._disk.check)
 
-    def _on_checked(self, error: int) -> None:
-        self.heard_at = monotonic()
-        self._failure = self._failure or error
-        self._due -= 1
-        if self._due:
-            return
-        if self._failure == errno.ESTALE:
-            self._call(_REVIEW, self._disk.review)
-        elif self._failure:
-            self._lose(reason(self._failure))
-        else:
-            checked, self._checking = self._checking, {}
-            for number, told in checked.items():
-                self._hand_over(self._requests.pop(number), told)
+    def _on_checked(self) -> None:
+        checked, self._checking = self._checking, {}
+        for number, told in checked.items():
+            self._hand_over(self._requests.pop(number), told)
 
     def _hand_over(self, request: _Request, told: _Told) -> None:
         if not isinstance(told, bytes):
