@@ -3,7 +3,7 @@
 - librbd asks again by itself, whatever happens to OSDs and the network. What does fail ends the origin, but for
   bytes that cannot be read (EIO): who owns it opens it again later.
 - What was read goes to the sink after a check that began later (`lineage`). One check is under way at a time, and
-  counts for all that had come before it.
+  counts for all that had come before it. It begins when half of what was asked for has come, or soon in any case.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ _MAXIMUM_READ = 1 << 20
 _MOST_READS = 128
 _SILENCE = 30.0
 """Seconds without an answer to anything after which the origin is lost, if the terms name no other time."""
+
+_PATIENCE = 0.002
+"""Seconds that an answer waits for others, so that one check is for all of them."""
 
 _START, _CHECK = -1, -2
 
@@ -64,6 +67,7 @@ class RbdOrigin(Origin):
         self._queue: Deque[int] = deque()  # reads that librbd is to be asked for as soon as fewer are under way
         self._reads = 0
         self._unchecked: Dict[int, _Told] = {}  # answers that came after the check had begun
+        self._check_by = 0.0  # when they have waited long enough, in monotonic seconds
         self._checking: Dict[int, _Told] = {}  # those that are good if the check succeeds
 
     # What the owner asks
@@ -98,6 +102,8 @@ class RbdOrigin(Origin):
     def deadline(self) -> Optional[float]:
         if self._start_by is not None:
             return self._start_by
+        if self._unchecked and not self._checking:
+            return self._check_by
         return self.heard_at + self._silence if self._requests else None
 
     # What the owner does
@@ -125,10 +131,11 @@ class RbdOrigin(Origin):
         for number, data in self._inbox.take():
             self._reads -= 1
             self._on_read(number, data)
-        if self._unchecked and not self._checking:
+        now = monotonic()
+        if self._may_check(now):
             self._check()
         self.push()
-        self._check_time(monotonic())
+        self._check_time(now)
 
     def close(self) -> None:
         self._threads.close()
@@ -157,7 +164,7 @@ class RbdOrigin(Origin):
         elif outcome is None:
             self._on_checked()
         else:
-            self._unchecked[number] = outcome
+            self._put_aside(number, outcome)
 
     def _on_found(self, found: Found) -> None:
         expected = self._terms.expected_size
@@ -177,7 +184,18 @@ class RbdOrigin(Origin):
         elif len(data) != request.length:
             self._lose(f"it sent {len(data)} bytes for {request.length}")
         else:
-            self._unchecked[number] = data
+            self._put_aside(number, data)
+
+    def _put_aside(self, number: int, told: _Told) -> None:
+        if not self._unchecked:
+            self._check_by = monotonic() + _PATIENCE
+        self._unchecked[number] = told
+
+    def _may_check(self, now: float) -> bool:
+        """Nothing is gained by waiting if most of what is under way has come."""
+        if not self._unchecked or self._checking:
+            return False
+        return len(self._unchecked) >= self._reads or now >= self._check_by
 
     def _check(self) -> None:
         self._checking, self._unchecked = self._unchecked, {}
