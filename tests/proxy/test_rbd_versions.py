@@ -192,7 +192,7 @@ def test_nor_is_it_for_a_copy_and_a_read_ahead_that_are_under_way(
     proxy.expected_errors = [CHANGED]
     client = connect(proxy.uri)
     copy = subprocess.Popen(
-        program("--limit-rate", "1M", "--cache-all", files.control), stderr=subprocess.PIPE, text=True
+        program("--limit-rate", "512K", "--cache-all", files.control), stderr=subprocess.PIPE, text=True
     )
     with copy:
         wait_until(files.cached, "the first copied blocks")
