@@ -18,7 +18,7 @@ from conftest import MIB, Start
 from model import read_all
 from proxies import program
 from server_process import Server, wait_until
-from shared_ceph import Image, SharedCeph
+from shared_ceph import POOL, Image, SharedCeph
 
 SIZE = 13 * MIB + 1234
 HOLE, HOLE_END = 4 * MIB, 8 * MIB
@@ -239,6 +239,24 @@ def test_a_removed_snapshot_stays_as_long_as_it_has_clones(
     assert client.pread(BLOCK, 0) == disk[:BLOCK]
     image.remove_snap()
     image.write(b"N" * MIB, HOLE_END)
+    assert read_all(client) == disk
+
+
+def test_a_clone_may_stand_on_an_image_in_a_namespace(
+    ceph: SharedCeph, start: Start, files: CacheFiles, image: Image, disk: bytes
+) -> None:
+    """And that one on an image that is in none: the snapshots of both are checked where they are."""
+    space, version_2 = f"{POOL}/{image.name}", ("--rbd-default-clone-format", "2")
+    clone = Image(ceph, f"{image.name}-clone")
+    ceph.run("rbd", "namespace", "create", space)
+    ceph.run("rbd", "clone", *version_2, f"{image.name}@snap", f"{space}/between")
+    ceph.run("rbd", "snap", "create", f"{space}/between@snap")
+    ceph.run("rbd", "clone", *version_2, f"{space}/between@snap", clone.name)
+    clone.snap("snap")
+    client = connect(start(*files.arguments(clone.uri(), "--readahead", "0")).uri)
+    assert client.pread(BLOCK, 0) == disk[:BLOCK]
+    clone.rbd("flatten", clone.name)
+    ceph.run("rbd", "snap", "rm", f"{space}/between@snap")
     assert read_all(client) == disk
 
 
