@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from xnbd.origin.base import OriginLost
 from xnbd.origin.rbd.disk import extents_between, reason
-from xnbd.origin.rbd.lineage import Parent, is_kept, is_there, parse_parent, parse_snapshot
+from xnbd.origin.rbd.lineage import Parent, is_kept, is_there, parse_parent, parse_snapshot, parse_time
 from xnbd.origin.rbd.origin import is_zero
 
 K = 1 << 10
@@ -50,6 +50,12 @@ def test_what_a_clone_stands_on_is_in_its_header() -> None:
     for answer in (b"", CHILD[:-1], CHILD[:20], CHILD.replace(b"\xc3", b"\xff")):
         with pytest.raises(OriginLost, match="header is not understood"):
             parse_parent(answer)
+
+
+def test_the_last_write_is_told_in_utc() -> None:
+    assert f"{parse_time(bytes.fromhex('b6780c6b887aaa39')):%Y-%m-%dT%H:%M:%S%z}" == "2026-11-29T19:10:46+0000"
+    with pytest.raises(OriginLost, match="header is not understood"):
+        parse_time(b"")
 
 
 def snapshot(kind: int, rest: bytes, children: int) -> bytes:

@@ -92,8 +92,7 @@ def pin_last_write(pool: Any, image: str) -> Tuple[Pin, datetime]:
     """Of an image without a snapshot, with that time as far as the cluster notes it. Waits; raises ``rados.Error``."""
     pin = Pin(pool, _header_of(image), "get_modify_timestamp", b"", lambda answer: answer == first)
     first = _ask(pin)
-    seconds, _ = struct.unpack("<II", first)
-    return pin, datetime.fromtimestamp(seconds, timezone.utc)
+    return pin, parse_time(first)
 
 
 def _header_of(image: str) -> str:
@@ -113,6 +112,15 @@ def _ask(pin: Pin) -> bytes:
 # Answers of the cluster
 
 
+def parse_time(answer: bytes) -> datetime:
+    """``utime_t``: seconds and nanoseconds."""
+    try:
+        seconds, _ = struct.unpack("<II", answer)
+    except struct.error as error:
+        raise _not_understood() from error
+    return datetime.fromtimestamp(seconds, timezone.utc)
+
+
 def parse_parent(answer: bytes) -> Optional[Parent]:
     """``ParentImageSpec``: version, its length; number of the pool or -1, namespace, image, snapshot."""
     try:
@@ -123,8 +131,12 @@ def parse_parent(answer: bytes) -> Optional[Parent]:
         image, at = _string(answer, at)
         snapshot, *_ = struct.unpack_from("<Q", answer, at)
     except (struct.error, UnicodeDecodeError) as error:
-        raise OriginLost("its header is not understood", refused=True) from error
+        raise _not_understood() from error
     return Parent(pool, namespace, image, snapshot)
+
+
+def _not_understood() -> OriginLost:
+    return OriginLost("its header is not understood", refused=True)
 
 
 def _string(answer: bytes, at: int) -> Tuple[str, int]:
