@@ -24,7 +24,7 @@ from typing import Any, Deque, Dict, List, NamedTuple, NoReturn, Optional, Tuple
 from ..base import BLOCK, Data, Origin, OriginLost, Sink, Terms
 from ..pool import Pool
 from .address import ObjectAddress
-from .failures import Failure, Kind, failure_of
+from .failures import OUT_OF_RANGE, Failure, Kind, failure_of
 from .store import open_store
 
 _MAXIMUM_READ = 1 << 20
@@ -204,7 +204,7 @@ class ObjectOrigin(Origin):
 
     def _on_failure(self, number: int, failure: Failure) -> None:
         if number == _START or failure.kind is not Kind.PASSING:
-            self._lose(failure.text, refused=failure.kind is Kind.REFUSED, changed=failure.kind is Kind.CHANGED)
+            self._lose(failure.text, refused=failure.kind is not Kind.PASSING, changed=failure.kind is Kind.CHANGED)
         read = self._reads[number]
         read.failed += 1
         now, patience = monotonic(), self._terms.reply_timeout
@@ -255,7 +255,8 @@ def _begin(address: ObjectAddress, connect_timeout: float) -> _Outcome:
     except OriginLost as lost:
         return Failure(Kind.REFUSED, str(lost))
     except BaseException as error:  # a panic of obstore is no Exception
-        return failure_of(error)
+        failure = failure_of(error)
+        return Failure(Kind.CHANGED, "its disk is empty (0 bytes)") if failure is OUT_OF_RANGE else failure
     if not version:
         return Failure(Kind.REFUSED, "it tells neither ETag nor Last-Modified: nobody would notice another object")
     return _Found(store, meta["size"], version, _conditions(meta))
