@@ -21,7 +21,7 @@ from ..proxy.state.shared import SharedState
 from ..proxy.verification import Verify
 from ..storage import space
 from ..storage.image_use import BITMAPS, DISK, ImageInUse, OtherBitmap, stranger_in_the_way
-from ..storage.target import create_sparse, open_disk
+from ..storage.target import LARGEST_FILE, create_sparse, open_disk
 from .proxy_options import ProxyOptions
 
 
@@ -132,7 +132,9 @@ def _those_there(
         log.warning("%s; %s", reason, "the others are asked" if found else "cached blocks are served, the others wait")
     for place, what in found:
         if not what.size:
-            raise ConfigurationError(f"origin {place}: its disk is empty")
+            raise ConfigurationError(f"origin {place}: its disk is empty (0 bytes)")
+        if what.size > LARGEST_FILE:
+            raise ConfigurationError(f"origin {place}: its disk has {what.size} bytes, more than any file can have")
     return found
 
 

@@ -103,7 +103,7 @@ class OriginLink:
         self._is_admitted = False
         self._whereabouts = whereabouts
         self._generation = whereabouts.generation
-        self._terms = Terms(size, patience.connect, patience.origin, self._witness)
+        self._terms = Terms(size, patience.connect, patience.origin, self._witness, told={})
         self._sink = sink
         self._delay = 0.0
         self._open_at = 0.0
