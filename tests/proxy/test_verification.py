@@ -14,6 +14,7 @@ import nbd
 import pytest
 from caching import BLOCK, CacheFiles, Reading, bgctl, connect, hold, kill_server, query
 from conftest import MIB, Start
+from injection import stopped_after
 from proxies import program
 from scraping import metrics_port, scrape
 from server_process import Server, wait_until
@@ -257,6 +258,27 @@ def test_flips_while_clients_read(start: Start, full: CacheFiles, far: Server, c
             servers[1] = start(*full.arguments(far.uri, "--verify", "always", control=full.control.with_suffix(".2")))
             clients[2:] = [connect(servers[1].uri) for _ in range(2)]
     assert read_all(clients[0], 100_000) == want
+
+
+def test_a_block_that_comes_while_it_is_looked_at_is_not_damaged(
+    start: Start, files: CacheFiles, far: Server, content: bytes, tmp_path: Path
+) -> None:
+    """One process has read the hole; before it has the lock another one fetches the block, and the origin goes."""
+    server = start(*files.arguments(far.uri, "--verify", "always", "--readahead", "0", "--origin-timeout", "10"))
+    other = connect(server.uri)
+    assert other.pread(BLOCK, 0) == content[:BLOCK]
+    others = server.busy_workers()
+    client = connect(server.uri)
+    client.pread(BLOCK, 0)
+    (worker,) = (pid for pid in server.busy_workers() if pid not in others)
+    with stopped_after(worker, "preadv,preadv2", tmp_path / "trace") as has_stopped:
+        reading = Reading(client, 0, 2 * BLOCK)
+        wait_until(has_stopped, "the look")
+        assert other.pread(BLOCK, BLOCK) == content[BLOCK : 2 * BLOCK]
+        far.stop()
+    assert reading.content() == content[: 2 * BLOCK]
+    assert damaged(files) == 0
+    assert files.cached() == [0, 1]
 
 
 def test_sums_go_along_with_upgrades(start: Start, files: CacheFiles, far: Server, content: bytes) -> None:

@@ -7,6 +7,8 @@ not fit is damaged: it counts as missing from then on, so that it is fetched aga
   besides, up to `RUN` blocks in a row, is checked along: a lock costs more than a sum.
 - Blocks are noted as checked, or found damaged, under their lock. Where another process
   has that, a block that fits is right all the same, and is not noted.
+- Blocks are read before they are locked. So one that does not fit is read once more under
+  the lock: it may have come meanwhile.
 - What is looked at is a copy (``preadv(2)``): a page that cannot be read would kill who looks.
 """
 
@@ -23,12 +25,12 @@ from ..log_turns import DAMAGE, Line, RationedLines
 from ..logs import about
 from ..scoreboard.counters import DAMAGED, new_counts
 from ..storage.bitmap import Bitmap, bitmap_size
-from ..storage.blocks import BLOCK, BLOCK_SHIFT, BLOCKS_PER_BYTE, block_start
+from ..storage.blocks import BLOCK, BLOCK_SHIFT, BLOCKS_PER_BYTE, block_start, block_stop
 from ..storage.image import NotLocal
 from ..storage.target import TargetImage
 from .locking import Locking
 from .state.checkpoint import ProcessState
-from .state.sums import RUN, sums_of_each
+from .state.sums import RUN, sums_of, sums_of_each
 
 _ALL = b"\xff" * (RUN // BLOCKS_PER_BYTE)
 _NONE = bytes(len(_ALL))
@@ -145,7 +147,7 @@ class Verification:
 
     def _check_run(self, first: int, end: int) -> List[int]:
         """The damaged ones of local blocks, whose locks this process has. They count as missing from now on."""
-        damaged = self._damaged(first, end)
+        damaged = [block for block in self._damaged(first, end) if not self._is_right(block)]
         for block in damaged:
             self._locking.mark_missing(block)
         if damaged:
@@ -177,6 +179,14 @@ class Verification:
             if not written:
                 damaged += self._sums.misfits(run_first, self._read.sums(run_first, run_end))
         return damaged
+
+    def _is_right(self, block: int) -> bool:
+        """Whether *block*, whose lock this process has, fits as it is now. Raises `OSError`.
+
+        It was read before it was locked: another process may have fetched it in between, or let it go and fetched it.
+        """
+        at = block_start(block)
+        return not self._sums.misfits(block, sums_of(self._cache.pread(at, block_stop(block, self._cache.size) - at)))
 
     def _tell(self, damaged: List[int]) -> None:
         offset = block_start(damaged[0])
