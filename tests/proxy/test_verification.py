@@ -308,6 +308,8 @@ def test_scrub_checks_all_and_repairs(start: Start, full: CacheFiles, far: Serve
     assert (status, out, err) == (0, told, "")
     assert full.image.read_bytes() == written(content)
     assert f"{len(blocks)} blocks of the cache" in bgctl("--query", full.control)[1]
+    port = metrics_port(server.log())
+    wait_until(lambda: scrape(port).find("xnbd_cache_damaged_blocks_total") == [len(blocks)], "each counted once")
     status, out, _ = bgctl("--scrub", "--progress", full.control)
     assert (status, out) == (0, f"{BLOCKS} blocks checked, none was damaged\n")
     flip(full.image, [0])
@@ -328,6 +330,34 @@ def test_scrub_without_an_origin_says_what_is_left(start: Start, full: CacheFile
     assert (status, out) == (1, "")
     assert "1 damaged blocks could not be fetched again, and count as missing" in err
     assert connect(server.uri).pread(7 * BLOCK, 0) == content[: 7 * BLOCK]
+
+
+def cached_blocks(files: CacheFiles) -> int:
+    return int(query(files.control)["blocks"]["cached"])
+
+
+@pytest.mark.parametrize("how", ["scrub", "read"])
+def test_what_was_found_damaged_shows_until_it_is_there_again(
+    start: Start, full: CacheFiles, far: Server, content: bytes, how: str
+) -> None:
+    """A client that has found all of the disk right before is told, too."""
+    far.stop()
+    server = start(*full.arguments(far.uri, "--connect-timeout", "1", "--origin-timeout", "1"))
+    server.wait_for_log("every block is cached")
+    client = connect(server.uri)
+    if how == "scrub":
+        assert read_all(client, MIB) == written(content)
+    assert cached_blocks(full) == BLOCKS
+    flip(full.image, [7 * BLOCK])
+    if how == "scrub":
+        assert bgctl("--scrub", full.control, check=False)[0] == 1
+    with pytest.raises(nbd.Error, match="Input/output error"):
+        client.pread(BLOCK, 7 * BLOCK)
+    wait_until(lambda: cached_blocks(full) == BLOCKS - 1, "one block less")
+    bgctl("--reconnect", full.control, start("--target", "--readonly", full.image.with_name("origin.img")).uri)
+    assert connect(server.uri).pread(BLOCK, 7 * BLOCK) == content[7 * BLOCK :][:BLOCK]
+    wait_until(lambda: cached_blocks(full) == BLOCKS, "all of them")
+    wait_until(lambda: server.log().count("every block is cached") == 2, "a second line")
 
 
 def test_one_scrub_at_a_time_which_ends_with_its_operator(

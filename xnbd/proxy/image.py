@@ -70,7 +70,8 @@ class ProxyImage(Image):
         self.bitmap = state.bitmap
         self._written = state.written
         self._sums = state.integrity.sums
-        self.verification = Verification(cache, state, self._locking, verify, name)
+        on_damage = self._scoreboard.note_incomplete
+        self.verification = Verification(cache, state, self._locking, verify, name, on_damage)
         self._trusted = self.verification.trusted
         self._octets = self._trusted.octets
         self._written_octets = state.written.octets

@@ -19,7 +19,7 @@ import mmap
 import os
 from enum import Enum
 from logging import WARNING
-from typing import Iterator, List, Optional, Tuple
+from typing import Callable, Iterator, List, Optional, Tuple
 
 from ..log_turns import DAMAGE, Line, RationedLines
 from ..logs import about
@@ -53,7 +53,16 @@ class Verification:
     ``trusted`` has the blocks that may be read without asking here.
     """
 
-    def __init__(self, cache: TargetImage, state: ProcessState, locking: Locking, verify: Verify, name: str) -> None:
+    def __init__(
+        self,
+        cache: TargetImage,
+        state: ProcessState,
+        locking: Locking,
+        verify: Verify,
+        name: str,
+        on_damage: Callable[[], None],
+    ) -> None:
+        """*on_damage* is called once damaged blocks count as missing."""
         self.counts: List[int] = new_counts()
         self._cache = cache
         self._pages = state.pages
@@ -62,6 +71,7 @@ class Verification:
         self._sums = state.integrity.sums
         self._checked = state.integrity.checked
         self._locking = locking
+        self._on_damage = on_damage
         self._remembers = verify is not Verify.ALWAYS
         self.trusted: Bitmap = self._checked
         if verify is Verify.NEVER:
@@ -151,6 +161,7 @@ class Verification:
         for block in damaged:
             self._locking.mark_missing(block)
         if damaged:
+            self._on_damage()
             self.counts[DAMAGED] += len(damaged)
             self._tell(damaged)
         if self._remembers:

@@ -69,7 +69,7 @@ class Copier:
                 self._fetch(first, end)
                 if self._is_over:
                     break
-            while self._outstanding and not self._disk.outdated:
+            while self._outstanding and self._disk.stays_proxy():
                 self._wait()
             if self._failures:
                 self._fail()
@@ -85,7 +85,7 @@ class Copier:
 
     @property
     def _is_over(self) -> bool:
-        return self._disk.outdated or self.is_full
+        return not self._disk.stays_proxy() or self.is_full
 
     def _missing(self) -> Iterator[Tuple[int, int]]:
         """Runs of blocks to be fetched, after the origin's holes in them were noted."""
@@ -108,10 +108,10 @@ class Copier:
         for _ in range(_QUERY_ATTEMPTS):
             while not self._fetcher.approach():
                 self._wait()
-                if self._disk.outdated:
+                if not self._disk.stays_proxy():
                     return None
             zero_query = self._fetcher.query_zeros(first, end)
-            while zero_query is not None and not zero_query.done and not self._disk.outdated:
+            while zero_query is not None and not zero_query.done and self._disk.stays_proxy():
                 self._wait()
             if zero_query is None or not zero_query.lost:
                 break
@@ -135,7 +135,7 @@ class Copier:
         self._loop.check()
         self._disk.place.enter()
         try:
-            if not self._disk.outdated and not self._fetcher.make_zero(first, end):
+            if self._disk.stays_proxy() and not self._fetcher.make_zero(first, end):
                 self._passed_over = True
         except OSError as error:
             raise TaskFailed(f"cannot write to the cache image: {error.strerror}") from error
@@ -158,7 +158,7 @@ class Copier:
                 run_first = stop
 
     def _make_room(self) -> None:
-        while not self._disk.outdated:
+        while self._disk.stays_proxy():
             now = monotonic()
             if now - self._looked_at > _LOOK_AROUND:
                 self._look_around(now)

@@ -71,17 +71,17 @@ class Scrubber:
     def run(self) -> None:
         """Return when all is checked and right, or the disk is no proxy any more. Raises `TaskFailed`, and `Stop`."""
         busy = self._check(self._units())
-        while busy and not self._disk.outdated:
+        while busy and self._disk.stays_proxy():
             self._wait(_LOOK_AROUND)
             busy = self._check(iter(sorted(busy)))
         until = monotonic() + _PATIENCE
-        while self._outstanding and not self._disk.outdated:
+        while self._outstanding and self._disk.stays_proxy():
             self._wait(_LOOK_AROUND)
             if not self._fetcher.trouble:
                 until = monotonic() + _PATIENCE
             elif monotonic() > until:
                 self._fail(self._fetcher.trouble)
-        if self._error and not self._disk.outdated:
+        if self._error and self._disk.stays_proxy():
             self._fail(os.strerror(self._error))
 
     def _units(self) -> Iterator[Tuple[int, int]]:
@@ -97,7 +97,7 @@ class Scrubber:
         busy = set()
         for first, end in units:
             self._pause((end - first) * BLOCK)
-            if self._disk.outdated:
+            if not self._disk.stays_proxy():
                 break
             if not self._check_unit(first, end):
                 busy.add((first, end))
@@ -107,7 +107,7 @@ class Scrubber:
     def _check_unit(self, first: int, end: int) -> bool:
         self._disk.place.enter()
         try:
-            if self._disk.outdated:
+            if not self._disk.stays_proxy():
                 return True
             damaged = self._verification.check_again(first, end)
         except OSError as error:
@@ -132,7 +132,7 @@ class Scrubber:
     def _pause(self, length: int) -> None:
         """Until *length* bytes may be checked, and not too many damaged blocks are on their way."""
         self._wait(0)
-        while self._must_pause() and not self._disk.outdated:
+        while self._must_pause() and self._disk.stays_proxy():
             self._wait(min(_LOOK_AROUND, max(0.001, self._allowed_at - monotonic())))
         if self._rate:
             self._allowed_at = max(self._allowed_at, monotonic() - _LOOK_AROUND) + length / self._rate

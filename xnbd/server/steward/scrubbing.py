@@ -70,7 +70,6 @@ class Scrubbing(Duty):
         finally:
             child.stop()
         told = memory.read()
-        self._context.count("damaged", told.damaged)
         log.info("%d blocks were checked, %d were damaged, %d fetched again", *told[1:])
         if child.status:
             raise CommandError(child.message or "the check was stopped before its end")
