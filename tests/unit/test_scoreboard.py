@@ -179,6 +179,16 @@ def test_complete_is_what_was_a_proxy(family: Family) -> None:
     assert not family.scoreboard.note_complete(lambda: True)
 
 
+def test_a_block_found_damaged_just_before_the_disk_is_complete_counts(family: Family) -> None:
+    """Its finder has seen no complete disk, so it has told nobody."""
+    looks = [False, True]
+    assert not family.scoreboard.note_complete(looks.pop)
+    assert (family.scoreboard.mode, looks) == (PROXY, [])
+    assert family.scoreboard.note_complete(lambda: True)
+    family.scoreboard.note_incomplete()
+    assert family.scoreboard.mode == PROXY
+
+
 def test_a_switch_is_not_taken_back_by_another_server_that_finds_the_disk_complete(family: Family) -> None:
     def switch(scoreboard: Scoreboard) -> None:
         with scoreboard.gate.closed(PATIENCE):
