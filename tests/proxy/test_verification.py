@@ -125,6 +125,28 @@ def test_nothing_is_checked_if_so_wanted(start: Start, full: CacheFiles, far: Se
     assert connect(server.uri).pread(1, 9)[0] != content[9]
 
 
+def test_nothing_is_checked_beside_what_is_missing_if_so_wanted(
+    start: Start, files: CacheFiles, far: Server, content: bytes
+) -> None:
+    """What operations.rst advises when the sums are lost and there is no origin: requests cross the edge of the cache."""
+    server = start(*files.arguments(far.uri, "--readahead", "0"))
+    client = connect(server.uri)
+    assert client.pread(64 * BLOCK, 0) == content[: 64 * BLOCK]
+    client.shutdown()
+    server.stop()
+    far.stop()
+    files.sums.unlink()
+    server = start(*files.arguments(far.uri, "--verify", "never", "--origin-timeout", "1", "--connect-timeout", "1"))
+    client = connect(server.uri)
+    with pytest.raises(nbd.Error, match="Input/output error"):
+        client.pread(64 * BLOCK, 32 * BLOCK)
+    with pytest.raises(nbd.Error, match="Input/output error"):
+        client.pwrite(b"xyz" * BLOCK, 62 * BLOCK + 1)
+    assert client.pread(62 * BLOCK, 0) == content[: 62 * BLOCK]
+    assert files.cached() == list(range(64))
+    assert damaged(files) == 0
+
+
 def test_a_hole_where_a_fetched_block_was_is_no_hole_of_the_disk(
     start: Start, full: CacheFiles, far: Server, content: bytes
 ) -> None:

@@ -72,6 +72,7 @@ class Verification:
         self._checked = state.integrity.checked
         self._locking = locking
         self._on_damage = on_damage
+        self._judges = verify is not Verify.NEVER
         self._remembers = verify is not Verify.ALWAYS
         self.trusted: Bitmap = self._checked
         if verify is Verify.NEVER:
@@ -90,10 +91,11 @@ class Verification:
     def check(self, first: int, end: int) -> None:
         """Return once all of these blocks that are local are right; the others are not local any more.
 
+        With `Verify.NEVER` all that is local is believed, if its bits may be.
         Raises `NotLocal` if that has to wait for another process, and `OSError`.
         """
         self._pages.look(first, end)
-        while first < end:
+        while first < end and self._judges:
             unit = first - first % RUN
             stop = min(end, unit + RUN)
             if self._bitmap.any_set(first, stop):
