@@ -24,6 +24,13 @@ def injected(pid: Union[int, Sequence[int]], fault: str, *, children: bool = Fal
 
 
 @contextmanager
+def broken(pid: int, fault: str, path: Path) -> Iterator[None]:
+    """Process *pid* suffers *fault* in those calls only that concern the file at *path*."""
+    with _traced(pid, "-o", "/dev/null", "-P", str(path), "-e", f"inject={fault}"):
+        yield
+
+
+@contextmanager
 def stopped_after(pid: int, calls: str, file: Path) -> Iterator[Callable[[], bool]]:
     """Have process *pid* stop once the first of *calls* (``a,b``) has returned, and go on at the end.
 

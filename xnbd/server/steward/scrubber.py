@@ -10,7 +10,7 @@ import mmap
 import os
 import struct
 from time import monotonic
-from typing import Dict, Iterator, NamedTuple, Set, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Set, Tuple
 
 from ...errors import TaskFailed
 from ...proxy.image import ProxyImage
@@ -67,9 +67,28 @@ class Scrubber:
         self._allowed_at = monotonic()
         self._outstanding: Dict[Ticket, int] = {}
         self._error = 0
+        self._lost: List[int] = []
 
     def run(self) -> None:
         """Return when all is checked and right, or the disk is no proxy any more. Raises `TaskFailed`, and `Stop`."""
+        reason = self._check_all()
+        told = (
+            [f"{self._left} damaged blocks could not be fetched again, and count as missing: {reason}"]
+            if reason
+            else []
+        )
+        if self._lost:
+            count, at = len(self._lost), min(self._lost) * BLOCK
+            told.append(f"{count} blocks that clients have written cannot be read, the first one at byte {at}")
+        if told:
+            raise TaskFailed("; ".join(told))
+
+    @property
+    def _left(self) -> int:
+        return self._figures.damaged - self._figures.repaired
+
+    def _check_all(self) -> str:
+        """Returns why damaged blocks are still missing, if they are."""
         busy = self._check(self._units())
         while busy and self._disk.stays_proxy():
             self._wait(_LOOK_AROUND)
@@ -80,9 +99,8 @@ class Scrubber:
             if not self._fetcher.trouble:
                 until = monotonic() + _PATIENCE
             elif monotonic() > until:
-                self._fail(self._fetcher.trouble)
-        if self._error and self._disk.stays_proxy():
-            self._fail(os.strerror(self._error))
+                return self._fetcher.trouble
+        return os.strerror(self._error) if self._error and self._disk.stays_proxy() else ""
 
     def _units(self) -> Iterator[Tuple[int, int]]:
         """All that is local, in pieces that are checked at once."""
@@ -110,12 +128,14 @@ class Scrubber:
             if not self._disk.stays_proxy():
                 return True
             damaged = self._verification.check_again(first, end)
+            lost = self._verification.lost()
         except OSError as error:
             raise TaskFailed(f"cannot read the cache image at byte {first * BLOCK}: {error.strerror}") from error
         finally:
             self._disk.place.leave()
         if damaged is None:
             return False
+        self._lost += lost
         for block in damaged:
             ticket = self._fetcher.need(block, block + 1)
             if ticket is not None:
@@ -152,7 +172,3 @@ class Scrubber:
             if self._outstanding.pop(ticket, None) is not None:
                 self._error = self._error or ticket.error
                 self._tell(repaired=self._figures.repaired + (not ticket.error))
-
-    def _fail(self, reason: str) -> None:
-        left = self._figures.damaged - self._figures.repaired
-        raise TaskFailed(f"{left} damaged blocks could not be fetched again, and count as missing: {reason}")
