@@ -543,6 +543,42 @@ def test_a_deleted_state_file_makes_no_bitmap_of_the_c_program(
     serves(start, used, far, expected(content), "--adopt-cache")
 
 
+def damage_header(files: CacheFiles) -> None:
+    overwrite(files.state, 100, b"\xff")
+
+
+def clear_header(files: CacheFiles) -> None:
+    overwrite(files.state, 0, bytes(512))
+
+
+def shorten_state(files: CacheFiles) -> None:
+    os.truncate(files.state, 2048)
+
+
+@pytest.mark.parametrize("harm", [damage_header, clear_header, shorten_state])
+def test_a_damaged_state_file_is_refused_with_what_loses_nothing(
+    used: CacheFiles, start: Start, far: Server, content: bytes, harm: Callable[[CacheFiles], None]
+) -> None:
+    """Also of a proxy that was killed. What the line says is done word by word."""
+    kill_server(start(*used.arguments(far.uri)))
+    harm(used)
+    for option in ((), ("--adopt-cache",)):
+        line = refused(used, far, *option)
+        assert str(used.state) in line
+        assert "; move it away, and start with --adopt-cache once" in line
+    used.state.rename(used.state.with_suffix(".damaged"))
+    serves(start, used, far, expected(content), "--adopt-cache").stop()
+    far.stop()
+    serves(start, used, far, expected(content), "--origin-timeout", "1")
+
+
+def test_a_state_file_of_a_newer_program_is_not_to_be_moved_away(used: CacheFiles, far: Server) -> None:
+    overwrite(used.state, 8, struct.pack("<I", 9))
+    line = refused(used, far)
+    assert "has version 9, which this program does not know: start the newer xnbd-server" in line
+    assert "move" not in line
+
+
 def test_bits_beyond_the_last_block_count_nowhere(start: Start, files: CacheFiles, far: Server) -> None:
     """As a C xNBD may have left them."""
     files.image.touch()

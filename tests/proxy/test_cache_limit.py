@@ -98,6 +98,19 @@ def test_a_block_that_is_written_counts_no_more(proxy: Server, files: CacheFiles
     wait_until(lambda: bool(read_all(client)) and len(files.cached()) * BLOCK > LIMIT, "use of the room", 60)
 
 
+def test_the_figure_follows_what_clients_write_over_though_nothing_comes(
+    start: Start, files: CacheFiles, origin: Server, content: bytes
+) -> None:
+    server = start(*limited(files, origin, "--readahead", "0", limit=16 * MIB))
+    wait_until(lambda: room(files)["used_bytes"] == 0, "the count of what is there")
+    client = connect(server.uri)
+    client.pread(12 * MIB, 0)
+    wait_until(lambda: room(files)["used_bytes"] == 12 * MIB, "what has come")
+    for end in (6, 12):
+        client.pwrite(content[: end * MIB], 0)
+        wait_until(lambda: room(files)["used_bytes"] == (12 - end) * MIB, "what is left of it")  # noqa: B023
+
+
 def test_a_cache_above_the_limit_is_brought_below(
     start: Start, files: CacheFiles, origin: Server, content: bytes
 ) -> None:

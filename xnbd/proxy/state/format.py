@@ -238,6 +238,10 @@ class BadHeader(Exception):
     """These bytes are no header that this program can read; the message says why."""
 
 
+class UnknownVersion(BadHeader):
+    """A program that is newer has written them."""
+
+
 def identity(origin: str) -> bytes:
     """The origin's identity in the header's space: itself, or if it is long its beginning and its hash."""
     text = origin.encode("utf-8", "surrogateescape")
@@ -275,7 +279,7 @@ def parse_header(data: bytes) -> Header:
     version = _PREFIX.unpack_from(data)[1]
     parse: Optional[Callable[[bytes], Header]] = _PARSERS.get(version)
     if parse is None:
-        raise BadHeader(f"has version {version}, which this program does not know")
+        raise UnknownVersion(f"has version {version}, which this program does not know")
     return parse(data)
 
 

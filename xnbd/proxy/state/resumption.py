@@ -22,11 +22,16 @@ from .belonging import NO_ID
 from .checkpoint import ProcessState
 from .copies import Comparison
 from .entry import Entry
-from .format import NO_BOOT, VERSION, BadHeader, Header, identity, readable
+from .format import NO_BOOT, VERSION, BadHeader, Header, UnknownVersion, identity, readable
 from .known import was_switched
 from .scoreboard_file import refuse_other_version
 from .sums_file import sync_sums
 from .verdict import Facts, Trust, Verdict, judge, trust_in_marks
+
+_WITHOUT_STATE = (
+    "move it away, and start with --adopt-cache once: unless the power has failed since the proxy ran, "
+    "nothing is lost by that"
+)
 
 
 def resume(entry: Entry, state_fd: int) -> None:
@@ -70,12 +75,19 @@ def _check_cache(entry: Entry, found: Header, *, switched: bool) -> None:
         )
 
 
+def _read_header(entry: Entry, state_fd: int) -> Header:
+    """Raises `ConfigurationError`. No option replaces a damaged file, of which nobody can tell what it was."""
+    try:
+        return files.read_header(state_fd)
+    except UnknownVersion as error:
+        raise entry.refusal(f"state file {entry.state_path} {error}: start the newer xnbd-server") from error
+    except BadHeader as error:
+        raise entry.refusal(f"state file {entry.state_path} {error}; {_WITHOUT_STATE}") from error
+
+
 def _check_state(entry: Entry, state_fd: int) -> Header:
     """The header, if the file is of this disk. Raises `ConfigurationError`."""
-    try:
-        header = files.read_header(state_fd)
-    except BadHeader as error:
-        raise entry.refusal(f"state file {entry.state_path} {error}") from error
+    header = _read_header(entry, state_fd)
     wanted = entry.header
     if header.disk_size != wanted.disk_size:
         raise entry.refusal(
@@ -92,9 +104,9 @@ def _check_state(entry: Entry, state_fd: int) -> Header:
         )
     entry.header = wanted._replace(origin=header.origin)
     if header.version == VERSION:
-        entry.check_size(state_fd, entry.state_path, entry.layout.size)
+        entry.check_size(state_fd, entry.state_path, entry.layout.size, _WITHOUT_STATE)
     elif not entry.layout.former_size < os.fstat(state_fd).st_size <= entry.layout.size:  # else it has begun to grow
-        entry.check_size(state_fd, entry.state_path, entry.layout.former_size)
+        entry.check_size(state_fd, entry.state_path, entry.layout.former_size, _WITHOUT_STATE)
     return header
 
 
