@@ -240,13 +240,14 @@ class Arrivals:
         parcel = PassedParcel(self.passage, fetch.first, fetch.end, bytes(stop - start))
         at = start
         try:
-            for offset, piece in [*sorted(pieces), (stop, b"")]:
+            for offset, length in [*sorted((offset, len(piece)) for offset, piece in pieces), (stop, 0)]:
                 if at < offset:
                     parcel[at - start : offset - start] = self._cache.pread(at, offset - at)
-                at = offset + len(piece)
-                parcel[offset - start : at - start] = piece
+                at = max(at, offset + length)
         except OSError as error:
             self._fail(fetch, error)
             return
+        for offset, piece in pieces:
+            parcel[offset - start : offset - start + len(piece)] = piece
         for ticket in fetch.tickets:
             ticket.parcels = [*(ticket.parcels or ()), parcel]
