@@ -141,6 +141,16 @@ def test_copying_ends_at_the_limit_and_there_is_no_switch(proxy: Server, files: 
     assert room(files)["let_go_bytes"] == 0
 
 
+def test_copying_long_holes_ends_at_the_limit(start: Start, files: CacheFiles, tmp_path: Path) -> None:
+    image = tmp_path / "holes.img"
+    with image.open("wb") as file:
+        file.truncate(256 * MIB)
+    proxy = start(*limited(files, start("--target", "--readonly", image)))
+    ask(files.control, "cache-all", wait=False)
+    proxy.wait_for_log("the copy has ended: the limit of the cache (--cache-limit) is reached")
+    assert LIMIT * 3 // 4 < len(files.cached()) * BLOCK <= LIMIT
+
+
 def test_a_limit_above_the_size_of_the_disk_is_none(start: Start, files: CacheFiles, origin: Server) -> None:
     proxy = start(*limited(files, origin, limit="1G"))
     assert query(files.control)["cache_limit"] is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
 
@@ -208,6 +209,31 @@ def test_what_fails_now_and_then_is_asked_for_again(
     proxy = start(*files.arguments(web.uri(), "--fetch-size", "16K"))
     web.twist = now_and_then(bad)
     assert read_all(connect(proxy.uri)) == web.disk
+
+
+def test_a_body_without_end_is_left_once_it_is_too_long(proxy: Server, web: WebOrigin) -> None:
+    honest, sent, most = web.serve, [], 256 * MIB
+
+    def pour(handler: BaseHTTPRequestHandler) -> None:
+        headers = f"ETag: {web.etag}\r\nContent-Length: {1 << 40}\r\nContent-Range: bytes 262144-524287/{SIZE}"
+        handler.close_connection = True
+        count = 0
+        try:
+            handler.wfile.write(f"HTTP/1.1 206 Told\r\n{headers}\r\n\r\n".encode())
+            while count < most:
+                count += handler.wfile.write(bytes(MIB))
+        except OSError:
+            pass  # who has asked has gone
+        sent.append(count)
+
+    client = connect(proxy.uri)
+    client.pread(1, 0)
+    web.serve = pour  # type: ignore[method-assign]
+    reading = Reading(client, 262144, BLOCK)
+    wait_until(lambda: reading.is_done() or len(sent) >= 2, "a second attempt")
+    assert max(sent) < most // 4
+    web.serve = honest  # type: ignore[method-assign]
+    assert reading.content() == web.disk[262144 : 262144 + BLOCK]
 
 
 class Sink:

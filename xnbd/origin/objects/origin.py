@@ -193,7 +193,8 @@ class ObjectOrigin(Origin):
             was, now = f"{found.version} of {found.size} bytes", f"{piece.version} of {piece.size} bytes"
             self._lose(f"it is another object now: {now}, no more {was}", changed=True)
         if len(piece.data) != read.length:
-            self._on_failure(number, Failure(Kind.PASSING, f"it sent {len(piece.data)} bytes for {read.length}"))
+            sent = "more bytes than" if len(piece.data) > read.length else f"{len(piece.data)} bytes for"
+            self._on_failure(number, Failure(Kind.PASSING, f"it sent {sent} the {read.length} that were asked for"))
             return
         self.heard_at = monotonic()
         self._adapt(self.heard_at - read.called)
@@ -267,7 +268,8 @@ def _get(found: _Found, key: str, offset: int, length: int) -> _Outcome:
         options: Any = {**found.conditions, "range": (offset, offset + length)}
         result = obstore.get(found.store, key, options=options)
         meta = result.meta
-        return _Piece(memoryview(result.bytes()), meta["size"], _version_of(meta))
+        body = result.stream(min_chunk_size=length + 1)  # in one piece if it is as long as it should be, or shorter
+        return _Piece(memoryview(next(iter(body), b"")), meta["size"], _version_of(meta))
     except BaseException as error:  # a panic of obstore is no Exception
         return failure_of(error)
 

@@ -9,7 +9,8 @@ offset                  content
 2049                    1 while a checkpoint syncs them
 65536                   zero map: which blocks are zeros, without a sum; as the bitmap
 then, at a unit's start  table: the XXH3-64 of each block, 8 bytes each of the
-                        machine's own endianness; the file ends with it
+                        machine's own endianness; the file ends with it, and is
+                        cut to that at a start if it is longer
 ======================  ==========================================================
 
 The file is sparse. A sum is written under the lock of its block, after the data and
@@ -62,7 +63,7 @@ RUN = 64
 
 _SLICES = [slice(at, at + BLOCK) for at in range(0, RUN * BLOCK, BLOCK)]
 _PACK_ONE = struct.Struct("Q").pack
-_NONE = bytes(SUM_SIZE)
+NO_SUM = bytes(SUM_SIZE)
 ZERO_SUM = _PACK_ONE(xxh3_64_intdigest(bytes(BLOCK)))
 _ZERO_SUMS = ZERO_SUM * (1 << 12)
 
@@ -174,7 +175,7 @@ class BlockSums:
         misfits = []
         for block, at in enumerate(range(0, len(sums), SUM_SIZE), first):
             found, wanted = sums[at : at + SUM_SIZE], stored[at : at + SUM_SIZE]
-            if found != wanted and (wanted != _NONE or not self._is_zero(block, found)):
+            if found != wanted and (wanted != NO_SUM or not self._is_zero(block, found)):
                 misfits.append(block)
         return misfits
 

@@ -83,6 +83,7 @@ def _open_sums(entry: Entry, state_fd: int) -> int:
         fd = _open_own(entry, state_fd)
         with closed_on_error(fd):
             _check(entry, _read(entry, fd))
+            os.ftruncate(fd, sums_size(entry.layout.blocks))
             _begin_session(entry, fd)
         return fd
     except FileNotFoundError:
@@ -111,8 +112,8 @@ def _open_own(entry: Entry, state_fd: int) -> int:
 def _read(entry: Entry, fd: int) -> SumsHeader:
     """Raises `BadHeader`."""
     header = parse_sums_header(os.pread(fd, HEADER_SIZE, 0))
-    if os.fstat(fd).st_size != sums_size(entry.layout.blocks):
-        raise BadHeader("has a wrong size")
+    if os.fstat(fd).st_size < sums_size(entry.layout.blocks):
+        raise BadHeader("is too short")
     return header
 
 

@@ -80,8 +80,13 @@ class Copier:
     @property
     def is_full(self) -> bool:
         """Whether the limit of the cache is reached: more would push out what clients use."""
+        return self._room_left <= 0
+
+    @property
+    def _room_left(self) -> int:
+        """How many blocks more may be asked for; in a cache without a limit `_ZERO_STEP`, which always fits."""
         room = self._disk.scoreboard.room
-        return bool(room.limit) and room.used + self._bytes // BLOCK >= room.high
+        return room.high - room.used - self._bytes // BLOCK if room.limit else _ZERO_STEP
 
     @property
     def _is_over(self) -> bool:
@@ -90,7 +95,7 @@ class Copier:
     def _missing(self) -> Iterator[Tuple[int, int]]:
         """Runs of blocks to be fetched, after the origin's holes in them were noted."""
         position = 0
-        while position < self._blocks:
+        while position < self._blocks and not self._is_over:
             first, end, local = next(self._bitmap.runs(position, min(position + _QUERY_STEP, self._blocks)))
             if not local:
                 end = min(first + _QUERY_STEP, self._blocks)  # what is local within is passed over later
@@ -122,11 +127,13 @@ class Copier:
         for zero_first, zero_end in zero_query.zeros:
             if zero_first > first:
                 yield first, zero_first
-            for step in range(zero_first, zero_end, _ZERO_STEP):
-                self._make_zero(step, min(step + _ZERO_STEP, zero_end))
-            first = zero_end
-            if self.is_full:
-                return
+            first = zero_first
+            while first < zero_end:
+                fitting = min(_ZERO_STEP, self._room_left)  # zeros find room all together, or not at all
+                if fitting <= 0:
+                    return
+                self._make_zero(first, min(first + fitting, zero_end))
+                first = min(first + fitting, zero_end)
         if first < end:
             yield first, end
 
