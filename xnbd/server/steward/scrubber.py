@@ -10,13 +10,14 @@ import mmap
 import os
 import struct
 from time import monotonic
-from typing import Dict, Iterator, List, NamedTuple, Set, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from ...errors import TaskFailed
 from ...proxy.image import ProxyImage
 from ...proxy.state.sums import RUN
 from ...storage.blocks import BLOCK, block_count
 from ...storage.image import Ticket
+from ...storage.space import NO_SPACE
 from ..disk import Disk
 from ..process_loop import ProcessLoop
 
@@ -24,7 +25,9 @@ _FIGURES = struct.Struct("=4Q")
 _LOOK_AROUND = 0.1
 _MOST_OUTSTANDING = 256
 _PATIENCE = 10.0
-"""Seconds without an origin, once all is checked, after which damaged blocks are left missing."""
+"""Seconds without an origin, once all is checked, or without room, after which damaged blocks are left missing."""
+
+_TRY_AGAIN_EVERY = 0.25
 
 
 class ScrubFigures(NamedTuple):
@@ -67,6 +70,10 @@ class Scrubber:
         self._allowed_at = monotonic()
         self._outstanding: Dict[Ticket, int] = {}
         self._error = 0
+        self._without_room: List[int] = []
+        self._no_room_since: Optional[float] = None
+        self._try_again_at = 0.0
+        self._room = disk.scoreboard.room
         self._lost: List[int] = []
 
     def run(self) -> None:
@@ -94,13 +101,23 @@ class Scrubber:
             self._wait(_LOOK_AROUND)
             busy = self._check(iter(sorted(busy)))
         until = monotonic() + _PATIENCE
-        while self._outstanding and self._disk.stays_proxy():
+        while self._is_waiting and self._disk.stays_proxy():
             self._wait(_LOOK_AROUND)
             if not self._fetcher.trouble:
                 until = monotonic() + _PATIENCE
             elif monotonic() > until:
                 return self._fetcher.trouble
-        return os.strerror(self._error) if self._error and self._disk.stays_proxy() else ""
+        return self._reason() if self._error and self._disk.stays_proxy() else ""
+
+    @property
+    def _is_waiting(self) -> bool:
+        return bool(self._outstanding or self._without_room)
+
+    def _reason(self) -> str:
+        reason, limit = os.strerror(self._error), self._room.limit
+        if self._error in NO_SPACE and limit:
+            reason += f"; the cache has a limit of {limit * BLOCK} bytes (--cache-limit)"
+        return reason
 
     def _units(self) -> Iterator[Tuple[int, int]]:
         """All that is local, in pieces that are checked at once."""
@@ -137,9 +154,7 @@ class Scrubber:
             return False
         self._lost += lost
         for block in damaged:
-            ticket = self._fetcher.need(block, block + 1)
-            if ticket is not None:
-                self._outstanding[ticket] = block
+            self._fetch(block)
         figures = self._figures
         self._tell(position=end * BLOCK, checked=figures.checked + end - first, damaged=figures.damaged + len(damaged))
         return True
@@ -158,7 +173,7 @@ class Scrubber:
             self._allowed_at = max(self._allowed_at, monotonic() - _LOOK_AROUND) + length / self._rate
 
     def _must_pause(self) -> bool:
-        crowded = len(self._outstanding) >= _MOST_OUTSTANDING and not self._fetcher.trouble
+        crowded = len(self._outstanding) + len(self._without_room) >= _MOST_OUTSTANDING and not self._fetcher.trouble
         return crowded or monotonic() < self._allowed_at
 
     def _wait(self, timeout: float) -> None:
@@ -166,9 +181,41 @@ class Scrubber:
         if not timeout and not self._outstanding:
             self._loop.check()
             return
+        if self._without_room and monotonic() >= self._try_again_at:
+            self._try_again()
         self._loop.wait((), 0, timeout, results=True)
         finished, self._fetcher.finished = self._fetcher.finished, []
         for ticket in finished:
-            if self._outstanding.pop(ticket, None) is not None:
-                self._error = self._error or ticket.error
-                self._tell(repaired=self._figures.repaired + (not ticket.error))
+            block = self._outstanding.pop(ticket, None)
+            if block is not None:
+                self._on_fetched(block, ticket.error)
+
+    # Damaged blocks
+
+    def _fetch(self, block: int) -> None:
+        ticket = self._fetcher.need(block, block + 1)
+        if ticket is None:
+            self._on_fetched(block, 0)
+        else:
+            self._outstanding[ticket] = block
+
+    def _on_fetched(self, block: int, error: int) -> None:
+        """Who keeps the cache below its limit makes room in a moment: that is waited for."""
+        if not error:
+            self._no_room_since = None
+            self._tell(repaired=self._figures.repaired + 1)
+        elif error in NO_SPACE and self._may_get_room():
+            self._without_room.append(block)
+        else:
+            self._error = self._error or error
+
+    def _may_get_room(self) -> bool:
+        now = monotonic()
+        self._no_room_since = self._no_room_since or now
+        return now - self._no_room_since < _PATIENCE
+
+    def _try_again(self) -> None:
+        self._try_again_at = monotonic() + _TRY_AGAIN_EVERY
+        blocks, self._without_room = self._without_room, []
+        for block in blocks:
+            self._fetch(block)
