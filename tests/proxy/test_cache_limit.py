@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import random
 import struct
+import subprocess
 import time
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from caching import BLOCK, CacheFiles, ask, bgctl, connect, kill_server, query
+from caching import BLOCK, CacheFiles, ask, bgctl, connect, descendants, hold, kill_server, query, release
 from conftest import MIB, Start
 from launch import fails
 from lru import PIECE, ideal_hits, trace
 from model import Model, read_all
 from mounts import plain_ramfs
+from proxies import program
 from rawclient import READ, RawClient, pack_request
-from server_process import Server, wait_until
+from server_process import Server, title_of, wait_until
 
 SIZE = 32 * MIB + 512
 LIMIT = 4 * MIB
@@ -321,3 +323,57 @@ def test_two_servers_agree_with_the_copy(
         server.stop()
     assert files.is_clean()
     assert read_all(connect(start(*files.arguments(origin.uri)).uri)) == model.content
+
+
+def fill_with_evictor_held(proxy: Server, files: CacheFiles, content: bytes) -> List[int]:
+    """Who keeps the cache below its limit is stopped, and there is no room for one more block; returns its process."""
+    (evictor,) = (pid for pid in descendants(proxy.pid) if "keeping below its limit" in title_of(pid))
+    held = hold(evictor)
+    client = connect(proxy.uri)
+    for at in range(0, LIMIT + 100 * BLOCK, BLOCK):
+        assert client.pread(BLOCK, at) == content[at : at + BLOCK]
+    client.shutdown()
+    assert room(files)["used_bytes"] == LIMIT
+    return held
+
+
+def damage(files: CacheFiles) -> int:
+    """Some of the blocks that are cached: their number."""
+    blocks = files.cached()[::50]
+    with files.image.open("r+b") as file:
+        for block in blocks:
+            file.seek(block * BLOCK)
+            file.write(b"damage")
+    return len(blocks)
+
+
+def test_scrub_waits_for_room(start: Start, files: CacheFiles, origin: Server, content: bytes) -> None:
+    proxy = start(*limited(files, origin, "--readahead", "0"))
+    wait_until_counted(files)
+    held = fill_with_evictor_held(proxy, files, content)
+    count, fetched = damage(files), query(files.control)["counters"]["bytes_fetched"]
+    line = [*program("--scrub"), str(files.control)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as scrub:
+        again = fetched + 2 * count * BLOCK
+        wait_until(
+            lambda: scrub.poll() is not None or query(files.control)["counters"]["bytes_fetched"] > again,
+            "two attempts in vain",
+        )
+        release(held)
+        out, err = scrub.communicate()
+    assert (scrub.returncode, err) == (0, "")
+    assert out.endswith(f" blocks checked, {count} damaged, {count} fetched again\n")
+
+
+def test_scrub_that_finds_no_room_names_the_limit(
+    start: Start, files: CacheFiles, origin: Server, content: bytes
+) -> None:
+    proxy = start(*limited(files, origin, "--readahead", "0"))
+    wait_until_counted(files)
+    held = fill_with_evictor_held(proxy, files, content)
+    count = damage(files)
+    status, _, err = bgctl("--scrub", files.control, check=False)
+    reason = f"No space left on device; the cache has a limit of {LIMIT} bytes (--cache-limit)"
+    told = f"{count} damaged blocks could not be fetched again, and count as missing: {reason}"
+    assert (status, err) == (1, f"xnbd-bgctl: {told}\n")
+    release(held)

@@ -8,17 +8,18 @@ import random
 import signal
 import subprocess
 from pathlib import Path
-from typing import Iterable, List, Tuple
+from typing import Callable, Iterable, Iterator, List, Tuple
 
 import nbd
 import pytest
 from caching import BLOCK, CacheFiles, Reading, bgctl, connect, hold, kill_server, query, release
 from conftest import MIB, Start
-from injection import injected
+from injection import broken, injected, stopped_after
+from mounts import attach, detach
 from proxies import program
 from rawclient import READ, RawClient
 from scraping import metrics_port, scrape
-from server_process import Server, wait_until
+from server_process import Server, run, wait_until
 from upgrades import upgrade
 
 from xnbd.storage import space
@@ -29,6 +30,11 @@ FLIPS = int(os.environ.get("XNBD_FLIPS", "600"))
 WRITTEN = b"by a client!" * 2000
 AT = 700_001
 """Where a client has written. 1 MiB from 2 MiB on the origin has zeros."""
+
+ON_DEVICE, HALF = 2 * MIB, MIB
+"""Bytes of a cache that is a device, and of the half that can be read."""
+
+needs_root = pytest.mark.root(reason="loop devices are made by root only")
 
 DAMAGED = "the cache image is damaged: the block at byte "
 
@@ -124,6 +130,28 @@ def test_nothing_is_checked_if_so_wanted(start: Start, full: CacheFiles, far: Se
     flip(full.image, [9])
     server = start(*full.arguments(far.uri, "--verify", "never"))
     assert connect(server.uri).pread(1, 9)[0] != content[9]
+
+
+def test_nothing_is_checked_beside_what_is_missing_if_so_wanted(
+    start: Start, files: CacheFiles, far: Server, content: bytes
+) -> None:
+    """What operations.rst advises when the sums and the origin are lost: requests cross the edge of the cache."""
+    server = start(*files.arguments(far.uri, "--readahead", "0"))
+    client = connect(server.uri)
+    assert client.pread(64 * BLOCK, 0) == content[: 64 * BLOCK]
+    client.shutdown()
+    server.stop()
+    far.stop()
+    files.sums.unlink()
+    server = start(*files.arguments(far.uri, "--verify", "never", "--origin-timeout", "1", "--connect-timeout", "1"))
+    client = connect(server.uri)
+    with pytest.raises(nbd.Error, match="Input/output error"):
+        client.pread(64 * BLOCK, 32 * BLOCK)
+    with pytest.raises(nbd.Error, match="Input/output error"):
+        client.pwrite(b"xyz" * BLOCK, 62 * BLOCK + 1)
+    assert client.pread(62 * BLOCK, 0) == content[: 62 * BLOCK]
+    assert files.cached() == list(range(64))
+    assert damaged(files) == 0
 
 
 def test_a_hole_where_a_fetched_block_was_is_no_hole_of_the_disk(
@@ -259,6 +287,127 @@ def test_flips_while_clients_read(start: Start, full: CacheFiles, far: Server, c
             servers[1] = start(*full.arguments(far.uri, "--verify", "always", control=full.control.with_suffix(".2")))
             clients[2:] = [connect(servers[1].uri) for _ in range(2)]
     assert read_all(clients[0], 100_000) == want
+
+
+def test_a_block_that_comes_while_it_is_looked_at_is_not_damaged(
+    start: Start, files: CacheFiles, far: Server, content: bytes, tmp_path: Path
+) -> None:
+    """One process has read the hole; before it has the lock another one fetches the block, and the origin goes."""
+    server = start(*files.arguments(far.uri, "--verify", "always", "--readahead", "0", "--origin-timeout", "10"))
+    other = connect(server.uri)
+    assert other.pread(BLOCK, 0) == content[:BLOCK]
+    others = server.busy_workers()
+    client = connect(server.uri)
+    client.pread(BLOCK, 0)
+    (worker,) = (pid for pid in server.busy_workers() if pid not in others)
+    with stopped_after(worker, "preadv,preadv2", tmp_path / "trace") as has_stopped:
+        reading = Reading(client, 0, 2 * BLOCK)
+        wait_until(has_stopped, "the look")
+        assert other.pread(BLOCK, BLOCK) == content[BLOCK : 2 * BLOCK]
+        far.stop()
+    assert reading.content() == content[: 2 * BLOCK]
+    assert damaged(files) == 0
+    assert files.cached() == [0, 1]
+
+
+# A disk below the cache that cannot read, or write, some places
+
+
+@pytest.fixture
+def failing(files: CacheFiles, tmp_path: Path) -> Iterator[Callable[[], None]]:
+    """The cache image is a device that gives no byte behind `HALF` any more, once this is called; writing mends it."""
+    backing = tmp_path / "backing"
+    backing.write_bytes(bytes(ON_DEVICE))
+    files.image = attach(backing)
+
+    def fail() -> None:
+        run("blockdev", "--flushbufs", files.image)
+        os.truncate(backing, HALF)
+        run("blockdev", "--flushbufs", files.image)
+
+    try:
+        yield fail
+    finally:
+        detach(files.image)
+
+
+@pytest.fixture
+def near(start: Start, tmp_path: Path, content: bytes) -> Server:
+    """An origin of the device's size."""
+    path = tmp_path / "near.img"
+    path.write_bytes(content[:ON_DEVICE])
+    return start("--target", "--readonly", path)
+
+
+@needs_root
+@pytest.mark.parametrize("way", ["restart", "read", "scrub"])
+def test_clean_blocks_that_cannot_be_read_are_fetched_again(
+    start: Start, files: CacheFiles, near: Server, content: bytes, failing: Callable[[], None], way: str
+) -> None:
+    """Also if they were right before: then one client has an error, and nobody else."""
+    server = start(*files.arguments(near.uri))
+    assert bgctl("--cache-all", files.control)[0] == 0
+    server.wait_for_log("every block is cached")
+    if way == "restart":
+        server.stop()
+        failing()
+        server = start(*files.arguments(near.uri))
+    else:
+        failing()
+    if way == "scrub":
+        told = f"{ON_DEVICE // BLOCK} blocks checked, {HALF // BLOCK} damaged, {HALF // BLOCK} fetched again\n"
+        assert bgctl("--scrub", files.control) == (0, told, "")
+    client = connect(server.uri)
+    if way == "read":
+        with pytest.raises(nbd.Error, match="Input/output error"):
+            client.pread(HALF, HALF)
+        server.expected_errors.append("EIO")
+    assert client.pread(ON_DEVICE, 0) == content[:ON_DEVICE]
+    assert "is damaged: the block at byte 1048576 cannot be read, and counts as missing" in server.log()
+
+
+@needs_root
+def test_scrub_tells_of_written_blocks_that_cannot_be_read(
+    start: Start, files: CacheFiles, near: Server, content: bytes, failing: Callable[[], None]
+) -> None:
+    server = start(*files.arguments(near.uri))
+    assert bgctl("--cache-all", files.control)[0] == 0
+    client = connect(server.uri)
+    client.pwrite(WRITTEN, AT + HALF)
+    client.shutdown()
+    failing()
+    status, _, err = bgctl("--scrub", files.control, check=False)
+    first, end = (AT + HALF) // BLOCK, -(-(AT + HALF + len(WRITTEN)) // BLOCK)
+    told = f"{end - first} blocks that clients have written cannot be read, the first one at byte {first * BLOCK}\n"
+    assert (status, err) == (1, f"xnbd-bgctl: {told}")
+    clean = HALF // BLOCK - (end - first)
+    assert f"{ON_DEVICE // BLOCK} blocks were checked, {clean} were damaged, {clean} fetched again" in server.log()
+
+
+def test_a_place_that_keeps_nothing_is_passed_by(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:
+    """What is fetched for it cannot be read again: nobody fetches it over and over for one request."""
+    server = start(*full.arguments(far.uri, "--verify", "always", "--readahead", "0"))
+    client = connect(server.uri)
+    (worker,) = server.busy_workers()
+    with broken(worker, "preadv,preadv2,pread64:error=EIO", full.image):
+        for _ in range(3):
+            assert client.pread(3 * BLOCK, 5 * BLOCK) == content[5 * BLOCK : 8 * BLOCK]
+    assert client.pread(3 * BLOCK, 5 * BLOCK) == content[5 * BLOCK : 8 * BLOCK]
+
+
+def test_what_cannot_be_written_to_its_place_reaches_the_client(
+    start: Start, files: CacheFiles, far: Server, content: bytes
+) -> None:
+    server = start(*files.arguments(far.uri, "--readahead", "0"))
+    server.expected_errors.append("cannot write to the cache image: Input/output error")
+    client = connect(server.uri)
+    client.pread(BLOCK, 0)
+    (worker,) = server.busy_workers()
+    with broken(worker, "pwrite64,pwritev,pwritev2:error=EIO", files.image):
+        assert client.pread(300_000, BLOCK) == content[BLOCK : BLOCK + 300_000]
+    assert files.cached() == [0]
+    assert client.pread(300_000, BLOCK) == content[BLOCK : BLOCK + 300_000]
+    assert len(files.cached()) == 1 + -(-300_000 // BLOCK)
 
 
 def test_sums_go_along_with_upgrades(start: Start, files: CacheFiles, far: Server, content: bytes) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Sequence, Tuple, Union
+from typing import Callable, Iterator, List, Sequence, Tuple, Union
 
 NO_PROCESSES = "clone,clone3:error=EAGAIN"
 """There can be no more processes."""
@@ -19,6 +21,26 @@ def injected(pid: Union[int, Sequence[int]], fault: str, *, children: bool = Fal
     """
     with _traced(pid, *(["-f"] if children else []), "-o", "/dev/null", "-e", f"inject={fault}"):
         yield
+
+
+@contextmanager
+def broken(pid: int, fault: str, path: Path) -> Iterator[None]:
+    """Process *pid* suffers *fault* in those calls only that concern the file at *path*."""
+    with _traced(pid, "-o", "/dev/null", "-P", str(path), "-e", f"inject={fault}"):
+        yield
+
+
+@contextmanager
+def stopped_after(pid: int, calls: str, file: Path) -> Iterator[Callable[[], bool]]:
+    """Have process *pid* stop once the first of *calls* (``a,b``) has returned, and go on at the end.
+
+    What is given tells whether it has stopped; *file* is for the tracer.
+    """
+    with _traced(pid, "-o", str(file), "-e", f"trace={calls}", "-e", f"inject={calls}:signal=SIGSTOP:when=1"):
+        try:
+            yield lambda: "stopped by SIGSTOP" in file.read_text()
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager

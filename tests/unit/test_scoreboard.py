@@ -18,6 +18,9 @@ from typing import Callable, ContextManager, Dict, Iterator, List, Optional
 import pytest
 from server_process import PATIENCE, is_alive, wait_until
 
+from xnbd.proxy.fetch_queue import Fetch
+from xnbd.proxy.limited import Intake
+from xnbd.proxy.state.use_map import UseMap, use_map_size
 from xnbd.scoreboard.counters import BYTES_READ, MISSES, REQUESTS, Counts, new_counts
 from xnbd.scoreboard.layout import (
     COMPLETE,
@@ -177,6 +180,16 @@ def test_complete_is_what_was_a_proxy(family: Family) -> None:
     assert family.scoreboard.note_complete(lambda: True)
     assert family.scoreboard.mode == COMPLETE
     assert not family.scoreboard.note_complete(lambda: True)
+
+
+def test_a_block_found_damaged_just_before_the_disk_is_complete_counts(family: Family) -> None:
+    """Its finder has seen no complete disk, so it has told nobody."""
+    looks = [False, True]
+    assert not family.scoreboard.note_complete(looks.pop)
+    assert (family.scoreboard.mode, looks) == (PROXY, [])
+    assert family.scoreboard.note_complete(lambda: True)
+    family.scoreboard.note_incomplete()
+    assert family.scoreboard.mode == PROXY
 
 
 def test_a_switch_is_not_taken_back_by_another_server_that_finds_the_disk_complete(family: Family) -> None:
@@ -643,3 +656,38 @@ def test_nobody_is_half_done_behind_a_closed_gate_whoever_is_killed(tmp_path: Pa
     family.close()
     print(f"{pairs.rounds()} rounds, {killed} killed, worked: {pairs.totals()}")
     assert min(pairs.totals()) > 0
+
+
+def test_a_count_between_the_steps_of_who_keeps_nothing_finds_no_less_than_nothing(family: Family) -> None:
+    """Else the figure would be as large as a figure can be, and all of the cache would be let go."""
+    room, place = family.scoreboard.room, family.scoreboard.take_place()
+    room.limit = 1000
+    evictors = Scoreboard(reopen(family.fd, readonly=False)).room
+    coming: List[int] = []
+
+    def count() -> None:
+        evictors.correct(evictors.expected(), 0)
+
+    def tell(blocks: int) -> None:
+        coming.append(blocks)
+        count()
+        place.tell_coming(blocks)
+        count()
+
+    fd = os.memfd_create("use map")
+    os.ftruncate(fd, use_map_size(1 << 30))
+    intake = Intake(room, UseMap(fd, 1 << 30))
+    os.close(fd)
+    intake.tell_coming = tell
+    fetch = Fetch(0, 64, ahead=False)
+    assert intake.admit(fetch)
+    assert room.used >= 64
+    count()
+    assert room.used == 64
+    intake.settle(fetch, 0)
+    assert coming == [64, 0]
+    assert room.used <= 64
+    count()
+    assert room.used == 0
+    room.let_go(5)
+    assert room.used == 0

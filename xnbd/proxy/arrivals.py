@@ -4,24 +4,24 @@
   its fetch is under way, and that counts.
 - Bits are set when the reply is complete and good, after the data and its checksums.
 - In a cache that has a limit blocks are counted before they come (`proxy.limited`).
-- What finds no room in the cache is passed on to those who wait, with their tickets
-  (`storage.passage`); no bit is set.
+- What finds no room in the cache, or cannot be written to its place, is passed on to
+  those who wait, with their tickets (`proxy.passage`); no bit is set.
 """
 
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, List, Optional, Tuple
+from typing import TYPE_CHECKING, AbstractSet, List, Optional, Tuple
 
 from ..logs import about, log
 from ..origin.base import Data
 from ..scoreboard.counters import BYTES_FETCHED, new_counts
 from ..scoreboard.scoreboard import Scoreboard
 from ..storage.blocks import BLOCK, BLOCK_SHIFT, block_start, block_stop
-from ..storage.space import NO_SPACE
+from ..storage.space import BAD_PLACE, NO_SPACE
 from ..storage.target import TargetImage
 from .fetch_queue import Fetch, FetchQueue
-from .locking import refuse_if_shrunk
+from .locking import CacheShrunk, refuse_if_shrunk
 from .passage import Passage, PassedParcel
 from .state.checkpoint import ProcessState
 from .state.sums import NO_SUM, SUM_SIZE, ZERO_SUM, sums_of
@@ -43,6 +43,8 @@ class Arrivals:
         self.passes_on = True
         """Whether what cannot be kept is of use to those who wait; else it is an error."""
         self.closed = False
+        self.bad_places: AbstractSet[int] = frozenset()
+        """Blocks whose place in the cache keeps nothing."""
         self.intake: Optional[Intake] = None
         """Who counts what comes, if the cache has a limit."""
         self.passage = Passage((cache.fd, state.integrity.sums.fd), scoreboard)
@@ -194,10 +196,18 @@ class Arrivals:
 
     def _may_keep(self, fetch: Fetch) -> bool:
         """Whether to write what comes for *fetch* to the cache; else it is passed on from now on."""
-        if fetch.passing is None and not self._has_room(fetch):
-            fetch.passing = []
-            fetch.error = 0 if self.passes_on else errno.ENOSPC
+        if fetch.passing is None:
+            obstacle = self._obstacle(fetch)
+            if obstacle:
+                fetch.passing = []
+                fetch.error = 0 if self.passes_on else obstacle
         return fetch.passing is None
+
+    def _obstacle(self, fetch: Fetch) -> int:
+        """The errno that tells why nothing of *fetch* can be kept; 0 if it may be."""
+        if self.bad_places and not self.bad_places.isdisjoint(range(fetch.first, fetch.end)):
+            return errno.EIO
+        return 0 if self._has_room(fetch) else errno.ENOSPC
 
     def _has_room(self, fetch: Fetch) -> bool:
         if self.passage.is_open and not self.passage.may_keep():
@@ -215,27 +225,40 @@ class Arrivals:
             self.intake.settle(fetch, 0)
 
     def _on_failure(self, fetch: Fetch, error: OSError) -> None:
-        if error.errno in NO_SPACE and self.passes_on:
-            fetch.passing = []
+        if not self.passes_on or error.errno not in (*NO_SPACE, *BAD_PLACE) or isinstance(error, CacheShrunk):
+            self._fail(fetch, error)
+            return
+        fetch.passing = []
+        if error.errno in NO_SPACE:
             self._queue.forget_ahead()
             self.passage.open(error)
-            return
+        else:
+            self._tell(error)
+
+    def _fail(self, fetch: Fetch, error: OSError) -> None:
         fetch.error = error.errno or errno.EIO
-        if fetch.error != self._error:
+        self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if error.errno != self._error:
             log.error("cannot write to the cache image: %s", error.strerror, extra=about(error=error))
-        self._error = fetch.error
+        self._error = error.errno or errno.EIO
 
     def _pass_on(self, fetch: Fetch, pieces: List[Tuple[int, bytes]]) -> None:
         """Give all that has come for *fetch* to those who wait; what was still written is read from the cache."""
-        offset = block_start(fetch.first)
+        start, stop = block_start(fetch.first), block_stop(fetch.end - 1, self._cache.size)
+        parcel = PassedParcel(self.passage, fetch.first, fetch.end, bytes(stop - start))
+        at = start
         try:
-            data = self._cache.pread(offset, block_stop(fetch.end - 1, self._cache.size) - offset)
+            for offset, length in [*sorted((offset, len(piece)) for offset, piece in pieces), (stop, 0)]:
+                if at < offset:
+                    parcel[at - start : offset - start] = self._cache.pread(at, offset - at)
+                at = max(at, offset + length)
         except OSError as error:
-            self._on_failure(fetch, error)
+            self._fail(fetch, error)
             return
-        parcel = PassedParcel(self.passage, fetch.first, fetch.end, data)
-        for at, piece in pieces:
-            parcel[at - offset : at - offset + len(piece)] = piece
+        for offset, piece in pieces:
+            parcel[offset - start : offset - start + len(piece)] = piece
         for ticket in fetch.tickets:
             ticket.parcels = [*(ticket.parcels or ()), parcel]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from functools import partial
 from typing import Callable, Iterator, List, Optional, Tuple
 
@@ -72,6 +73,7 @@ class ProxyImage(Image):
         self._sums = state.integrity.sums
         on_damage = self._scoreboard.note_incomplete
         self.verification = Verification(cache, state, self._locking, verify, name, on_damage)
+        self.fetcher.arrivals.bad_places = self.verification.bad_places
         self._trusted = self.verification.trusted
         self._octets = self._trusted.octets
         self._written_octets = state.written.octets
@@ -128,6 +130,11 @@ class ProxyImage(Image):
             return self.read(offset, length)
         data = os.pread(self._cache.fd, length, offset)
         return [memoryview(data)] if len(data) == length else self.read(offset, length)
+
+    def on_unreadable(self, offset: int, length: int) -> None:
+        """The next one who reads these blocks has them from the origin, as far as clients have not written them."""
+        with suppress(OSError):
+            self.verification.check_unreadable(*touched(offset, length))
 
     def _bring_ahead(self, blocks: Optional[Tuple[int, int]]) -> None:
         if blocks is not None:

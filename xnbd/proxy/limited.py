@@ -33,10 +33,11 @@ class Intake:
         """Whether there is room for the blocks of *fetch*, which count from now on until it is settled."""
         if not fetch.counted:
             count = fetch.end - fetch.first
+            self._come(count)  # first: a count in between finds too many, and never too few
             if not self._room.take(count):
+                self._come(-count)
                 return False
             fetch.counted = count
-            self._come(count)
         return True
 
     def settle(self, fetch: Fetch, kept: int) -> None:
@@ -49,9 +50,9 @@ class Intake:
                 self._use_map.note_use(fetch.first >> PIECE_SHIFT, (fetch.first >> PIECE_SHIFT) + 1)
             else:
                 self._use_map.note_arrival(fetch.first >> PIECE_SHIFT)
-        self._come(-counted)
         if kept < counted:
             self._room.give_back(counted - kept)
+        self._come(-counted)  # last, for the same reason
 
     def admit_zeros(self, first: int, end: int) -> bool:
         """Whether there is room for these blocks, which are zeros and there at once."""

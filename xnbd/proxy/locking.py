@@ -24,13 +24,17 @@ HELD, LATER = -1, -2
 """What `Locking.hold` tells besides an errno: no errno is negative."""
 
 
+class CacheShrunk(OSError):
+    """The cache image is shorter than it was: what came would hide that the rest is lost."""
+
+
 def refuse_if_shrunk(cache: TargetImage) -> None:
     """What was behind the cache's new end is lost: who made it longer again would have zeros read there.
 
-    Raises `OSError`.
+    Raises `CacheShrunk`.
     """
     if os.lseek(cache.fd, 0, os.SEEK_END) < cache.size:
-        raise OSError(errno.EIO, "the cache image has shrunk")
+        raise CacheShrunk(errno.EIO, "the cache image has shrunk")
 
 
 class Locking:

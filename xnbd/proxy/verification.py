@@ -7,6 +7,10 @@ not fit is damaged: it counts as missing from then on, so that it is fetched aga
   besides, up to `RUN` blocks in a row, is checked along: a lock costs more than a sum.
 - Blocks are noted as checked, or found damaged, under their lock. Where another process
   has that, a block that fits is right all the same, and is not noted.
+- Blocks are read before they are locked. So one that does not fit is read once more under
+  the lock: it may have come meanwhile.
+- A clean block that the disk cannot read is damaged, too. If it cannot be read again after
+  it was fetched, its place keeps nothing, and what comes is passed on (`proxy.arrivals`).
 - What is looked at is a copy (``preadv(2)``): a page that cannot be read would kill who looks.
 """
 
@@ -17,22 +21,26 @@ import mmap
 import os
 from enum import Enum
 from logging import WARNING
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Callable, Iterator, List, Optional, Set, Tuple
 
 from ..log_turns import DAMAGE, Line, RationedLines
 from ..logs import about
 from ..scoreboard.counters import DAMAGED, new_counts
 from ..storage.bitmap import Bitmap, bitmap_size
-from ..storage.blocks import BLOCK, BLOCK_SHIFT, BLOCKS_PER_BYTE, block_start
+from ..storage.blocks import BLOCK, BLOCK_SHIFT, BLOCKS_PER_BYTE, block_start, block_stop
 from ..storage.image import NotLocal
+from ..storage.space import BAD_PLACE
 from ..storage.target import TargetImage
 from .locking import Locking
 from .state.checkpoint import ProcessState
-from .state.sums import RUN, sums_of_each
+from .state.sums import RUN, sums_of, sums_of_each
 
 _ALL = b"\xff" * (RUN // BLOCKS_PER_BYTE)
 _NONE = bytes(len(_ALL))
 """The bits of a unit."""
+
+_MOST_UNREADABLE = 1 << 16
+"""Blocks that are remembered; a disk that reads nothing any more has no end of them."""
 
 _WITHOUT_NOWAIT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -70,6 +78,7 @@ class Verification:
         self._checked = state.integrity.checked
         self._locking = locking
         self._on_damage = on_damage
+        self._judges = verify is not Verify.NEVER
         self._remembers = verify is not Verify.ALWAYS
         self.trusted: Bitmap = self._checked
         if verify is Verify.NEVER:
@@ -79,6 +88,9 @@ class Verification:
         self._read = _Buffer(cache)
         self._lines = RationedLines(WARNING, DAMAGE, name, lambda at, do: None)
         self._first_unchecked = 0
+        self._unreadable: Set[int] = set()
+        self.bad_places: Set[int] = set()
+        """Blocks that could not be read, were fetched again, and still cannot be."""
 
     def trusts_all(self) -> bool:
         """Whether no block has to be looked at any more, as far as is known."""
@@ -88,10 +100,11 @@ class Verification:
     def check(self, first: int, end: int) -> None:
         """Return once all of these blocks that are local are right; the others are not local any more.
 
+        With `Verify.NEVER` all that is local is believed, if its bits may be.
         Raises `NotLocal` if that has to wait for another process, and `OSError`.
         """
         self._pages.look(first, end)
-        while first < end:
+        while first < end and self._judges:
             unit = first - first % RUN
             stop = min(end, unit + RUN)
             if self._bitmap.any_set(first, stop):
@@ -120,6 +133,20 @@ class Verification:
         """How many of these blocks clients have written: they have no checksums."""
         return sum(stop - start for start, stop, written in self._written.runs(first, end) if written)
 
+    def lost(self) -> List[int]:
+        """Of the blocks that `check_again` has read last: those that clients have written, and that cannot be read."""
+        return [block for block in self._read.unreadable if block in self._written and block in self._bitmap]
+
+    def check_unreadable(self, first: int, end: int) -> None:
+        """A client has met data that cannot be read: have the clean ones of these blocks fetched again, next time.
+
+        Raises `OSError`.
+        """
+        while first < end and self._judges:
+            stop = min(end, first - first % RUN + RUN)
+            self.check_again(first, stop)
+            first = stop
+
     def _check_unit(self, unit: int, first: int, end: int) -> None:
         """Blocks *first* up to *end* of a unit, and those beside them that are in memory."""
         self._read.forget()
@@ -146,7 +173,7 @@ class Verification:
             return False
         if not self._remembers or self._checked.octets[word] != _NONE:
             return False
-        if self._sums.misfits(first, self._read.sums(first, end)):
+        if self._misfits(first, end):
             return False
         self._checked.octets[word] = _ALL
         return True
@@ -159,13 +186,14 @@ class Verification:
 
     def _check_run(self, first: int, end: int) -> List[int]:
         """The damaged ones of local blocks, whose locks this process has. They count as missing from now on."""
-        damaged = self._damaged(first, end)
+        damaged = [block for block in self._damaged(first, end) if not self._is_right(block)]
         for block in damaged:
             self._locking.mark_missing(block)
         if damaged:
             self._on_damage()
             self.counts[DAMAGED] += len(damaged)
             self._tell(damaged)
+            self._remember([block for block in damaged if block in self._read.unreadable])
         if self._remembers:
             for block in (*damaged, end):
                 if first < block:
@@ -186,17 +214,47 @@ class Verification:
     def _damaged(self, first: int, end: int) -> List[int]:
         """Which of these blocks, which have been read, are clean and do not fit their sums. Raises `OSError`."""
         if not self._written.any_set(first, end):
-            return self._sums.misfits(first, self._read.sums(first, end))
+            return self._misfits(first, end)
         damaged: List[int] = []
         for run_first, run_end, written in list(self._written.runs(first, end)):
             if not written:
-                damaged += self._sums.misfits(run_first, self._read.sums(run_first, run_end))
+                damaged += self._misfits(run_first, run_end)
         return damaged
 
+    def _misfits(self, first: int, end: int) -> List[int]:
+        misfits = self._sums.misfits(first, self._read.sums(first, end))
+        unreadable = [block for block in self._read.unreadable if first <= block < end]
+        return sorted({*misfits, *unreadable}) if unreadable else misfits
+
+    def _is_right(self, block: int) -> bool:
+        """Whether *block*, whose lock this process has, fits as it is now. Raises `OSError`.
+
+        It was read before it was locked: another process may have fetched it in between, or let it go and fetched it.
+        """
+        at = block_start(block)
+        try:
+            data = self._cache.pread(at, block_stop(block, self._cache.size) - at)
+        except OSError as error:
+            if error.errno in BAD_PLACE:
+                return False
+            raise
+        return not self._sums.misfits(block, sums_of(data))
+
+    def _remember(self, unreadable: List[int]) -> None:
+        if len(self._unreadable) > _MOST_UNREADABLE:
+            self._unreadable.clear()
+            self.bad_places.clear()
+        self.bad_places.update(self._unreadable.intersection(unreadable))
+        self._unreadable.update(unreadable)
+
     def _tell(self, damaged: List[int]) -> None:
-        offset = block_start(damaged[0])
-        told = "the cache image is damaged: the block at byte %d is not as it was fetched, and counts as missing"
-        self._lines.say(Line(told, (offset,), about(offset=offset)), count=len(damaged))
+        unreadable = [block for block in damaged if block in self._read.unreadable]
+        others = [block for block in damaged if block not in unreadable]
+        for blocks, what in ((others, "is not as it was fetched"), (unreadable, "cannot be read")):
+            if blocks:
+                offset = block_start(blocks[0])
+                told = f"the cache image is damaged: the block at byte %d {what}, and counts as missing"
+                self._lines.say(Line(told, (offset,), about(offset=offset)), count=len(blocks))
 
     def close(self) -> None:
         self._lines.rest()
@@ -212,7 +270,7 @@ class _NoBlocks(Bitmap):
 
 
 class _Buffer:
-    """What was read last of *cache*, up to `RUN` blocks."""
+    """What was read last of *cache*, up to `RUN` blocks. ``unreadable`` are those that the disk did not give."""
 
     def __init__(self, cache: TargetImage) -> None:
         self._fd = cache.fd
@@ -221,10 +279,12 @@ class _Buffer:
         self._views = [self._memory[at : at + BLOCK] for at in range(0, RUN * BLOCK, BLOCK)]
         self._no_wait = os.RWF_NOWAIT
         self._first = self._end = 0
+        self.unreadable: List[int] = []
 
     def forget(self) -> None:
         """What was read has been looked at."""
         self._first = self._end = 0
+        self.unreadable = []
 
     def in_memory(self, first: int, end: int) -> bool:
         """Read these blocks if all of them are in memory, or it cannot be known."""
@@ -245,9 +305,32 @@ class _Buffer:
         """Read these blocks, unless that is done. Raises `OSError` (EIO) if the cache has shrunk."""
         if self._first <= first and end <= self._end:
             return
-        if not self._fill(first, end, 0):
-            raise OSError(errno.EIO, "the cache image has shrunk")
+        if not self._try_all(first, end):
+            self._fill_each(first, end)
         self._first, self._end = first, end
+
+    def _try_all(self, first: int, end: int) -> bool:
+        try:
+            return self._fill(first, end, 0)
+        except OSError as error:
+            if error.errno in BAD_PLACE:
+                return False
+            raise
+
+    def _fill_each(self, first: int, end: int) -> None:
+        """Read block by block, to find those that cannot be read."""
+        for block in range(first, end):
+            try:
+                found = os.pread(self._fd, BLOCK, block << BLOCK_SHIFT)
+            except OSError as error:
+                if error.errno not in BAD_PLACE:
+                    raise
+                self.unreadable.append(block)
+                continue
+            if len(found) < min(BLOCK, self._size - (block << BLOCK_SHIFT)):
+                raise OSError(errno.EIO, "the cache image has shrunk")
+            at = (block - first) << BLOCK_SHIFT
+            self._memory[at : at + len(found)] = found
 
     def _fill(self, first: int, end: int, flags: int) -> bool:
         start = first << BLOCK_SHIFT

@@ -30,7 +30,7 @@ _CHANGES, _NUMBER = HEAD.at["changes"], HEAD.form["changes"]
 _CHANGES_END = _CHANGES + _NUMBER.size
 _INSIDE = LINE.at["inside"]
 
-_SETTLE = 1e-3
+SETTLE = 1e-3
 """Seconds after which a store of one processor is seen by all others, many times over."""
 
 _NAP = 1e-4
@@ -113,7 +113,7 @@ class Gate:
             if self._map[_FLAG]:
                 _count_change(self._map)  # which the dead process that has raised it perhaps had yet to do
             self._map[_FLAG] = 1
-            time.sleep(_SETTLE)
+            time.sleep(SETTLE)
             for at in self._lines.used():
                 while self._map[at + _INSIDE] and self._lines.is_alive(at):
                     _nap(until, on_wait, f"process {self._lines.pid(at)} is busy")

@@ -70,7 +70,8 @@ class Room:
     def used(self) -> int:
         """How many there are at most."""
         _, came, went, _ = _FORM.unpack_from(self._map, _LIMIT_AT)
-        return int(came - went) & _LARGEST
+        used = int(came - went) & _LARGEST
+        return 0 if used > _LARGEST >> 1 else used  # a count that was wrong: the next one finds what there is
 
     @property
     def has_let_go(self) -> int:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import mmap
 import os
+from time import sleep
 from typing import Callable, Optional
 
 from ..system.file_locks import RangeLocks
 from ..system.process import closed_on_error, pid_namespace
 from .command_turn import CommandTurn
-from .gate import Gate
+from .gate import SETTLE, Gate
 from .holders import Holders
 from .layout import COMPLETE, GATE, HEAD, PASSAGE, PROXY, check_header, put
 from .lines import Lines, clock
@@ -74,7 +75,8 @@ class Scoreboard:
     def note_complete(self, is_complete: Callable[[], bool]) -> bool:
         """No block is missing: `PROXY` becomes `COMPLETE`. False if it does not, for a process switches, or has.
 
-        *is_complete* looks once more, while nobody can let blocks go.
+        *is_complete* looks once more, while nobody can let blocks go. It looks again afterwards: who has found a
+        damaged block in between has seen `PROXY`, and told nobody (`note_incomplete`).
         """
         if not self._locks.try_acquire(GATE, 1):
             return False
@@ -82,7 +84,10 @@ class Scoreboard:
             if self.mode != PROXY or not is_complete():
                 return False
             self.mode = COMPLETE
-            return True
+            sleep(SETTLE)
+            if not is_complete():
+                self.mode = PROXY
+            return self.mode == COMPLETE
         finally:
             self._locks.release(GATE, 1)
 

@@ -48,6 +48,9 @@ class FilterImage(Image):
     def pread(self, offset: int, length: int) -> bytes:
         return self.image.pread(offset, length)
 
+    def on_unreadable(self, offset: int, length: int) -> None:
+        self.image.on_unreadable(offset, length)
+
     def take(self, parcels: Optional[List[Parcel]]) -> None:
         self.image.take(parcels)
 

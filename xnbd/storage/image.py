@@ -207,6 +207,10 @@ class Image(ABC):
         """What `read` does, for bytes that have just come and nobody has mapped yet."""
         return self.read(offset, length)
 
+    def on_unreadable(self, offset: int, length: int) -> None:
+        """Of what `read` has given the kernel could not read some, and a client has had an error."""
+        del offset, length  # only a proxy has its blocks from somewhere else
+
     @abstractmethod
     def write(self, offset: int, data: Buffer) -> None:
         """Put *data* at *offset*."""

@@ -38,6 +38,9 @@ _ZEROS = bytes(256 << 10)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """Errors that say that there is no room: of the file system, or of the user's share."""
 
+BAD_PLACE = (errno.EIO, errno.ENODATA, errno.EREMOTEIO, errno.EILSEQ, errno.EBADMSG, errno.EUCLEAN)
+"""Errors by which a disk, or its file system, tells that it cannot read or write a certain place."""
+
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
 
 

@@ -196,6 +196,8 @@ class Session:
             offset = self._receive_buffer.offset_of_read(header[wire.COOKIE_IN_REPLY], length)
         error = OSError(errno.EIO, "the data cannot be read")
         self._commands.note_refusal(c.CMD_READ, error, (offset, length))
+        if offset >= 0 and self._disk.place.inside:
+            self._disk.image.on_unreadable(offset, length)
 
     def _on_renewed(self) -> None:
         """The disk is another one: what had waited for blocks of the old one is done there."""

@@ -10,13 +10,14 @@ import mmap
 import os
 import struct
 from time import monotonic
-from typing import Dict, Iterator, NamedTuple, Set, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from ...errors import TaskFailed
 from ...proxy.image import ProxyImage
 from ...proxy.state.sums import RUN
 from ...storage.blocks import BLOCK, block_count
 from ...storage.image import Ticket
+from ...storage.space import NO_SPACE
 from ..disk import Disk
 from ..process_loop import ProcessLoop
 
@@ -24,7 +25,9 @@ _FIGURES = struct.Struct("=5Q")
 _LOOK_AROUND = 0.1
 _MOST_OUTSTANDING = 256
 _PATIENCE = 10.0
-"""Seconds without an origin, once all is checked, after which damaged blocks are left missing."""
+"""Seconds without an origin, once all is checked, or without room, after which damaged blocks are left missing."""
+
+_TRY_AGAIN_EVERY = 0.25
 
 
 class ScrubFigures(NamedTuple):
@@ -71,22 +74,54 @@ class Scrubber:
         self._allowed_at = monotonic()
         self._outstanding: Dict[Ticket, int] = {}
         self._error = 0
+        self._without_room: List[int] = []
+        self._no_room_since: Optional[float] = None
+        self._try_again_at = 0.0
+        self._room = disk.scoreboard.room
+        self._lost: List[int] = []
 
     def run(self) -> None:
         """Return when all is checked and right, or the disk is no proxy any more. Raises `TaskFailed`, and `Stop`."""
+        reason = self._check_all()
+        told = (
+            [f"{self._left} damaged blocks could not be fetched again, and count as missing: {reason}"]
+            if reason
+            else []
+        )
+        if self._lost:
+            count, at = len(self._lost), min(self._lost) * BLOCK
+            told.append(f"{count} blocks that clients have written cannot be read, the first one at byte {at}")
+        if told:
+            raise TaskFailed("; ".join(told))
+
+    @property
+    def _left(self) -> int:
+        return self._figures.damaged - self._figures.repaired
+
+    def _check_all(self) -> str:
+        """Returns why damaged blocks are still missing, if they are."""
         busy = self._check(self._units())
         while busy and self._disk.stays_proxy():
             self._wait(_LOOK_AROUND)
             busy = self._check(iter(sorted(busy)))
         until = monotonic() + _PATIENCE
-        while self._outstanding and self._disk.stays_proxy():
+        while self._is_waiting and self._disk.stays_proxy():
             self._wait(_LOOK_AROUND)
             if not self._fetcher.trouble:
                 until = monotonic() + _PATIENCE
             elif monotonic() > until:
-                self._fail(self._fetcher.trouble)
-        if self._error and self._disk.stays_proxy():
-            self._fail(os.strerror(self._error))
+                return self._fetcher.trouble
+        return self._reason() if self._error and self._disk.stays_proxy() else ""
+
+    @property
+    def _is_waiting(self) -> bool:
+        return bool(self._outstanding or self._without_room)
+
+    def _reason(self) -> str:
+        reason, limit = os.strerror(self._error), self._room.limit
+        if self._error in NO_SPACE and limit:
+            reason += f"; the cache has a limit of {limit * BLOCK} bytes (--cache-limit)"
+        return reason
 
     def _units(self) -> Iterator[Tuple[int, int]]:
         """All that is local, in pieces that are checked at once."""
@@ -114,16 +149,16 @@ class Scrubber:
             if not self._disk.stays_proxy():
                 return True
             damaged = self._verification.check_again(first, end)
+            lost = self._verification.lost()
         except OSError as error:
             raise TaskFailed(f"cannot read the cache image at byte {first * BLOCK}: {error.strerror}") from error
         finally:
             self._disk.place.leave()
         if damaged is None:
             return False
+        self._lost += lost
         for block in damaged:
-            ticket = self._fetcher.need(block, block + 1)
-            if ticket is not None:
-                self._outstanding[ticket] = block
+            self._fetch(block)
         self._count(first, end, len(damaged))
         return True
 
@@ -150,7 +185,7 @@ class Scrubber:
             self._allowed_at = max(self._allowed_at, monotonic() - _LOOK_AROUND) + length / self._rate
 
     def _must_pause(self) -> bool:
-        crowded = len(self._outstanding) >= _MOST_OUTSTANDING and not self._fetcher.trouble
+        crowded = len(self._outstanding) + len(self._without_room) >= _MOST_OUTSTANDING and not self._fetcher.trouble
         return crowded or monotonic() < self._allowed_at
 
     def _wait(self, timeout: float) -> None:
@@ -158,13 +193,41 @@ class Scrubber:
         if not timeout and not self._outstanding:
             self._loop.check()
             return
+        if self._without_room and monotonic() >= self._try_again_at:
+            self._try_again()
         self._loop.wait((), 0, timeout, results=True)
         finished, self._fetcher.finished = self._fetcher.finished, []
         for ticket in finished:
-            if self._outstanding.pop(ticket, None) is not None:
-                self._error = self._error or ticket.error
-                self._tell(repaired=self._figures.repaired + (not ticket.error))
+            block = self._outstanding.pop(ticket, None)
+            if block is not None:
+                self._on_fetched(block, ticket.error)
 
-    def _fail(self, reason: str) -> None:
-        left = self._figures.damaged - self._figures.repaired
-        raise TaskFailed(f"{left} damaged blocks could not be fetched again, and count as missing: {reason}")
+    # Damaged blocks
+
+    def _fetch(self, block: int) -> None:
+        ticket = self._fetcher.need(block, block + 1)
+        if ticket is None:
+            self._on_fetched(block, 0)
+        else:
+            self._outstanding[ticket] = block
+
+    def _on_fetched(self, block: int, error: int) -> None:
+        """Who keeps the cache below its limit makes room in a moment: that is waited for."""
+        if not error:
+            self._no_room_since = None
+            self._tell(repaired=self._figures.repaired + 1)
+        elif error in NO_SPACE and self._may_get_room():
+            self._without_room.append(block)
+        else:
+            self._error = self._error or error
+
+    def _may_get_room(self) -> bool:
+        now = monotonic()
+        self._no_room_since = self._no_room_since or now
+        return now - self._no_room_since < _PATIENCE
+
+    def _try_again(self) -> None:
+        self._try_again_at = monotonic() + _TRY_AGAIN_EVERY
+        blocks, self._without_room = self._without_room, []
+        for block in blocks:
+            self._fetch(block)
