@@ -304,7 +304,7 @@ def test_scrub_without_an_origin_says_what_is_left(start: Start, full: CacheFile
     server = start(*full.arguments(far.uri, "--connect-timeout", "1", "--origin-timeout", "1"))
     status, out, err = bgctl("--scrub", full.control, check=False)
     assert (status, out) == (1, "")
-    assert "1 damaged blocks could not be fetched again, and count as missing" in err
+    assert "1 damaged block could not be fetched again, and counts as missing" in err
     assert connect(server.uri).pread(7 * BLOCK, 0) == content[: 7 * BLOCK]
 
 

@@ -127,7 +127,7 @@ def test_its_loss_is_told_and_its_return_ends_the_wait(
     assert client.pread(BLOCK, 0) == disk[:BLOCK]
     web.stop()
     reading = Reading(client, 3 * MIB, BLOCK)
-    proxy.wait_for_log(": Connection refused; 1 requests wait for it, trying again")
+    proxy.wait_for_log(": Connection refused; 1 request waits for it, trying again")
     assert client.pread(BLOCK, BLOCK) == disk[BLOCK : 2 * BLOCK]
     assert query(files.control)["origin"]["state"] == "unreachable"
     web.start()

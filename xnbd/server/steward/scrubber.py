@@ -17,6 +17,7 @@ from ...proxy.image import ProxyImage
 from ...proxy.state.sums import RUN
 from ...storage.blocks import BLOCK, block_count
 from ...storage.image import Ticket
+from ...text import counted
 from ..disk import Disk
 from ..process_loop import ProcessLoop
 
@@ -155,4 +156,6 @@ class Scrubber:
 
     def _fail(self, reason: str) -> None:
         left = self._figures.damaged - self._figures.repaired
-        raise TaskFailed(f"{left} damaged blocks could not be fetched again, and count as missing: {reason}")
+        blocks = counted(left, "damaged block")
+        count = "counts" if left == 1 else "count"
+        raise TaskFailed(f"{blocks} could not be fetched again, and {count} as missing: {reason}")

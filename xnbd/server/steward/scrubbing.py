@@ -13,6 +13,7 @@ from ...logs import log
 from ...proxy.image import ProxyImage
 from ...scoreboard.layout import SCRUBBING, TARGET
 from ...system.process import set_title
+from ...text import counted
 from ..process_loop import ProcessLoop
 from .child import Child
 from .duty import Cache, Context, Duty
@@ -71,7 +72,8 @@ class Scrubbing(Duty):
             child.stop()
         told = memory.read()
         self._context.count("damaged", told.damaged)
-        log.info("%d blocks were checked, %d were damaged, %d fetched again", *told[1:])
+        checked, damaged = counted(told.checked, "block was", "blocks were"), counted(told.damaged, "was", "were")
+        log.info("%s checked, %s damaged, %d fetched again", checked, damaged, told.repaired)
         if child.status:
             raise CommandError(child.message or "the check was stopped before its end")
         yield {"done": True, **self._figures(memory)}
