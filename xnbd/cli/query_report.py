@@ -1,4 +1,7 @@
-"""The answer to ``xnbd-bgctl --query`` for people, at 80 columns. What the server does not tell is left out."""
+"""The answer to ``xnbd-bgctl --query`` for people, at 80 columns but for names and errors of others.
+
+What the server does not tell is left out.
+"""
 
 from __future__ import annotations
 
