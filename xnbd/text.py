@@ -1,4 +1,4 @@
-"""Text that came from elsewhere, made fit for a line."""
+"""Text that came from elsewhere, made fit for a line; words for numbers."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def is_writable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """``1 client``, ``1,234 clients``; *several* is for words that do not just get an s."""
+    return f"{count:,} {one if count == 1 else several or one + 's'}"

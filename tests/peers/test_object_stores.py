@@ -164,7 +164,10 @@ def test_each_store_is_asked_in_its_way(
         ("s3://b/k?profile=cloud", {}, "profile cloud has no keys, but a way to get some"),
         ("s3://b/k", {"AWS_SHARED_CREDENTIALS_FILE": "broken"}, "broken cannot be read: a line of it makes no sense"),
         ("http://127.0.0.1/k", {"NETRC": "broken"}, "broken cannot be read: a line of it makes no sense"),
-        ("az://b/k", {}, "Account must be specified"),
+        ("az://b/k", {}, "Say az://CONTAINER/KEY?account=NAME, or set AZURE_STORAGE_ACCOUNT_NAME"),
+        ("s3://b/k", {"AWS_ACCESS_KEY_ID": "AKID"}, "a key without its secret: AWS_SECRET_ACCESS_KEY is missing"),
+        ("s3://b/k", {"AWS_SECRET_ACCESS_KEY": "x"}, "a secret without its key: AWS_ACCESS_KEY_ID is missing"),
+        ("https://127.0.0.1/k", {"SSL_CERT_FILE": "gone"}, "gone, which cannot be read or is not there"),
     ],
 )
 def test_credentials_that_make_no_sense_are_told_in_one_line(

@@ -374,6 +374,6 @@ def test_scrub_that_finds_no_room_names_the_limit(
     count = damage(files)
     status, _, err = bgctl("--scrub", files.control, check=False)
     reason = f"No space left on device; the cache has a limit of {LIMIT} bytes (--cache-limit)"
-    told = f"{count} damaged blocks could not be fetched again, and count as missing: {reason}"
+    told = f"{count:,} damaged blocks could not be fetched again, and count as missing: {reason}"
     assert (status, err) == (1, f"xnbd-bgctl: {told}\n")
     release(held)

@@ -356,7 +356,7 @@ def test_a_server_that_only_fails_is_told_as_lost(proxy: Server, files: CacheFil
     client.pread(1, 0)
     web.twist = lambda asked, answer: Answer(503, {})
     reading = Reading(client, 600 << 10, 1)
-    proxy.wait_for_log("HTTP status 503 Service Unavailable; 1 requests wait for it, trying again")
+    proxy.wait_for_log("HTTP status 503 Service Unavailable; 1 request waits for it, trying again")
     assert query(files.control)["origin"]["state"] == "unreachable"
     web.twist = lambda asked, answer: answer
     assert reading.content() == web.disk[600 << 10 : (600 << 10) + 1]
@@ -367,7 +367,7 @@ def test_an_object_that_has_gone_comes_back(proxy: Server, web: WebOrigin) -> No
     client.pread(1, 0)
     web.twist = lambda asked, answer: Answer(404, {})
     reading = Reading(client, 600 << 10, 1)
-    proxy.wait_for_log("there is no such object; 1 requests wait for it, trying again")
+    proxy.wait_for_log("there is no such object; 1 request waits for it, trying again")
     web.twist = lambda asked, answer: answer
     assert reading.content() == web.disk[600 << 10 : (600 << 10) + 1]
 

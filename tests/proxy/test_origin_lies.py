@@ -326,7 +326,7 @@ def test_a_stalled_origin_is_waited_for_unless_there_is_a_limit(own: Own, tmp_pa
         hasty = own(origin.uri, reply_timeout=0.3).connect()
         assert hasty.connection.deadline is None
         hasty.connection.read("token", 0, 4096)
-        assert "silent for 0.3 s with 1 requests waiting" in hasty.lost()
+        assert "silent for 0.3 s with 1 request waiting" in hasty.lost()
         assert hasty.connection.unfinished() == ["token"]
 
 

@@ -170,7 +170,7 @@ def test_the_time_to_connect_includes_the_lookup(
     proxy = start(*files.arguments(uri, "--connect-timeout", "2"), prefix=names.prefix)
     names.hold()
     reading = Reading(connect(proxy.uri), MIB, BLOCK)
-    proxy.wait_for_log("cannot find the host: no name server has answered in 2 s; 1 requests wait for it")
+    proxy.wait_for_log("cannot find the host: no name server has answered in 2 s; 1 request waits for it")
     names.release()
     assert reading.content() == disk[MIB : MIB + BLOCK]
 

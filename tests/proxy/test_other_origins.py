@@ -80,7 +80,7 @@ def test_its_loss_is_told_and_its_return_ends_the_wait(proxy: Server, origin: Pa
     assert client.pread(BLOCK, 0) == disk[:BLOCK]
     away = origin.rename(origin.with_suffix(".away"))
     reading = Reading(client, 3 * MIB, BLOCK)
-    proxy.wait_for_log(f"origin test://{origin}: No such file or directory; 1 requests wait for it, trying again")
+    proxy.wait_for_log(f"origin test://{origin}: No such file or directory; 1 request waits for it, trying again")
     assert not reading.is_done()
     away.rename(origin)
     assert reading.content() == disk[3 * MIB : 3 * MIB + BLOCK]

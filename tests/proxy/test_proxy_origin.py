@@ -182,7 +182,7 @@ def test_a_lie_caches_nothing_and_is_asked_again(
     assert read(client, 0) == at(disk, 0)
     liar.answer = LIES[name]
     reading = Reading(client, 8 * BLOCK, 4 * BLOCK)
-    deceived.wait_for_log("requests wait for it, trying again")
+    deceived.wait_for_log(" for it, trying again")
     assert not reading.is_done()
     assert files.cached() == [0]
     assert read(client, 0) == at(disk, 0)
@@ -199,7 +199,7 @@ def test_a_short_reply_caches_nothing(
     liar.answer, liar.close = (lambda asked: lie.simple(asked.cookie, bytes(asked.length))[:-missing]), True
     reading = Reading(client, 8 * BLOCK, 4 * BLOCK)
     client.poll(0)
-    deceived.wait_for_log("it closed the connection with 1 requests waiting")
+    deceived.wait_for_log("it closed the connection with 1 request waiting")
     assert not reading.is_done()
     assert files.cached() == []
     liar.answer, liar.close = liar.honest, False

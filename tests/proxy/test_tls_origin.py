@@ -392,7 +392,7 @@ def test_a_server_that_leaves_in_the_middle_of_a_record_is_lost(
         owner = own(f"nbds+unix:///disk?socket={tmp_path / 's'}&{trusting(certificates.alice)}").connect()
         owner.connection.read("cut", 0, 4096)
         owner.connection.push()
-        assert "it closed the connection with 1 requests waiting" in owner.lost()
+        assert "it closed the connection with 1 request waiting" in owner.lost()
         assert owner.connection.unfinished() == ["cut"]
 
 

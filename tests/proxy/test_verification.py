@@ -378,10 +378,10 @@ def test_scrub_tells_of_written_blocks_that_cannot_be_read(
     failing()
     status, _, err = bgctl("--scrub", files.control, check=False)
     first, end = (AT + HALF) // BLOCK, -(-(AT + HALF + len(WRITTEN)) // BLOCK)
-    told = f"{end - first} blocks that clients have written cannot be read, the first one at byte {first * BLOCK}\n"
+    told = f"{end - first:,} blocks that clients have written cannot be read, the first one at byte {first * BLOCK}\n"
     assert (status, err) == (1, f"xnbd-bgctl: {told}")
     clean = HALF // BLOCK - (end - first)
-    assert f"{ON_DEVICE // BLOCK} blocks were checked, {clean} were damaged, {clean} fetched again" in server.log()
+    assert f"{ON_DEVICE // BLOCK:,} blocks were checked, {clean:,} were damaged, {clean} fetched again" in server.log()
 
 
 def test_a_place_that_keeps_nothing_is_passed_by(start: Start, full: CacheFiles, far: Server, content: bytes) -> None:
@@ -437,7 +437,7 @@ def test_scrub_checks_all_and_repairs(start: Start, full: CacheFiles, far: Serve
     unchecked = f"; {by_clients} blocks written by clients, without checksums\n"
     told = f"{checked} blocks checked, {len(blocks)} damaged, {len(blocks)} fetched again{unchecked}"
     assert (status, out, err) == (0, told, "")
-    told = f"{len(blocks)} were damaged, {len(blocks)} fetched again; {by_clients} that clients have written"
+    told = f"{len(blocks):,} were damaged, {len(blocks)} fetched again; {by_clients} that clients have written"
     assert f"INFO: {checked} blocks were checked, {told}" in server.log()
     assert full.image.read_bytes() == written(content)
     assert f"{len(blocks)} blocks of the cache" in bgctl("--query", full.control)[1]
@@ -460,9 +460,9 @@ def test_scrub_without_an_origin_says_what_is_left(start: Start, full: CacheFile
     server = start(*full.arguments(far.uri, "--connect-timeout", "1", "--origin-timeout", "1"))
     status, out, err = bgctl("--scrub", full.control, check=False)
     assert (status, out) == (1, "")
-    failure = "1 damaged blocks could not be fetched again, and count as missing"
+    failure = "1 damaged block could not be fetched again, and counts as missing"
     assert failure in err
-    assert f"WARNING: {len(clean_blocks())} blocks were checked, 1 were damaged, 0 fetched again" in server.log()
+    assert f"WARNING: {len(clean_blocks())} blocks were checked, 1 was damaged, 0 fetched again" in server.log()
     assert f"WARNING: the check has ended: {failure}" in server.log()
     assert connect(server.uri).pread(7 * BLOCK, 0) == content[: 7 * BLOCK]
 

@@ -127,7 +127,7 @@ def test_its_loss_is_told_and_its_return_ends_the_wait(
     assert client.pread(BLOCK, 0) == disk[:BLOCK]
     web.stop()
     reading = Reading(client, 3 * MIB, BLOCK)
-    proxy.wait_for_log(": Connection refused; 1 requests wait for it, trying again")
+    proxy.wait_for_log(": Connection refused; 1 request waits for it, trying again")
     assert client.pread(BLOCK, BLOCK) == disk[BLOCK : 2 * BLOCK]
     assert query(files.control)["origin"]["state"] == "unreachable"
     web.start()
@@ -278,7 +278,23 @@ def test_what_cannot_be_had_is_told_at_the_start(files: CacheFiles, web: WebServ
 
 def test_a_certificate_that_nobody_vouches_for_is_refused(files: CacheFiles, web: WebServer) -> None:
     told = fails(*files.arguments(web.tls_uri("a%20disk.raw")))[1]
-    assert "its certificate is not trusted: UnknownIssuer (SSL_CERT_FILE may name a CA)" in told
+    assert "its certificate is not of an authority that is trusted here (SSL_CERT_FILE may name a file" in told
+
+
+def test_what_is_wrong_with_a_certificate_is_told(
+    tmp_path: Path, root: Path, files: CacheFiles, certificates: Certificates
+) -> None:
+    for place, (directory, message) in enumerate(
+        [
+            (certificates.server_elsewhere, "is for elsewhere.example, and not for the host of the address"),
+            (certificates.server_expired, "has expired"),
+        ]
+    ):
+        where = tmp_path / str(place)
+        where.mkdir()
+        with WebServer(where, root, directory) as web:
+            told = fails(*files.arguments(web.tls_uri("a%20disk.raw")), prefix=env(web.env))[1]
+        assert f": its certificate {message}" in told
 
 
 def test_a_password_comes_from_a_file_and_is_seen_nowhere(

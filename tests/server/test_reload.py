@@ -82,7 +82,7 @@ def test_limits_are_taken_at_the_start_and_go_before_options(start: Start, image
     configuration = query(server)["configuration"]
     assert (configuration["max_clients"], configuration["spare_workers"]) == (1, 7)
     with client_of(server):
-        server.wait_for_log("1 clients are connected, which is the limit")
+        server.wait_for_log("1 client is connected, which is the limit")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import List, Tuple
@@ -63,3 +64,14 @@ def test_usage_is_understood_by_debian_s_docopt_too(program: str) -> None:
     assert first_words
     assert len(set(first_words)) == len(first_words), first_words
     assert not re.findall(r"(?m)^ *--[\w-]+", usage.partition("Usage:\n")[2].partition("\n\n")[0])
+
+
+def test_a_venv_goes_on_to_see_what_it_sees(tmp_path: Path) -> None:
+    """As one for Ceph: its binding is a package of the system's. The checkout here is one of nothing, to be quick."""
+    (tmp_path / "contrib").mkdir()
+    shutil.copy(ROOT / "contrib" / "setup", tmp_path / "contrib")
+    (tmp_path / "setup.py").write_text('import setuptools\nsetuptools.setup(name="nothing", py_modules=[])\n')
+    run("/usr/bin/python3", "-m", "venv", "--without-pip", "--system-site-packages", tmp_path / ".venv")
+    run(tmp_path / "contrib" / "setup")
+    assert "include-system-site-packages = true" in (tmp_path / ".venv" / "pyvenv.cfg").read_text()
+    assert (tmp_path / ".venv" / "bin" / "pip").exists()

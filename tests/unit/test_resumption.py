@@ -89,7 +89,7 @@ def test_a_failure_that_is_heard_at_the_start_is_one_of_the_facts(
     use(cache, clean=False)
     with syncs_fail(cache, lambda name: name == "cache"):
         shared = cache.open(boot=boot)
-    assert "recovered after a failed write-back (Input/output error), 1 blocks forgotten" in caplog.text
+    assert "recovered after a failed write-back (Input/output error), 1 block forgotten" in caplog.text
     assert set_blocks(shared, cache.blocks) == [0, 1]
     assert shared.mark_clean(cache.fd)
     shared.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -13,6 +14,7 @@ from typing import List, Sequence
 
 import pytest
 
+from xnbd.proxy.state.scoreboard_file import MAXIMUM_PROCESSES
 from xnbd.scoreboard.counters import PLACES
 from xnbd.scoreboard.layout import (
     COUNTERS,
@@ -35,6 +37,7 @@ from xnbd.storage.target import reopen
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = [(HEAD, HEAD_FIELDS), (LINE, LINE_FIELDS)]
+SAY_ITS_SIZE = ["doc/operations.rst", "man/xnbd-server.8"]
 
 
 @pytest.mark.parametrize(("layout", "fields"), TABLES, ids=["head", "line"])
@@ -54,6 +57,11 @@ def test_head_and_lines_have_room_and_no_lock_on_a_line_is_one_on_the_head() -> 
     assert HEAD.end <= LINES_AT < LINE_LOCKS
     assert LINE.end <= LINE_SIZE
     assert scoreboard_size(3) == LINES_AT + 3 * LINE_SIZE
+
+
+def test_documents_say_how_much_room_it_takes() -> None:
+    room = f"{math.ceil(scoreboard_size(MAXIMUM_PROCESSES) / (1 << 20) * 10) / 10} MiB"
+    assert [page for page in SAY_ITS_SIZE if room not in (ROOT / "contrib" / page).read_text()] == []
 
 
 def test_every_counter_has_its_places() -> None:
@@ -80,6 +88,7 @@ def test_a_file_that_is_no_scoreboard_of_this_version_is_refused_and_closed() ->
 
 TRY = """
 import json, os, sys
+from xnbd.proxy.state.scoreboard_file import MAXIMUM_PROCESSES
 from xnbd.scoreboard.counters import PLACES
 from xnbd.scoreboard.layout import LINE, create_scoreboard
 from xnbd.scoreboard.scoreboard import Scoreboard

@@ -56,7 +56,7 @@ def written_by_0_5_0(directory: Path, which: str) -> Cache:
         ("clean", 1, [0, 1, 2], "resumed"),
         ("clean", 2, [0, 1, 2], "resumed"),
         ("unclean", 1, [0, 1, 2], "resumed"),
-        ("unclean", 2, [0, 1], "recovered after a power failure, 1 blocks forgotten"),
+        ("unclean", 2, [0, 1], "recovered after a power failure, 1 block forgotten"),
         ("switched", 1, [0, 1, 2, 3, 4, 5], "resumed"),
         ("switched", 2, [0, 1, 2, 3, 4, 5], "recovered after a power failure, 0 blocks forgotten"),
         ("moved", 2, [0, 1, 2], "resumed"),
@@ -99,10 +99,10 @@ def test_a_switch_of_version_1_is_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("which", "live", "boot", "refusal"),
     [
-        ("clean", 0x0F, 2, "has 1 blocks that its copy in .* has not, and lacks 0"),
+        ("clean", 0x0F, 2, "has 1 block that its copy in .* has not, and lacks 0"),
         ("clean", 0x06, 1, "has 0 blocks that its copy in .* has not, and lacks 1"),
-        ("unclean", 0x05, 1, "has 1 blocks that its copy in .* has not, and lacks 1"),
-        ("switched", 0x1F, 1, "by force with 1 blocks missing"),
+        ("unclean", 0x05, 1, "has 1 block that its copy in .* has not, and lacks 1"),
+        ("switched", 0x1F, 1, "by force with 1 block missing"),
     ],
 )
 def test_a_bitmap_that_contradicts_a_file_of_version_1_is_refused(

@@ -71,7 +71,7 @@ def made_by_version_2(directory: Path, which: str) -> Cache:
         ("clean", 1, [0, 1, 2], "resumed"),
         ("clean", 2, [0, 1, 2], "resumed"),
         ("unclean", 1, [0, 1, 2], "resumed"),
-        ("unclean", 2, [0, 1], "recovered after a power failure, 1 blocks forgotten"),
+        ("unclean", 2, [0, 1], "recovered after a power failure, 1 block forgotten"),
         ("switched", 2, [0, 1, 2, 3, 4, 5], "recovered after a power failure, 0 blocks forgotten"),
     ],
 )

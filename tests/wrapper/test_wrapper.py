@@ -304,7 +304,7 @@ def test_logpath_takes_the_servers_lines_too(start_wrapper: StartWrapper, image:
         [*program("xnbd-wrapper"), *where, "--imgfile", str(image), "--logpath", str(log)]
     ) as process:
         try:
-            wait_until(lambda: log.exists() and "serving 1 exports" in log.read_text(), "the start")
+            wait_until(lambda: log.exists() and "serving 1 export " in log.read_text(), "the start")
             port = int(log.read_text().split()[-1].rpartition(":")[2])
             with RawClient(socket.create_connection(("127.0.0.1", port), timeout=60)) as client:
                 client.negotiate("disk.img")

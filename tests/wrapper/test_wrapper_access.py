@@ -188,6 +188,6 @@ def test_a_wrapper_on_a_unix_socket_only(tmp_path: Path, disks: Dict[str, Path])
     words = [*program("xnbd-wrapper"), "--unix", tmp_path / "s", "--socket", tmp_path / "ctl"]
     words += ["--dbpath", tmp_path / "db", "--imgfile", disks["public"]]
     with launched(words, tmp_path / "log") as wrapper:
-        wrapper.wait_for_log(f"serving 1 exports of {tmp_path}/db on unix:{tmp_path}/s\n")
+        wrapper.wait_for_log(f"serving 1 export of {tmp_path}/db on unix:{tmp_path}/s\n")
         assert "export-size: 1048572" in run("nbdinfo", f"nbd+unix:///public?socket={tmp_path}/s")[1]
     assert not (tmp_path / "s").exists()

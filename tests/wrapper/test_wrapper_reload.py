@@ -39,7 +39,7 @@ def test_reload_tells_what_has_changed(wrapper: Wrapper, limits: Path) -> None:
     limits.write_text("max-clients 1\nhandshake-timeout 7\n")
     assert "max-clients 200 -> 1, handshake-timeout 10 -> 7; clients" in wrapper.ctl("--reload")
     with wrapper.client() as client:
-        wrapper.wait_for_log("1 clients are connected, which is the limit")
+        wrapper.wait_for_log("1 client is connected, which is the limit")
         assert client.works()
 
 

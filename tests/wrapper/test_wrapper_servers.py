@@ -131,7 +131,7 @@ def test_an_executed_server_logs_to_the_wrapper_s_file(
     arguments = [*where, "--imgfile", image, "--logpath", log, "--xnbd-server", command]
     with subprocess.Popen([*program("xnbd-wrapper"), *map(str, arguments)]) as process:
         try:
-            wait_until(lambda: log.exists() and "serving 1 exports" in log.read_text(), "the start")
+            wait_until(lambda: log.exists() and "serving 1 export " in log.read_text(), "the start")
             port = log.read_text().split()[-1].rpartition(":")[2]
             run("nbdinfo", "--size", f"nbd://127.0.0.1:{port}/disk.img")
             wait_until(lambda: "xnbd-server[" in log.read_text(), "the server's line")

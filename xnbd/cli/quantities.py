@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import List, Mapping, Sequence, Tuple
 
 from ..control.client import shown
+from ..text import counted
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _TIMES = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
@@ -93,11 +94,6 @@ def limits(rates: Mapping[str, float]) -> List[str]:
     if any(rates.get(name) for name in ("rate", "iops", "rate_total", "iops_total")):
         lines.append(f"at once: what {rates['burst']:g} s allow")
     return lines
-
-
-def counted(count: int, one: str, several: str = "") -> str:
-    """``1 client``, ``1,234 clients``; *several* is for words that do not just get an s."""
-    return f"{count:,} {one if count == 1 else several or one + 's'}"
 
 
 def reloaded(changes: Sequence[str], clients: int) -> str:

@@ -1,4 +1,7 @@
-"""The answer to ``xnbd-bgctl --query`` for people, at 80 columns. What the server does not tell is left out."""
+"""The answer to ``xnbd-bgctl --query`` for people, at 80 columns but for names and errors of others.
+
+What the server does not tell is left out.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from typing import Any, Callable, Container, Dict, Iterator, List, NamedTuple
 
 from ..access.identity import Identity
 from ..control.client import shown
-from .quantities import counted, duration, limits, percentage, rate, short_count, short_size, size
+from ..text import counted
+from .quantities import duration, limits, percentage, rate, short_count, short_size, size
 
 Message = Dict[str, Any]
 
@@ -152,7 +156,7 @@ def _fetched(answer: Message) -> Iterator[str]:
 def _damaged(answer: Message) -> Iterator[str]:
     damaged = answer.get("counters", {}).get("damaged")
     if damaged:
-        yield f"{counted(damaged, 'block')} of the cache found so; they are fetched again (the log tells more)"
+        yield f"{counted(damaged, 'block')} of the cache found so, and fetched again when read (the log tells more)"
 
 
 def _waiting(answer: Message) -> Iterator[str]:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Callable, Dict, Iterator, List
 
 from ..control.client import ControlClient, Message, shown
 from ..errors import ConfigurationError
+from ..text import counted
 from .bgctl_options import SteeringOptions
 from .program import INTERRUPTED, print_answer, print_outcome, say, terminal_encoding
-from .quantities import counted, duration, limits, percentage, reloaded, size
+from .quantities import duration, limits, percentage, reloaded, size
 from .upgrade_report import refusal_by_older, upgraded
 
 if TYPE_CHECKING:

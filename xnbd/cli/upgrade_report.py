@@ -7,7 +7,7 @@ from typing import Iterator
 
 from ..control.client import Message, shown
 from ..errors import ConfigurationError
-from .quantities import counted
+from ..text import counted
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ..system.file_locks import do_nothing
 from ..system.listen import Listeners
 from ..system.process import Daemon, require_descriptors
 from ..system.service_manager import ServiceManager
+from ..text import counted
 from ..wrapper.child_output import program
 from ..wrapper.children import Body
 from ..wrapper.database import Database
@@ -203,7 +204,7 @@ def _run(
         listeners, database, options.control_path, settings, reread, surroundings, metrics=metrics, rates_fd=rates_fd
     )
     become_user()
-    log.info("serving %d exports of %s on %s", len(database.exports), database.path, listeners)
+    log.info("serving %s of %s on %s", counted(len(database.exports), "export"), database.path, listeners)
     if asked is not None:
         log.info("metrics on %s", asked)
     _tell_of_program(settings.servers, options.log)

@@ -15,6 +15,7 @@ from typing import Callable, List, Optional, Sequence, Union
 from ..logs import about, log
 from ..storage.image import Ticket
 from ..storage.target import TargetImage
+from ..text import counted
 from .block_locks import BlockLocks, lock_of
 from .fetch_queue import Fetch, FetchQueue
 from .lock_retry import LockRetry
@@ -190,8 +191,8 @@ class Locking:
         for who in self._retry.take_older(time):
             done += self._queue.finish(who, errno.EIO) if isinstance(who, Fetch) else [_end(who, errno.EIO)]
         if done:
-            what = "%d requests wait no more for blocks that another process has in hand: see whether it is stopped"
-            log.warning(what, len(done))
+            what = "%s no more for blocks that another process has in hand: see whether it is stopped"
+            log.warning(what, counted(len(done), "request waits", "requests wait"))
         return done
 
 

@@ -13,6 +13,7 @@ from ..origin.address import members_of, parse_origin
 from ..origin.base import Origin, OriginAddress, OriginLost, Sink, Standing, Terms, Witness
 from ..scoreboard.layout import NOT_NEEDED, REACHED, UNREACHABLE
 from ..scoreboard.scoreboard import Scoreboard
+from ..text import counted
 from .state.versions import Versions
 
 CHANGED = (
@@ -203,7 +204,8 @@ class OriginLink:
         if isinstance(reason, OriginLost) and reason.changed:
             self._on_change(text)
         elif trouble != self.trouble:
-            log.warning("%s; %d requests wait for it, trying again", text, waiting + len(unfinished))
+            waits = counted(waiting + len(unfinished), "request waits", "requests wait")
+            log.warning("%s; %s for it, trying again", text, waits)
         self.trouble = trouble
         self._open_at = monotonic() + self._delay
         self._delay = min(_LONGEST_DELAY, max(_FIRST_DELAY, 2 * self._delay))

@@ -76,6 +76,9 @@ LONGEST_ADDRESS = 16000
 ORIGINS = 8
 """As many may hold one disk."""
 
+TROUBLE = 160
+"""Bytes of the reason for which an origin cannot be reached."""
+
 # Other versions read the first three too.
 HEAD_FIELDS = (
     Field("magic", "8s", "``XNBDSCOR``"),
@@ -97,7 +100,7 @@ HEAD_FIELDS = (
     Field("failure", "I4xQ", "first write-back that failed, of a disk without a state file (``storage/writeback.py``)"),
     Field("address", "II", "CRC-32 and length of the origin's address"),
     Field("address_text", f"{LONGEST_ADDRESS}s", "the origin's address; several ones have blanks between them"),
-    Field("origin_troubles", f"{72 * ORIGINS}s", "of several origins, why each could not be reached last"),
+    Field("origin_troubles", f"{TROUBLE * ORIGINS}s", "of several origins, why each could not be reached last"),
     Field("origin_bytes_before", f"{ORIGINS}Q", "sums of ``origin_bytes`` of all lines when the address was changed"),
 )
 
@@ -117,7 +120,7 @@ LINE_FIELDS = (
     Field("origin", "I", "0: no origin needed, 1: connected, 2: unreachable"),
     Field("queue", "IQ", "requests that wait for blocks; their bytes"),
     Field("peer", "64s", "its client"),
-    Field("trouble", "72s", "why the origin cannot be reached"),
+    Field("trouble", f"{TROUBLE}s", "why the origin cannot be reached"),
     Field("namespace", "Q", "PID namespace in which the process id counts"),
     Field("identity", "128s", "who its client has proved to be"),
     Field("encryption", "64s", "how its client is encrypted: version, cipher, ``kTLS`` if the kernel does it"),

@@ -10,7 +10,7 @@ import mmap
 import zlib
 from typing import List, Optional
 
-from .layout import HEAD, LONGEST_ADDRESS, ORIGINS, put
+from .layout import HEAD, LONGEST_ADDRESS, ORIGINS, TROUBLE, put
 
 _AT, _FORM = HEAD.at["address"], HEAD.form["address"]
 _TEXT_AT = HEAD.at["address_text"]
@@ -19,7 +19,6 @@ _GENERATION_AT, _GENERATION = HEAD.at["generation"], HEAD.form["generation"]
 
 
 _TROUBLES_AT = HEAD.at["origin_troubles"]
-TROUBLE = HEAD.form["origin_troubles"].size // ORIGINS
 """Bytes for what is told of each of several origins."""
 
 

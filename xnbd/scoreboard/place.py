@@ -9,9 +9,8 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 from ..system.file_locks import RangeLocks
 from .counters import Counts, wrapped
 from .gate import Door
-from .layout import HEAD, LINE, NOT_NEEDED, ORIGINS, REACHED, UNREACHABLE, put
+from .layout import HEAD, LINE, NOT_NEEDED, ORIGINS, REACHED, TROUBLE, UNREACHABLE, put
 from .lines import Lines, clock
-from .origin_address import TROUBLE
 from .tally import Tally
 
 _MODE_AT = LINE.at["mode"]
@@ -124,7 +123,7 @@ class Place(Door):
         if self.tally is not None:
             self.tally.tell("origin_connected", int(health == REACHED))
             self.tally.tell("origin_unreachable", int(health == UNREACHABLE))
-        self._put("trouble", trouble.encode("utf-8", "backslashreplace")[: LINE.form["trouble"].size])
+        self._put("trouble", _fitted(trouble))
 
     def tell_origins(self, standings: Sequence[Tuple[int, float, int, str]]) -> None:
         """How several origins are (`Background.news`); what they have sent is added to what they had."""
@@ -134,10 +133,15 @@ class Place(Door):
             self._sent[number] += sent
             if trouble:
                 at = HEAD.at["origin_troubles"] + number * TROUBLE
-                text = trouble.encode("utf-8", "backslashreplace")[:TROUBLE]
-                self._map[at : at + TROUBLE] = text.ljust(TROUBLE, b"\0")
+                self._map[at : at + TROUBLE] = _fitted(trouble).ljust(TROUBLE, b"\0")
         self._put("origins", *figures)
         self._put("origin_bytes", *self._sent)
 
     def _put(self, name: str, *values: object) -> None:
         put(self._map, self._at + LINE.at[name], LINE.form[name], *values)
+
+
+def _fitted(trouble: str) -> bytes:
+    """The text of *trouble* as it fits into a field; dots show that it was longer."""
+    text = trouble.encode("utf-8", "backslashreplace")
+    return text if len(text) <= TROUBLE else text[: TROUBLE - 3] + b"..."

@@ -21,6 +21,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 from ..logs import Seldom, about, log
 from ..protocol.server_handshake import pack_greeting
 from ..system.kept import Kept
+from ..text import counted
 from .session.connection import describe_peer
 
 _MOST = 240
@@ -140,7 +141,8 @@ class Lobby:
         except OSError:
             if patient:
                 return False
-            log.warning("%d connections that were silent are closed: too many are", len(guests))
+            silent = counted(len(guests), "connection that was silent is", "connections that were silent are")
+            log.warning("%s closed: there are too many", silent)
         for guest in guests:
             self._epoll.unregister(guest.sock)
             guest.sock.close()

@@ -22,6 +22,7 @@ from ..system.forking import SIGNALS, fork
 from ..system.kept import Kept
 from ..system.polling import poll_patiently, read_pipe
 from ..system.process import set_title
+from ..text import counted
 from .configuration import Configuration, Load, refuse_without_room
 from .crew import Crew
 from .endings import reason_of
@@ -265,7 +266,7 @@ class Master:
         crew.retire(2 * wanted)
         if room <= 0 and not self._full:
             what = "which is the limit" if not room else f"more than the limit of {most}"
-            log.warning("%d clients are connected, %s; others wait", len(crew.clients), what)
+            log.warning("%s connected, %s; others wait", counted(len(crew.clients), "client is", "clients are"), what)
         self._full = room <= 0
         if self._retry_at is not None and monotonic() >= self._retry_at:
             self._retry_at = None
@@ -356,7 +357,7 @@ class Master:
                 continue
             if self._killing:
                 break  # not even SIGKILL ends a process whose disk hangs
-            log.warning("ending %d processes that are still busy", len(self._children()))
+            log.warning("ending %s still busy", counted(len(self._children()), "process that is", "processes that are"))
             self._killing = True
             _signal(self._children(), signal.SIGKILL)
             deadline = monotonic() + _KILL_TIME

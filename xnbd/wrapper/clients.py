@@ -16,6 +16,7 @@ from ..server.lobby import Guest, Lobby
 from ..server.reports import Report
 from ..system.kept import Kept
 from ..system.listen import Listeners
+from ..text import counted
 from .children import Body, Children
 from .reports import ClientReport, receive_report
 
@@ -136,7 +137,7 @@ class Clients:
         full = count >= self.limit
         if full and not self._full:
             what = "which is the limit" if count == self.limit else f"more than the limit of {self.limit}"
-            log.warning("%d clients are connected, %s; others wait", count, what)
+            log.warning("%s connected, %s; others wait", counted(count, "client is", "clients are"), what)
         self._full = full
         return full
 

@@ -27,6 +27,7 @@ from ..system.kept import Kept
 from ..system.listen import Listeners
 from ..system.polling import poll_patiently
 from ..system.process import set_title
+from ..text import counted
 from .children import SIGNALS, Body, Children
 from .client import PROGRAM, Client
 from .clients import Clients
@@ -309,8 +310,8 @@ class Wrapper:
         if self._ending:
             self._ending.deadline = monotonic()
             return
-        fate = "they keep their servers" if orphan else "their servers stop"
-        log.info("stopping; %d clients are connected, %s", len(self._clients), fate)
+        fate = "servers go on until their clients leave" if orphan else "all servers stop"
+        log.info("stopping; %s connected, %s", counted(len(self._clients), "client is", "clients are"), fate)
         self._ending = _Ending(orphan=orphan)
         self._manager.stopping()
         self._clients.stop_listening()
@@ -333,7 +334,7 @@ class Wrapper:
         if ending.killing:
             ending.given_up = True
             return
-        log.warning("ending %d processes that are still busy", len(left))
+        log.warning("ending %s still busy", counted(len(left), "process that is", "processes that are"))
         ending.killing = True
         ending.deadline = monotonic() + _KILL_TIME
         self._children.signal(signal.SIGKILL, left)

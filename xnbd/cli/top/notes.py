@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Dict, Iterator
 
 from ...control.client import shown
-from ..quantities import counted, duration, percentage, rate
+from ...text import counted
+from ..quantities import duration, percentage, rate
 
 Message = Dict[str, Any]
 

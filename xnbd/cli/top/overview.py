@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Iterable, Iterator, List, Optional, Sequence
 
+from ...text import counted
 from ..cache_map import coarser, strip
-from ..quantities import counted, short_size
+from ..quantities import short_size
 from .cells import BOLD, DIM, PLAIN, SELECTED, Styled, pad
 from .columns import client_lines, table_of_clients, table_of_servers
 from .figures import Figures

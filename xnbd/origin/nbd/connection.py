@@ -18,6 +18,7 @@ from ...errors import ProtocolError
 from ...protocol.client_handshake import RemoteExport
 from ...protocol.constants import CMD_DISC, MAXIMUM_PAYLOAD
 from ...protocol.transmission import REQUEST, request_word
+from ...text import counted
 from ..base import Origin, OriginLost, Sink, Terms
 from .address import NbdAddress
 from .approach import Approach
@@ -149,7 +150,9 @@ class OriginConnection(Origin):
         if self._approach:
             self._go_near(self._approach.on_time)
         else:
-            raise self._lost(f"silent for {self._terms.reply_timeout:g} s with {self.outstanding} requests waiting")
+            raise self._lost(
+                f"silent for {self._terms.reply_timeout:g} s with {counted(self.outstanding, 'request')} waiting"
+            )
 
     def close(self) -> None:
         """Leave, politely if nothing is half sent."""
@@ -203,7 +206,7 @@ class OriginConnection(Origin):
                 return
             self.bytes_received += received
             if not received:
-                raise self._lost(f"it closed the connection with {self.outstanding} requests waiting")
+                raise self._lost(f"it closed the connection with {counted(self.outstanding, 'request')} waiting")
             more = self._end + received > BUFFER_SIZE - RECORD  # else poll shows what comes next (`Stream`)
             self.heard_at = monotonic()
             self._work(self._end + received)

@@ -30,6 +30,11 @@ _MD5 = re.compile('ETag "?[0-9a-f]{32}"?')
 _BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._$-]*")
 _CREDENTIALS = re.compile(r"//[^/?#]*@|\?.*|#.*")
 
+_WHERE_CREDENTIALS_ARE = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY have them, or ~/.aws/credentials",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS names a file with them",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY have them",
+}
 _SIGNED = (
     "no '?' and no '#' belong in the address of a web page: a signature would be seen by all, and ends some day "
     "(~/.netrc has the password for a web server)"
@@ -113,7 +118,8 @@ def parse_uri(uri: str, port: Optional[str], export_name: Optional[str]) -> Obje
     except ValueError as error:
         raise wrong(shown, str(error)) from None
     if "@" in parts.netloc:
-        raise wrong(shown, "no user and no password belong in an address: it is seen by all (~/.netrc has them)")
+        where = _WHERE_CREDENTIALS_ARE.get(parts.scheme, "~/.netrc has them")
+        raise wrong(shown, f"no user and no password belong in an address: it is seen by all ({where})")
     return _parse_web(parts, shown, uri) if parts.scheme in _WEB else _parse_store(parts, shown)
 
 

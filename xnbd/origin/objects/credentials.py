@@ -39,6 +39,19 @@ def credential_files(scheme: str) -> List[str]:
     return [path for path in paths if os.path.exists(path)]
 
 
+def missing_files() -> List[str]:
+    """Of the files that the environment names for AWS, what is told of those that are not there."""
+    named = [(name, os.environ.get(name, "")) for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE")]
+    return [f"{name} is {path}, which is not there" for name, path in named if path and not os.path.exists(path)]
+
+
+def check_authorities() -> None:
+    """That the file of authorities can be read, if one is named: without it none counts. Raises `OriginLost`."""
+    path = os.environ.get("SSL_CERT_FILE", "")
+    if path and not os.access(path, os.R_OK):
+        raise OriginLost(f"SSL_CERT_FILE is {path}, which cannot be read or is not there", refused=True)
+
+
 def _aws_file(variable: str, name: str) -> str:
     return os.environ.get(variable) or os.path.expanduser(f"~/.aws/{name}")
 

@@ -21,6 +21,7 @@ from functools import partial
 from time import monotonic
 from typing import Any, Deque, Dict, List, NamedTuple, NoReturn, Optional, Tuple, Union
 
+from ...text import counted
 from ..base import BLOCK, Data, Origin, OriginLost, Sink, Terms
 from ..pool import Pool
 from .address import ObjectAddress
@@ -217,7 +218,7 @@ class ObjectOrigin(Origin):
         if self._start_by is not None and now >= self._start_by:
             self._lose(f"no answer within {self._terms.connect_timeout:g} s")
         if self._reads and now >= self.heard_at + self._silence:
-            self._lose(f"silent for {self._silence:g} s with {len(self._reads)} requests waiting")
+            self._lose(f"silent for {self._silence:g} s with {counted(len(self._reads), 'request')} waiting")
 
     def _lose(self, reason: str, *, refused: bool = False, changed: bool = False) -> NoReturn:
         self.close()

@@ -8,7 +8,8 @@ from typing import Any, Dict
 
 from ..base import OriginLost
 from .address import ObjectAddress
-from .credentials import aws_settings, web_headers
+from .credentials import aws_settings, check_authorities, web_headers
+from .failures import refusal_of_settings
 
 CALL_TIME = 120
 """Seconds that one call of obstore takes at most, with all of its body."""
@@ -34,11 +35,14 @@ def open_store(address: ObjectAddress, connect_timeout: float) -> Any:
     common = {"client_options": options, "retry_config": {"max_retries": 0, "retry_timeout": timedelta(0)}}
     opener = {"s3": _open_s3, "gs": _open_gs, "az": _open_az}.get(address.scheme, _open_web)
     try:
-        return opener(store, address, common)
+        opened = opener(store, address, common)
+        if not options["allow_http"]:
+            check_authorities()
+        return opened
     except OriginLost:
         raise
     except Exception as error:  # whatever obstore does not like of its settings
-        raise OriginLost(str(error).partition("\n")[0], refused=True) from error
+        raise OriginLost(refusal_of_settings(error), refused=True) from error
 
 
 def _open_web(store: Any, address: ObjectAddress, common: Dict[str, Any]) -> Any:

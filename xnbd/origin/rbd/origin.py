@@ -15,6 +15,7 @@ from functools import partial
 from time import monotonic
 from typing import Any, Callable, Deque, Dict, List, NamedTuple, NoReturn, Optional, Tuple, Union
 
+from ...text import counted
 from ..base import Origin, OriginLost, Sink, Terms
 from ..pool import Inbox, Pool
 from .address import RbdAddress
@@ -219,7 +220,7 @@ class RbdOrigin(Origin):
         if self._start_by is not None and now >= self._start_by:
             self._lose(f"no answer within {self._terms.connect_timeout:g} s")
         if self._requests and now >= self.heard_at + self._silence:
-            self._lose(f"silent for {self._silence:g} s with {len(self._requests)} requests waiting")
+            self._lose(f"silent for {self._silence:g} s with {counted(len(self._requests), 'request')} waiting")
 
     def _lose(self, text: str, *, refused: bool = False, changed: bool = False) -> NoReturn:
         self.close()

@@ -17,6 +17,7 @@ from ...storage.failure import drop_cached
 from ...storage.space import NO_SPACE
 from ...storage.target import reopen
 from ...storage.writeback import WriteBackFailed
+from ...text import counted
 from . import belonging, copies, files, mending
 from .belonging import NO_ID
 from .checkpoint import ProcessState
@@ -236,7 +237,7 @@ class _Resumption:
 
     def _contradiction(self, comparison: Comparison) -> ConfigurationError:
         entry = self._entry
-        told = f"has {comparison.forgotten} blocks that its copy in {entry.state_path} has not, and lacks "
+        told = f"has {counted(comparison.forgotten, 'block')} that its copy in {entry.state_path} has not, and lacks "
         if comparison.alike:
             told = f"and its copy in {entry.state_path} were changed since they were closed: their checksum is wrong"
         else:
@@ -253,8 +254,8 @@ class _Resumption:
         missing = entry.layout.blocks - copies.count_set(fd, entry.layout, at)
         if missing:
             raise ConfigurationError(
-                f"{entry.path}: the proxy was switched to a plain target by force with {missing} blocks missing: "
-                "serve the cache image with --target, or start afresh with --clear-bitmap, "
+                f"{entry.path}: the proxy was switched to a plain target by force with {counted(missing, 'block')} "
+                "missing: serve the cache image with --target, or start afresh with --clear-bitmap, "
                 "which forgets what clients have written"
             )
 
@@ -304,7 +305,10 @@ class _Resumption:
         if trust is Trust.NOTHING:
             log.info("cache bitmap %s: all blocks that are cached count as written by clients", entry.path)
         elif doubtful:
-            log.warning("cache bitmap %s: %d blocks count as written by clients, as they may be", entry.path, doubtful)
+            doubt = counted(
+                doubtful, "block counts as written by clients, as it", "blocks count as written by clients, as they"
+            )
+            log.warning("cache bitmap %s: %s may be", entry.path, doubt)
 
     def _save_live(self, bitmap_fd: int) -> None:
         """Raises `OSError`."""
@@ -328,7 +332,7 @@ class _Resumption:
         if files.read_failure(self._state_fd) is not None:
             drop_cached(self._entry.cache_fd)
             copies.forget_failure(bitmap_fd, self._state_fd, self._entry.layout)
-        log.warning("cache bitmap %s: %s, %d blocks forgotten", self._entry.path, reason, forgotten)
+        log.warning("cache bitmap %s: %s, %s forgotten", self._entry.path, reason, counted(forgotten, "block"))
 
     def _reason(self) -> str:
         """Why the durable copy counts, for the log."""

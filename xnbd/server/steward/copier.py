@@ -20,6 +20,7 @@ from ...proxy.zero_query import ZeroQuery
 from ...storage.blocks import BLOCK, block_count
 from ...storage.image import Ticket
 from ...storage.space import NO_SPACE
+from ...text import counted
 from ..disk import Disk
 from ..process_loop import ProcessLoop
 
@@ -205,4 +206,6 @@ class Copier:
 
     def _fail(self) -> None:
         missing = self._blocks - self._bitmap.count()
-        raise TaskFailed(f"{missing} blocks could not be copied: {os.strerror(self._error)} (the log tells which)")
+        raise TaskFailed(
+            f"{counted(missing, 'block')} could not be copied: {os.strerror(self._error)} (the log tells which)"
+        )

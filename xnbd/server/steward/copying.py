@@ -17,6 +17,7 @@ from ...scoreboard.counters import BYTES_FETCHED
 from ...scoreboard.layout import COPYING, TARGET
 from ...scoreboard.place import COPYING_PEER
 from ...system.process import set_title
+from ...text import counted
 from ..process_loop import ProcessLoop
 from .child import Child
 from .command_lock import CommandLock
@@ -162,8 +163,9 @@ class Copying(Duty):
         elif child.status:
             log.warning("the copy has ended: %s", child.message or f"status {child.status}")
         else:
-            missing = self._progress.missing() if self._progress.counted else "some"
-            log.info("the copy has ended, %s blocks are missing", missing)
+            missing = self._progress.missing()
+            told = counted(missing, "block is", "blocks are") if self._progress.counted else "some blocks are"
+            log.info("the copy has ended, %s missing", told)
 
 
 def _copy(context: Context, options: CopyOptions) -> Optional[str]:

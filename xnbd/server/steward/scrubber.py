@@ -18,6 +18,7 @@ from ...proxy.state.sums import RUN
 from ...storage.blocks import BLOCK, block_count
 from ...storage.image import Ticket
 from ...storage.space import NO_SPACE
+from ...text import counted
 from ..disk import Disk
 from ..process_loop import ProcessLoop
 
@@ -82,15 +83,13 @@ class Scrubber:
 
     def run(self) -> None:
         """Return when all is checked and right, or the disk is no proxy any more. Raises `TaskFailed`, and `Stop`."""
-        reason = self._check_all()
-        told = (
-            [f"{self._left} damaged blocks could not be fetched again, and count as missing: {reason}"]
-            if reason
-            else []
-        )
+        reason, told = self._check_all(), []
+        if reason:
+            blocks, count = counted(self._left, "damaged block"), "counts" if self._left == 1 else "count"
+            told.append(f"{blocks} could not be fetched again, and {count} as missing: {reason}")
         if self._lost:
-            count, at = len(self._lost), min(self._lost) * BLOCK
-            told.append(f"{count} blocks that clients have written cannot be read, the first one at byte {at}")
+            blocks, at = counted(len(self._lost), "block"), min(self._lost) * BLOCK
+            told.append(f"{blocks} that clients have written cannot be read, the first one at byte {at}")
         if told:
             raise TaskFailed("; ".join(told))
 

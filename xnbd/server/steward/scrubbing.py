@@ -14,6 +14,7 @@ from ...logs import log
 from ...proxy.image import ProxyImage
 from ...scoreboard.layout import SCRUBBING, TARGET
 from ...system.process import set_title
+from ...text import counted
 from ..process_loop import ProcessLoop
 from .child import Child
 from .duty import Cache, Context, Duty
@@ -92,9 +93,10 @@ class Scrubbing(Duty):
 
 
 def _log_summary(told: ScrubFigures) -> None:
-    line = "%d blocks were checked, %d were damaged, %d fetched again; %d that clients have written have no checksums"
+    checked, damaged = counted(told.checked, "block was", "blocks were"), counted(told.damaged, "was", "were")
+    line = "%s checked, %s damaged, %d fetched again; %d that clients have written have no checksums"
     level = WARNING if told.damaged > told.repaired else INFO
-    log.log(level, line, told.checked, told.damaged, told.repaired, told.written)
+    log.log(level, line, checked, damaged, told.repaired, told.written)
 
 
 def _scrub(context: Context, memory: ScrubMemory, rate: int) -> None:

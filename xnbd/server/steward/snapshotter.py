@@ -18,6 +18,7 @@ from ...storage.blocks import BLOCK, steps
 from ...storage.image import Image, Source
 from ...storage.snapshot import Keeper, SnapshotFiles
 from ...storage.target import TargetImage
+from ...text import counted
 from ..process_loop import ProcessLoop
 from ..snapshot_files import place_of
 
@@ -99,8 +100,9 @@ class Snapshotter:
         """Who changes a block keeps the old one in a file that it finds through this process's id."""
         afar = [line for line in self._scoreboard.lines.living() if line.namespace != self._scoreboard.namespace]
         if afar:
+            processes = counted(len(afar), "process on this disk is", "processes on this disk are")
             raise TaskFailed(
-                f"{len(afar)} processes on this disk are of another PID namespace (container) and could not keep old "
+                f"{processes} of another PID namespace (container) and could not keep old "
                 "blocks: stop that server first, or have the disk on a file system with clones"
             )
 

@@ -73,7 +73,7 @@ class Switching(Duty):
         missing = progress.missing()
         if missing:
             raise CommandError(
-                f"{missing} of {progress.blocks} blocks are missing "
+                f"{missing} of {progress.blocks} blocks {'is' if missing == 1 else 'are'} missing "
                 "(--cache-all brings them; --force switches without them, and they read as zeros)"
             )
 
