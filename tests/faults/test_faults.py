@@ -24,6 +24,7 @@ from typing import Callable, Dict, Iterator, List, Tuple
 
 import mounts
 import pytest
+from caching import query
 from conftest import MIB, Start
 from launch import fails, launched
 from origin_programs import is_listening
@@ -294,6 +295,18 @@ def test_reads_of_a_truncated_image_are_eio_until_it_has_grown_again(server: Ser
         assert client.write(4 * MIB, b"back") == 0
         assert client.read(4 * MIB, 5) == b"back\0"
         assert worker == worker_of(server, client)
+
+
+@pytest.mark.parametrize("mode", ["--target", "--cow-target"])
+def test_an_image_that_has_shrunk_is_a_warning_of_query(start: Start, tmp_path: Path, mode: str) -> None:
+    image, control = tmp_path / "shrinking.img", tmp_path / "control"
+    image.write_bytes(bytes(2 * MIB))
+    start(mode, "--control", control, image)
+    assert query(control)["warnings"] == []
+    os.truncate(image, MIB)
+    (warning,) = query(control)["warnings"]
+    assert warning.startswith("shrinking.img has shrunk to 1,048,576 of 2,097,152 bytes: what lay behind is lost.")
+    os.truncate(image, 2 * MIB)
 
 
 def test_structured_reads_of_a_truncated_image_are_eio(server: Server, image: Path, whole: bytes) -> None:

@@ -481,6 +481,8 @@ def test_scrub_of_an_image_that_has_shrunk_says_that_and_nothing_else(
     assert (status, failure in err) == (1, True)
     assert f"WARNING: the check has ended: {failure}" in server.log()
     assert "blocks were checked" not in server.log()
+    (warning,) = query(full.control)["warnings"]
+    assert warning.startswith(f"cache.img has shrunk to {SIZE // 2:,} of {SIZE:,} bytes: what lay behind is lost.")
 
 
 def cached_blocks(files: CacheFiles) -> int:

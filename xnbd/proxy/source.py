@@ -10,7 +10,7 @@ from ..origin.base import OriginAddress
 from ..scoreboard.layout import TARGET
 from ..scoreboard.room import Room
 from ..scoreboard.scoreboard import Scoreboard
-from ..storage import image_use
+from ..storage import image_use, space
 from ..storage.image import Identity, Image, Source, file_identity
 from ..storage.target import TargetImage, reopen
 from ..storage.writeback import WriteBack
@@ -110,6 +110,9 @@ class ProxySource(Source[Scoreboard]):
 
     def is_whole(self, scoreboard: Scoreboard) -> bool:
         return scoreboard.mode == TARGET
+
+    def length(self) -> int:
+        return space.device_size(self._cache_fd)
 
     def identity(self) -> Identity:
         return file_identity(self._cache_fd)

@@ -100,6 +100,9 @@ class CowSource(Source[Shared]):
     def write_back(self, shared: Shared) -> WriteBack:
         return WriteBack(Record(shared.fd, shared.failure_at), witness=self._overlay)
 
+    def length(self) -> int:
+        return space.device_size(self._base)
+
     def identity(self) -> Identity:
         return file_identity(self._overlay)
 

@@ -316,6 +316,10 @@ class Source(ABC, Generic[AnyShared]):
         return self.size
 
     @abstractmethod
+    def length(self) -> int:
+        """Bytes of the file that the disk is read from: fewer than the disk's if it has shrunk. Raises `OSError`."""
+
+    @abstractmethod
     def identity(self) -> Identity:
         """The file that holds what clients write, whatever it is called: two sources with the same one are one disk."""
 

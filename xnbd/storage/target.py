@@ -184,6 +184,9 @@ class TargetSource(Source[Shared]):
             drop_cached(self._fd)
             raise
 
+    def length(self) -> int:
+        return space.device_size(self._fd)
+
     def identity(self) -> Identity:
         return file_identity(self._fd)
 

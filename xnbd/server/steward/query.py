@@ -203,10 +203,19 @@ class QueryAnswers:
 
     def _warnings(self, *, switched: bool) -> List[str]:
         """What the operator should do something about before it is too late."""
-        found = self._server_warnings()
+        found = self._server_warnings() + self._image_warnings()
         if isinstance(self._source, ProxySource) and not switched:
             found += parse_origin(self._origin_address(self._source)).warnings()
         return found
+
+    def _image_warnings(self) -> List[str]:
+        length, size = self._source.length(), self._source.size
+        if length >= size:
+            return []
+        return [
+            f"{self._source.name} has shrunk to {length:,} of {size:,} bytes: what lay behind is lost. "
+            "Do not lengthen it: stop the server, and restore a backup"
+        ]
 
     def _server_warnings(self) -> List[str]:
         if not self._context.expiries:
