@@ -85,8 +85,24 @@ def test_urls_of_servers(url: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    "|host:80|ftp://h|http://|http://h:zz|http://h:99999|http://h:0|http://a b|http://u@h|http://[::1|http://a<b|"
-    "http://a%20b|http://h\n|http://h?a=b|http://h#a|http://ä".split("|"),
+    [
+        "",
+        "host:80",
+        "ftp://h",
+        "http://",
+        "http://h:zz",
+        "http://h:99999",
+        "http://h:0",
+        "http://a b",
+        "http://u@h",
+        "http://[::1",
+        "http://a<b",
+        "http://a%20b",
+        "http://h\n",
+        "http://h?a=b",
+        "http://h#a",
+        "http://ä",
+    ],
 )
 def test_what_is_no_url_of_a_server(url: str) -> None:
     assert not is_server_url(url)
