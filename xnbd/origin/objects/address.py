@@ -14,6 +14,7 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 from ...text import is_writable
 from ..base import Origin, OriginAddress, Sink, Terms, wrong
 from .credentials import credential_files
+from .settings import is_server_url
 
 FETCH_SIZE = 256 << 10
 
@@ -176,12 +177,6 @@ def _checked_value(name: str, value: str, shown: str) -> str:
 
 
 def _checked_endpoint(value: str, shown: str) -> str:
-    try:
-        parts = urlsplit(value)
-        usable = parts.scheme in _WEB and parts.hostname and not parts.query and not parts.fragment
-        _ = parts.port
-    except ValueError:
-        usable = False
-    if not usable or "@" in value or _FORBIDDEN.search(value):
+    if not is_server_url(value):
         raise wrong(shown, "endpoint is the URL of the store's server, as in endpoint=https://host:8080")
     return value.rstrip("/")

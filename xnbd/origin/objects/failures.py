@@ -28,6 +28,9 @@ class Failure(NamedTuple):
 
 
 OUT_OF_RANGE = Failure(Kind.CHANGED, "it has no such bytes: it is shorter than it was, or empty")
+PANIC = Failure(
+    Kind.REFUSED, "a setting, a credential or an address of the store makes no sense to obstore (a blank, a wrong port)"
+)
 NO_CREDENTIALS = "there are no credentials: neither in the environment, nor in files, nor of an instance"
 
 _ADVICE = {
@@ -92,6 +95,8 @@ _WORDS = (
 
 def failure_of(error: BaseException) -> Failure:
     """What *error*, which a call of obstore has raised, means."""
+    if not isinstance(error, Exception):
+        return PANIC
     text = str(error)
     names = [cls.__name__ for cls in type(error).__mro__]
     if "PreconditionError" in names:

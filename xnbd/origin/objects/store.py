@@ -10,12 +10,12 @@ from ..base import OriginLost
 from .address import ObjectAddress
 from .credentials import aws_settings, check_authorities, web_headers
 from .failures import refusal_of_settings
+from .settings import ENDPOINTS, check_settings
 
 CALL_TIME = 120
 """Seconds that one call of obstore takes at most, with all of its body."""
 
 _ADVICE = "needs the package obstore: pip install 'xnbd[objects]'"
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
 def open_store(address: ObjectAddress, connect_timeout: float) -> Any:
@@ -63,7 +63,8 @@ def _open_s3(store: Any, address: ObjectAddress, common: Dict[str, Any]) -> Any:
     settings.update({name: address.parameter(name) for name in ("endpoint", "region") if address.parameter(name)})
     if address.parameter("virtual-host"):
         settings["virtual_hosted_style_request"] = True
-    endpoint = settings.get("endpoint") or next((os.environ[name] for name in _ENDPOINTS if name in os.environ), "")
+    check_settings("s3", settings)
+    endpoint = settings.get("endpoint") or next((os.environ[name] for name in ENDPOINTS if name in os.environ), "")
     common["client_options"]["allow_http"] = endpoint.startswith("http://")
     return store.S3Store(address.container, **settings, **common)
 
@@ -84,6 +85,7 @@ def _open_az(store: Any, address: ObjectAddress, common: Dict[str, Any]) -> Any:
         settings["skip_signature"] = True
     if address.parameter("account"):
         settings["account_name"] = address.parameter("account")
+    check_settings("az", settings)
     if address.parameter("endpoint"):
         settings["endpoint"] = address.parameter("endpoint")
         common["client_options"]["allow_http"] = address.parameter("endpoint").startswith("http://")
