@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+_UNITS = ("", "K", "M", "G", "T")
+
 
 def one_line(text: str) -> str:
     """*text* in one line, without what a terminal or a reader of logs might obey: names come from other people."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def as_option(octets: int) -> str:
+    """A number of bytes as options take it, exactly: ``20M``."""
+    unit = 0
+    while octets and not octets % 1024 and unit < len(_UNITS) - 1:
+        octets, unit = octets // 1024, unit + 1
+    return f"{octets}{_UNITS[unit]}"
 
 
 def is_writable(text: str) -> bool:

@@ -94,8 +94,7 @@ def drop_caches(guest: Guest) -> None:
     guest.run("sync; echo 3 >/proc/sys/vm/drop_caches")
 
 
-@pytest.mark.parametrize("connections", [1, 4])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "connections"), [(mode, 1 if mode == "target" else 4) for mode in MODES])
 def test_file_system(start: Start, tmp_path: Path, guest: Guest, noise: str, mode: str, connections: int) -> None:
     disk = Exported(start, tmp_path, mode, 256 * MIB)
     connect(guest, disk.port, connections)

@@ -202,6 +202,41 @@ def test_an_older_copy_of_the_state_file_is_refused(start: Start, files: CacheFi
     assert "one of them is an older copy" in refused(files, far)
 
 
+def test_an_older_copy_of_a_killed_proxys_state_file_is_refused(
+    start: Start, files: CacheFiles, far: Server, content: bytes
+) -> None:
+    """With the bitmap of then, too. Who believes the bitmap has all that was written."""
+    server = start(*files.arguments(far.uri))
+    client = connect(server.uri)
+    client.pwrite(b"first", 0)
+    client.flush()
+    older = files.state.read_bytes(), files.bitmap.read_bytes()
+    client.pwrite(b"second", 200 * BLOCK)
+    client.flush()
+    bitmap = files.bitmap.read_bytes()
+    kill_server(server)
+    files.state.write_bytes(older[0])
+    assert "is an older copy, of before the last checkpoint of the servers that died" in refused(files, far)
+    files.bitmap.write_bytes(older[1])
+    assert "is an older copy, of before the last checkpoint" in refused(files, far)
+    files.bitmap.write_bytes(bitmap)
+    disk = bytearray(content)
+    disk[:5], disk[200 * BLOCK : 200 * BLOCK + 6] = b"first", b"second"
+    serves(start, files, far, bytes(disk), "--adopt-cache")
+
+
+def test_marks_for_pages_that_do_not_exist_are_passed_over(used: CacheFiles, start: Start, far: Server) -> None:
+    """What lies between the maps of a state file may be damaged as all else."""
+    layout = layout_of(SIZE)
+    overwrite(used.state, layout.dirty_end, b"x" * (layout.claimed - layout.dirty_end))
+    overwrite(used.state, layout.claimed_end, b"x" * (layout.durable - layout.claimed_end))
+    proxy = start(*used.arguments(far.uri))
+    assert query(used.control)["checkpoint"]["dirty_pages"] == 0
+    write_and_read(proxy)
+    proxy.stop()
+    assert used.is_clean()
+
+
 def test_an_older_copy_of_the_bitmap_is_repaired(start: Start, files: CacheFiles, far: Server, content: bytes) -> None:
     start(*files.arguments(far.uri)).stop()
     older = files.bitmap.read_bytes()
@@ -541,6 +576,43 @@ def test_a_deleted_state_file_makes_no_bitmap_of_the_c_program(
     far.stop()
     far = start("--target", "--readonly", far.log_path.parent / "origin.img")
     serves(start, used, far, expected(content), "--adopt-cache")
+
+
+def damage_header(files: CacheFiles) -> None:
+    overwrite(files.state, 100, b"\xff")
+
+
+def clear_header(files: CacheFiles) -> None:
+    overwrite(files.state, 0, bytes(512))
+
+
+def shorten_state(files: CacheFiles) -> None:
+    os.truncate(files.state, 2048)
+
+
+@pytest.mark.parametrize("harm", [damage_header, clear_header, shorten_state])
+def test_a_damaged_state_file_is_refused_with_what_loses_nothing(
+    used: CacheFiles, start: Start, far: Server, content: bytes, harm: Callable[[CacheFiles], None]
+) -> None:
+    """Also of a proxy that was killed. What the line says is done word by word."""
+    kill_server(start(*used.arguments(far.uri)))
+    harm(used)
+    for option in ((), ("--adopt-cache",)):
+        line = refused(used, far, *option)
+        assert str(used.state) in line
+        assert "; move it away, and start with --adopt-cache once" in line
+        assert "(--clear-bitmap starts afresh, and forgets what clients have written)" in line
+    used.state.rename(used.state.with_suffix(".damaged"))
+    serves(start, used, far, expected(content), "--adopt-cache").stop()
+    far.stop()
+    serves(start, used, far, expected(content), "--origin-timeout", "1")
+
+
+def test_a_state_file_of_a_newer_program_is_not_to_be_moved_away(used: CacheFiles, far: Server) -> None:
+    overwrite(used.state, 8, struct.pack("<I", 9))
+    line = refused(used, far)
+    assert "has version 9, which this program does not know: start the newer xnbd-server" in line
+    assert "move" not in line
 
 
 def test_bits_beyond_the_last_block_count_nowhere(start: Start, files: CacheFiles, far: Server) -> None:

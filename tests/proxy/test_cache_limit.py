@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import time
 from pathlib import Path
 from typing import Any, Dict, List
@@ -14,6 +15,7 @@ from conftest import MIB, Start
 from launch import fails
 from lru import PIECE, ideal_hits, trace
 from model import Model, read_all
+from mounts import plain_ramfs
 from rawclient import READ, RawClient, pack_request
 from server_process import Server, wait_until
 
@@ -98,6 +100,19 @@ def test_a_block_that_is_written_counts_no_more(proxy: Server, files: CacheFiles
     wait_until(lambda: bool(read_all(client)) and len(files.cached()) * BLOCK > LIMIT, "use of the room", 60)
 
 
+def test_the_figure_follows_what_clients_write_over_though_nothing_comes(
+    start: Start, files: CacheFiles, origin: Server, content: bytes
+) -> None:
+    server = start(*limited(files, origin, "--readahead", "0", limit=16 * MIB))
+    wait_until(lambda: room(files)["used_bytes"] == 0, "the count of what is there")
+    client = connect(server.uri)
+    client.pread(12 * MIB, 0)
+    wait_until(lambda: room(files)["used_bytes"] == 12 * MIB, "what has come")
+    for end in (6, 12):
+        client.pwrite(content[: end * MIB], 0)
+        wait_until(lambda: room(files)["used_bytes"] == (12 - end) * MIB, "what is left of it")  # noqa: B023
+
+
 def test_a_cache_above_the_limit_is_brought_below(
     start: Start, files: CacheFiles, origin: Server, content: bytes
 ) -> None:
@@ -128,6 +143,16 @@ def test_copying_ends_at_the_limit_and_there_is_no_switch(proxy: Server, files: 
     assert room(files)["let_go_bytes"] == 0
 
 
+def test_copying_long_holes_ends_at_the_limit(start: Start, files: CacheFiles, tmp_path: Path) -> None:
+    image = tmp_path / "holes.img"
+    with image.open("wb") as file:
+        file.truncate(256 * MIB)
+    proxy = start(*limited(files, start("--target", "--readonly", image)))
+    ask(files.control, "cache-all", wait=False)
+    proxy.wait_for_log("the copy has ended: the limit of the cache (--cache-limit) is reached")
+    assert LIMIT * 3 // 4 < len(files.cached()) * BLOCK <= LIMIT
+
+
 def test_a_limit_above_the_size_of_the_disk_is_none(start: Start, files: CacheFiles, origin: Server) -> None:
     proxy = start(*limited(files, origin, limit="1G"))
     assert query(files.control)["cache_limit"] is None
@@ -145,7 +170,8 @@ def test_servers_on_one_cache_have_one_limit(start: Start, files: CacheFiles, or
     assert room(files, second)["limit_bytes"] == LIMIT
     assert len(read_all(connect(follower.uri))) == SIZE
     assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
-    start(*files.arguments(origin.uri, "--cache-limit", "2M", control=third))
+    last = start(*files.arguments(origin.uri, "--cache-limit", "2M", control=third))
+    assert "the limit of the cache is another one from now on: 2M, not 4M" in last.log()
     assert room(files)["limit_bytes"] == 2 * MIB
     wait_until(lambda: len(files.cached()) * BLOCK <= 2 * MIB, "a cache below the new limit")
 
@@ -232,6 +258,7 @@ def test_a_client_that_takes_nothing_of_one_read_that_is_too_large_to_be_copied_
     with RawClient(proxy.connect()) as stuck:
         stuck.negotiate()
         stuck.send(pack_request(READ, 0, len(content), cookie=7))
+        assert struct.unpack(">IIQ", stuck.receive(16))[1:] == (0, 7)  # the reply is made
         client = connect(proxy.uri)
 
         def is_told() -> bool:
@@ -240,11 +267,30 @@ def test_a_client_that_takes_nothing_of_one_read_that_is_too_large_to_be_copied_
             return "nothing can be let go of the cache at present: a client does not take replies" in proxy.log()
 
         wait_until(is_told, "the line in the log", 60)
-        assert stuck.simple_reply(len(content)) == (0, 7, content)
+        assert stuck.receive(len(content)) == content
         before = room(files)["let_go_bytes"]
         wait_until(
             lambda: bool(client.pread(16 * MIB, 32 * MIB)) and room(files)["let_go_bytes"] > before, "some to go", 60
         )
+
+
+@pytest.mark.root("mounts a file system")
+def test_the_limit_holds_for_what_is_cached_where_no_space_can_be_given_back(
+    start: Start, files: CacheFiles, origin: Server, content: bytes, tmp_path: Path
+) -> None:
+    with plain_ramfs(tmp_path / "ramfs") as directory:
+        files.image = directory / "cache.img"
+        proxy = start(*limited(files, origin))
+        wait_until_counted(files)
+        client = connect(proxy.uri)
+        wait_until(
+            lambda: read_all(client) == content and room(files)["let_go_bytes"] > 4 * LIMIT, "several turnovers", 60
+        )
+        assert len(files.cached()) * BLOCK <= ALMOST * LIMIT
+        wait_until(lambda: bool(read_all(client)) and len(files.cached()) * BLOCK > LIMIT // 2, "use of the room")
+        assert proxy.log().count("space of the cache image cannot be given back there") == 1
+        assert "nothing can be let go" not in proxy.log()
+        proxy.stop()
 
 
 def test_the_next_program_goes_on_with_the_limit(proxy: Server, files: CacheFiles, content: bytes) -> None:

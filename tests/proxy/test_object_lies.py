@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
 
@@ -62,7 +63,7 @@ AT_THE_START = [
     (lambda _, answer: answer._replace(headers={"Content-Range": answer.headers["Content-Range"]}), "neither ETag nor"),
     (with_headers(Content_Range="bytes 4096-8191/9999"), "it sent other bytes than were asked for"),
     (with_headers(Content_Range="bytes 0-4095/*"), "it does not tell which bytes it sent"),
-    (lambda *_: Answer(416, {}), "it is shorter than it was, or empty"),
+    (lambda *_: Answer(416, {}), "its disk is empty (0 bytes)"),
     (lambda *_: Answer(500, {}), "HTTP status 500 Internal Server Error"),
     (lambda *_: Answer(0, {}), "it closed the connection too early"),
     (
@@ -93,6 +94,22 @@ def test_a_server_that_says_nothing_is_given_up_at_the_start(web: WebOrigin) -> 
     with pytest.raises(OriginLost, match=r"no answer within 0\.5 s"):
         probe(parse_origin(web.uri()), timeout=0.5)
     silent.set()
+
+
+@pytest.mark.parametrize("size", [1 << 63, (1 << 64) - 1, (1 << 63) - 1])
+def test_a_size_that_no_file_can_have_is_refused(files: CacheFiles, web: WebOrigin, size: int) -> None:
+    web.twist = with_headers(Content_Range=f"bytes 0-4095/{size}")
+    told = fails(*files.arguments(web.uri()))[1]
+    reasons = f"its disk has {size} bytes, more than any file can have", "the file system has no files of that size"
+    assert any(reason in told for reason in (*reasons, "No space left on device"))  # as it is with a tmpfs
+    assert "ulimit" not in told
+
+
+def test_an_empty_object_is_told_as_one(files: CacheFiles) -> None:
+    empty = WebOrigin(b"")
+    told = fails(*files.arguments(empty.uri()))[1]
+    empty.close()
+    assert told.strip().endswith(f"origin {empty.uri()}: its disk is empty (0 bytes)")
 
 
 def test_the_refusal_of_a_start_is_one_line(files: CacheFiles, web: WebOrigin) -> None:
@@ -151,6 +168,7 @@ def test_a_reply_of_another_object_is_no_part_of_the_disk(
     assert read(proxy, 0) == 0
     assert files.cached() == list(range(64))
     assert proxy.log().count("THE DISK THERE HAS CHANGED") == 1
+    assert "with --clear-bitmap, which also forgets what clients have written" in proxy.log()
     web.twist = lambda asked, answer: answer
     wait_until(lambda: read(proxy, 100) == 0, "the former object")
     assert read_all(connect(proxy.uri)) == web.disk
@@ -208,6 +226,31 @@ def test_what_fails_now_and_then_is_asked_for_again(
     proxy = start(*files.arguments(web.uri(), "--fetch-size", "16K"))
     web.twist = now_and_then(bad)
     assert read_all(connect(proxy.uri)) == web.disk
+
+
+def test_a_body_without_end_is_left_once_it_is_too_long(proxy: Server, web: WebOrigin) -> None:
+    honest, sent, most = web.serve, [], 256 * MIB
+
+    def pour(handler: BaseHTTPRequestHandler) -> None:
+        headers = f"ETag: {web.etag}\r\nContent-Length: {1 << 40}\r\nContent-Range: bytes 262144-524287/{SIZE}"
+        handler.close_connection = True
+        count = 0
+        try:
+            handler.wfile.write(f"HTTP/1.1 206 Told\r\n{headers}\r\n\r\n".encode())
+            while count < most:
+                count += handler.wfile.write(bytes(MIB))
+        except OSError:
+            pass  # who has asked has gone
+        sent.append(count)
+
+    client = connect(proxy.uri)
+    client.pread(1, 0)
+    web.serve = pour  # type: ignore[method-assign]
+    reading = Reading(client, 262144, BLOCK)
+    wait_until(lambda: reading.is_done() or len(sent) >= 2, "a second attempt")
+    assert max(sent) < most // 4
+    web.serve = honest  # type: ignore[method-assign]
+    assert reading.content() == web.disk[262144 : 262144 + BLOCK]
 
 
 class Sink:

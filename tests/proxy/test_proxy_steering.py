@@ -501,6 +501,7 @@ def test_forced_switch_reads_zeros_where_blocks_are_missing(
     )
     assert status == 1
     assert f"switched to a plain target by force with {BLOCKS - 256} blocks missing" in error
+    assert "--clear-bitmap, which forgets what clients have written" in error
     assert "--clear-bitmap" in error
 
 

@@ -10,7 +10,7 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Set
 
 import nbd
 import pytest
@@ -18,12 +18,25 @@ from caching import BLOCK, CacheFiles, Reading, ask, bgctl, connect, query
 from certificates import Certificates
 from conftest import MIB, Start
 from launch import fails
+from lying_origin import (
+    NONE,
+    Asked,
+    LyingOrigin,
+    Visitor,
+    chunk,
+    data_chunk,
+    error_chunk,
+    hole_chunk,
+    status_chunk,
+)
 from model import Model, read_all
 from nbdkit_origin import NbdkitOrigin
 from scraping import metrics_port, scrape
 from server_process import Server, wait_until
 from upgrades import upgrade
 from web_server import WebServer
+
+from xnbd.proxy.state.sums import sums_size
 
 SIZE = 16 * MIB + 1234
 ROUNDS = int(os.environ.get("XNBD_SEVERAL_ROUNDS", "40"))
@@ -363,3 +376,108 @@ class Trouble:
                 origin.failing.touch()
                 self._over.wait(self._rng.uniform(0, 1))
                 origin.failing.unlink()
+
+
+PIECE = 64 * BLOCK
+SPOILED = (4 * PIECE, SIZE // PIECE * PIECE)
+"""Offsets of the READs that one origin begins to answer, and another one answers: in the disk, and at its end."""
+
+Spoil = Callable[[Visitor, Asked], None]
+
+
+def in_odd_chunks(visitor: Visitor, asked: Asked, disk: bytes) -> None:
+    """Answer *asked* in chunks that end where no block ends, a hole where there is one among them."""
+    at, end = asked.offset, asked.offset + asked.length
+    while at < end:
+        stop = min(end, at + 5 * 512)
+        is_hole = not any(disk[at:stop])
+        visitor.send(
+            hole_chunk(asked.cookie, at, stop - at, 0) if is_hole else data_chunk(asked.cookie, at, disk[at:stop], 0)
+        )
+        at = stop
+    visitor.send(chunk(asked.cookie, NONE))
+
+
+def hang_up(visitor: Visitor, asked: Asked) -> None:
+    time.sleep(0.02)  # so that what was sent is taken before the connection is seen to be gone
+    visitor.reset()
+    raise EOFError
+
+
+HALF_ANSWERS: Dict[str, Spoil] = {
+    "stalls": lambda visitor, asked: visitor.wait_until_gone(),
+    "hangs up": hang_up,
+    "has an error": lambda visitor, asked: visitor.send(error_chunk(asked.cookie, errno.EIO)),
+}
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["whole", "odd chunks"])
+@pytest.mark.parametrize("way", HALF_ANSWERS)
+def test_sums_are_right_where_one_begins_an_answer_and_another_one_gives_it(
+    start: Start, files: CacheFiles, tmp_path: Path, way: str, odd: bool
+) -> None:
+    disk = random.Random(5).randbytes(SIZE - 9 * BLOCK) + bytes(9 * BLOCK)
+
+    def spoil(visitor: Visitor) -> None:
+        visitor.negotiate(SIZE)
+        while True:
+            asked = visitor.request()
+            whole = disk[asked.offset : asked.offset + asked.length]
+            if asked.command == 7:
+                visitor.send(status_chunk(asked.cookie, (asked.length, 0)))
+            elif asked.offset in SPOILED and asked.length > BLOCK:
+                void = bytes(byte ^ 1 for byte in whole)
+                visitor.send(data_chunk(asked.cookie, asked.offset, void[: 16 * BLOCK], 0))
+                visitor.send(data_chunk(asked.cookie, asked.offset + 32 * BLOCK, void[32 * BLOCK : -1536], 0))
+                spoiled.add(asked.offset)
+                HALF_ANSWERS[way](visitor, asked)
+            else:
+                visitor.send(data_chunk(asked.cookie, asked.offset, whole))
+
+    def answer(visitor: Visitor) -> None:
+        visitor.negotiate(SIZE)
+        while True:
+            asked = visitor.request()
+            time.sleep(0.05)  # the other one is asked first
+            if asked.command == 7:
+                visitor.send(status_chunk(asked.cookie, (asked.length, 0)))
+            elif odd:
+                in_odd_chunks(visitor, asked, disk)
+            else:
+                visitor.send(data_chunk(asked.cookie, asked.offset, disk[asked.offset : asked.offset + asked.length]))
+
+    spoiled: Set[int] = set()
+    with LyingOrigin(tmp_path / "one", spoil) as one, LyingOrigin(tmp_path / "two", answer) as two:
+        arguments = files.arguments(one.uri, "--origin", two.uri, "--readahead", 0)
+        proxy = start(*arguments)
+        client = connect(proxy.uri)
+        for at in SPOILED:
+            for block in range(8):  # so that the first one is known to be the quicker one
+                client.pread(BLOCK, 2 * SPOILED[0] + at // 2 + 2 * block * BLOCK)
+            if at + PIECE < SIZE:
+                assert client.pread(PIECE, at + PIECE) == disk[at + PIECE : at + 2 * PIECE]
+            length = min(PIECE, SIZE - at)
+            assert client.pread(length, at) == disk[at : at + length]
+        client.shutdown()
+        size = files.sums.stat().st_size
+        status, told, _ = bgctl("--scrub", files.control, check=False)
+        assert status == 0, told
+        assert spoiled
+        proxy.stop()
+        proxy = start(*arguments)
+        assert files.sums.stat().st_size == size == sums_size(-(-SIZE // BLOCK))
+        assert query(files.control)["counters"]["damaged"] == 0
+
+
+def test_sums_that_are_too_long_are_cut_and_serve_on(start: Start, files: CacheFiles, first: NbdkitOrigin) -> None:
+    arguments = files.arguments(first.uri, "--origin-timeout", 3)
+    proxy = start(*arguments)
+    content = connect(proxy.uri).pread(MIB, 0)
+    proxy.stop()
+    size = files.sums.stat().st_size
+    with files.sums.open("ab") as file:
+        file.write(bytes(100))
+    first.kill()
+    proxy = start(*arguments)
+    assert connect(proxy.uri).pread(MIB, 0) == content
+    assert files.sums.stat().st_size == size

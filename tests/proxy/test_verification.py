@@ -12,9 +12,11 @@ from typing import Iterable, List, Tuple
 
 import nbd
 import pytest
-from caching import BLOCK, CacheFiles, Reading, bgctl, connect, hold, kill_server, query
+from caching import BLOCK, CacheFiles, Reading, bgctl, connect, hold, kill_server, query, release
 from conftest import MIB, Start
+from injection import injected
 from proxies import program
+from rawclient import READ, RawClient
 from scraping import metrics_port, scrape
 from server_process import Server, wait_until
 from upgrades import upgrade
@@ -282,19 +284,24 @@ def test_scrub_checks_all_and_repairs(start: Start, full: CacheFiles, far: Serve
     blocks = clean_blocks()[::9]
     flip(full.image, [block * BLOCK for block in blocks])
     status, out, err = bgctl("--scrub", full.control)
-    told = f"{BLOCKS} blocks checked, {len(blocks)} damaged, {len(blocks)} fetched again\n"
+    checked, by_clients = len(clean_blocks()), BLOCKS - len(clean_blocks())
+    unchecked = f"; {by_clients} blocks written by clients, without checksums\n"
+    told = f"{checked} blocks checked, {len(blocks)} damaged, {len(blocks)} fetched again{unchecked}"
     assert (status, out, err) == (0, told, "")
+    told = f"{len(blocks)} were damaged, {len(blocks)} fetched again; {by_clients} that clients have written"
+    assert f"INFO: {checked} blocks were checked, {told}" in server.log()
     assert full.image.read_bytes() == written(content)
     assert f"{len(blocks)} blocks of the cache" in bgctl("--query", full.control)[1]
+    port = metrics_port(server.log())
+    wait_until(lambda: scrape(port).find("xnbd_cache_damaged_blocks_total") == [len(blocks)], "each counted once")
     status, out, _ = bgctl("--scrub", "--progress", full.control)
-    assert (status, out) == (0, f"{BLOCKS} blocks checked, none was damaged\n")
+    assert (status, out) == (0, f"{checked} blocks checked, none was damaged{unchecked}")
     flip(full.image, [0])
     kill_server(server)
     server = start(*full.arguments(far.uri, "--metrics", "0"))
     assert connect(server.uri).pread(1, 0)[0] == content[0]
     port = metrics_port(server.log())
-    by_clients = (BLOCKS - len(clean_blocks())) * BLOCK
-    for name, value in (("xnbd_cache_damaged_blocks_total", 1), ("xnbd_written_bytes", by_clients)):
+    for name, value in (("xnbd_cache_damaged_blocks_total", 1), ("xnbd_written_bytes", by_clients * BLOCK)):
         wait_until(lambda: scrape(port).find(name) == [value], name)  # noqa: B023
 
 
@@ -304,8 +311,52 @@ def test_scrub_without_an_origin_says_what_is_left(start: Start, full: CacheFile
     server = start(*full.arguments(far.uri, "--connect-timeout", "1", "--origin-timeout", "1"))
     status, out, err = bgctl("--scrub", full.control, check=False)
     assert (status, out) == (1, "")
-    assert "1 damaged block could not be fetched again, and counts as missing" in err
+    failure = "1 damaged block could not be fetched again, and counts as missing"
+    assert failure in err
+    assert f"WARNING: {len(clean_blocks())} blocks were checked, 1 was damaged, 0 fetched again" in server.log()
+    assert f"WARNING: the check has ended: {failure}" in server.log()
     assert connect(server.uri).pread(7 * BLOCK, 0) == content[: 7 * BLOCK]
+
+
+def test_scrub_of_an_image_that_has_shrunk_says_that_and_nothing_else(
+    start: Start, full: CacheFiles, far: Server
+) -> None:
+    server = start(*full.arguments(far.uri))
+    os.truncate(full.image, SIZE // 2)
+    server.expected_errors += ["the cache image has shrunk"]
+    status, _, err = bgctl("--scrub", full.control, check=False)
+    failure = "cannot read the cache image at byte 0: the cache image has shrunk"
+    assert (status, failure in err) == (1, True)
+    assert f"WARNING: the check has ended: {failure}" in server.log()
+    assert "blocks were checked" not in server.log()
+
+
+def cached_blocks(files: CacheFiles) -> int:
+    return int(query(files.control)["blocks"]["cached"])
+
+
+@pytest.mark.parametrize("how", ["scrub", "read"])
+def test_what_was_found_damaged_shows_until_it_is_there_again(
+    start: Start, full: CacheFiles, far: Server, content: bytes, how: str
+) -> None:
+    """A client that has found all of the disk right before is told, too."""
+    far.stop()
+    server = start(*full.arguments(far.uri, "--connect-timeout", "1", "--origin-timeout", "1"))
+    server.wait_for_log("every block is cached")
+    client = connect(server.uri)
+    if how == "scrub":
+        assert read_all(client, MIB) == written(content)
+    assert cached_blocks(full) == BLOCKS
+    flip(full.image, [7 * BLOCK])
+    if how == "scrub":
+        assert bgctl("--scrub", full.control, check=False)[0] == 1
+    with pytest.raises(nbd.Error, match="Input/output error"):
+        client.pread(BLOCK, 7 * BLOCK)
+    wait_until(lambda: cached_blocks(full) == BLOCKS - 1, "one block less")
+    bgctl("--reconnect", full.control, start("--target", "--readonly", full.image.with_name("origin.img")).uri)
+    assert connect(server.uri).pread(BLOCK, 7 * BLOCK) == content[7 * BLOCK :][:BLOCK]
+    wait_until(lambda: cached_blocks(full) == BLOCKS, "all of them")
+    wait_until(lambda: server.log().count("every block is cached") == 2, "a second line")
 
 
 def test_one_scrub_at_a_time_which_ends_with_its_operator(
@@ -329,3 +380,38 @@ def test_scrub_is_refused_after_a_switch(start: Start, full: CacheFiles, far: Se
     bgctl("--switch", full.control)
     status, _, err = bgctl("--scrub", full.control, check=False)
     assert (status, "this is no proxy any more" in err) == (1, True)
+
+
+def test_a_block_that_is_found_damaged_while_a_reply_is_made_is_in_it_once(
+    start: Start, files: CacheFiles, tmp_path: Path
+) -> None:
+    """The reply is made of three chunks, of which two are there when the block turns out to be missing."""
+    length = 64 << 10
+    content = random.Random(9).randbytes(length) + bytes(length) + random.Random(10).randbytes(2 * length)
+    image = tmp_path / "origin.img"
+    image.write_bytes(content)
+    with image.open("r+b") as file:
+        space.punch_hole(file.fileno(), length, length)
+    far = start("--target", "--readonly", image)
+    server = start(*files.arguments(far.uri, "--readahead", 0))
+    with RawClient(server.connect()) as client:
+        client.negotiate(structured=True)
+        client.request(READ, 0, 3 * length)
+        client.chunks()
+        client.request(READ, 0, 3 * length)
+        whole = client.chunks()
+        flip(files.image, [2 * length + 2 * BLOCK])
+        (worker,) = server.busy_workers()
+        with injected(worker, "lseek:delay_enter=60000000:when=3"):
+            client.request(READ, 0, 3 * length)
+            stopped = hold(far.pid)
+            scrub = subprocess.Popen([*program("--scrub"), str(files.control)], stdout=subprocess.DEVNULL)
+            try:
+                wait_until(lambda: 2 * length // BLOCK + 2 not in files.cached(), "the damage to be found")
+            except BaseException:
+                release(stopped)
+                raise
+        release(stopped)
+        assert client.chunks() == whole
+        assert scrub.wait() == 0
+        assert client.works()

@@ -113,13 +113,18 @@ class Image:
     def snap(self, name: str) -> None:
         self.rbd("snap", "create", f"{self.name}@{name}")
 
+    def remove_snap(self) -> None:
+        """What is written later is nobody's old data."""
+        self.rbd("snap", "rm", f"{self.name}@snap")
+
     def rbd(self, *words: object) -> str:
         return self._ceph.run("rbd", *words)
 
-    def clone(self, *options: object) -> Image:
+    def clone(self, *options: object, protect: bool = True) -> Image:
         """Another image that begins as this one's snapshot, yet without one."""
         child = Image(self._ceph, f"image-{uuid4()}")
-        self.rbd("snap", "protect", f"{self.name}@snap")
+        if protect:
+            self.rbd("snap", "protect", f"{self.name}@snap")
         self.rbd("clone", *options, f"{self.name}@snap", child.name)
         return child
 

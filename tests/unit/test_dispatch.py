@@ -253,6 +253,32 @@ def test_the_loss_of_the_last_one_is_the_loss_of_all(stage: Stage) -> None:
     assert stage.origin.unfinished() == ["a", "b"]
 
 
+def test_a_loss_is_told_once_and_only_while_others_are_there(clock: Time, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    addresses = tuple(PuppetAddress(f"p{number}") for number in range(3))
+    told: Dict[str, str] = {}
+
+    def attempt() -> SeveralOrigins:
+        origin = SeveralOrigins(SeveralAddresses(addresses), Keeper(), Terms(told=told))
+        origin.start()
+        origin.progress()
+        return origin
+
+    for address in addresses:
+        address.refuses = f"origin {address}: away"
+    for _ in range(3):
+        with pytest.raises(OriginLost, match="p0: away; p1: away; p2: away"):
+            attempt()
+    assert not caplog.messages
+    addresses[1].refuses = None
+    for _ in range(3):
+        attempt().close()
+    assert caplog.messages == [f"origin {name}: away; the others are asked" for name in ("p0", "p2")]
+    addresses[0].refuses = None
+    attempt()
+    assert caplog.messages[2:] == ["origin p0: is there again"]
+
+
 def test_who_is_silent_is_asked_for_nothing_until_it_has_shown_that_it_answers(stage: Stage) -> None:
     stage.origin.read("a", 0, BLOCK)
     stage.later(1)

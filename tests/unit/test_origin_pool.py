@@ -88,7 +88,7 @@ def test_a_call_that_ends_after_the_close_writes_to_nobodys_file(pool: Pool[int]
     os.close(writing)
 
 
-def test_each_thread_ends_with_what_it_was_told() -> None:
+def test_a_thread_ends_with_what_it_was_told() -> None:
     go = threading.Event()
     told: List[str] = []
     other: Pool[int] = Pool(1, at_end=lambda: told.append("end"))
@@ -96,6 +96,30 @@ def test_each_thread_ends_with_what_it_was_told() -> None:
     other.call(1, lambda: told.append("forgotten") or 1)  # type: ignore[func-returns-value]
     wait_until(lambda: bool(told), "the call")
     other.close()
+    go.set()
+    wait_until(lambda: len(told) == 2, "the end")
+    assert told == ["call", "end"]
+
+
+def test_the_end_waits_for_the_last_thread() -> None:
+    go, began, before = threading.Event(), threading.Event(), {*threading.enumerate()}
+    told: List[str] = []
+
+    def job() -> int:
+        began.set()
+        go.wait(30)
+        told.append("call")
+        return 1
+
+    other: Pool[int] = Pool(2, at_end=lambda: told.append("end"))
+    other.call(0, job)
+    other.call(1, lambda: 2)
+    began.wait(30)
+    wait_until(lambda: other.take() == [(1, 2)], "the quick thread's result")
+    others = {*threading.enumerate()} - before
+    other.close()
+    wait_until(lambda: sum(thread.is_alive() for thread in others) < len(others), "the end of the quick thread")
+    assert told == []
     go.set()
     wait_until(lambda: len(told) == 2, "the end")
     assert told == ["call", "end"]

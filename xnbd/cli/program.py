@@ -24,7 +24,6 @@ INTERRUPTED = 130
 _ADVICE = {
     errno.EMFILE: " (ulimit -n is too low)",
     errno.ENFILE: " (the computer has no more of them: see fs.file-max)",
-    errno.EFBIG: " (ulimit -f is too low)",
     errno.ENOMEM: " (see ulimit -v, and the memory that is free)",
 }
 
@@ -77,7 +76,16 @@ def trouble(error: BaseException) -> str:
 
 
 def _advice(cause: Optional[BaseException]) -> str:
-    return _ADVICE.get(cause.errno or 0, "") if isinstance(cause, OSError) else ""
+    if not isinstance(cause, OSError):
+        return ""
+    return _advice_on_size() if cause.errno == errno.EFBIG else _ADVICE.get(cause.errno or 0, "")
+
+
+def _advice_on_size() -> str:
+    import resource
+
+    is_limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    return " (ulimit -f is too low)" if is_limited else " (the file system has no files of that size)"
 
 
 def say(line: str) -> None:

@@ -14,13 +14,14 @@ from ..origin.probe import Found, probe_each
 from ..proxy.origin_link import CHANGED, contradiction
 from ..proxy.source import ProxySettings, ProxySource
 from ..proxy.state.belonging import is_marked_bitmap
+from ..proxy.state.entry import AFRESH
 from ..proxy.state.known import Known, has_cached_blocks, known_state
 from ..proxy.state.opening import open_state
 from ..proxy.state.shared import SharedState
 from ..proxy.verification import Verify
 from ..storage import space
 from ..storage.image_use import BITMAPS, DISK, ImageInUse, OtherBitmap, stranger_in_the_way
-from ..storage.target import create_sparse, open_disk
+from ..storage.target import LARGEST_FILE, create_sparse, open_disk
 from .proxy_options import ProxyOptions
 
 
@@ -131,7 +132,9 @@ def _those_there(
         log.warning("%s; %s", reason, "the others are asked" if found else "cached blocks are served, the others wait")
     for place, what in found:
         if not what.size:
-            raise ConfigurationError(f"origin {place}: its disk is empty")
+            raise ConfigurationError(f"origin {place}: its disk is empty (0 bytes)")
+        if what.size > LARGEST_FILE:
+            raise ConfigurationError(f"origin {place}: its disk has {what.size} bytes, more than any file can have")
     return found
 
 
@@ -189,13 +192,11 @@ def _open_cache(path: str, size: int, *, must_exist: bool) -> int:
     """The cache image, made with *size* bytes if there is none; one that is too short has to grow yet."""
     if not os.path.exists(path):
         if must_exist:
-            raise ConfigurationError(f"{path} is gone, but its bitmap has cached blocks (--clear-bitmap starts afresh)")
+            raise _lost(f"{path} is gone")
         create_sparse(path, size)
     elif Path(path).is_file() and not Path(path).stat().st_size:
         if must_exist:
-            raise ConfigurationError(
-                f"{path} is empty, but its bitmap has cached blocks (--clear-bitmap starts afresh)"
-            )
+            raise _lost(f"{path} is empty")
         os.truncate(path, size)
     fd = open_disk(path, readonly=False)
     if is_marked_bitmap(fd):
@@ -206,10 +207,12 @@ def _open_cache(path: str, size: int, *, must_exist: bool) -> int:
     if not os.path.isfile(path):
         raise ConfigurationError(f"{path} has {found} bytes, too few for a disk of {size}")
     if must_exist:
-        raise ConfigurationError(
-            f"{path} has {found} bytes of {size}, but its bitmap has cached blocks (--clear-bitmap starts afresh)"
-        )
+        raise _lost(f"{path} has {found} bytes of {size}")
     return fd
+
+
+def _lost(what: str) -> ConfigurationError:
+    return ConfigurationError(f"{what}, but its bitmap has cached blocks: put it back {AFRESH}")
 
 
 def _grow(fd: int, path: str, size: int) -> None:

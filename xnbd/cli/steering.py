@@ -121,7 +121,9 @@ def _scrub(options: SteeringOptions) -> None:
             display.show(reached["position_bytes"], reached["total_bytes"])
     checked, damaged = counted(answer["checked_blocks"], "block"), answer["damaged_blocks"]
     found = f"{damaged:,} damaged, {answer['repaired_blocks']:,} fetched again" if damaged else "none was damaged"
-    print_outcome(f"{checked} checked, {found}\n")
+    written = answer.get("written_blocks")  # which an older server does not tell
+    unchecked = f"; {counted(written, 'block')} written by clients, without checksums" if written else ""
+    print_outcome(f"{checked} checked, {found}{unchecked}\n")
 
 
 def _reconnect(options: SteeringOptions) -> None:

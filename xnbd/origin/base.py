@@ -90,13 +90,15 @@ class Terms(NamedTuple):
 
     A disk of another size than *expected_size* bytes is refused. *connect_timeout* bounds
     the time until the origin is ready, *reply_timeout* the time without a byte while
-    requests wait (None: for ever).
+    requests wait (None: for ever). *told* is what the log has of each place of a disk that
+    lies in several and is not at hand there; the owner keeps it from one attempt to the next.
     """
 
     expected_size: Optional[int] = None
     connect_timeout: float = 10.0
     reply_timeout: Optional[float] = None
     witness: Witness = Witness()
+    told: Optional[Dict[str, str]] = None
 
 
 class Health(IntEnum):

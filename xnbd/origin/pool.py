@@ -53,7 +53,7 @@ class Inbox(Generic[T]):
 class Pool(Generic[T]):
     """At most *most* threads, each of which is started when all others are in a call. Used by one thread.
 
-    Each thread calls *at_end* before it ends, after `close` and after the call that it is in.
+    After `close` the last thread calls *at_end* before it ends, when no thread is in a call any more.
     """
 
     def __init__(self, most: int, at_end: Callable[[], None] = lambda: None) -> None:
@@ -63,6 +63,8 @@ class Pool(Generic[T]):
         self._inbox: Inbox[T] = Inbox()
         self._threads = 0
         self._calls = 0
+        self._living = 0
+        self._lock = threading.Lock()
 
     def fileno(self) -> int:
         """A descriptor that is readable when there are results."""
@@ -95,8 +97,10 @@ class Pool(Generic[T]):
         """The thread takes no signal, and neither do those that a library starts in it."""
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            threading.Thread(target=self._live, daemon=True).start()
-            self._threads += 1
+            with self._lock:
+                threading.Thread(target=self._live, daemon=True).start()
+                self._threads += 1
+                self._living += 1
         except RuntimeError as error:
             if not self._threads:
                 raise OSError(errno.EAGAIN, "there can be no more threads") from error
@@ -107,10 +111,14 @@ class Pool(Generic[T]):
         while True:
             job = self._jobs.get()
             if job is None or self._inbox.is_closed:
-                self._at_end()
-                return
+                break
             number, call = job
             self._inbox.put(number, call())
+        with self._lock:
+            self._living -= 1
+            is_last = not self._living
+        if is_last:
+            self._at_end()
 
 
 class _Bell:

@@ -24,7 +24,7 @@ from .fetch_queue import Fetch, FetchQueue
 from .locking import refuse_if_shrunk
 from .passage import Passage, PassedParcel
 from .state.checkpoint import ProcessState
-from .state.sums import SUM_SIZE, ZERO_SUM, sums_of
+from .state.sums import NO_SUM, SUM_SIZE, ZERO_SUM, sums_of
 
 if TYPE_CHECKING:
     from .limited import Intake
@@ -70,6 +70,8 @@ class Arrivals:
         if self._may_keep(token):
             if not offset & _WITHIN and (not len(data) & _WITHIN or offset + len(data) == self._cache.size):
                 token.sums.append((offset >> BLOCK_SHIFT, sums_of(data)))
+            else:
+                token.sums.append(_unknown_sums(offset, len(data)))
             try:
                 self._store(token, offset, data)
             except OSError as error:
@@ -88,8 +90,10 @@ class Arrivals:
                 self._on_failure(token, error)
         if token.passing is not None:
             token.passing.append((offset, bytes(length)))
-        elif not offset & _WITHIN:
-            token.sums.append((offset >> BLOCK_SHIFT, ZERO_SUM * (length >> BLOCK_SHIFT)))
+        elif not offset & _WITHIN and (not length & _WITHIN or offset + length == self._cache.size):
+            token.sums.append((offset >> BLOCK_SHIFT, _zero_sums(length)))
+        else:
+            token.sums.append(_unknown_sums(offset, length))
 
     def _store(self, fetch: Fetch, offset: int, data: Data) -> None:
         self._refuse_if_shrunk()
@@ -158,27 +162,33 @@ class Arrivals:
         self._has_kept = True
 
     def _make_local(self, first: int, end: int, sums: bytes) -> None:
+        if len(sums) != SUM_SIZE * (end - first):  # whatever an origin did: others have the locks of the blocks behind
+            sums = b"".join(map(self._sum_of_cached, range(first, end)))
         self._sums.note(first, sums)
         self._bitmap.set(first, end)
         self._checked.set(first, end)
 
     def _sums_of(self, fetch: Fetch) -> bytes:
-        """Of all blocks of *fetch*. What came in pieces that are no blocks is read from the cache. Raises `OSError`."""
-        if len(fetch.sums) == 1 and len(fetch.sums[0][1]) == SUM_SIZE * (fetch.end - fetch.first):
-            return fetch.sums[0][1]
-        block, known = fetch.first, b""
-        for at, sums in sorted(fetch.sums):
-            known += self._sums_of_cached(block, at) + sums
-            block = at + len(sums) // SUM_SIZE
-        return known + self._sums_of_cached(block, fetch.end)
+        """Of all blocks of *fetch*; of what came twice the later one counts, as in the cache. Raises `OSError`.
 
-    def _sums_of_cached(self, first: int, end: int) -> bytes:
-        """Of blocks that have just been written, but not as blocks; perhaps there are none."""
-        known = b""
-        for block in range(first, end):
-            start = block_start(block)
-            known += sums_of(self._cache.pread(start, block_stop(block, self._cache.size) - start))
-        return known
+        What came in pieces that are no blocks is read from the cache.
+        """
+        size = SUM_SIZE * (fetch.end - fetch.first)
+        if len(fetch.sums) == 1 and len(fetch.sums[0][1]) == size:
+            return fetch.sums[0][1]
+        known = bytearray(size)
+        for first, sums in fetch.sums:
+            at = SUM_SIZE * (first - fetch.first)
+            known[at : at + len(sums)] = sums
+        for at in range(0, size, SUM_SIZE):
+            if known[at : at + SUM_SIZE] == NO_SUM:
+                known[at : at + SUM_SIZE] = self._sum_of_cached(fetch.first + at // SUM_SIZE)
+        return bytes(known)
+
+    def _sum_of_cached(self, block: int) -> bytes:
+        """Of a block that has just been written, but not as a block."""
+        start = block_start(block)
+        return sums_of(self._cache.pread(start, block_stop(block, self._cache.size) - start))
 
     # What finds no room
 
@@ -228,3 +238,15 @@ class Arrivals:
             parcel[at - offset : at - offset + len(piece)] = piece
         for ticket in fetch.tickets:
             ticket.parcels = [*(ticket.parcels or ()), parcel]
+
+
+def _zero_sums(length: int) -> bytes:
+    """Of so many zeros, the last block of which may be shorter."""
+    rest = length & _WITHIN
+    return ZERO_SUM * (length >> BLOCK_SHIFT) + (sums_of(bytes(rest)) if rest else b"")
+
+
+def _unknown_sums(offset: int, length: int) -> Tuple[int, bytes]:
+    """Of the blocks that these bytes lie in: whatever was known of them holds no more."""
+    first = offset >> BLOCK_SHIFT
+    return first, NO_SUM * (-(-(offset + length) // BLOCK) - first)

@@ -5,7 +5,8 @@ and at the eras (`proxy.state.use_map`) again and again:
 
 - Above the high mark it lets go of pieces, the oldest era first, until it is at the low mark.
 - It begins a new era when so many pieces were used in the present one that it says little.
-- It counts what there is, at its start and then now and then: see `Evictor.count`.
+- It counts what there is, at its start, and now and then if something has come, or clients have written where clean
+  blocks were: see `Evictor.count`.
 - It gives back the space of what nobody knows of any more (`proxy.leftovers`).
 
 Of a piece with written blocks only the clean ones go. Whatever goes wrong, pieces stay as they are.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import os
 from itertools import islice
 from time import monotonic
-from typing import Iterator, List, Optional, Set
+from typing import Dict, Iterator, List, Optional, Set
 
 from ..scoreboard.scoreboard import Scoreboard
 from ..storage.bitmap import bitmap_size, count_bits
@@ -27,6 +28,7 @@ from .letting_go import LettingGo, Run
 from .state.checkpoint import ProcessState
 from .state.format import PAGE
 from .state.use_map import ERAS, UseMap, era_after
+from .state.written import WrittenMap
 
 _MOST_PIECES = 256
 """Pieces that are let go at once: for so long nobody gets at them."""
@@ -67,8 +69,10 @@ class Evictor:
         self._is_above = False
         self._pieces = self._local = 0
         self._leftovers: Optional[Iterator[int]] = None
+        self._clean_pages: Set[int] = set()
+        self._overwriting = _Overwriting(state.written)
         self._count_at = self._look_at = 0.0
-        self._seen = -1
+        self._seen = self._counted = -1
         self._has_swept = False
         self._begin_era(self._era or 2)
 
@@ -82,7 +86,7 @@ class Evictor:
         Raises `OSError`, `TimeoutError` among them if some process is in the way.
         """
         now, came = monotonic(), self._room.came
-        if now >= self._count_at and (came != self._seen or not self._count_at):
+        if now >= self._count_at and (came != self._counted or self._overwriting.reached(self._clean_pages)):
             self.count()
         if now >= self._look_at:
             self._turn_era(now)
@@ -95,7 +99,7 @@ class Evictor:
         idle, self._seen = came == self._seen, came
         if self._is_above:
             return _SOON
-        return _LONG if idle and used < self._room.low else _LATER
+        return _LONG if idle else _LATER
 
     # What there is
 
@@ -107,21 +111,29 @@ class Evictor:
         began = monotonic()
         with self._gate.closed(_GATE_TIMEOUT):
             expected = self._room.expected()
+        self._counted, _ = expected
+        self._clean_pages.clear()
         found = self._pieces = self._local = 0
         for at in range(0, self._bytes, PAGE):
             local = self._bitmap[at : min(at + PAGE, self._bytes)]
             if local.count(0) < len(local):
                 found += self._count_page(at, local)
         self._room.correct(expected, found)
-        if not self._has_swept or takes(self._cache_fd) > self._local + _MOST_LEFT:
+        if self._letting_go.gives_space_back and self._has_leftovers():
             self._leftovers = pieces_with_leftovers(self._cache_fd, self._size, self._state.bitmap)
             self._has_swept = True
         self._count_at = monotonic() + max(_COUNT_EVERY, _LONGER * (monotonic() - began))
+
+    def _has_leftovers(self) -> bool:
+        return not self._has_swept or takes(self._cache_fd) > self._local + _MOST_LEFT
 
     def _count_page(self, at: int, local: bytes) -> int:
         written = self._written[at : at + len(local)]
         self._local += count_bits(local)
         clean = local if written.count(0) == len(written) else _without(local, written)
+        clean_blocks = count_bits(clean)
+        if clean_blocks:
+            self._clean_pages.add(at // PAGE)
         uses, first = self._use_map.octets, at // _PIECE_BYTES
         age = (self._era - self._oldest) % ERAS
         for piece, start in enumerate(range(0, len(clean), _PIECE_BYTES), first):
@@ -129,7 +141,7 @@ class Evictor:
                 self._pieces += 1
                 if not uses[piece] or (uses[piece] - self._oldest) % ERAS > age:
                     uses[piece] = self._oldest
-        return count_bits(clean)
+        return clean_blocks
 
     def _turn_era(self, now: float) -> None:
         """Begin a new era if a good part of the pieces was used in this one."""
@@ -214,6 +226,26 @@ class Evictor:
         self._use_map.close()
         self._state.close()
         os.close(self._cache_fd)
+
+
+class _Overwriting:
+    """Notices where clients write, by the pages of the *written* map, and by what checkpoints note of them anyway."""
+
+    def __init__(self, written: WrittenMap) -> None:
+        self._written = written
+        self._sums: Dict[int, bytes] = {}
+        self._look_at = 0.0
+
+    def reached(self, pages: Set[int]) -> bool:
+        """Whether something was marked on one of *pages* since it was said the last time; it may be told later."""
+        began = monotonic()
+        if began < self._look_at:
+            return False
+        sums = self._written.exposed()
+        marked = [page for page, checksum in sums.items() if self._sums.get(page) != checksum]
+        self._sums.update(sums)
+        self._look_at = monotonic() + max(_COUNT_EVERY, _LONGER * (monotonic() - began))
+        return not pages.isdisjoint(marked)
 
 
 def _without(local: bytes, written: bytes) -> bytes:

@@ -22,7 +22,7 @@ class Fetch:
     """The blocks from *first* up to *end*. ``mixed`` tells that some of them may be there already.
 
     ``counted`` is how many blocks of it are counted as come, in a cache that has a limit (`proxy.limited`).
-    ``sums`` are those of blocks that have come: of so many from a block on.
+    ``sums`` are those of blocks that have come, of so many from a block on; later ones replace earlier ones.
     ``passing`` is what has come and finds no room in the cache, if anything does not: offsets and data.
     ``locked_at`` is when another process was found to have some of the blocks, if one has.
     """

@@ -25,6 +25,7 @@ from ..storage.target import TargetImage
 from .arrivals import Arrivals
 from .asking import Asking
 from .fetch_queue import PIECE, FetchQueue
+from .in_hand import InHand
 from .locking import Locking
 from .origin_link import OriginLink, Patience, Whereabouts
 from .state.checkpoint import ProcessState
@@ -68,9 +69,18 @@ class Fetcher(Background):
 
     # For those who need blocks
 
-    def need(self, first: int, end: int) -> Optional[Ticket]:
-        """A ticket for the blocks from *first* up to *end* that are not local; None if they all are by now."""
+    def need(self, first: int, end: int, in_hand: Optional[InHand] = None) -> Optional[Ticket]:
+        """A ticket for the blocks from *first* up to *end* that are not local; None if they all are by now.
+
+        Those that are *in_hand* stay so, with the ticket: of a cache that is smaller than
+        a request some blocks would be gone whenever the others have come.
+        """
         ticket = Ticket()
+        if in_hand is not None:
+            ticket.parcels = list(in_hand.parcels)
+            for run_first, run_end in list(in_hand.lacks(first, end)):
+                self._queue.need(ticket, run_first, run_end)
+            return ticket if ticket.pending else None
         for run_first, run_end, local in self._bitmap.runs(first, end):
             if not local:
                 self._queue.need(ticket, run_first, run_end)

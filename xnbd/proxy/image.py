@@ -70,7 +70,8 @@ class ProxyImage(Image):
         self.bitmap = state.bitmap
         self._written = state.written
         self._sums = state.integrity.sums
-        self.verification = Verification(cache, state, self._locking, verify, name)
+        on_damage = self._scoreboard.note_incomplete
+        self.verification = Verification(cache, state, self._locking, verify, name, on_damage)
         self._trusted = self.verification.trusted
         self._octets = self._trusted.octets
         self._written_octets = state.written.octets
@@ -142,7 +143,7 @@ class ProxyImage(Image):
         elif self._trusted.all_set(first, end) or self._has(first, end):
             return
         else:
-            ticket = self.fetcher.need(first, end)
+            ticket = self.fetcher.need(first, end, self._in_hand)
         self._bring_ahead(self._readahead.on_read(first, end))
         if ticket is not None:
             self._counts[MISSES] += 1

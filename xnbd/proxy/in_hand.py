@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterator, List
+from typing import Iterator, List, Optional, Tuple
 
 from ..storage.bitmap import Bitmap
 from ..storage.blocks import BLOCK_SHIFT, block_start
@@ -13,18 +13,28 @@ class InHand:
     """*parcels* stand in for blocks that are not local, which *bitmap* tells. Offsets and lengths are bytes."""
 
     def __init__(self, parcels: List[Parcel], bitmap: Bitmap) -> None:
-        self._parcels = parcels
+        self.parcels = parcels
         self._bitmap = bitmap
 
     def has_missing(self, first: int, end: int) -> bool:
         """Whether all of these blocks that are not local are here."""
+        return not any(True for _ in self.lacks(first, end))
+
+    def lacks(self, first: int, end: int) -> Iterator[Tuple[int, int]]:
+        """The runs of these blocks that are neither local nor here."""
         for run_first, run_end, local in self._bitmap.runs(first, end):
             while not local and run_first < run_end:
-                parcel = next((parcel for parcel in self._parcels if parcel.first <= run_first < parcel.end), None)
-                if parcel is None:
-                    return False
-                run_first = parcel.end
-        return True
+                parcel = self._with(run_first)
+                if parcel is not None:
+                    run_first = parcel.end
+                    continue
+                later = (parcel.first for parcel in self.parcels if run_first < parcel.first < run_end)
+                stop = min(later, default=run_end)
+                yield run_first, stop
+                run_first = stop
+
+    def _with(self, block: int) -> Optional[Parcel]:
+        return next((parcel for parcel in self.parcels if parcel.first <= block < parcel.end), None)
 
     def pieces(self, offset: int, length: int, view: memoryview) -> List[memoryview]:
         """What `Image.read` returns; local blocks are in *view*."""
@@ -43,7 +53,7 @@ class InHand:
         stop = offset + length
         while offset < stop:
             block = offset >> BLOCK_SHIFT
-            parcel = next(parcel for parcel in self._parcels if parcel.first <= block < parcel.end)
+            parcel = next(parcel for parcel in self.parcels if parcel.first <= block < parcel.end)
             start = block_start(parcel.first)
             piece = memoryview(parcel)[offset - start : stop - start]
             yield piece

@@ -19,10 +19,12 @@ which a start understands (`proxy.state.copies`), or space that is still taken.
 
 from __future__ import annotations
 
+import errno
 import math
 from time import monotonic, sleep
 from typing import List, Tuple
 
+from ..logs import log
 from ..scoreboard.holders import Hold
 from ..scoreboard.layout import PROXY
 from ..scoreboard.scoreboard import Scoreboard
@@ -50,6 +52,8 @@ class LettingGo:
         self._state = state
         self._scoreboard = scoreboard
         self._locks = RangeLocks(state.fd)
+        self.gives_space_back = True
+        """As far as is known. Else what is gone stays in the image, and is written over when it comes again."""
         self._stuck: List[Hold] = []
         self._gate_timeout = math.inf
 
@@ -103,11 +107,23 @@ class LettingGo:
         return sum(end - first for first, end in taken)
 
     def _free(self, first: int, end: int) -> None:
-        """Give the space of all these blocks back that are missing, which are locked."""
+        """Give the space of all these blocks back that are missing, which are locked, where that is possible."""
         for run_first, run_end, local in self._state.bitmap.runs(first, end):
-            if not local:
+            if self.gives_space_back and not local:
                 at = block_start(run_first)
-                space.punch_hole(self._cache_fd, at, block_stop(run_end - 1, self._size) - at)
+                self._punch(at, block_stop(run_end - 1, self._size) - at)
+
+    def _punch(self, offset: int, length: int) -> None:
+        try:
+            space.punch_hole(self._cache_fd, offset, length)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self.gives_space_back = False
+            log.warning(
+                "space of the cache image cannot be given back there: the limit holds for what is cached, "
+                "and the image may take as much as the disk"
+            )
 
     def _take_bits(self, locked: List[Run], until: float) -> Tuple[List[Run], List[Hold]]:
         """The runs whose bits are gone, and who may still send them."""

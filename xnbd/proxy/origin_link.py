@@ -18,7 +18,7 @@ from .state.versions import Versions
 
 CHANGED = (
     "%s: THE DISK THERE HAS CHANGED. What is cached here and what was written is served on, the rest is an error: "
-    "bring the former one back, or begin anew (--clear-bitmap)"
+    "bring the former one back, or begin anew with --clear-bitmap, which also forgets what clients have written"
 )
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0
@@ -104,7 +104,7 @@ class OriginLink:
         self._is_admitted = False
         self._whereabouts = whereabouts
         self._generation = whereabouts.generation
-        self._terms = Terms(size, patience.connect, patience.origin, self._witness)
+        self._terms = Terms(size, patience.connect, patience.origin, self._witness, told={})
         self._sink = sink
         self._delay = 0.0
         self._open_at = 0.0

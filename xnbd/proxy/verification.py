@@ -17,7 +17,7 @@ import mmap
 import os
 from enum import Enum
 from logging import WARNING
-from typing import Iterator, List, Optional, Tuple
+from typing import Callable, Iterator, List, Optional, Tuple
 
 from ..log_turns import DAMAGE, Line, RationedLines
 from ..logs import about
@@ -51,7 +51,16 @@ class Verification:
     ``trusted`` has the blocks that may be read without asking here.
     """
 
-    def __init__(self, cache: TargetImage, state: ProcessState, locking: Locking, verify: Verify, name: str) -> None:
+    def __init__(
+        self,
+        cache: TargetImage,
+        state: ProcessState,
+        locking: Locking,
+        verify: Verify,
+        name: str,
+        on_damage: Callable[[], None],
+    ) -> None:
+        """*on_damage* is called once damaged blocks count as missing."""
         self.counts: List[int] = new_counts()
         self._cache = cache
         self._pages = state.pages
@@ -60,6 +69,7 @@ class Verification:
         self._sums = state.integrity.sums
         self._checked = state.integrity.checked
         self._locking = locking
+        self._on_damage = on_damage
         self._remembers = verify is not Verify.ALWAYS
         self.trusted: Bitmap = self._checked
         if verify is Verify.NEVER:
@@ -106,6 +116,10 @@ class Verification:
             self._locking.give_back(first, end)
         return damaged
 
+    def written_among(self, first: int, end: int) -> int:
+        """How many of these blocks clients have written: they have no checksums."""
+        return sum(stop - start for start, stop, written in self._written.runs(first, end) if written)
+
     def _check_unit(self, unit: int, first: int, end: int) -> None:
         """Blocks *first* up to *end* of a unit, and those beside them that are in memory."""
         self._read.forget()
@@ -149,6 +163,7 @@ class Verification:
         for block in damaged:
             self._locking.mark_missing(block)
         if damaged:
+            self._on_damage()
             self.counts[DAMAGED] += len(damaged)
             self._tell(damaged)
         if self._remembers:

@@ -86,6 +86,11 @@ class Scoreboard:
         finally:
             self._locks.release(GATE, 1)
 
+    def note_incomplete(self) -> None:
+        """A block is missing again: `COMPLETE` becomes `PROXY`. Inside the gate, where nobody can switch."""
+        if self.mode == COMPLETE:
+            self.mode = PROXY
+
     @property
     def wanted_copy(self) -> Optional[int]:
         """Bytes per second (0: as fast as it goes) of a copy of all blocks that no operator waits for; None: none."""

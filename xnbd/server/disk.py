@@ -16,9 +16,9 @@ slice of the disk. One that leaves the gate with some tells so (`scoreboard.hold
 it only waits at its door for whoever has closed the gate. It copies them when it is called:
 blocks are about to be let go.
 
-Three ask ``outdated`` themselves: the request loop (`Session._work`), because a call would
-cost it too much; `Parked`, to send what is ready before it catches up; the copier, because
-it ends with its proxy.
+Two ask ``outdated`` themselves: the request loop (`Session._work`), because a call would
+cost it too much; `Parked`, to send what is ready before it catches up. What ends with its
+proxy (copies, checks) asks `Disk.stays_proxy`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Disk(Companion):
 
     @property
     def outdated(self) -> bool:
-        """Whether ``image`` is the old one: the disk has become a target, or a snapshot has begun or ended."""
+        """Whether the disk is another one: of another mode, perhaps a target, or a snapshot has begun or ended."""
         return self.place.changes != self.changes
 
     def enter(self) -> Image:
@@ -150,6 +150,25 @@ class Disk(Companion):
             with self.request():
                 pass
         return True
+
+    def stays_proxy(self) -> bool:
+        """For who works on the image of a proxy: False as soon as it is a target, and the image is the old one then.
+
+        Every other change is caught up with. Stays inside the gate, or outside.
+        """
+        if not self.outdated:
+            return True
+        inside = self.place.inside
+        if not inside:
+            self.place.enter()
+        try:
+            if self.scoreboard.mode == TARGET:
+                return False
+            self._renew()
+            return True
+        finally:
+            if not inside:
+                self.place.leave()
 
     def _renew(self) -> None:
         on_wait = self.image.on_wait

@@ -22,6 +22,9 @@ from .failure import drop_cached, vouch_anew
 from .image import Buffer, Extent, Identity, Image, Shared, Source, file_identity
 from .writeback import Record, WriteBack, WriteBackFailed
 
+LARGEST_FILE = (1 << 63) - 1
+"""Bytes that a file can have at all (``off_t``)."""
+
 Sync = Callable[[int], None]
 
 

@@ -27,6 +27,7 @@ class Failure(NamedTuple):
     text: str
 
 
+OUT_OF_RANGE = Failure(Kind.CHANGED, "it has no such bytes: it is shorter than it was, or empty")
 NO_CREDENTIALS = "there are no credentials: neither in the environment, nor in files, nor of an instance"
 
 _ADVICE = {
@@ -133,6 +134,6 @@ def _of_status(status: int, reason: str, text: str) -> Failure:
     code = _CODE.search(text)
     told = f"HTTP status {status}{reason.rstrip()}{f', {code[1]}' if code else ''}"
     if status == 416:
-        return Failure(Kind.CHANGED, "it has no such bytes: it is shorter than it was, or empty")
+        return OUT_OF_RANGE
     passing = status >= 500 or status in _PASSING_STATUS
     return Failure(Kind.PASSING if passing else Kind.REFUSED, told + _ADVICE.get(status, ""))

@@ -25,7 +25,7 @@ from ...text import counted
 from ..base import BLOCK, Data, Origin, OriginLost, Sink, Terms
 from ..pool import Pool
 from .address import ObjectAddress
-from .failures import Failure, Kind, failure_of
+from .failures import OUT_OF_RANGE, Failure, Kind, failure_of
 from .store import open_store
 
 _MAXIMUM_READ = 1 << 20
@@ -194,7 +194,8 @@ class ObjectOrigin(Origin):
             was, now = f"{found.version} of {found.size} bytes", f"{piece.version} of {piece.size} bytes"
             self._lose(f"it is another object now: {now}, no more {was}", changed=True)
         if len(piece.data) != read.length:
-            self._on_failure(number, Failure(Kind.PASSING, f"it sent {len(piece.data)} bytes for {read.length}"))
+            sent = "more bytes than" if len(piece.data) > read.length else f"{len(piece.data)} bytes for"
+            self._on_failure(number, Failure(Kind.PASSING, f"it sent {sent} the {read.length} that were asked for"))
             return
         self.heard_at = monotonic()
         self._adapt(self.heard_at - read.called)
@@ -204,7 +205,7 @@ class ObjectOrigin(Origin):
 
     def _on_failure(self, number: int, failure: Failure) -> None:
         if number == _START or failure.kind is not Kind.PASSING:
-            self._lose(failure.text, refused=failure.kind is Kind.REFUSED, changed=failure.kind is Kind.CHANGED)
+            self._lose(failure.text, refused=failure.kind is not Kind.PASSING, changed=failure.kind is Kind.CHANGED)
         read = self._reads[number]
         read.failed += 1
         now, patience = monotonic(), self._terms.reply_timeout
@@ -255,7 +256,8 @@ def _begin(address: ObjectAddress, connect_timeout: float) -> _Outcome:
     except OriginLost as lost:
         return Failure(Kind.REFUSED, str(lost))
     except BaseException as error:  # a panic of obstore is no Exception
-        return failure_of(error)
+        failure = failure_of(error)
+        return Failure(Kind.CHANGED, "its disk is empty (0 bytes)") if failure is OUT_OF_RANGE else failure
     if not version:
         return Failure(Kind.REFUSED, "it tells neither ETag nor Last-Modified: nobody would notice another object")
     return _Found(store, meta["size"], version, _conditions(meta))
@@ -268,7 +270,8 @@ def _get(found: _Found, key: str, offset: int, length: int) -> _Outcome:
         options: Any = {**found.conditions, "range": (offset, offset + length)}
         result = obstore.get(found.store, key, options=options)
         meta = result.meta
-        return _Piece(memoryview(result.bytes()), meta["size"], _version_of(meta))
+        body = result.stream(min_chunk_size=length + 1)  # in one piece if it is as long as it should be, or shorter
+        return _Piece(memoryview(next(iter(body), b"")), meta["size"], _version_of(meta))
     except BaseException as error:  # a panic of obstore is no Exception
         return failure_of(error)
 

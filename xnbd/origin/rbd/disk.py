@@ -1,8 +1,7 @@
 """An image that is open: what threads do with it, through librados and librbd.
 
 - It is open for reading only, with no right to do more, and so it is not told when its snapshot or a parent of
-  it is removed. What was in there then reads as zeros, without an error. So zeros are not believed: they are asked
-  for once more, through an image that is opened afterwards (`Disk.confirm`). Data cannot be of another snapshot.
+  it is removed. Nothing that it tells is believed before a check that begins afterwards (`Disk.check`).
 - librbd's own cache is off: everything is read once.
 - Calls that wait end some time, whatever has become of the cluster: their time limits are in the settings.
 """
@@ -12,18 +11,18 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import closing, contextmanager, suppress
-from datetime import timezone
 from math import ceil
-from typing import Any, Callable, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base import OriginLost
 from .address import RbdAddress
+from .lineage import Lineage, Pin, is_kept, pin_last_write, pin_snapshot
 
 _BINDING = (
     "needs Ceph's binding for this Python, which is no pip package: apt-get install python3-rbd "
     "(a venv sees it if it was made with --system-site-packages by /usr/bin/python3)"
 )
-_AMBIGUOUS = "what was zeros there a moment ago is not any more"
+_CHANGED_BELOW = "an image that it was cloned from has changed"
 
 Extents = List[Tuple[int, bool]]
 """Lengths in bytes, and whether all of it reads as zeros."""
@@ -37,26 +36,17 @@ class Limits(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What an open image is: *size* in bytes, and *version* as in `Origin.version`.
-
-    Of each *unit* of bytes, at its multiples, all is in one object or none.
-    """
+    """What an open image is: *size* in bytes, and *version* as in `Origin.version`."""
 
     size: int
     version: str
-    unit: int
-
-
-class Claim(NamedTuple):
-    """What an image has told of *length* bytes at *offset*: their content, or where they are zeros."""
-
-    offset: int
-    length: int
-    told: Union[bytes, Extents]
 
 
 class Disk:
-    """The image at *address*. All but `read` wait, so they are for one other thread, and raise `OriginLost`."""
+    """The image at *address*. All but `read` wait, so they are for other threads, and raise `OriginLost`.
+
+    `open` comes first and `close` last, and both alone.
+    """
 
     def __init__(self, address: RbdAddress, limits: Limits) -> None:
         self._address = address
@@ -64,7 +54,8 @@ class Disk:
         self._cluster: Any = None
         self._pool: Any = None
         self._image: Any = None
-        self._found = Found(0, "", 0)
+        self._lineage: Optional[Lineage] = None
+        self._found = Found(0, "")
 
     def open(self) -> Found:
         """Connect, and open the image. Call `close` in any case."""
@@ -73,7 +64,7 @@ class Disk:
             import rbd
         except ImportError as error:
             raise OriginLost(_BINDING, refused=True) from error
-        self._rbd = rbd
+        self._rados, self._rbd = rados, rbd
         with self._explained(rados.Error, self._configuration_failed):
             self._cluster = rados.Rados(rados_id=self._address.id or "admin", conffile=self._address.conf)
             self._set_up()
@@ -82,9 +73,22 @@ class Disk:
         with self._explained(rados.Error, self._pool_failed):
             self._pool = self._cluster.open_ioctx(self._address.pool)
             self._pool.set_namespace(self._address.namespace)
+        self._lineage = Lineage(self._cluster)
         self._image = self._open_image()
-        self._found = self._identify(self._image)
+        self._found, pin = self._identify(self._image)
+        with self._explained(rados.Error, self._parent_failed):
+            self._lineage.look_up(pin)
+        if self._lineage.has_parents:
+            self._reopen()
         return self._found
+
+    def _reopen(self) -> None:
+        """Be sure that the image stands on nothing else than what was looked up, see `lineage`."""
+        with self._explained(self._rbd.Error, self._image_failed):
+            self._image.close()
+        self._image = self._open_image()
+        if self._identify(self._image)[0] != self._found:
+            raise OriginLost(_CHANGED_BELOW)
 
     def _set_up(self) -> None:
         """After the configuration come the variable of Ceph's tools, and what has to be so here.
@@ -108,30 +112,29 @@ class Disk:
         with self._explained(self._rbd.Error, self._image_failed if at_snapshot else self._no_image):
             return self._rbd.Image(self._pool, self._address.image, snapshot=snapshot, read_only=True)
 
-    def _identify(self, image: Any) -> Found:
+    def _identify(self, image: Any) -> Tuple[Found, Pin]:
         """A snapshot's id never comes again. Of an image without one the time of the last write is all there is."""
-        with self._explained(self._rbd.Error, self._image_failed):
+        with self._explained((self._rbd.Error, self._rados.Error), self._image_failed):
             if image.old_format():
                 raise OriginLost("it is an image of format 1, which has no id", refused=True)
             if self._address.snapshot:
-                version = f"image {image.id()}, snapshot {image.snap_get_id(self._address.snapshot)}"
+                number = image.snap_get_id(self._address.snapshot)
+                pin, state = pin_snapshot(self._pool, image.id(), number, is_kept), f"snapshot {number}"
             else:
-                written = image.modify_timestamp().astimezone(
-                    timezone.utc
-                )  # local time without a zone in some versions
-                version = f"image {image.id()}, written {written:%Y-%m-%dT%H:%M:%SZ}"
-            return Found(image.size(), version, image.stripe_unit())
+                pin, written = pin_last_write(self._pool, image.id())
+                state = f"written {written:%Y-%m-%dT%H:%M:%SZ}"
+            return Found(image.size(), f"image {image.id()}, {state}"), pin
 
     def read(self, offset: int, length: int, on_complete: Callable[[Any, Any], None]) -> None:
         """Begin to read; in a thread of librbd *on_complete* is told the completion, and the bytes or None."""
         self._image.aio_read(offset, length, on_complete)
 
     def find_extents(self, offset: int, length: int) -> Extents:
-        """Where *length* bytes at *offset* are zeros, as far as objects tell that are not there."""
-        return self._extents_of(self._image, offset, length)
+        """Where *length* bytes at *offset* are zeros, as far as objects tell that are not there.
 
-    def _extents_of(self, image: Any, offset: int, length: int) -> Extents:
-        """Whole objects are asked for: some versions tell wrong offsets else."""
+        Whole objects are asked for: some versions tell wrong offsets else.
+        """
+        image = self._image
         period = image.stat()["obj_size"] * image.stripe_count()
         first, end = offset // period * period, min(self._found.size, -(-(offset + length) // period) * period)
         data: List[Tuple[int, int]] = []
@@ -149,28 +152,28 @@ class Disk:
         wanted = self._rbd.RBD_FEATURE_FAST_DIFF
         return bool(image.features() & wanted) and not image.flags() & self._rbd.RBD_FLAG_FAST_DIFF_INVALID
 
-    def confirm(self, claims: Sequence[Claim]) -> None:
-        """Have an image that is opened now tell the same. Raises `OriginLost` if it does not."""
-        with closing(self._open_image()) as image:
-            found = self._identify(image)
-            if found != self._found:
-                raise OriginLost(f"it is {found.version} now, no more {self._found.version}", changed=True)
-            for claim in claims:
-                if self._ask(image, claim) != claim.told:
-                    raise OriginLost(_AMBIGUOUS)
+    def check(self) -> None:
+        """What has been told before this call is good, or `OriginLost` is raised."""
+        assert self._lineage
+        with self._explained(self._rados.Error, self._check_failed):
+            if not self._lineage.is_intact():
+                raise self._review()
 
-    def _ask(self, image: Any, claim: Claim) -> Union[bytes, Extents]:
-        if not isinstance(claim.told, bytes):
-            return self._extents_of(image, claim.offset, claim.length)
-        with self._explained(self._rbd.Error, self._image_failed):
-            data: bytes = image.read(claim.offset, claim.length)
-            return data
+    def _review(self) -> OriginLost:
+        """Something is gone: an image that is opened now tells whether it is another disk."""
+        with closing(self._open_image()) as image:
+            found, _ = self._identify(image)
+        if found != self._found:
+            return OriginLost(f"it is {found.version} now, no more {self._found.version}", changed=True)
+        return OriginLost(_CHANGED_BELOW)
 
     def close(self) -> None:
         """Wait for what is under way, and let go of everything, as far as it is there. Raises nothing."""
         if self._image is not None:
             with suppress(self._rbd.Error):
                 self._image.close()
+        if self._lineage is not None:
+            self._lineage.close()
         if self._pool is not None:
             self._pool.close()
         if self._cluster is not None:
@@ -221,6 +224,12 @@ class Disk:
         except OriginLost as lost:
             return lost
         return OriginLost(f"the image has no snapshot {self._address.snapshot}", refused=True, changed=True)
+
+    def _parent_failed(self, number: int) -> OriginLost:
+        return OriginLost(_CHANGED_BELOW) if number == errno.ENOENT else self._no_image(number)
+
+    def _check_failed(self, number: int) -> OriginLost:
+        return self._review() if number == errno.ENOENT else OriginLost(reason(number))
 
     def _no_image(self, number: int) -> OriginLost:
         if number == errno.ENOENT:

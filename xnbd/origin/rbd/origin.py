@@ -1,8 +1,9 @@
-"""An image in Ceph as an origin: reads go to librbd, many at once; what waits is done by a thread (`disk.Disk`).
+"""An image in Ceph as an origin: reads go to librbd, many at once; what waits is done by threads (`disk.Disk`).
 
 - librbd asks again by itself, whatever happens to OSDs and the network. What does fail ends the origin, but for
   bytes that cannot be read (EIO): who owns it opens it again later.
-- Zeros go to the sink when they are confirmed. All that have come meanwhile are confirmed together.
+- What was read goes to the sink after a check that began later (`lineage`). One check is under way at a time, and
+  counts for all that had come before it. It begins when half of what was asked for has come, or soon in any case.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ from ...text import counted
 from ..base import Origin, OriginLost, Sink, Terms
 from ..pool import Inbox, Pool
 from .address import RbdAddress
-from .disk import Claim, Disk, Extents, Found, Limits, reason
+from .disk import Disk, Extents, Found, Limits, reason
 
 _MAXIMUM_READ = 1 << 20
 _MOST_READS = 128
 _SILENCE = 30.0
 """Seconds without an answer to anything after which the origin is lost, if the terms name no other time."""
 
-_START, _CONFIRMATION = -1, -2
+_PATIENCE = 0.002
+"""Seconds that an answer waits for others, so that one check is for all of them."""
+
+_START, _CHECK = -1, -2
+
+_THREADS = 2
+"""One that asks for holes, and one that checks meanwhile."""
 
 
 class _Request(NamedTuple):
@@ -36,6 +43,7 @@ class _Request(NamedTuple):
     length: int
 
 
+_Told = Union[bytes, Extents]
 _Outcome = Union[Found, Extents, OriginLost, None]
 
 
@@ -51,7 +59,7 @@ class RbdOrigin(Origin):
         self._terms = terms
         self._silence = _SILENCE if terms.reply_timeout is None else terms.reply_timeout
         self._disk = Disk(address, Limits(terms.connect_timeout, self._silence))
-        self._thread: Pool[_Outcome] = Pool(1, at_end=self._disk.close)
+        self._threads: Pool[_Outcome] = Pool(_THREADS, at_end=self._disk.close)
         self._inbox: Inbox[Union[bytes, int]] = Inbox()
         self._found: Optional[Found] = None
         self._start_by: Optional[float] = None
@@ -59,8 +67,9 @@ class RbdOrigin(Origin):
         self._requests: Dict[int, _Request] = {}
         self._queue: Deque[int] = deque()  # reads that librbd is to be asked for as soon as fewer are under way
         self._reads = 0
-        self._doubtful: Dict[int, Claim] = {}  # answers that have to be confirmed
-        self._confirming: Dict[int, Claim] = {}  # those about which the thread is asking
+        self._unchecked: Dict[int, _Told] = {}  # answers that came after the check had begun
+        self._check_by = 0.0  # when they have waited long enough, in monotonic seconds
+        self._checking: Dict[int, _Told] = {}  # those that are good if the check succeeds
 
     # What the owner asks
 
@@ -88,12 +97,14 @@ class RbdOrigin(Origin):
         return [request.token for request in self._requests.values()]
 
     def interests(self) -> List[Tuple[int, int]]:
-        return [(self._thread.fileno(), select.POLLIN), (self._inbox.fileno(), select.POLLIN)]
+        return [(self._threads.fileno(), select.POLLIN), (self._inbox.fileno(), select.POLLIN)]
 
     @property
     def deadline(self) -> Optional[float]:
         if self._start_by is not None:
             return self._start_by
+        if self._unchecked and not self._checking:
+            return self._check_by
         return self.heard_at + self._silence if self._requests else None
 
     # What the owner does
@@ -116,18 +127,19 @@ class RbdOrigin(Origin):
             self._disk.read(request.offset, request.length, partial(_on_read, self._inbox, number))
 
     def progress(self) -> None:
-        for number, outcome in self._thread.take():
+        for number, outcome in self._threads.take():
             self._on_outcome(number, outcome)
         for number, data in self._inbox.take():
             self._reads -= 1
             self._on_read(number, data)
-        if self._doubtful and not self._confirming:
-            self._confirm()
+        now = monotonic()
+        if self._may_check(now):
+            self._check()
         self.push()
-        self._check_time(monotonic())
+        self._check_time(now)
 
     def close(self) -> None:
-        self._thread.close()
+        self._threads.close()
         self._inbox.close()
         self._found = self._start_by = None
         self._queue.clear()
@@ -140,7 +152,7 @@ class RbdOrigin(Origin):
         return self._numbers
 
     def _call(self, number: int, job: Callable[[], _Outcome]) -> None:
-        self._thread.call(number, partial(_outcome_of, job))
+        self._threads.call(number, partial(_outcome_of, job))
 
     # Answers
 
@@ -151,9 +163,9 @@ class RbdOrigin(Origin):
         elif isinstance(outcome, Found):
             self._on_found(outcome)
         elif outcome is None:
-            self._on_confirmed()
+            self._on_checked()
         else:
-            self._answer(number, outcome, doubtful=any(zero for _, zero in outcome))
+            self._put_aside(number, outcome)
 
     def _on_found(self, found: Found) -> None:
         expected = self._terms.expected_size
@@ -173,35 +185,36 @@ class RbdOrigin(Origin):
         elif len(data) != request.length:
             self._lose(f"it sent {len(data)} bytes for {request.length}")
         else:
-            assert self._found
-            self._answer(number, data, doubtful=has_zero_unit(data, request.offset, self._found.unit))
+            self._put_aside(number, data)
 
-    def _answer(self, number: int, told: Union[bytes, Extents], *, doubtful: bool) -> None:
-        request = self._requests[number]
-        claim = Claim(request.offset, request.length, told)
-        if doubtful:
-            self._doubtful[number] = claim
+    def _put_aside(self, number: int, told: _Told) -> None:
+        if not self._unchecked:
+            self._check_by = monotonic() + _PATIENCE
+        self._unchecked[number] = told
+
+    def _may_check(self, now: float) -> bool:
+        """Nothing is gained by waiting if most of what is under way has come."""
+        if not self._unchecked or self._checking:
+            return False
+        return len(self._unchecked) >= self._reads or now >= self._check_by
+
+    def _check(self) -> None:
+        self._checking, self._unchecked = self._unchecked, {}
+        self._call(_CHECK, self._disk.check)
+
+    def _on_checked(self) -> None:
+        checked, self._checking = self._checking, {}
+        for number, told in checked.items():
+            self._hand_over(self._requests.pop(number), told)
+
+    def _hand_over(self, request: _Request, told: _Told) -> None:
+        if not isinstance(told, bytes):
+            self._sink.on_extents(request.token, told)
+        elif is_zero(told):
+            self._sink.on_hole(request.token, request.offset, request.length)
         else:
-            self._hand_over(number, claim)
-
-    def _confirm(self) -> None:
-        self._confirming, self._doubtful = self._doubtful, {}
-        self._call(_CONFIRMATION, partial(self._disk.confirm, list(self._confirming.values())))
-
-    def _on_confirmed(self) -> None:
-        confirmed, self._confirming = self._confirming, {}
-        for number, claim in confirmed.items():
-            self._hand_over(number, claim)
-
-    def _hand_over(self, number: int, claim: Claim) -> None:
-        token = self._requests.pop(number).token
-        if not isinstance(claim.told, bytes):
-            self._sink.on_extents(token, claim.told)
-        elif is_zero(claim.told):
-            self._sink.on_hole(token, claim.offset, claim.length)
-        else:
-            self._sink.on_data(token, claim.offset, claim.told)
-        self._sink.on_done(token, 0)
+            self._sink.on_data(request.token, request.offset, told)
+        self._sink.on_done(request.token, 0)
 
     def _check_time(self, now: float) -> None:
         if self._start_by is not None and now >= self._start_by:
@@ -217,15 +230,6 @@ class RbdOrigin(Origin):
 def is_zero(data: bytes) -> bool:
     """Whether all bytes are zeros, of which there is one at least."""
     return not (data[0] or data[-1]) and data == bytes(len(data))
-
-
-def has_zero_unit(data: bytes, offset: int, unit: int) -> bool:
-    """Whether all of *data*, from *offset* on, that lies between two multiples of *unit* is zeros somewhere."""
-    first = unit - offset % unit
-    if len(data) <= first:
-        return is_zero(data)
-    cuts = [0, *range(first, len(data), unit), len(data)]
-    return any(is_zero(data[start:stop]) for start, stop in zip(cuts, cuts[1:]))
 
 
 # In other threads

@@ -51,7 +51,7 @@ class Member:
         self._race = race
         self._terms = terms
         self._delay = 0.0
-        self._told = ""
+        self._told = {} if terms.told is None else terms.told
         self._probe_at, self._probe_delay = 0.0, _FIRST_PROBE
         self._answered_at = 0.0
         self._errors = self._good = 0
@@ -73,8 +73,7 @@ class Member:
             self.ready, self.health = True, Health.REACHED
             self.trouble, self.changed = "", False
             self._probe_at = 0.0
-            if self._told:
-                self._told = ""
+            if self._told.pop(str(self.address), ""):
                 log.info("origin %s: is there again", self.address)
 
     def is_coming(self, now: float) -> bool:
@@ -92,11 +91,11 @@ class Member:
         self.close()
         return attempts
 
-    def is_news(self) -> bool:
-        """Whether its trouble has not been told yet; it counts as told from now on."""
-        news = self.trouble != self._told
-        self._told = self.trouble
-        return news
+    def tell_trouble(self) -> None:
+        """Say why it is not there, while others are, unless that has been said."""
+        if self.trouble and not self.changed and self._told.get(str(self.address)) != self.trouble:
+            self._told[str(self.address)] = self.trouble
+            log.warning("origin %s: %s; the others are asked", self.address, self.trouble)
 
     def close(self) -> None:
         origin, self.origin, self.ready, self.shunned = self.origin, None, False, False

@@ -37,7 +37,7 @@ class SeveralOrigins(Origin):
         self._terms = terms._replace(reply_timeout=silence)
         self._members = [Member(address, self._race, self._terms) for address in addresses.members]
         self._dispatch.members = self._members
-        self._was_ready = False
+        self._was_ready = self._has_lost = False
         self._told: Sequence[Health] = ()
         self._tell_at = 0.0
 
@@ -159,21 +159,24 @@ class SeveralOrigins(Origin):
                 read.attempts.remove(attempt)
                 if not read.done and not read.attempts:
                     self._dispatch.send(read)
-        self._tell(member, lost)
+        self._has_lost = True
+        self._tell_change(member, lost)
 
-    def _tell(self, member: Member, lost: OriginLost) -> None:
+    def _tell_change(self, member: Member, lost: OriginLost) -> None:
         try:
             if lost.changed and self._terms.witness.note_change(member.address):
                 log.error(CHANGED, lost)
         except OSError as error:
             log.error("%s (this cannot be noted: %s)", lost, error.strerror, extra=about(error=error))
-        if member.is_news() and not lost.changed and any(True for _ in self._open):  # else the owner tells it
-            log.warning("%s; the others are asked", lost)
 
     def _look_for_loss(self) -> None:
         """Raises `OriginLost` if nobody is there any more, or nobody has come."""
         while self._dispatch.broken:
             self._lose(*self._dispatch.broken.pop())
+        if self._has_lost and self.ready:  # else there may be no others, and the owner tells it
+            self._has_lost = False
+            for member in self._members:
+                member.tell_trouble()
         if self.ready or (not self._was_ready and any(True for _ in self._open)):
             return
         self.close()

@@ -80,12 +80,13 @@ class ProcessState:
     @property
     def changed(self) -> bool:
         """Whether there may be bits that are not yet in the durable copy."""
-        return _MARK.search(self._head, self._layout.dirty, self._layout.durable) is not None
+        head, layout = self._head, self._layout
+        maps = (layout.dirty, layout.dirty_end), (layout.claimed, layout.claimed_end)
+        return any(_MARK.search(head, start, end) is not None for start, end in maps)
 
     def dirty_pages(self) -> int:
         """Pages of the bitmap that the next checkpoint has to save; each speaks for 128 MiB."""
-        head, layout = self._head, self._layout
-        return len(_MARK.findall(head[layout.dirty : layout.durable]))
+        return self._layout.count_marks(self._head)
 
     def checkpoint(self, cache_fd: int, on_wait: Callable[[], None] = do_nothing, timeout: float = math.inf) -> None:
         """Return when all that was in the cache image before the call is durable, data and bits.
@@ -136,16 +137,18 @@ class ProcessState:
         for at in range(0, len(pages), _PAGES_AT_ONCE):
             self._save(pages[at : at + _PAGES_AT_ONCE], cache_fd)
         os.pwrite(self._state_fd, NUMBER.pack(number), SUCCEEDED)
+        if self._integrity is not None:
+            self._integrity.sums.note_checkpoint(number)
 
     def _claim(self) -> List[int]:
         """The pages this checkpoint has to save: the dirty ones, and those an earlier one has not let go."""
         head, layout = self._head, self._layout
         shift = layout.claimed - layout.dirty
-        for marks in list(_MARKS.finditer(head, layout.dirty, layout.claimed)):
+        for marks in list(_MARKS.finditer(head, layout.dirty, layout.dirty_end)):
             start, stop = marks.span()
             head[start + shift : stop + shift] = b"\x01" * (stop - start)
             head[start:stop] = bytes(stop - start)
-        return [mark.start() - layout.claimed for mark in _MARK.finditer(head, layout.claimed, layout.durable)]
+        return [mark.start() - layout.claimed for mark in _MARK.finditer(head, layout.claimed, layout.claimed_end)]
 
     def _save(self, pages: List[int], cache_fd: int) -> None:
         live, head, layout = self.bitmap.octets, self._head, self._layout

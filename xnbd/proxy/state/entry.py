@@ -14,6 +14,9 @@ from .files import NEW
 from .format import SUFFIX, Header, Layout
 from .known import scoreboard_says_target
 
+AFRESH = "(--clear-bitmap starts afresh, and forgets what clients have written)"
+"""The end of a line with which a server does not start: the last choice."""
+
 
 class Entry:
     """The way to the bitmap at *path* of the cache behind *cache_fd*; its header has to become ``header``.
@@ -93,18 +96,19 @@ class Entry:
         try:
             fd = files.open_regular(self.path)
         except FileNotFoundError:
-            raise self.refusal(f"{self.path} is gone, but {self.state_path} is there") from None
+            raise self.refusal(f"{self.path} is gone, but {self.state_path} is there; put it back") from None
         with closed_on_error(fd):
             self.check_size(fd, self.path, self.layout.bitmap_size)
         return fd
 
-    def check_size(self, fd: int, path: str, size: int) -> None:
+    def check_size(self, fd: int, path: str, size: int, advice: str = "put the right one back") -> None:
         found = os.fstat(fd).st_size
         if found != size:
-            raise self.refusal(f"{path} has {found} bytes, not the {size} for a disk of {self.header.disk_size} bytes")
+            told = f"{path} has {found} bytes, not the {size} for a disk of {self.header.disk_size} bytes"
+            raise self.refusal(f"{told}; {advice}")
 
     def refusal(self, reason: str) -> ConfigurationError:
-        return ConfigurationError(f"cannot go on with the cached blocks: {reason} (--clear-bitmap starts afresh)")
+        return ConfigurationError(f"cannot go on with the cached blocks: {reason} {AFRESH}")
 
     def remove_unfinished(self) -> None:
         for path in (self.state_path, self.path):

@@ -27,11 +27,13 @@ from .format import (
     BEGUN,
     FAILURE,
     HEADER_SIZE,
+    NUMBER,
     OPENING,
     PAGE,
     SHOWN,
     STEERING,
     STEERING_SIZE,
+    SUCCEEDED,
     USERS,
     USERS_COUNT,
     Header,
@@ -276,6 +278,11 @@ def remove_unfinished(path: str) -> None:
         os.unlink(path + NEW)
     except FileNotFoundError:
         pass
+
+
+def succeeded(state_fd: int) -> int:
+    """The number of the last checkpoint that succeeded."""
+    return int(NUMBER.unpack(space.read_exactly(state_fd, NUMBER.size, SUCCEEDED))[0])
 
 
 def reset_numbers(state_fd: int) -> None:

@@ -40,6 +40,7 @@ bits one byte picked at random from `USERS`: who can lock all of those is alone.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import struct
 import zlib
 from typing import Callable, Dict, NamedTuple, Optional, Tuple
@@ -144,6 +145,21 @@ class Layout(NamedTuple):
     written: int
     size: int
 
+    @property
+    def dirty_end(self) -> int:
+        """Where the dirty map ends: what follows until the next map speaks for no page."""
+        return self.dirty + self.pages
+
+    @property
+    def claimed_end(self) -> int:
+        """Likewise."""
+        return self.claimed + self.pages
+
+    def count_marks(self, head: mmap.mmap) -> int:
+        """Of the state file that begins with *head*: pages of the bitmap that the next checkpoint has to save."""
+        marks = head[self.dirty : self.dirty_end] + head[self.claimed : self.claimed_end]
+        return len(marks) - marks.count(0)
+
 
 def layout_of(disk_size: int) -> Layout:
     blocks = block_count(disk_size)
@@ -238,6 +254,10 @@ class BadHeader(Exception):
     """These bytes are no header that this program can read; the message says why."""
 
 
+class UnknownVersion(BadHeader):
+    """A program that is newer has written them."""
+
+
 def identity(origin: str) -> bytes:
     """The origin's identity in the header's space: itself, or if it is long its beginning and its hash."""
     text = origin.encode("utf-8", "surrogateescape")
@@ -275,7 +295,7 @@ def parse_header(data: bytes) -> Header:
     version = _PREFIX.unpack_from(data)[1]
     parse: Optional[Callable[[bytes], Header]] = _PARSERS.get(version)
     if parse is None:
-        raise BadHeader(f"has version {version}, which this program does not know")
+        raise UnknownVersion(f"has version {version}, which this program does not know")
     return parse(data)
 
 

@@ -58,7 +58,7 @@ from .known import BOOT_ID, read_boot_id
 from .resumption import resume
 from .scoreboard_file import open_scoreboard
 from .shared import SharedState
-from .sums_file import open_integrity
+from .sums_file import forget_checkpoints, open_integrity
 from .use_map_file import open_use_map
 
 
@@ -133,6 +133,7 @@ def _enter(entry: Entry, *, clear: bool) -> SharedState:
 def _replace(entry: Entry, old_fd: int) -> SharedState:
     if not files.is_alone(old_fd):
         raise ConfigurationError(f"cache bitmap {entry.path} is in use: stop its servers before --clear-bitmap")
+    forget_checkpoints(entry)
     state_fd = files.open_new_locked(entry.state_path + NEW, entry.owners)
     with closed_on_error(state_fd):
         create(entry, state_fd, True, _tie_of(old_fd))

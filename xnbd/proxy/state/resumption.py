@@ -23,11 +23,16 @@ from .belonging import NO_ID
 from .checkpoint import ProcessState
 from .copies import Comparison
 from .entry import Entry
-from .format import NO_BOOT, VERSION, BadHeader, Header, identity, readable
+from .format import NO_BOOT, VERSION, BadHeader, Header, UnknownVersion, identity, readable
 from .known import was_switched
 from .scoreboard_file import refuse_other_version
-from .sums_file import sync_sums
+from .sums_file import forget_checkpoints, last_checkpoint, sync_sums
 from .verdict import Facts, Trust, Verdict, judge, trust_in_marks
+
+_WITHOUT_STATE = (
+    "move it away, and start with --adopt-cache once: unless the power has failed since the proxy ran, "
+    "nothing is lost by that"
+)
 
 
 def resume(entry: Entry, state_fd: int) -> None:
@@ -71,12 +76,19 @@ def _check_cache(entry: Entry, found: Header, *, switched: bool) -> None:
         )
 
 
+def _read_header(entry: Entry, state_fd: int) -> Header:
+    """Raises `ConfigurationError`. No option replaces a damaged file, of which nobody can tell what it was."""
+    try:
+        return files.read_header(state_fd)
+    except UnknownVersion as error:
+        raise entry.refusal(f"state file {entry.state_path} {error}: start the newer xnbd-server") from error
+    except BadHeader as error:
+        raise entry.refusal(f"state file {entry.state_path} {error}; {_WITHOUT_STATE}") from error
+
+
 def _check_state(entry: Entry, state_fd: int) -> Header:
     """The header, if the file is of this disk. Raises `ConfigurationError`."""
-    try:
-        header = files.read_header(state_fd)
-    except BadHeader as error:
-        raise entry.refusal(f"state file {entry.state_path} {error}") from error
+    header = _read_header(entry, state_fd)
     wanted = entry.header
     if header.disk_size != wanted.disk_size:
         raise entry.refusal(
@@ -93,9 +105,9 @@ def _check_state(entry: Entry, state_fd: int) -> Header:
         )
     entry.header = wanted._replace(origin=header.origin)
     if header.version == VERSION:
-        entry.check_size(state_fd, entry.state_path, entry.layout.size)
+        entry.check_size(state_fd, entry.state_path, entry.layout.size, _WITHOUT_STATE)
     elif not entry.layout.former_size < os.fstat(state_fd).st_size <= entry.layout.size:  # else it has begun to grow
-        entry.check_size(state_fd, entry.state_path, entry.layout.former_size)
+        entry.check_size(state_fd, entry.state_path, entry.layout.former_size, _WITHOUT_STATE)
     return header
 
 
@@ -125,6 +137,7 @@ class _Resumption:
         if found.boot_id == NO_BOOT:
             self._finish_making()
         else:
+            self._refuse_older_state()
             self._make_agree()
         self._begin_session()
 
@@ -138,6 +151,18 @@ class _Resumption:
         except ConfigurationError:
             if not self._is_nothing_cached() or belonging.holds_data(self._entry.cache_fd):
                 raise
+
+    def _refuse_older_state(self) -> None:
+        """After a kill the sums know a checkpoint that a copy from before it does not. Raises `ConfigurationError`."""
+        entry, found = self._entry, self._found
+        if not self._lived or found.clean or entry.adopt:
+            return
+        session, number = last_checkpoint(entry)
+        if session == found.tie.session and number > files.succeeded(self._state_fd):
+            raise entry.refusal(
+                f"{entry.state_path} is an older copy, of before the last checkpoint of the servers that died; "
+                "put the right files back, or believe the bitmap with --adopt-cache"
+            )
 
     def _is_nothing_cached(self) -> bool:
         layout = self._entry.layout
@@ -230,7 +255,8 @@ class _Resumption:
         if missing:
             raise ConfigurationError(
                 f"{entry.path}: the proxy was switched to a plain target by force with {counted(missing, 'block')} "
-                "missing: serve the cache image with --target, or start afresh with --clear-bitmap"
+                "missing: serve the cache image with --target, or start afresh with --clear-bitmap, "
+                "which forgets what clients have written"
             )
 
     def _settle(self, bitmap_fd: int, verdict: Verdict) -> None:
@@ -239,6 +265,7 @@ class _Resumption:
         entry.remove_unfinished()
         files.allocate(bitmap_fd, entry.layout.bitmap_size)
         self._allocate_state()
+        forget_checkpoints(entry)
         files.reset_numbers(state_fd)
         if verdict is Verdict.LIVE:
             with suppress(WriteBackFailed):  # which is noted, so it is the durable copy that counts

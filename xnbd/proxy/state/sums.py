@@ -7,9 +7,12 @@ offset                  content
                         CRC-32 of all that precedes (4 bytes)
 2048                    1 if sums were written that no checkpoint has synced yet
 2049                    1 while a checkpoint syncs them
+2056                    number of the last checkpoint that succeeded in this session,
+                        as in the state file, 8 bytes of the machine's endianness
 65536                   zero map: which blocks are zeros, without a sum; as the bitmap
 then, at a unit's start  table: the XXH3-64 of each block, 8 bytes each of the
-                        machine's own endianness; the file ends with it
+                        machine's own endianness; the file ends with it, and is
+                        cut to that at a start if it is longer
 ======================  ==========================================================
 
 The file is sparse. A sum is written under the lock of its block, after the data and
@@ -36,7 +39,7 @@ from ...storage.bitmap import Bitmap, bitmap_size
 from ...storage.blocks import BLOCK, steps
 from ...storage.image import Buffer
 from .belonging import NO_ID, NO_SESSION
-from .format import PAGE, BadHeader, Fields, Layout
+from .format import NUMBER, PAGE, BadHeader, Fields, Layout
 
 MAGIC = b"xNBD\r\n\x1ax"
 VERSION = 1
@@ -53,6 +56,7 @@ _CHECKSUM = struct.Struct("<I")
 HEADER_SIZE = 512
 
 _DIRTY, _CLAIMED = 2048, 2049
+NUMBER_AT = 2056
 _UNIT = 1 << 16
 SUM_SIZE = 8
 _ZEROS_AT = _UNIT
@@ -62,7 +66,7 @@ RUN = 64
 
 _SLICES = [slice(at, at + BLOCK) for at in range(0, RUN * BLOCK, BLOCK)]
 _PACK_ONE = struct.Struct("Q").pack
-_NONE = bytes(SUM_SIZE)
+NO_SUM = bytes(SUM_SIZE)
 ZERO_SUM = _PACK_ONE(xxh3_64_intdigest(bytes(BLOCK)))
 _ZERO_SUMS = ZERO_SUM * (1 << 12)
 
@@ -174,7 +178,7 @@ class BlockSums:
         misfits = []
         for block, at in enumerate(range(0, len(sums), SUM_SIZE), first):
             found, wanted = sums[at : at + SUM_SIZE], stored[at : at + SUM_SIZE]
-            if found != wanted and (wanted != _NONE or not self._is_zero(block, found)):
+            if found != wanted and (wanted != NO_SUM or not self._is_zero(block, found)):
                 misfits.append(block)
         return misfits
 
@@ -207,6 +211,10 @@ class BlockSums:
             head[_DIRTY] = 0
             sync(self.fd)
             head[_CLAIMED] = 0
+
+    def note_checkpoint(self, number: int) -> None:
+        """The checkpoint with that number has succeeded, so that an older copy of the state file is known as one."""
+        NUMBER.pack_into(self._head, NUMBER_AT, number)
 
     def close(self) -> None:
         self._head.close()

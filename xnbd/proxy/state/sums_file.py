@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from typing import Tuple
 
 from ...errors import ConfigurationError
@@ -17,11 +18,12 @@ from ...making import is_own_file
 from ...storage import space
 from ...system.process import closed_on_error
 from . import files
+from .belonging import NO_SESSION
 from .entry import Entry
-from .format import CHECKED_SUFFIX, SUMS_SUFFIX, BadHeader
+from .format import CHECKED_SUFFIX, NUMBER, SUMS_SUFFIX, BadHeader
 from .memory_file import MemoryFile
 from .pages import checked_size
-from .sums import HEADER_SIZE, SumsHeader, pack_sums_header, parse_sums_header, sums_size
+from .sums import HEADER_SIZE, NUMBER_AT, SumsHeader, pack_sums_header, parse_sums_header, sums_size
 
 _NO_FILE_OF_OURS = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
 """What opening a link, a FIFO or a directory ends with."""
@@ -58,6 +60,31 @@ def sync_sums(entry: Entry) -> None:
         os.close(fd)
 
 
+def last_checkpoint(entry: Entry) -> Tuple[bytes, int]:
+    """The session that the sums are of, and the number of its last checkpoint, as far as they are there and tell it."""
+    try:
+        fd = files.open_regular(entry.path + SUMS_SUFFIX)
+    except (OSError, ConfigurationError):
+        return NO_SESSION, 0
+    try:
+        return _read(entry, fd).session, int(NUMBER.unpack(space.read_exactly(fd, NUMBER.size, NUMBER_AT))[0])
+    except BadHeader:
+        return NO_SESSION, 0
+    finally:
+        os.close(fd)
+
+
+def forget_checkpoints(entry: Entry) -> None:
+    """Checkpoints are about to be counted from zero again. Raises `OSError`."""
+    with suppress(FileNotFoundError, ConfigurationError, BadHeader):
+        fd = files.open_regular(entry.path + SUMS_SUFFIX)
+        try:
+            _read(entry, fd)
+            space.write_zero_bytes(fd, NUMBER_AT, NUMBER.size)
+        finally:
+            os.close(fd)
+
+
 def _header(entry: Entry) -> SumsHeader:
     tie = entry.header.tie
     return SumsHeader(entry.header.disk_size, tie.id, tie.session)
@@ -83,6 +110,7 @@ def _open_sums(entry: Entry, state_fd: int) -> int:
         fd = _open_own(entry, state_fd)
         with closed_on_error(fd):
             _check(entry, _read(entry, fd))
+            os.ftruncate(fd, sums_size(entry.layout.blocks))
             _begin_session(entry, fd)
         return fd
     except FileNotFoundError:
@@ -111,8 +139,8 @@ def _open_own(entry: Entry, state_fd: int) -> int:
 def _read(entry: Entry, fd: int) -> SumsHeader:
     """Raises `BadHeader`."""
     header = parse_sums_header(os.pread(fd, HEADER_SIZE, 0))
-    if os.fstat(fd).st_size != sums_size(entry.layout.blocks):
-        raise BadHeader("has a wrong size")
+    if os.fstat(fd).st_size < sums_size(entry.layout.blocks):
+        raise BadHeader("is too short")
     return header
 
 

@@ -14,8 +14,9 @@ from ...errors import ConfigurationError
 from ...logs import log
 from ...scoreboard.room import Room
 from ...scoreboard.scoreboard import Scoreboard
-from ...storage.blocks import BLOCK_SHIFT
+from ...storage.blocks import BLOCK, BLOCK_SHIFT
 from ...storage.target import reopen
+from ...text import as_option
 from . import files
 from .entry import Entry
 from .format import USE_MAP_SUFFIX
@@ -60,6 +61,7 @@ def _agree(entry: Entry, room: Room, limit: int) -> bool:
             f"cache bitmap {entry.path} is in use by servers without --cache-limit: stop them first, or leave it out"
         )
     if limit and limit != room.limit:
-        log.info("the limit of the cache is another one from now on: %d blocks, not %d", limit, room.limit)
+        new, old = as_option(limit * BLOCK), as_option(room.limit * BLOCK)
+        log.info("the limit of the cache is another one from now on: %s, not %s", new, old)
         room.limit = limit
     return bool(room.limit)

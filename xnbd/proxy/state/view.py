@@ -38,8 +38,7 @@ class CacheView:
 
     def dirty_pages(self) -> int:
         """Pages of the bitmap that the next checkpoint has to save."""
-        marks = self._head[self._layout.dirty : self._layout.durable]
-        return len(marks) - marks.count(0)
+        return self._layout.count_marks(self._head)
 
     def write_back_failed(self) -> bool:
         """Whether the state file says so."""

@@ -105,14 +105,17 @@ class Parked:
         if command in MAY_TAKE_LONG:
             self.send_first()
         pieces = self._replies.pieces
+        answer: List[Piece] = []  # which is not sent before it is whole: what has to wait is answered anew
         try:
-            work(pieces)
+            work(answer)
         except NotLocal as missing:
             request = self._as_of_then(ParkedRequest(command, cookie, work, where, buffered, flags, left))
             self._parking.enter(missing.ticket, request)
             return
         except (OSError, RequestError) as error:
-            self._commands.refuse(command, cookie, error, pieces, where)
+            answer.clear()
+            self._commands.refuse(command, cookie, error, answer, where)
+        pieces.extend(answer)
         if self._timing is not None:
             self._timing.hold_one(command, where)
 

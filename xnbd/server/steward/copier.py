@@ -70,7 +70,7 @@ class Copier:
                 self._fetch(first, end)
                 if self._is_over:
                     break
-            while self._outstanding and not self._disk.outdated:
+            while self._outstanding and self._disk.stays_proxy():
                 self._wait()
             if self._failures:
                 self._fail()
@@ -81,17 +81,22 @@ class Copier:
     @property
     def is_full(self) -> bool:
         """Whether the limit of the cache is reached: more would push out what clients use."""
+        return self._room_left <= 0
+
+    @property
+    def _room_left(self) -> int:
+        """How many blocks more may be asked for; in a cache without a limit `_ZERO_STEP`, which always fits."""
         room = self._disk.scoreboard.room
-        return bool(room.limit) and room.used + self._bytes // BLOCK >= room.high
+        return room.high - room.used - self._bytes // BLOCK if room.limit else _ZERO_STEP
 
     @property
     def _is_over(self) -> bool:
-        return self._disk.outdated or self.is_full
+        return not self._disk.stays_proxy() or self.is_full
 
     def _missing(self) -> Iterator[Tuple[int, int]]:
         """Runs of blocks to be fetched, after the origin's holes in them were noted."""
         position = 0
-        while position < self._blocks:
+        while position < self._blocks and not self._is_over:
             first, end, local = next(self._bitmap.runs(position, min(position + _QUERY_STEP, self._blocks)))
             if not local:
                 end = min(first + _QUERY_STEP, self._blocks)  # what is local within is passed over later
@@ -109,10 +114,10 @@ class Copier:
         for _ in range(_QUERY_ATTEMPTS):
             while not self._fetcher.approach():
                 self._wait()
-                if self._disk.outdated:
+                if not self._disk.stays_proxy():
                     return None
             zero_query = self._fetcher.query_zeros(first, end)
-            while zero_query is not None and not zero_query.done and not self._disk.outdated:
+            while zero_query is not None and not zero_query.done and self._disk.stays_proxy():
                 self._wait()
             if zero_query is None or not zero_query.lost:
                 break
@@ -123,11 +128,13 @@ class Copier:
         for zero_first, zero_end in zero_query.zeros:
             if zero_first > first:
                 yield first, zero_first
-            for step in range(zero_first, zero_end, _ZERO_STEP):
-                self._make_zero(step, min(step + _ZERO_STEP, zero_end))
-            first = zero_end
-            if self.is_full:
-                return
+            first = zero_first
+            while first < zero_end:
+                fitting = min(_ZERO_STEP, self._room_left)  # zeros find room all together, or not at all
+                if fitting <= 0:
+                    return
+                self._make_zero(first, min(first + fitting, zero_end))
+                first = min(first + fitting, zero_end)
         if first < end:
             yield first, end
 
@@ -136,7 +143,7 @@ class Copier:
         self._loop.check()
         self._disk.place.enter()
         try:
-            if not self._disk.outdated and not self._fetcher.make_zero(first, end):
+            if self._disk.stays_proxy() and not self._fetcher.make_zero(first, end):
                 self._passed_over = True
         except OSError as error:
             raise TaskFailed(f"cannot write to the cache image: {error.strerror}") from error
@@ -159,7 +166,7 @@ class Copier:
                 run_first = stop
 
     def _make_room(self) -> None:
-        while not self._disk.outdated:
+        while self._disk.stays_proxy():
             now = monotonic()
             if now - self._looked_at > _LOOK_AROUND:
                 self._look_around(now)

@@ -11,7 +11,7 @@ from typing import List, Optional, Tuple
 
 from ...control.server import CommandTable, Reply
 from ...proxy.source import ProxySource
-from ...scoreboard.layout import PROXY
+from ...scoreboard.layout import TARGET
 from ...scoreboard.rates import Rates
 from ...scoreboard.scoreboard import Scoreboard
 from ...scoreboard.tally import Sums, TallyReader
@@ -89,10 +89,10 @@ class Context:
             self._counted = TallyReader(self.service.tally_fds)
         return self._counted.of(self.service.export_name)
 
-    def count(self, row: str, more: int = 1) -> None:
-        """So many *more* of what `tally.ROWS` has as *row*, for metrics."""
+    def count(self, row: str) -> None:
+        """One more of what `tally.ROWS` has as *row*, for metrics."""
         if self._tally is not None:
-            self._tally.count(row, more)
+            self._tally.count(row)
 
     def tell(self, row: str, number: int) -> None:
         """What `tally.ROWS` has as *row* is so now."""
@@ -108,7 +108,7 @@ class Cache:
         self.source = source
         self.state = source.open_state()
         self._scoreboard = context.scoreboard
-        self.progress = Progress(self.state.bitmap, source.size, lasting=not self._scoreboard.room.limit)
+        self.progress = Progress(self.state.bitmap, source.size)
         self.written = Progress(self.state.written, source.size)
         self._children = context.children
 
@@ -119,5 +119,5 @@ class Cache:
 
     def count(self) -> Reply:
         """Wait until there is such a figure."""
-        while self._scoreboard.mode == PROXY and not self.keep_up():
+        while self._scoreboard.mode != TARGET and not self.keep_up():
             yield None

@@ -33,15 +33,14 @@ class Progress:
     into memory that both have, and `keep_up` has to be called until it says so.
     """
 
-    def __init__(self, bitmap: Bitmap, size: int, *, lasting: bool = True) -> None:
-        """Without *lasting* bits may be taken back at any time."""
+    def __init__(self, bitmap: Bitmap, size: int) -> None:
         self.blocks = bitmap.blocks
         self.size = size
         self._bitmap = bitmap
         self._counted = 0
         self._count_again = 0.0
         self._missing_at = 0
-        self._lasting = lasting
+        self._complete_until = 0.0
         self._shares: List[float] = []
         self._share_again = 0.0
         self._pages: Optional[Pages] = Pages(bitmap) if bitmap_size(bitmap.blocks) > _COUNTED_INLINE else None
@@ -50,16 +49,18 @@ class Progress:
 
     @property
     def complete(self) -> bool:
-        """Whether every block is local, as of now; what was found before the first one that is not stays so."""
-        if not self._lasting:
-            self._missing_at = 0
+        """Whether every block is local. Of a large disk that may have been so a moment ago: bits are taken back too."""
+        if self._missing_at == self.blocks:
+            return monotonic() < self._complete_until or self.look_again()
         self._missing_at = self._bitmap.first_missing(self._missing_at)
-        return self._missing_at == self.blocks
+        return self._missing_at == self.blocks and self.look_again()
 
     def look_again(self) -> bool:
-        """What `complete` tells, whatever was found before: blocks may have been let go."""
-        self._missing_at = 0
-        return self.complete
+        """What `complete` tells, as of now, whatever was found before."""
+        began = monotonic()
+        self._missing_at = self._bitmap.first_missing(0)
+        self._complete_until = monotonic() + _LONGER * (monotonic() - began)
+        return self._missing_at == self.blocks
 
     def keep_up(self, start: Callable[[Callable[[], None]], Child]) -> bool:
         """Have the blocks of a large disk counted, if that was long ago, by what *start* makes; False while that lasts.
@@ -109,6 +110,8 @@ class Progress:
     def shares(self, cells: int) -> List[float]:
         """Which share of each of at most *cells* parts of the disk is local. It may be a figure of a moment ago."""
         cells = min(cells, self.blocks)
+        if self._pages is not None and self.complete:
+            return [1.0] * cells
         if self._pages is not None:
             return self._pages.shares(cells)
         began = monotonic()

@@ -21,7 +21,7 @@ from ...text import counted
 from ..disk import Disk
 from ..process_loop import ProcessLoop
 
-_FIGURES = struct.Struct("=4Q")
+_FIGURES = struct.Struct("=5Q")
 _LOOK_AROUND = 0.1
 _MOST_OUTSTANDING = 256
 _PATIENCE = 10.0
@@ -29,12 +29,16 @@ _PATIENCE = 10.0
 
 
 class ScrubFigures(NamedTuple):
-    """How far it is: *position* in bytes of the disk, and how many blocks were checked, damaged and fetched again."""
+    """How far it is: *position* in bytes of the disk, and how many blocks were checked, damaged and fetched again.
+
+    Those that clients have written have no checksums, and are not checked.
+    """
 
     position: int = 0
     checked: int = 0
     damaged: int = 0
     repaired: int = 0
+    written: int = 0
 
 
 class ScrubMemory:
@@ -72,17 +76,17 @@ class Scrubber:
     def run(self) -> None:
         """Return when all is checked and right, or the disk is no proxy any more. Raises `TaskFailed`, and `Stop`."""
         busy = self._check(self._units())
-        while busy and not self._disk.outdated:
+        while busy and self._disk.stays_proxy():
             self._wait(_LOOK_AROUND)
             busy = self._check(iter(sorted(busy)))
         until = monotonic() + _PATIENCE
-        while self._outstanding and not self._disk.outdated:
+        while self._outstanding and self._disk.stays_proxy():
             self._wait(_LOOK_AROUND)
             if not self._fetcher.trouble:
                 until = monotonic() + _PATIENCE
             elif monotonic() > until:
                 self._fail(self._fetcher.trouble)
-        if self._error and not self._disk.outdated:
+        if self._error and self._disk.stays_proxy():
             self._fail(os.strerror(self._error))
 
     def _units(self) -> Iterator[Tuple[int, int]]:
@@ -98,7 +102,7 @@ class Scrubber:
         busy = set()
         for first, end in units:
             self._pause((end - first) * BLOCK)
-            if self._disk.outdated:
+            if not self._disk.stays_proxy():
                 break
             if not self._check_unit(first, end):
                 busy.add((first, end))
@@ -108,7 +112,7 @@ class Scrubber:
     def _check_unit(self, first: int, end: int) -> bool:
         self._disk.place.enter()
         try:
-            if self._disk.outdated:
+            if not self._disk.stays_proxy():
                 return True
             damaged = self._verification.check_again(first, end)
         except OSError as error:
@@ -121,9 +125,17 @@ class Scrubber:
             ticket = self._fetcher.need(block, block + 1)
             if ticket is not None:
                 self._outstanding[ticket] = block
-        figures = self._figures
-        self._tell(position=end * BLOCK, checked=figures.checked + end - first, damaged=figures.damaged + len(damaged))
+        self._count(first, end, len(damaged))
         return True
+
+    def _count(self, first: int, end: int, damaged: int) -> None:
+        figures, written = self._figures, self._verification.written_among(first, end)
+        self._tell(
+            position=end * BLOCK,
+            checked=figures.checked + end - first - written,
+            damaged=figures.damaged + damaged,
+            written=figures.written + written,
+        )
 
     def _tell(self, **changes: int) -> None:
         self._figures = self._figures._replace(**changes)
@@ -133,7 +145,7 @@ class Scrubber:
     def _pause(self, length: int) -> None:
         """Until *length* bytes may be checked, and not too many damaged blocks are on their way."""
         self._wait(0)
-        while self._must_pause() and not self._disk.outdated:
+        while self._must_pause() and self._disk.stays_proxy():
             self._wait(min(_LOOK_AROUND, max(0.001, self._allowed_at - monotonic())))
         if self._rate:
             self._allowed_at = max(self._allowed_at, monotonic() - _LOOK_AROUND) + length / self._rate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from logging import INFO, WARNING
 from time import monotonic
 from typing import Iterator, Optional
 
@@ -17,7 +18,7 @@ from ...text import counted
 from ..process_loop import ProcessLoop
 from .child import Child
 from .duty import Cache, Context, Duty
-from .scrubber import Scrubber, ScrubMemory
+from .scrubber import Scrubber, ScrubFigures, ScrubMemory
 
 _PROGRESS_EVERY = 0.2
 
@@ -71,11 +72,12 @@ class Scrubbing(Duty):
         finally:
             child.stop()
         told = memory.read()
-        self._context.count("damaged", told.damaged)
-        checked, damaged = counted(told.checked, "block was", "blocks were"), counted(told.damaged, "was", "were")
-        log.info("%s checked, %s damaged, %d fetched again", checked, damaged, told.repaired)
-        if child.status:
-            raise CommandError(child.message or "the check was stopped before its end")
+        failure = (child.message or "the check was stopped before its end") if child.status else ""
+        if told.checked or told.written or not failure:
+            _log_summary(told)
+        if failure:
+            log.warning("the check has ended: %s", failure)
+            raise CommandError(failure)
         yield {"done": True, **self._figures(memory)}
 
     def _figures(self, memory: ScrubMemory) -> Message:
@@ -86,7 +88,17 @@ class Scrubbing(Duty):
             "checked_blocks": told.checked,
             "damaged_blocks": told.damaged,
             "repaired_blocks": told.repaired,
+            "written_blocks": told.written,
         }
+
+
+def _log_summary(told: ScrubFigures) -> None:
+    checked, damaged = counted(told.checked, "block was", "blocks were"), counted(told.damaged, "was", "were")
+    written = counted(
+        told.written, "that clients have written has no checksum", "that clients have written have no checksums"
+    )
+    level = WARNING if told.damaged > told.repaired else INFO
+    log.log(level, "%s checked, %s damaged, %d fetched again; %s", checked, damaged, told.repaired, written)
 
 
 def _scrub(context: Context, memory: ScrubMemory, rate: int) -> None:

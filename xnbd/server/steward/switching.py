@@ -43,7 +43,7 @@ class Switching(Duty):
         self._refuse_if_switched()
         self._refuse_if_limited()
         if not force:
-            yield from self._refuse_if_missing()  # before the turn: to count may take long, and no bit is taken back
+            yield from self._refuse_if_missing()  # before the turn: to count may take long
         yield from self._durability.save_most()
         yield from self._lock.acquire("switch")
         try:
