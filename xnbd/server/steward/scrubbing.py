@@ -94,9 +94,11 @@ class Scrubbing(Duty):
 
 def _log_summary(told: ScrubFigures) -> None:
     checked, damaged = counted(told.checked, "block was", "blocks were"), counted(told.damaged, "was", "were")
-    line = "%s checked, %s damaged, %d fetched again; %d that clients have written have no checksums"
+    written = counted(
+        told.written, "that clients have written has no checksum", "that clients have written have no checksums"
+    )
     level = WARNING if told.damaged > told.repaired else INFO
-    log.log(level, line, checked, damaged, told.repaired, told.written)
+    log.log(level, "%s checked, %s damaged, %d fetched again; %s", checked, damaged, told.repaired, written)
 
 
 def _scrub(context: Context, memory: ScrubMemory, rate: int) -> None:
