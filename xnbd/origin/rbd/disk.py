@@ -135,7 +135,8 @@ class Disk:
         Whole objects are asked for: some versions tell wrong offsets else.
         """
         image = self._image
-        period = image.stat()["obj_size"] * image.stripe_count()
+        with self._explained(self._rbd.Error, self._image_failed):
+            period = image.stat()["obj_size"] * image.stripe_count()
         first, end = offset // period * period, min(self._found.size, -(-(offset + length) // period) * period)
         data: List[Tuple[int, int]] = []
 

@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 from ...logs import about, log
+from ...storage.blocks import BLOCK
 from ..base import Health, Origin, OriginLost, Sink, Standing, Terms
 from .address import SeveralAddresses
 from .dispatch import Dispatch
@@ -65,7 +66,8 @@ class SeveralOrigins(Origin):
 
     @property
     def maximum_read(self) -> int:
-        return min(member.origin.maximum_read for member in self._ready if member.origin)
+        """Of all that are ready; a block if none is any more, as can be between two reads."""
+        return min((member.origin.maximum_read for member in self._ready if member.origin), default=BLOCK)
 
     @property
     def can_tell_zeros(self) -> bool:
