@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -20,7 +19,7 @@ from mounts import attach, detach
 from proxies import program
 from rawclient import READ, RawClient
 from scraping import metrics_port, scrape
-from server_process import Server, command, run, wait_until
+from server_process import Server, run, wait_until
 from upgrades import upgrade
 
 from xnbd.storage import space
@@ -309,22 +308,6 @@ def test_a_block_that_comes_while_it_is_looked_at_is_not_damaged(
     assert reading.content() == content[: 2 * BLOCK]
     assert damaged(files) == 0
     assert files.cached() == [0, 1]
-
-
-@pytest.mark.parametrize("suffix", ["sums", "checked"])
-def test_a_server_does_not_join_where_a_file_was_replaced_by_a_copy(
-    start: Start, full: CacheFiles, far: Server, suffix: str
-) -> None:
-    path = Path(f"{full.bitmap}.{suffix}")
-    start(*full.arguments(far.uri))
-    shutil.copy2(path, path.with_suffix(".copy"))
-    path.rename(path.with_suffix(".used"))
-    path.with_suffix(".copy").rename(path)
-    again = full.arguments(far.uri, control=full.control.with_suffix(".2"))
-    status, _, err = run(*command(*again, "--unix", full.control.with_suffix(".unix")), check=False)
-    assert (status, f"xnbd-server: {path} is not the one that the servers that use" in err) == (1, True)
-    path.with_suffix(".used").rename(path)
-    start(*again)
 
 
 # A disk below the cache that cannot read, or write, some places

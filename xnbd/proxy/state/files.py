@@ -155,19 +155,14 @@ def is_alone(state_fd: int) -> bool:
     return RangeLocks(state_fd).acquire_unless_used(USERS, USERS_COUNT)
 
 
-def become_user(fd: int) -> None:
-    """Show that this process uses the files, by the state file or the sums; the descriptor's end takes it back."""
-    leave(fd)
-    RangeLocks(fd).acquire(USERS + int.from_bytes(os.urandom(7), "little"), 1, do_nothing)
+def become_user(state_fd: int) -> None:
+    """Show that this process uses the files; the descriptor's end takes it back."""
+    leave(state_fd)
+    RangeLocks(state_fd).acquire(USERS + int.from_bytes(os.urandom(7), "little"), 1, do_nothing)
 
 
-def leave(fd: int) -> None:
-    RangeLocks(fd).release(USERS, USERS_COUNT)
-
-
-def is_used(fd: int) -> bool:
-    """Whether it is this very file, and no copy of it, that other processes use."""
-    return RangeLocks(fd).held_by_server(USERS, USERS_COUNT)
+def leave(state_fd: int) -> None:
+    RangeLocks(state_fd).release(USERS, USERS_COUNT)
 
 
 def read_header(state_fd: int) -> Header:

@@ -94,8 +94,7 @@ class SharedState:
         """The bitmap for this process. Called after the fork; raises `OSError`."""
         process, state_fd = self._open()
         try:
-            for fd in (state_fd, *process.integrity.fds):
-                files.become_user(fd)
+            files.become_user(state_fd)
             if files.read_header(state_fd).clean:  # the master was quicker to leave than this process to come
                 with files.opening(state_fd):
                     files.write_header(state_fd, self._header)

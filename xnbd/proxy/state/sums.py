@@ -241,7 +241,6 @@ class Integrity:
         """Owns both descriptors from now on."""
         self.sums = BlockSums(sums_fd, layout)
         self._checked_fd = checked_fd
-        self.fds = sums_fd, checked_fd
         self.checked = Bitmap(checked_fd, layout.blocks, spare=layout.pages)
 
     def close(self) -> None:

@@ -34,20 +34,8 @@ def open_integrity(entry: Entry, state_fd: int) -> Tuple[int, int]:
     alone = files.is_alone(state_fd)
     sums_fd = _open_sums(entry, state_fd) if alone else _join_sums(entry, state_fd)
     with closed_on_error(sums_fd):
-        files.become_user(sums_fd)
         file = MemoryFile(entry, CHECKED_SUFFIX, checked_size(entry.layout), state_fd)
-        checked_fd = _note_seen(entry, file.make()) if alone else file.join()
-        with closed_on_error(checked_fd):
-            if not alone and not files.is_used(checked_fd):
-                raise _not_shared(entry, file.path)
-            files.become_user(checked_fd)
-    return sums_fd, checked_fd
-
-
-def _not_shared(entry: Entry, path: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"{path} is not the one that the servers that use {entry.path} share: stop them all first"
-    )
+        return sums_fd, _note_seen(entry, file.make()) if alone else file.join()
 
 
 def _note_seen(entry: Entry, checked_fd: int) -> int:
@@ -104,15 +92,16 @@ def _header(entry: Entry) -> SumsHeader:
 
 def _join_sums(entry: Entry, state_fd: int) -> int:
     """Raises `ConfigurationError`."""
+    path = entry.path + SUMS_SUFFIX
     try:
         fd = _open_own(entry, state_fd)
         with closed_on_error(fd):
-            if _read(entry, fd) == _header(entry) and files.is_used(fd):
+            if _read(entry, fd) == _header(entry):
                 return fd
         os.close(fd)
     except (OSError, BadHeader):
         pass
-    raise _not_shared(entry, entry.path + SUMS_SUFFIX)
+    raise ConfigurationError(f"{path} is not the one that the servers that use {entry.path} share: stop them all first")
 
 
 def _open_sums(entry: Entry, state_fd: int) -> int:
