@@ -12,7 +12,6 @@ from time import monotonic
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 from ...logs import about, log
-from ...storage.blocks import BLOCK
 from ..base import Health, Origin, OriginLost, Sink, Standing, Terms
 from .address import SeveralAddresses
 from .dispatch import Dispatch
@@ -21,6 +20,7 @@ from .reads import Read
 
 CHANGED = "%s: THE DISK THERE HAS CHANGED. Nothing is read there any more; the other origins are asked"
 
+_LEAST = 4096
 _SILENCE = 30.0
 """Seconds after which one that says nothing at all is left for good, if the terms name no shorter time."""
 
@@ -66,8 +66,8 @@ class SeveralOrigins(Origin):
 
     @property
     def maximum_read(self) -> int:
-        """Of all that are ready; a block if none is any more, as can be between two reads."""
-        return min((member.origin.maximum_read for member in self._ready if member.origin), default=BLOCK)
+        """Of all that are ready; what any of them could if none is any more, as can be between two reads."""
+        return min((member.origin.maximum_read for member in self._ready if member.origin), default=_LEAST)
 
     @property
     def can_tell_zeros(self) -> bool:
