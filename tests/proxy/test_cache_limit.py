@@ -152,7 +152,7 @@ def test_copying_long_holes_ends_at_the_limit(start: Start, files: CacheFiles, t
     proxy = start(*limited(files, start("--target", "--readonly", image)))
     ask(files.control, "cache-all", wait=False)
     proxy.wait_for_log("the copy has ended: the limit of the cache (--cache-limit) is reached")
-    assert LIMIT * 3 // 4 < len(files.cached()) * BLOCK <= LIMIT
+    assert LIMIT // 4 < len(files.cached()) * BLOCK <= LIMIT  # some may have been let go already
 
 
 def test_a_limit_above_the_size_of_the_disk_is_none(start: Start, files: CacheFiles, origin: Server) -> None:

@@ -245,8 +245,10 @@ def test_two_versions_become_each_other_and_back(target: Server, control: Path, 
     with negotiated(target) as client:
         assert client.write(0, b"before") == 0
         seen = [upgrade(control, "--program", program)[:3] for program in (later, former, later)]
-        assert seen == [(__version__, "99.1", 1), ("99.1", "99.0", 1), ("99.0", "99.1", 1)]
-        assert upgrade(control)[:3] == ("99.1", "99.1", 1)
+        seen.append(upgrade(control)[:3])
+        versions = [(__version__, "99.1"), ("99.1", "99.0"), ("99.0", "99.1"), ("99.1", "99.1")]
+        assert [told[:2] for told in seen] == versions
+        assert {told[2] for told in seen} <= {1, 2}  # another old worker may have been the quickest to take the client
         assert client.read(0, 6) == b"before"
 
 
