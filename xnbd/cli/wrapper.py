@@ -115,9 +115,10 @@ Other options:
   -h, --help            Show this text.
   --version             Show the version.
 
-COMMAND is split into words as a shell does. Proxies check fetched blocks as with
---verify first, and ask for as much at once as suits their origin (--fetch-size);
-if all exports are proxies, COMMAND may say otherwise, see xnbd-server(8).
+COMMAND is split into words as a shell does. Proxies check fetched blocks as
+with --verify first, and ask for as much at once as suits their origin
+(--fetch-size); if all exports are proxies, COMMAND may say otherwise, see
+xnbd-server(8).
 
 Signals: TERM or INT stops the wrapper and its servers, a second one at once.
 HUP reads the files of the configuration again and opens the log file again, as

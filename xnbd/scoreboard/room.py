@@ -67,6 +67,11 @@ class Room:
         self._put(_WENT_AT, -self.limit)
 
     @property
+    def is_counted(self) -> bool:
+        """Whether somebody knows how many there are; False too if they are just as many as there may be."""
+        return self._get(_WENT_AT) != -self.limit & _LARGEST
+
+    @property
     def used(self) -> int:
         """How many there are at most."""
         _, came, went, _ = _FORM.unpack_from(self._map, _LIMIT_AT)

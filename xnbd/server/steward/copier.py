@@ -32,6 +32,7 @@ _QUERY_ATTEMPTS = 3
 _MOST_FAILURES = 100
 _ZERO_STEP = 1 << 14
 _LOOK_AROUND = 0.1
+_COUNT_PATIENCE = 10.0
 
 
 class CopyOptions(NamedTuple):
@@ -65,6 +66,7 @@ class Copier:
 
         Raises `TaskFailed`, and `Stop`. What the origin cannot read is passed over, and told of in the end.
         """
+        self._wait_for_count()
         while not self._is_over and not self._bitmap.all_set(0, self._blocks):
             for first, end in self._missing():
                 self._fetch(first, end)
@@ -77,6 +79,12 @@ class Copier:
             if self._passed_over:
                 self._passed_over = False
                 self._wait()
+
+    def _wait_for_count(self) -> None:
+        """Before the first count of a cache with a limit nobody knows whether there is room."""
+        room, until = self._disk.scoreboard.room, monotonic() + _COUNT_PATIENCE
+        while room.limit and not room.is_counted and monotonic() < until and self._disk.stays_proxy():
+            self._wait()
 
     @property
     def is_full(self) -> bool:

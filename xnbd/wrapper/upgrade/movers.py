@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 from contextlib import suppress
 from time import monotonic
@@ -164,7 +165,7 @@ class Movers:
         if pid in self.spares:
             self.spares.discard(pid)
             self.unproven.discard(pid)
-            if status:
+            if status not in (0, -signal.SIGTERM):  # one that was just made may be told to stop before it listens
                 self._fail()
                 log.error("process %d, which waited for a client to move, died: %s", pid, reason_of(status))
         else:
