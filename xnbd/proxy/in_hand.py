@@ -53,7 +53,8 @@ class InHand:
         stop = offset + length
         while offset < stop:
             block = offset >> BLOCK_SHIFT
-            parcel = next(parcel for parcel in self.parcels if parcel.first <= block < parcel.end)
+            parcel = self._with(block)
+            assert parcel is not None
             start = block_start(parcel.first)
             piece = memoryview(parcel)[offset - start : stop - start]
             yield piece
